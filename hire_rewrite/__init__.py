@@ -1,0 +1,34 @@
+"""Rewrite JAX functions to HiRE's predict-then-gather form.
+
+    import hire_rewrite as hire
+
+    step = hire.transform(decode_step, hire.Head(k=64))
+    print(step.plan(params, token, cache))
+    packed = step.pack(params, token, cache, calibration=batches)
+    logits, cache = step(packed, token, cache)
+
+The way of the data: `trace → detect → plan → pack → rewrite → run`.
+"""
+
+from hire_rewrite.api import diff, inspect, transform
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.packed import Packed
+from hire_rewrite.plan import Plan, Rejection, Site
+from hire_rewrite.rules import FFN, Head, LowRank, Quantized
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FFN",
+    "Head",
+    "HireRewriteError",
+    "LowRank",
+    "Packed",
+    "Plan",
+    "Quantized",
+    "Rejection",
+    "Site",
+    "diff",
+    "inspect",
+    "transform",
+]

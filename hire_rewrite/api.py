@@ -1,0 +1,107 @@
+"""The front door: `transform`, `inspect` and `diff`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.passes.diff import Diff
+from hire_rewrite.plan import Plan
+from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.transformed import Transformed
+
+__all__ = ["diff", "inspect", "transform"]
+
+_MODES = ("hire", "exact", "dense")
+_ON_MISS = ("ignore", "warn", "raise")
+
+
+def transform(
+    fn: Any = None,
+    *rules: Rule,
+    weights: int | Sequence[int] = 0,
+    mode: str = "hire",
+    on_miss: str = "ignore",
+) -> Any:
+    """Rewrite the FFN blocks and vocabulary heads of a JAX function.
+
+    Works on a function (`transform(step, Head())`), as a decorator (`@transform`) and as a
+    decorator with arguments (`@transform(Head(), weights=1)`).
+
+    Args:
+      fn: any function of arrays that JAX can trace.
+      rules: what to rewrite and how; the first that fits a site decides. Without any: `Head()`
+        for every head, and `FFN(k=0.05)` for FFN blocks that are sparse by construction.
+      weights: the positions of the arguments that hold weights, as `argnums` in `jax.grad`.
+        Arrays that `fn` closes over are weights too; `()` if there are no others.
+      mode: `"hire"` predicts and gathers; `"exact"` has the same meaning (the same top-k) in dense
+        arithmetic on the weights as they are, and is differentiable; `"dense"` is the original.
+      on_miss: what to do when a rule fits no site: `"ignore"`, `"warn"` or `"raise"`.
+
+    Returns:
+      A `Transformed`, called like `fn` with a `Packed` in place of the weights.
+
+    Raises:
+      HireRewriteError: an argument is out of its range.
+    """
+    if fn is None or isinstance(fn, FFN | Head):
+        given = rules if fn is None else (fn, *rules)
+        return functools.partial(
+            _transform, rules=given, weights=weights, mode=mode, on_miss=on_miss
+        )
+    return _transform(fn, rules, weights, mode, on_miss)
+
+
+def _transform(
+    fn: Callable[..., Any],
+    rules: tuple[Rule, ...],
+    weights: int | Sequence[int],
+    mode: str,
+    on_miss: str,
+) -> Transformed:
+    if not callable(fn):
+        raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
+    for rule in rules:
+        if not isinstance(rule, FFN | Head):
+            raise HireRewriteError(f"transform: {rule!r} is no rule: give FFN(...) or Head(...)")
+    if mode not in _MODES:
+        raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(_MODES)}")
+    if on_miss not in _ON_MISS:
+        raise HireRewriteError(
+            f"transform: on_miss={on_miss!r} must be one of {', '.join(_ON_MISS)}"
+        )
+    positions = (weights,) if isinstance(weights, int) else tuple(weights)
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in positions):
+        raise HireRewriteError(
+            f"transform: weights={weights!r} must be positions of arguments, counted from 0"
+        )
+    return Transformed(fn, rules, tuple(sorted(set(positions))), mode, on_miss)
+
+
+def inspect(
+    fn: Callable[..., Any],
+    *args: Any,
+    rules: Iterable[Rule] = (),
+    weights: int | Sequence[int] = 0,
+    **kwargs: Any,
+) -> Plan:
+    """The plan for a function: its sites, its other linear layers, and why each is what it is.
+
+    Args:
+      args, kwargs: a call's arguments: arrays, or `jax.ShapeDtypeStruct`s (nothing is computed).
+      rules, weights: as in `transform`.
+    """
+    return transform(fn, *rules, weights=weights).plan(*args, **kwargs)
+
+
+def diff(
+    fn: Callable[..., Any],
+    *args: Any,
+    rules: Iterable[Rule] = (),
+    weights: int | Sequence[int] = 0,
+    **kwargs: Any,
+) -> Diff:
+    """The function's jaxpr before and after rewriting; arguments as in `inspect`."""
+    return transform(fn, *rules, weights=weights).diff(*args, **kwargs)

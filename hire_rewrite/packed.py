@@ -1,0 +1,50 @@
+"""The packed form of a model's weights: what stands where the parameters stood."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+__all__ = ["Origin", "Packed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a `Packed` was made from: the structure, paths, shapes and dtypes of the weights."""
+
+    tree: Any
+    paths: tuple[str, ...]
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weights", "sites"],
+    meta_fields=["fingerprint", "origin"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A pytree of arrays, made by `pack` and passed where the weights stood.
+
+    Attributes:
+      weights: the weights that the rewritten function still reads, by path. The dense copies of
+        rewritten weights are not among them (a tied embedding stays).
+      sites: for each rewritten site its rows, row-major, and what its predictor needs.
+      fingerprint: of the plan that it was made for.
+      origin: what it was made from.
+    """
+
+    weights: dict[str, jax.Array]
+    sites: dict[str, Any]
+    fingerprint: str
+    origin: Origin
+
+    def __repr__(self) -> str:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((self.weights, self.sites)))
+        return (
+            f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB, "
+            f"plan {self.fingerprint})"
+        )

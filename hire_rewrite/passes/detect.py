@@ -1,0 +1,188 @@
+"""Find the sites of a traced function, and say of every other linear layer why it is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Sequence
+
+from jax.extend import source_info_util
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.view import inner_jaxprs
+from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
+from hire_rewrite.patterns.graph import Node, Scope, Value
+from hire_rewrite.patterns.head import HeadMatch, match_head
+from hire_rewrite.patterns.linear import Linear, as_linear
+from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.plan import Rejection
+
+__all__ = ["Detection", "Found", "detect", "source_of"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """A match with what a user calls it."""
+
+    name: str
+    match: FFNMatch | HeadMatch
+
+    @property
+    def kind(self) -> str:
+        return "ffn" if isinstance(self.match, FFNMatch) else "head"
+
+    @property
+    def scope(self) -> Scope:
+        return self.match.linears[0].node.scope
+
+    @property
+    def repeats(self) -> int:
+        """Runs in one call; a `while_loop` counts as one."""
+        return math.prod(scope.length or 1 for scope in self.scope.ancestors())
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.match.linears[0].token_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    found: tuple[Found, ...]
+    rejected: tuple[Rejection, ...]
+    opaque: tuple[str, ...]
+
+
+def detect(trace: Trace, min_width: int) -> Detection:
+    """Match every linear layer of the function, in all scopes.
+
+    Args:
+      min_width: linear layers narrower than this are no vocabulary.
+    """
+    matches: list[FFNMatch | HeadMatch] = []
+    misses: dict[Node, Miss] = {}
+    opaque = []
+    for scope in trace.scope.walk():
+        linears: dict[Node, Linear] = {}
+        for node in scope.nodes:
+            if node not in trace.live.nodes:
+                continue
+            if not node.bodies and _holds_product(node):
+                opaque.append(f"{node.primitive} at {source_of(node)}")
+            try:
+                linear = as_linear(node, trace.provenance)
+            except Miss as miss:
+                misses[node] = miss
+                continue
+            if linear is not None:
+                linears[node] = linear
+        matches += _match(trace, linears, min_width, misses)
+    names = _names(trace, matches)
+    found = tuple(Found(name, match) for name, match in zip(names, matches, strict=True))
+    return Detection(found, _rejections(trace, misses), tuple(opaque))
+
+
+def _match(
+    trace: Trace, linears: dict[Node, Linear], min_width: int, misses: dict[Node, Miss]
+) -> list[FFNMatch | HeadMatch]:
+    """The sites among the linear layers of one scope; `misses` gets the others."""
+    matches: list[FFNMatch | HeadMatch] = []
+    taken: set[Node] = set()
+    for node, linear in linears.items():
+        try:
+            ffn = match_ffn(linear, linears, trace.provenance, trace.live)
+            if ffn.nodes & taken:
+                raise Miss("a product of it belongs to the site before", node, len(ffn.nodes))
+        except Miss as miss:
+            misses[node] = miss
+        else:
+            matches.append(ffn)
+            taken |= ffn.nodes
+    for node, linear in linears.items():
+        if node in taken:
+            misses.pop(node, None)
+            continue
+        try:
+            head = match_head(linear, min_width, trace.live)
+        except Miss as miss:
+            if node not in misses or miss.matched > misses[node].matched:
+                misses[node] = miss
+        else:
+            matches.append(head)
+            misses.pop(node, None)
+    return matches
+
+
+def source_of(node: Node) -> str:
+    """`file.py:line (function)` of the user's code that made the equation."""
+    summary = source_info_util.summarize(node.eqn.source_info)
+    place, _, function = summary.partition(" (")
+    path, _, rest = place.partition(":")
+    line = rest.partition(":")[0]
+    name = f"{os.path.basename(path)}:{line}" if line else os.path.basename(path)
+    return f"{name} ({function}" if function else name
+
+
+def _holds_product(node: Node) -> bool:
+    stack = inner_jaxprs(node.eqn)
+    while stack:
+        jaxpr, _ = _compat.open_jaxpr(stack.pop())
+        for eqn in jaxpr.eqns:
+            if eqn.primitive in (p.dot_general_p, p.conv_general_dilated_p):
+                return True
+            stack += inner_jaxprs(eqn)
+    return False
+
+
+def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]:
+    """Near misses, closest first."""
+    found = []
+    for node, miss in misses.items():
+        weight = next(v for v in node.ins if trace.provenance.is_weight(v))
+        name = _weight_path(trace, weight)
+        found.append(
+            Rejection(name, weight.shape, miss.reason, miss.matched, source_of(miss.node))
+        )
+    return tuple(sorted(found, key=lambda rejection: -rejection.matched))
+
+
+def _weight_path(trace: Trace, weight: Value) -> str:
+    """The path of the largest array that a weight is computed from."""
+    roots = trace.provenance.roots(weight)
+    if not roots:
+        return "constant"
+    return trace.path(max(roots, key=lambda root: math.prod(root.shape)))
+
+
+def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
+    """Names of the sites: where their weights are, made unique in order of appearance.
+
+    The folder that holds the weights of one site and nothing else names it; otherwise the
+    weight that it ends with does.
+    """
+    names = []
+    for match in matches:
+        paths = list(dict.fromkeys(_weight_path(trace, li.weight) for li in match.linears))
+        folder = posixpath.commonpath(paths) if len(paths) > 1 else paths[0]
+        inside = {path for path in trace.paths if path.startswith(folder + "/")}
+        owned = {trace.path(r) for r in _all_roots(trace, match)}
+        stack = str(match.linears[-1].node.eqn.source_info.name_stack)
+        name = folder if folder and inside <= owned else paths[-1]
+        names.append(f"{stack}:{name}" if stack else name)
+    total, seen = Counter(names), Counter[str]()
+    for i, name in enumerate(names):
+        if total[name] > 1:
+            seen[name] += 1
+            names[i] = f"{name}#{seen[name]}"
+    return names
+
+
+def _all_roots(trace: Trace, match: FFNMatch | HeadMatch) -> list[Value]:
+    values = [linear.weight for linear in match.linears]
+    if isinstance(match, FFNMatch):
+        values += [vector.value for vector in match.region.vectors]
+    return [root for value in values for root in trace.provenance.roots(value)]

@@ -1,0 +1,60 @@
+"""Weight bytes that a site reads, dense and rewritten: decoding is bound by them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hire_rewrite.ops.ffn import FFNSpec
+from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.passes.detect import Found
+from hire_rewrite.passes.weights import narrow
+from hire_rewrite.patterns.ffn import FFNMatch
+
+__all__ = ["Bytes", "estimate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes in one call."""
+
+    before: int
+    after: int
+
+    @property
+    def pays(self) -> bool:
+        return self.after < self.before
+
+
+def dense_bytes(found: Found) -> int:
+    """Bytes of the weights of a site's linear layers, read once in each run."""
+    return found.repeats * sum(
+        linear.in_dim * linear.out_dim * narrow(linear.weight).dtype.itemsize
+        for linear in found.match.linears
+    )
+
+
+def estimate(
+    found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, tokens: int
+) -> Bytes:
+    """What rewriting a site saves with `tokens` in a call.
+
+    Rows of several tokens are counted as if they shared none, which is what is fetched at most.
+    """
+    match = found.match
+    if isinstance(match, FFNMatch):
+        assert isinstance(spec, FFNSpec)
+        up, down = match.linears[0], match.down
+        up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
+        rows = min(spec.width, tokens * spec.candidate_groups * spec.group)
+        per_row = spec.projections * up.in_dim * up_dtype.itemsize
+        per_row += down.out_dim * down_dtype.itemsize
+        scoring = predictor.bytes(spec.projections * spec.width, up.in_dim, up_dtype)
+    else:
+        assert isinstance(spec, HeadSpec)
+        linear = match.linear
+        dtype = narrow(linear.weight).dtype
+        rows = min(spec.width, tokens * spec.candidates * len(match.endpoints))
+        per_row = linear.in_dim * dtype.itemsize
+        scoring = predictor.bytes(spec.width, linear.in_dim, dtype)
+    return Bytes(dense_bytes(found), found.repeats * (scoring + rows * per_row))

@@ -1,0 +1,147 @@
+"""Lay out the weights of the sites for gathering, and fit their predictors.
+
+Everything that depends on weights alone is computed here, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.ops.ffn import FFNSpec, FFNState
+from hire_rewrite.ops.head import HeadState
+from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.replace import packed_replacement
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.weights import Stacker, layers, narrow, site_loops
+from hire_rewrite.patterns.ffn import FFNMatch
+from hire_rewrite.patterns.graph import Scope
+from hire_rewrite.patterns.head import HeadMatch
+from hire_rewrite.patterns.linear import Linear
+
+__all__ = ["fingerprint", "pack"]
+
+
+def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
+    """A short hash of everything that the layout of a `Packed` depends on."""
+    lines = [f"{path} {spec.dtype}{list(spec.shape)}" for path, spec in _leaves(origin)]
+    for decision in decisions:
+        if decision.packs:
+            lines.append(f"{decision.found.name} {decision.spec} {decision.site.rule}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def pack(
+    trace: Trace,
+    decisions: Sequence[Decision],
+    origin: Origin,
+    weights: Sequence[Any],
+    moments: Mapping[str, Moments],
+) -> Packed:
+    """Pack the weights of a traced function.
+
+    Args:
+      weights: its weight inputs, in order.
+      moments: of the inputs of sites, by name, with one leading axis (see `calibrate`); sites
+        without them have predictors fitted to the weights alone.
+    """
+    arrays = dict(zip(trace.weights, weights, strict=True))
+    stacker = Stacker({trace.scope.inputs[i]: array for i, array in arrays.items()})
+    packing = [decision for decision in decisions if decision.packs]
+    total = sum(layers(site_loops(trace, d.found.match)) for d in packing)
+    states: dict[str, Any] = {}
+    with _progress(total) as advance:
+        for decision in packing:
+            name, loops = decision.found.name, site_loops(trace, decision.found.match)
+            states[name] = _state(decision, stacker, loops, moments.get(name), advance)
+    swaps = [packed_replacement(trace, d, states[d.found.name], "hire") for d in packing]
+    needs = rewrite(trace, swaps).needs
+    kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
+    return Packed(kept, states, fingerprint(decisions, origin), origin)
+
+
+def _state(
+    decision: Decision,
+    stacker: Stacker,
+    loops: tuple[Scope, ...],
+    moments: Moments | None,
+    advance: Callable[[], None],
+) -> Any:
+    match, rule = decision.found.match, decision.site.rule
+    assert rule is not None
+    if isinstance(match, HeadMatch):
+        rows = _rows(match.linear, stacker, loops)
+        return HeadState(rows, _fit(rule.predictor, rows, moments, advance))
+    spec = decision.spec
+    assert isinstance(spec, FFNSpec)
+    width, group = spec.width, spec.group
+    up = jnp.stack(
+        [
+            _rows(projection.linear, stacker, loops)[:, projection.start :][:, :width]
+            for projection in match.region.projections
+        ],
+        axis=1,
+    )
+    count, projections, _, d_in = up.shape
+    predictor = _fit(
+        rule.predictor, up.reshape(count, projections * width, d_in), moments, advance
+    )
+    vectors = tuple(
+        stacker.stack(vector.value, loops).reshape(count, -1)[:, vector.start :][:, :width]
+        for vector in match.region.vectors
+    )
+    down = jnp.swapaxes(_rows(match.down, stacker, loops), 1, 2)
+    groups = width // group
+    return FFNState(
+        up=jnp.swapaxes(up.reshape(count, projections, groups, group, d_in), 1, 2),
+        down=down.reshape(count, groups, group, -1),
+        vectors=tuple(vector.reshape(count, groups, group) for vector in vectors),
+        predictor=predictor,
+    )
+
+
+def _rows(linear: Linear, stacker: Stacker, loops: tuple[Scope, ...]) -> jax.Array:
+    """A layer's weight as [layers, out, in], as narrow as the model stores it."""
+    weight = stacker.stack(narrow(linear.weight), loops)
+    return weight if linear.weight_in == 1 else jnp.swapaxes(weight, 1, 2)
+
+
+def _fit(
+    predictor: Predictor,
+    rows: jax.Array,
+    moments: Moments | None,
+    advance: Callable[[], None],
+) -> Any:
+    """The predictor's state for rows [layers, n, d], with a leading axis of layers."""
+    fit = jax.jit(predictor.fit)
+    states = []
+    for layer in range(rows.shape[0]):
+        here = None if moments is None else jax.tree.map(lambda leaf: leaf[layer], moments)
+        states.append(jax.block_until_ready(fit(rows[layer], here)))
+        advance()
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _leaves(origin: Origin) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
+    return zip(origin.paths, origin.specs, strict=True)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar for packing that takes seconds, where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="packing", unit="layer", delay=2.0, leave=False) as bar:
+        yield lambda: bar.update() and None

@@ -1,0 +1,219 @@
+"""What takes the place of a site: the operations of `ops`, laid out as the function has it.
+
+`ops` works on `[tokens, d]`. Here the axes of the traced values are moved to that form and back,
+and the code between the products, which `ops` calls an activation or endpoints, is the function's
+own, run again on the rows that were fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops import ffn as ffn_ops
+from hire_rewrite.ops import head as head_ops
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.view import evaluate
+from hire_rewrite.passes.weights import site_loops
+from hire_rewrite.patterns.ffn import FFNMatch
+from hire_rewrite.patterns.graph import Node, Scope, Value
+from hire_rewrite.patterns.head import HeadMatch
+from hire_rewrite.patterns.region import literal_array
+
+__all__ = ["SiteReplacement", "packed_replacement", "raw_replacement", "to_rows"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SiteReplacement:
+    """A `Replacement` made of one function of the arrays that stand for `inputs`."""
+
+    name: str
+    nodes: frozenset[Node]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    run: Callable[[Sequence[Any], Any], Sequence[Any]]
+    loops: tuple[Scope, ...] = ()
+    reports: bool = False
+
+    def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
+        results = list(self.run(ins, layer_of(self.loops, index)))
+        for value, result in zip(self.outputs, results, strict=True):
+            got = jax.typeof(result)
+            if (got.shape, got.dtype) != (value.shape, value.dtype):
+                raise HireRewriteError(
+                    f"{self.name}: its replacement returns {got.str_short()} where the function "
+                    f"has {value.aval.str_short()}; this is a bug of hire_rewrite: exclude the "
+                    "site with a rule's path= and report it"
+                )
+        return results, None
+
+
+def layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
+    """The number of the current iteration among all of the scans `loops`, i32[]."""
+    layer = jnp.int32(0)
+    for scope in loops:
+        assert scope.length is not None
+        layer = layer * scope.length + index[scope]
+    return layer
+
+
+def packed_replacement(
+    trace: Trace, decision: Decision, state: Any, mode: str
+) -> SiteReplacement:
+    """The replacement of a packed site.
+
+    Args:
+      state: the site's entry of `Packed.sites`.
+      mode: `"hire"`, `"exact"` or `"dense"`.
+    """
+    match = decision.found.match
+    predict = mode == "hire" and decision.rewritten
+    if isinstance(match, FFNMatch):
+        run = _ffn(match, decision, state, mode, predict)
+        outputs: tuple[Value, ...] = (match.down.out,)
+    else:
+        run = _head(match, decision, state, mode, predict)
+        outputs = match.endpoints
+    loops = site_loops(trace, match)
+    return SiteReplacement(
+        decision.found.name, match.nodes, match.inputs, outputs, run, loops
+    )
+
+
+def _ffn(
+    match: FFNMatch, decision: Decision, state: Any, mode: str, predict: bool
+) -> Callable[[Sequence[Any], Any], Sequence[Any]]:
+    spec, rule, region = decision.spec, decision.site.rule, match.region
+    assert isinstance(spec, ffn_ops.FFNSpec)
+    assert rule is not None
+
+    def hire_ffn(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
+        def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
+            return region.run(pre, vectors, dict(zip(region.sides, sides, strict=True)))
+
+        if predict:
+            return ffn_ops.hire_ffn(
+                x, state, layer, spec=spec, activation=activation, predictor=rule.predictor
+            )
+        op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
+        return op(x, state, layer, spec=spec, activation=activation)
+
+    def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
+        x, *sides = ins
+        y = jax.jit(hire_ffn)(to_rows(x, match.x_axis), sides, state, layer)
+        return [_from_rows(y, match.down.out.shape, match.down.out_axis)]
+
+    return run
+
+
+def _head(
+    match: HeadMatch, decision: Decision, state: Any, mode: str, predict: bool
+) -> Callable[[Sequence[Any], Any], Sequence[Any]]:
+    spec, rule = decision.spec, decision.site.rule
+    assert isinstance(spec, head_ops.HeadSpec)
+    assert rule is not None
+
+    def hire_head(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
+        endpoints = _endpoints(match, dict(zip(match.sides, sides, strict=True)))
+        if predict:
+            return head_ops.hire_head(
+                x, state, layer, spec=spec, endpoints=endpoints, predictor=rule.predictor
+            )
+        if mode == "dense":
+            return head_ops.dense_head(x, state, layer, spec=spec, endpoints=endpoints)
+        (raw,) = head_ops.dense_head(x, state, layer, spec=spec, endpoints=lambda z: (z,))
+        return head_ops.exact_head(raw, spec=spec, endpoints=endpoints)
+
+    def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
+        x, *sides = ins
+        rows = to_rows(x, match.linear.x_axis)
+        results = jax.jit(hire_head)(rows, sides, state, layer)
+        return _endpoint_values(match, results)
+
+    return run
+
+
+def raw_replacement(decision: Decision) -> SiteReplacement:
+    """The exact top-k of a site in dense arithmetic on the weights as they are (mode "exact")."""
+    match, spec = decision.found.match, decision.spec
+    nodes = sorted(match.nodes, key=lambda node: node.index)
+    made = {value for node in nodes for value in node.outs}
+    read = (value for node in nodes for value in node.ins if value not in made)
+    inputs = tuple(dict.fromkeys(v for v in read if v.literal is None and v.const is None))
+
+    def exact_ffn(ins: Sequence[Any]) -> Sequence[Any]:
+        assert isinstance(match, FFNMatch) and isinstance(spec, ffn_ops.FFNSpec)
+        env = dict(zip(inputs, ins, strict=True))
+        for node in nodes[:-1]:
+            _step(node, env)
+        region = match.region
+        hidden = to_rows(env[region.value], region.axis)
+        kept = jnp.where(ffn_ops.topk_mask(hidden, spec), hidden, jnp.zeros_like(hidden))
+        env[region.value] = _from_rows(kept, region.value.shape, region.axis)
+        _step(nodes[-1], env)
+        return [env[match.down.out]]
+
+    def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
+        assert isinstance(match, HeadMatch) and isinstance(spec, head_ops.HeadSpec)
+        env = dict(zip(inputs, ins, strict=True))
+        _step(match.linear.node, env)
+        raw = to_rows(env[match.linear.out], match.linear.out_axis)
+        endpoints = _endpoints(match, {v: _look_up(v, env) for v in match.sides})
+        return _endpoint_values(match, head_ops.exact_head(raw, spec=spec, endpoints=endpoints))
+
+    ffn = isinstance(match, FFNMatch)
+    body = exact_ffn if ffn else exact_head
+    outputs = (match.down.out,) if isinstance(match, FFNMatch) else match.endpoints
+    return SiteReplacement(
+        decision.found.name, match.nodes, inputs, outputs, lambda ins, _: jax.jit(body)(ins)
+    )
+
+
+def _endpoints(match: HeadMatch, sides: Mapping[Value, Any]) -> head_ops.Endpoints:
+    """The function's own code behind the logits, from [tokens, V] to [tokens, V]."""
+
+    def run(raw: Any) -> tuple[Any, ...]:
+        linear = match.linear
+        env = {**sides, linear.out: _from_rows(raw, linear.out.shape, linear.out_axis)}
+        for node in match.chain:
+            _step(node, env)
+        return tuple(to_rows(env[v], match.axes[v]) for v in match.endpoints)
+
+    return run
+
+
+def _endpoint_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
+    return [
+        _from_rows(rows, value.shape, match.axes[value])
+        for value, rows in zip(match.endpoints, results, strict=True)
+    ]
+
+
+def _step(node: Node, env: dict[Value, Any]) -> None:
+    results = evaluate(node, [_look_up(value, env) for value in node.ins])
+    env.update(zip(node.outs, results, strict=True))
+
+
+def _look_up(value: Value, env: Mapping[Value, Any]) -> Any:
+    if value.literal is not None:
+        return literal_array(value)
+    return value.const if value.const is not None else env[value]
+
+
+def to_rows(array: Any, axis: int) -> Any:
+    """[tokens, n] with `axis` last and the other axes merged."""
+    return jnp.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+
+def _from_rows(rows: Any, shape: Sequence[int], axis: int) -> Any:
+    """[tokens, n] laid out as `shape`, the last axis of it at `axis`."""
+    others = [size for i, size in enumerate(shape) if i != axis]
+    assert math.prod(others) == rows.shape[0]
+    return jnp.moveaxis(rows.reshape(*others, rows.shape[1]), -1, axis)

@@ -1,0 +1,152 @@
+"""Emit a function again with some of its nodes replaced: interpret the view and retrace.
+
+Nothing is assembled by hand. What did not change goes through `jax.core.eval_jaxpr`, calls,
+loops and branches that hold a change go through their public combinator, and a replacement is an
+ordinary function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.passes.calls import BodyResult, inline_calls, structured_calls
+from hire_rewrite.passes.liveness import Liveness, liveness
+from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Replacement, schedule
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.view import evaluate
+from hire_rewrite.patterns.graph import Body, Node, Scope, Value
+from hire_rewrite.patterns.region import literal_array
+
+__all__ = ["Rewritten", "rewrite"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A function with replacements; `needs` are the numbers of the inputs that it still reads."""
+
+    scope: Scope
+    units: Mapping[Node, Replacement]
+    live: Liveness
+    needs: frozenset[int]
+
+    def __call__(self, inputs: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Results and the reports of the replacements, by site.
+
+        Args:
+          inputs: arrays by number; those of `needs` at least.
+        """
+        writer = _Writer(self.units, self.live)
+        env = {self.scope.inputs[i]: inputs[i] for i in self.needs}
+        return writer.run_scope(self.scope, env, {})
+
+
+def rewrite(trace: Trace, replacements: Sequence[Replacement]) -> Rewritten:
+    """The traced function with `replacements` in place of their nodes."""
+    units = {node: unit for unit in replacements for node in unit.nodes}
+    live = liveness(trace.scope, units)
+    needs = frozenset(i for i, value in enumerate(trace.scope.inputs) if value in live.values)
+    return Rewritten(trace.scope, units, live, needs)
+
+
+@dataclasses.dataclass
+class _Writer:
+    units: Mapping[Node, Replacement]
+    live: Liveness
+    schedules: dict[Scope, tuple[Item, ...]] = dataclasses.field(default_factory=dict)
+
+    def run_scope(
+        self, scope: Scope, env: dict[Value, Any], index: Mapping[Scope, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Results of a scope (None for those that nobody needs) and the reports in it."""
+        if scope not in self.schedules:
+            self.schedules[scope] = schedule(scope, self.units, self.live)
+        reports = self.run_items(self.schedules[scope], env, index)
+        results = [_read(v, env) if v in self.live.results else None for v in scope.outputs]
+        return results, reports
+
+    def run_items(
+        self, items: Sequence[Item], env: dict[Value, Any], index: Mapping[Scope, Any]
+    ) -> dict[str, Any]:
+        reports: dict[str, Any] = {}
+        for item in items:
+            if isinstance(item, Keep):
+                ins = [_read(value, env) for value in item.reads]
+                results = evaluate(item.entry, ins)
+            elif isinstance(item, Loop):
+                call = structured_calls[item.node.primitive]
+                result = call.write(item.node, _LoopWriter(self, item.node, env, index))
+                reports |= result.reports
+                results = [result.outputs.get(i) for i in range(len(item.writes))]
+            elif isinstance(item, Call):
+                results, inner = self._run_call(item, env, index)
+                reports |= inner
+            else:
+                ins = [_read(value, env) for value in item.reads]
+                results, report = item.replacement.emit(ins, index)
+                if report is not None:
+                    reports[item.replacement.name] = report
+            env.update((v, r) for v, r in zip(item.writes, results, strict=True) if r is not None)
+        return reports
+
+    def _run_call(
+        self, item: Call, env: Mapping[Value, Any], index: Mapping[Scope, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        def body(*arrays: Any) -> tuple[list[Any], dict[str, Any]]:
+            inner = dict(zip(item.reads, arrays, strict=True))
+            reports = self.run_items(item.items, inner, index)
+            return [inner[value] for value in item.writes], reports
+
+        eqn = item.frame.eqn
+        assert eqn is not None
+        wrapped = inline_calls[eqn.primitive].wrap(eqn, body)
+        assert wrapped is not None
+        return wrapped(*(_read(value, env) for value in item.reads))
+
+
+@dataclasses.dataclass
+class _LoopWriter:
+    """What `calls.StructuredCall.write` works with."""
+
+    writer: _Writer
+    node: Node
+    env: Mapping[Value, Any]
+    index: Mapping[Scope, Any]
+
+    def read(self, value: Value) -> Any:
+        return _read(value, self.env)
+
+    def is_live(self, value: Value) -> bool:
+        return value in self.writer.live.values
+
+    def run(self, body: Body, inputs: dict[int, Any], index: Any | None) -> BodyResult:
+        env = {body.scope.inputs[i]: array for i, array in inputs.items()}
+        around = self.index if index is None else {**self.index, body.scope: index}
+        outputs, reports = self.writer.run_scope(body.scope, env, around)
+        return BodyResult({j: o for j, o in enumerate(outputs) if o is not None}, reports)
+
+    def split_reports(
+        self, body: Body, reports: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        loops = {unit.name: unit.loops for unit in self.writer.units.values()}
+        apart = {name: r for name, r in reports.items() if body.scope in loops[name]}
+        return apart, {name: r for name, r in reports.items() if name not in apart}
+
+    def report_zeros(self, run: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        bodies = {scope for body in self.node.bodies for scope in body.scope.walk()}
+        if not any(unit.reports and node.scope in bodies for node, unit in self.writer.units.items()):
+            return {}
+        reports = jax.eval_shape(run, *args)[1]
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reports)
+
+
+def _read(value: Value, env: Mapping[Value, Any]) -> Any:
+    if value.literal is not None:
+        return literal_array(value)
+    if value.const is not None:
+        return value.const
+    return env[value]

@@ -1,0 +1,128 @@
+"""Trace a function to a flattened jaxpr, and name its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.passes.liveness import Liveness, liveness
+from hire_rewrite.passes.view import flatten
+from hire_rewrite.patterns.graph import Scope, Value
+from hire_rewrite.patterns.provenance import Provenance
+
+__all__ = ["Trace", "abstract", "trace"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """A function traced at some shapes.
+
+    Attributes:
+      closed: its closed jaxpr.
+      scope: the same, flattened.
+      weights: numbers of the inputs that hold weights.
+      paths: the path of each input, as `params/layers/w_up`.
+      out_tree: the structure of its results.
+    """
+
+    closed: Any
+    scope: Scope
+    weights: tuple[int, ...]
+    paths: tuple[str, ...]
+    out_tree: Any
+    provenance: Provenance
+    live: Liveness
+
+    def path(self, root: Value) -> str:
+        """The name of an input or of a closed-over array."""
+        if root.const is not None:
+            return f"closure[{'×'.join(map(str, root.shape))}]"
+        return self.paths[self.scope.inputs.index(root)]
+
+
+def trace(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    weights: Sequence[int],
+) -> Trace:
+    """Trace `fn` at the shapes of `args` and `kwargs` (arrays or `jax.ShapeDtypeStruct`s).
+
+    Raises:
+      HireRewriteError: an argument or a result is not an array.
+    """
+    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    names = _argument_names(fn, len(args))
+    paths, holds_weights = [], []
+    for number, (path, leaf) in enumerate(leaves):
+        positional = path[0].idx == 0
+        head = names[path[1].idx] if positional else str(path[1].key)
+        rest = jax.tree_util.keystr(path[2:], simple=True, separator="/")
+        paths.append(f"{head}/{rest}" if rest else head)
+        if positional and path[1].idx in weights:
+            holds_weights.append(number)
+        _check_leaf(paths[-1], leaf)
+
+    @functools.wraps(fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+    def flat(*arrays: Any) -> Any:
+        call_args, call_kwargs = jax.tree_util.tree_unflatten(in_tree, arrays)
+        return fn(*call_args, **call_kwargs)
+
+    try:
+        closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
+    except TypeError as error:
+        if "not a valid JAX type" not in str(error):
+            raise
+        raise HireRewriteError(
+            f"{_name(fn)} returns something that is no array: {str(error).splitlines()[0]} "
+            "Return arrays (or pytrees of them) alone, and keep other values outside."
+        ) from error
+    scope = flatten(closed)
+    return Trace(
+        closed=closed,
+        scope=scope,
+        weights=tuple(holds_weights),
+        paths=tuple(paths),
+        out_tree=jax.tree_util.tree_structure(shapes),
+        provenance=Provenance(scope, holds_weights),
+        live=liveness(scope),
+    )
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of an array, a number or a `jax.ShapeDtypeStruct`."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    try:
+        abstract(leaf)
+    except TypeError:
+        raise HireRewriteError(
+            f"argument {path} is a {type(leaf).__name__}, not an array: close over it (with "
+            "functools.partial, say) instead of passing it"
+        ) from None
+
+
+def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    """The names of the positional parameters, as far as the signature tells."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return [*names[:count], *(f"arg{i}" for i in range(len(names), count))]
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", None) or type(fn).__name__

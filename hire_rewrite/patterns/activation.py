@@ -1,0 +1,138 @@
+"""Which activation a region computes: found by running it, not by reading it.
+
+GELU alone has a dozen spellings. A region is a function of one pre-activation (or of two, if it
+is gated) at each position, so its values on a grid of numbers tell what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hire_rewrite.patterns.graph import Value
+from hire_rewrite.patterns.region import Region
+
+__all__ = ["Activation", "classify"]
+
+_GRID = np.concatenate([np.linspace(-6.0, 6.0, 49), [-0.013, 0.013]]).astype(np.float32)
+_erf = np.vectorize(math.erf)
+
+
+def _sigmoid(t: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-t))
+
+
+def _gelu_tanh(t: np.ndarray) -> np.ndarray:
+    return 0.5 * t * (1 + np.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3)))
+
+
+_KNOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda t: np.maximum(t, 0),
+    "relu2": lambda t: np.maximum(t, 0) ** 2,
+    "relu6": lambda t: np.clip(t, 0, 6),
+    "gelu": lambda t: 0.5 * t * (1 + _erf(t / math.sqrt(2))),
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": lambda t: t * _sigmoid(1.702 * t),
+    "silu": lambda t: t * _sigmoid(t),
+    "sigmoid": _sigmoid,
+    "tanh": np.tanh,
+    "softplus": lambda t: np.log1p(np.exp(t)),
+    "elu": lambda t: np.where(t > 0, t, np.expm1(t)),
+    "leaky_relu": lambda t: np.where(t > 0, t, 0.01 * t),
+    "mish": lambda t: t * np.tanh(np.log1p(np.exp(t))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """What a region computes at each position.
+
+    Attributes:
+      name: `"relu"`, `"silu"`, ...; `"linear"` or `"bilinear"` without a non-linearity;
+        `"custom"` if it is none that is known.
+      gate: the number of the projection that goes through the activation.
+      sparse: whether a non-positive gate makes the result exactly zero (the ReLU family).
+      gate_bias: the number of the vector that is added to the gate first, if there is one.
+    """
+
+    name: str
+    gate: int
+    sparse: bool
+    gate_bias: int | None
+
+
+def classify(region: Region) -> Activation:
+    """Name the activation of a region of one or two projections."""
+    with jax.ensure_compile_time_eval():
+        return _classify(region)
+
+
+def _classify(region: Region) -> Activation:
+    dtype = region.projections[0].linear.out.dtype
+    fine = jnp.finfo(dtype).eps < 1e-5
+    count = len(region.projections)
+    grid = _GRID
+    sides: Mapping[Value, jax.Array] = {v: jnp.ones(v.shape, v.dtype) for v in region.sides}
+
+    def run(pre: list[np.ndarray], lifted: int | None = None) -> np.ndarray:
+        arrays = []
+        for numbers, projection in zip(pre, region.projections, strict=True):
+            tokens = math.prod(projection.linear.token_shape)
+            row = jnp.asarray(numbers, projection.linear.out.dtype)
+            arrays.append(jnp.broadcast_to(row, (tokens, len(grid))))
+        vectors = [
+            jnp.full(len(grid), float(i == lifted), vector.value.dtype)
+            for i, vector in enumerate(region.vectors)
+        ]
+        return np.asarray(region.run(arrays, vectors, sides)[0], np.float32)
+
+    ones = np.ones_like(grid)
+    tolerance = 3e-5 if fine else 3e-2
+    gate = 0
+    if count == 2:
+        gate = next(
+            (
+                g
+                for g in (0, 1)
+                if np.allclose(
+                    run(_pair(g, grid, 2 * ones)), 2 * run(_pair(g, grid, ones)), rtol=2 * tolerance
+                )
+            ),
+            -1,
+        )
+    if count > 2 or gate < 0:
+        return Activation("custom", 0, False, None)
+
+    def curve(numbers: np.ndarray, lifted: int | None = None) -> np.ndarray:
+        return run([numbers] if count == 1 else _pair(gate, numbers, ones), lifted)
+
+    values = curve(grid)
+    name = _nearest(grid, values, tolerance, gated=count == 2)
+    sparse = bool(np.all(values[grid <= 0] == 0) and np.all(values[grid > 0] > 0))
+    gate_bias = next(
+        (
+            i
+            for i in range(len(region.vectors))
+            if np.allclose(curve(grid, i), curve(grid + 1), atol=tolerance, rtol=10 * tolerance)
+        ),
+        None,
+    )
+    return Activation(name, gate, sparse, gate_bias)
+
+
+def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+    return [first, second] if gate == 0 else [second, first]
+
+
+def _nearest(grid: np.ndarray, values: np.ndarray, tolerance: float, gated: bool) -> str:
+    slope, offset = np.polyfit(grid, values, 1)
+    if np.allclose(slope * grid + offset, values, atol=tolerance * 10, rtol=tolerance):
+        return "bilinear" if gated else "linear"
+    errors = {name: np.abs(known(grid) - values).max() for name, known in _KNOWN.items()}
+    best = min(errors, key=lambda name: float(errors[name]))
+    return best if errors[best] <= tolerance * max(1.0, np.abs(values).max()) else "custom"

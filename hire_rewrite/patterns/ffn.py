@@ -1,0 +1,101 @@
+"""FFN blocks: linear, something separate for each hidden position, linear."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from hire_rewrite.patterns.activation import Activation, classify
+from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.provenance import Provenance
+from hire_rewrite.patterns.region import Region, Uses, grow
+
+__all__ = ["FFNMatch", "match_ffn"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FFNMatch:
+    """`down(region(up(x), ...))`: the projections are in the region, in the order traced."""
+
+    region: Region
+    down: Linear
+    activation: Activation
+
+    @property
+    def x(self) -> Value:
+        return self.region.projections[0].linear.x
+
+    @property
+    def x_axis(self) -> int:
+        return self.region.projections[0].linear.x_axis
+
+    @property
+    def nodes(self) -> frozenset[Node]:
+        return self.region.nodes | {self.down.node}
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What the block reads besides its weights."""
+        return (self.x, *self.region.sides)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer of the block once, `down` last."""
+        ups = dict.fromkeys(projection.linear for projection in self.region.projections)
+        return (*ups, self.down)
+
+
+def match_ffn(
+    down: Linear,
+    linears: Mapping[Node, Linear],
+    provenance: Provenance,
+    uses: Uses,
+) -> FFNMatch:
+    """The FFN block that ends in `down`.
+
+    Raises:
+      Miss: `down` does not end one.
+    """
+    region = grow(down.x, down.x_axis, down.node, linears, provenance, uses)
+    matched = len(region.nodes) + 1
+    if not region.projections:
+        raise Miss("no linear layer leads to it", down.node, matched)
+    first = region.projections[0].linear
+    for projection in region.projections:
+        linear = projection.linear
+        if not (_same(linear.x, first.x) and linear.x_axis == first.x_axis):
+            raise Miss("its projections read different inputs", linear.node, matched)
+        if not _same_product(linear.node, first.node):
+            raise Miss("its projections differ in dtype or precision", linear.node, matched)
+    if _tokens(region) != math.prod(first.token_shape):
+        raise Miss("the hidden activation has other tokens than its input", down.node, matched)
+    activation = classify(region)
+    if activation.name == "linear":
+        raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
+    return FFNMatch(region, down, activation)
+
+
+def _same(a: Value, b: Value) -> bool:
+    """Whether two values are equal because they are computed alike (a cast written twice)."""
+    if a is b:
+        return True
+    if a.node is None or b.node is None or a.node.primitive is not b.node.primitive:
+        return False
+    if a.node.bodies or a.node.eqn.effects or len(a.node.outs) != 1:
+        return False
+    if len(a.node.ins) != 1 or a.node.params != b.node.params:
+        return False
+    return _same(a.node.ins[0], b.node.ins[0])
+
+
+def _same_product(a: Node, b: Node) -> bool:
+    names = ("precision", "preferred_element_type")
+    same = all(a.params.get(name) == b.params.get(name) for name in names)
+    return same and a.outs[0].dtype == b.outs[0].dtype
+
+
+def _tokens(region: Region) -> int:
+    return math.prod(size for i, size in enumerate(region.value.shape) if i != region.axis)

@@ -1,0 +1,180 @@
+"""The flattened view of a function: values, the nodes that define them, and nested scopes.
+
+A jaxpr nests calls inside calls. Most of them (`jit`, `checkpoint`, `custom_jvp`, ...) mean
+nothing to a matcher: their bodies are spread out in the caller's *scope*, so that a value keeps
+one identity on both sides of the call. Loops and branches mean something: they are nodes that
+own scopes of their own, tied to the outside by `Input` and `Output` links. The calls that were
+spread out are remembered as *frames*, so that the code can be emitted again as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+from jax.extend import core as jex_core
+
+__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Value"]
+
+
+class Value:
+    """One array of the flattened function. Compared by identity.
+
+    Exactly one of these says where it comes from: `node` (an equation's result), `literal` (a
+    scalar or array written into the jaxpr), `const` (an array that the function closed over),
+    or none of them: an input of its scope.
+    """
+
+    __slots__ = ("aval", "const", "literal", "node", "scope", "users")
+
+    def __init__(
+        self,
+        aval: Any,
+        scope: Scope,
+        *,
+        node: Node | None = None,
+        literal: Any = None,
+        const: Any = None,
+    ) -> None:
+        self.aval = aval
+        self.scope = scope
+        self.node = node
+        self.literal = literal
+        self.const = const
+        self.users: list[tuple[Node, int]] = []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return getattr(self.aval, "shape", ())
+
+    @property
+    def dtype(self) -> Any:
+        return self.aval.dtype
+
+    @property
+    def is_input(self) -> bool:
+        return self.node is None and self.literal is None and self.const is None
+
+    def __repr__(self) -> str:
+        source = "literal" if self.literal is not None else "const" if self.const is not None else ""
+        source = source or (f"{self.node.primitive}#{self.node.index}" if self.node else "input")
+        return f"Value({self.aval.str_short()}, {source})"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Node:
+    """One equation of a scope; `index` is its place in the order of execution."""
+
+    index: int
+    eqn: Any
+    scope: Scope
+    frame: Frame
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...] = ()
+    bodies: tuple[Body, ...] = ()
+    controls: tuple[Value, ...] = ()
+    """Operands that no body reads but that decide which one runs."""
+
+    @property
+    def primitive(self) -> Any:
+        return self.eqn.primitive
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    def __repr__(self) -> str:
+        return f"Node({self.primitive}#{self.index})"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Frame:
+    """A call whose body was spread out in the scope; the scope's own root has no equation."""
+
+    parent: Frame | None
+    eqn: Any | None
+    ins: tuple[Value, ...] = ()
+    outs: tuple[Value, ...] = ()
+    entries: list[Node | Frame] = dataclasses.field(default_factory=list)
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes in it, those of the frames inside included, in order."""
+        for entry in self.entries:
+            if isinstance(entry, Frame):
+                yield from entry.nodes()
+            else:
+                yield entry
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Scope:
+    """A function body with its calls spread out: the whole function, a loop body, a branch."""
+
+    parent: Node | None = None
+    length: int | None = 1
+    """How often it runs each time the parent runs; None if that is not known."""
+    inputs: list[Value] = dataclasses.field(default_factory=list)
+    outputs: list[Value] = dataclasses.field(default_factory=list)
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    root: Frame = dataclasses.field(default_factory=lambda: Frame(None, None))
+
+    def walk(self) -> Iterator[Scope]:
+        """This scope and every scope inside it, outermost first."""
+        yield self
+        for node in self.nodes:
+            for body in node.bodies:
+                yield from body.scope.walk()
+
+    def ancestors(self) -> Iterator[Scope]:
+        """This scope and those around it, innermost first."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent.scope if scope.parent is not None else None
+
+    def graph(self) -> nx.MultiDiGraph:
+        """Definitions to uses: nodes are equation numbers, an edge carries `value`, `position`."""
+        graph = nx.MultiDiGraph()
+        graph.add_nodes_from(range(len(self.nodes)))
+        graph.add_edges_from(
+            (value.node.index, node.index, {"value": value, "position": position})
+            for node in self.nodes
+            for position, value in enumerate(node.ins)
+            if value.node is not None
+        )
+        return graph
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Input:
+    """What an input of a body holds: an outer value whole, a slice of it, or a loop's carry."""
+
+    outer: Value
+    role: str
+    """`"const"`: the outer value; `"slice"`: one slice of its first axis for each iteration;
+    `"carry"`: the outer value at first, then an output of the last iteration."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """Where an output of a body goes: to the node's output `outer`, and back to inputs."""
+
+    outer: int | None
+    feeds: tuple[tuple[int, int], ...] = ()
+    """(body, input) pairs of the same node that hold it in the next iteration."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Body:
+    """A scope of a loop or branch with its links, one for each input and output."""
+
+    scope: Scope
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+
+
+def is_drop(var: Any) -> bool:
+    """Whether an equation's result is thrown away (printed as `_`)."""
+    return isinstance(var, jex_core.DropVar)

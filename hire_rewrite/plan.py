@@ -1,0 +1,118 @@
+"""What was found in a function and what will be done about it: values first, text second."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hire_rewrite.rules import Rule
+
+__all__ = ["Plan", "Rejection", "Site", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An FFN block or a vocabulary head.
+
+    Attributes:
+      name: the path of its weights in the arguments.
+      kind: `"ffn"` or `"head"`.
+      d_model: positions of its input.
+      width: hidden neurons, or rows of the vocabulary.
+      gated: whether an FFN multiplies two projections.
+      activation: `"relu"`, `"silu"`, ...; empty for a head.
+      repeats: times it runs in one call, lengths of the scans around it multiplied.
+      tokens: tokens in one run.
+      rule: the rule that decides about it, if there is one.
+      status: `"rewritten"` or `"dense"`.
+      reason: why.
+      bytes_before, bytes_after: weight bytes that one call reads here, dense and rewritten
+        (`bytes_after` equals `bytes_before` if no rule says what rewriting would be).
+      source: file and line of its last product.
+    """
+
+    name: str
+    kind: str
+    d_model: int
+    width: int
+    gated: bool
+    activation: str
+    repeats: int
+    tokens: int
+    rule: Rule | None
+    status: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """A linear layer that is part of no site.
+
+    Attributes:
+      name: the path of its weight.
+      shape: the weight's shape as the product sees it.
+      reason: what stopped the match that got furthest.
+      matched: how many equations had matched by then.
+      source: file and line of the equation that stopped it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    matched: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sites, near misses (closest first), opaque equations with products inside, unused rules."""
+
+    sites: tuple[Site, ...]
+    rejected: tuple[Rejection, ...] = ()
+    opaque: tuple[str, ...] = ()
+    unused_rules: tuple[Rule, ...] = ()
+
+    def __str__(self) -> str:
+        rewritten = sum(site.status == "rewritten" for site in self.sites)
+        parts = [f"{len(self.sites)} site(s), {rewritten} rewritten"]
+        if self.sites:
+            header = ["site", "kind", "layer", "runs", "tokens", "MB read", "status", "reason"]
+            parts.append(table([header, *map(_site_row, self.sites)]))
+        if self.rejected:
+            parts.append(f"{len(self.rejected)} linear layer(s) in no site")
+            header = ["weight", "shape", "matched", "reason", "source"]
+            parts.append(table([header, *map(_rejection_row, self.rejected)]))
+        if self.opaque:
+            parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
+        parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
+        return "\n".join(parts)
+
+
+def _site_row(site: Site) -> list[str]:
+    layer = f"{site.d_model} → {site.width}"
+    if site.kind == "ffn":
+        layer += f" {site.activation}" + (" gated" if site.gated else "")
+    read = f"{site.bytes_before / 1e6:.1f}"
+    if site.bytes_after != site.bytes_before:
+        read += f" → {site.bytes_after / 1e6:.1f}"
+    return [
+        site.name, site.kind, layer, str(site.repeats), str(site.tokens), read, site.status,
+        site.reason,
+    ]  # fmt: skip
+
+
+def _rejection_row(rejection: Rejection) -> list[str]:
+    shape = "×".join(map(str, rejection.shape))
+    return [rejection.name, shape, str(rejection.matched), rejection.reason, rejection.source]
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as aligned text; the first is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    return "\n".join(
+        ("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,153 @@
+"""What a user asks for: which sites to rewrite, with how many rows, and how to predict them.
+
+A rule is a noun. The first rule, in the order given, whose kind and `path` fit a site decides
+about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import re
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized
+
+__all__ = ["FFN", "Head", "LowRank", "Quantized", "Rule", "count"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FFN:
+    """Run FFN blocks on the top k of their hidden neurons.
+
+    Args:
+      k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int). All
+        others are zero: on a model that was not trained so, a small k gives another model.
+      candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
+        fraction or a number like `k`. By default twice `k`.
+      group: neurons that are chosen and fetched together. Where it does not divide the width,
+        the greatest common divisor of both is taken.
+      predictor: how the pre-activations of all neurons are guessed.
+      max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
+        their candidates together are most of the rows; None for no limit.
+      path: a regular expression; only sites whose name contains a match are asked for.
+      force: rewrite even where the estimate says that it does not pay.
+
+    Raises:
+      HireRewriteError: an argument is out of its range.
+    """
+
+    k: float | int
+    candidates: float | int | None = None
+    group: int = 8
+    predictor: Predictor = LowRank()
+    max_tokens: int | None = 8
+    path: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_amounts("FFN", self.k, self.candidates)
+        if not _is_int(self.group) or self.group < 1:
+            raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
+        _check_common("FFN", self.predictor, self.max_tokens, self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Compute exactly only those logits of a vocabulary head that may be among the greatest.
+
+    Args:
+      k: how many of the greatest logits must be exact; a number (int) or a fraction (float) of
+        the vocabulary.
+      candidates: k' ≥ k rows that are computed exactly; by default max(256, 4 k).
+      predictor: how all logits are guessed.
+      tail: what the logits outside the candidates hold where the function can see them:
+        `"predicted"` (the predictor's scores, never above the k greatest exact ones) or `"-inf"`.
+      min_width: a linear layer narrower than this is no vocabulary.
+      max_tokens, path, force: as in `FFN`.
+
+    Raises:
+      HireRewriteError: an argument is out of its range.
+    """
+
+    k: float | int = 64
+    candidates: float | int | None = None
+    predictor: Predictor = LowRank()
+    tail: str = "predicted"
+    min_width: int = 4096
+    max_tokens: int | None = None
+    path: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_amounts("Head", self.k, self.candidates)
+        if self.tail not in ("predicted", "-inf"):
+            raise HireRewriteError(f'Head: tail={self.tail!r} must be "predicted" or "-inf"')
+        if not _is_int(self.min_width) or self.min_width < 1:
+            raise HireRewriteError(f"Head: min_width={self.min_width!r} must be a positive int")
+        _check_common("Head", self.predictor, self.max_tokens, self.path)
+
+
+Rule = FFN | Head
+
+
+def count(amount: float | int, width: int, what: str) -> int:
+    """How many of `width` rows an amount (a fraction or a number) asks for.
+
+    Args:
+      what: the site and argument, for the message.
+
+    Raises:
+      HireRewriteError: a number above the width.
+    """
+    if _is_int(amount):
+        if amount > width:
+            raise HireRewriteError(
+                f"{what}={amount} is more than the width {width}: give at most {width}, or a "
+                "fraction (a float in (0, 1])"
+            )
+        return int(amount)
+    return max(1, math.ceil(round(float(amount) * width, 6)))
+
+
+def _is_int(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
+def _check_amounts(rule: str, k: object, candidates: object) -> None:
+    for name, amount in (("k", k), ("candidates", candidates)):
+        if amount is None and name == "candidates":
+            continue
+        if _is_int(amount):
+            valid = amount >= 1  # type: ignore[operator]
+        else:
+            valid = isinstance(amount, numbers.Real) and 0.0 < float(amount) <= 1.0
+            valid = valid and not isinstance(amount, bool)
+        if not valid:
+            raise HireRewriteError(
+                f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
+                "of rows (an int of at least 1)"
+            )
+    same_unit = candidates is not None and _is_int(k) == _is_int(candidates)
+    if same_unit and candidates < k:  # type: ignore[operator]
+        raise HireRewriteError(
+            f"{rule}: candidates={candidates} is less than k={k}: the k are chosen among the "
+            "candidates, so give at least as many"
+        )
+
+
+def _check_common(rule: str, predictor: object, max_tokens: object, path: object) -> None:
+    if not isinstance(predictor, Predictor):
+        raise HireRewriteError(
+            f"{rule}: predictor={predictor!r} is no predictor: give LowRank(...) or Quantized(...)"
+        )
+    if max_tokens is not None and (not _is_int(max_tokens) or max_tokens < 1):  # type: ignore[operator]
+        raise HireRewriteError(f"{rule}: max_tokens={max_tokens!r} must be a positive int or None")
+    if path is not None:
+        try:
+            re.compile(path)  # type: ignore[call-overload]
+        except (re.error, TypeError) as error:
+            raise HireRewriteError(
+                f"{rule}: path={path!r} is no regular expression: {error}"
+            ) from None
