@@ -84,6 +84,7 @@ class Transformed:
         on_miss: str,
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
+        self.name = getattr(fn, "__name__", None) or type(fn).__name__
         self.fn = fn
         self.rules = rules
         self.weights = weights
@@ -174,7 +175,7 @@ class Transformed:
         missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
         if missing:
             raise HireRewriteError(
-                f"{self.__name__}: the Packed lacks {', '.join(missing)}, which this call reads "
+                f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
                 "outside the packed sites: pack for a call like this one"
             )
         results, _ = rewritten(inputs)
@@ -211,7 +212,7 @@ class Transformed:
         for position in self.weights:
             if position >= len(args):
                 raise HireRewriteError(
-                    f"{self.__name__}: weights={position} but the call has {len(args)} positional "
+                    f"{self.name}: weights={position} but the call has {len(args)} positional "
                     "argument(s): give transform the position of the weights, or () if they are "
                     "closed over"
                 )
@@ -237,7 +238,7 @@ class Transformed:
             originals = jax.tree.unflatten(packed.origin.tree, packed.origin.specs)
             if len(originals) != len(self.weights):
                 raise HireRewriteError(
-                    f"{self.__name__}: the Packed was made of {len(originals)} weight arguments, "
+                    f"{self.name}: the Packed was made of {len(originals)} weight arguments, "
                     f"but this function has {len(self.weights)}: pack with this function"
                 )
             for position, original in zip(self.weights, originals, strict=True):
@@ -254,7 +255,7 @@ class Transformed:
         analysis = self._analyses[key]
         if packed is not None and packed.fingerprint != analysis.fingerprint:
             raise HireRewriteError(
-                f"{self.__name__}: the Packed was made for the plan {packed.fingerprint}, but this "
+                f"{self.name}: the Packed was made for the plan {packed.fingerprint}, but this "
                 f"call has the plan {analysis.fingerprint}: the rules, the sites or the shapes of "
                 "the weights differ; pack again with this function"
             )
@@ -266,7 +267,7 @@ class Transformed:
         if plan.unused_rules and self.on_miss != "ignore":
             unused = ", ".join(map(str, plan.unused_rules))
             message = (
-                f"no site of {self.__name__} fits {unused}: look at .plan(...), which says why "
+                f"no site of {self.name} fits {unused}: look at .plan(...), which says why "
                 "each linear layer is what it is, and change the rule's path or sizes"
             )
             if self.on_miss == "raise":
@@ -304,5 +305,5 @@ class Transformed:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"{self.__name__}: {message}", stacklevel=3)
+            warnings.warn(f"{self.name}: {message}", stacklevel=3)
 

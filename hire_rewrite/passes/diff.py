@@ -17,6 +17,7 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from hire_rewrite import _compat
+from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.graph import is_drop
 
 __all__ = ["Diff"]
@@ -32,11 +33,13 @@ class Diff:
     Attributes:
       before, after: the closed jaxprs.
       context: unchanged lines shown around a change.
+      expand: show what `hire_ffn` and `hire_head` are made of; one line each otherwise.
     """
 
     before: Any
     after: Any
     context: int = 3
+    expand: bool = False
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -73,7 +76,7 @@ class Diff:
         return shown
 
     def _marked(self) -> list[tuple[str, str]]:
-        old, new = _print(self.before), _print(self.after)
+        old, new = _print(self.before, self.expand), _print(self.after, self.expand)
         fresh = map("".join, _letters())
         old_names: dict[Any, str] = {}
         for line in old:
@@ -84,10 +87,19 @@ class Diff:
         )
         blocks = matcher.get_opcodes()
         new_names: dict[Any, str] = {}
+        pairs: list[tuple[_Line, _Line]] = []
         for tag, i1, i2, j1, j2 in blocks:
             if tag == "equal":
-                for a, b in zip(old[i1:i2], new[j1:j2], strict=True):
-                    _adopt(a.binds, b.binds, old_names, new_names)
+                pairs += zip(old[i1:i2], new[j1:j2], strict=True)
+        for a, b in pairs:
+            _adopt(a.binds, b.binds, old_names, new_names)
+        # What replaces a result takes its name, so that its readers look unchanged.
+        taken = set(new_names.values())
+        for a, b in pairs:
+            for v, w in _read_variables(a, b):
+                if w not in new_names and old_names.get(v, "_") not in {*taken, "_"}:
+                    new_names[w] = old_names[v]
+                    taken.add(old_names[v])
         for line in new:
             for var in line.binds:
                 if var not in new_names:
@@ -132,7 +144,7 @@ class _Line:
         return _INDENT * self.depth + text.strip()
 
 
-def _print(closed: Any, depth: int = 0, label: str = "") -> list[_Line]:
+def _print(closed: Any, expand: bool, depth: int = 0, label: str = "") -> list[_Line]:
     jaxpr, _ = _compat.open_jaxpr(closed)
     lines = [_Line(depth, f"λ{label}", (*jaxpr.constvars, *jaxpr.invars), (), opens=True)]
     for eqn in jaxpr.eqns:
@@ -140,14 +152,19 @@ def _print(closed: Any, depth: int = 0, label: str = "") -> list[_Line]:
         for name, param in sorted(eqn.params.items()):
             found = [p for p in (param if isinstance(param, tuple | list) else [param])]
             if found and all(map(_compat.is_jaxpr, found)):
-                inner += [(name if len(found) == 1 else f"{name}[{i}]", p) for i, p in enumerate(found)]
+                inner += [
+                    (name if len(found) == 1 else f"{name}[{i}]", p) for i, p in enumerate(found)
+                ]
             elif name not in _HIDDEN and not _is_plain(param):
                 shown.append(f"{name}={_short(param)}")
         what = f"{eqn.primitive}[{' '.join(shown)}]" if shown else str(eqn.primitive)
+        if not expand and str(eqn.params.get("name", "")).startswith("hire_"):
+            what += f" ({sum(map(_size, (sub for _, sub in inner)))} equations)"
+            inner = []
         binds = [var for var in eqn.outvars if not is_drop(var)]
         lines.append(_Line(depth + 1, what, binds, eqn.invars, opens=bool(inner)))
         for name, sub in inner:
-            lines += _print(sub, depth + 2, f" {name}")
+            lines += _print(sub, expand, depth + 2, f" {name}")
     lines.append(_Line(depth + 1, "return", (), jaxpr.outvars))
     return lines
 
@@ -162,6 +179,20 @@ def _adopt(
         if same is not None:
             free.remove(same)
             new_names.setdefault(var, old_names[same])
+
+
+def _size(closed: Any) -> int:
+    """Equations in a jaxpr and the jaxprs inside it."""
+    jaxpr, _ = _compat.open_jaxpr(closed)
+    return len(jaxpr.eqns) + sum(_size(sub) for eqn in jaxpr.eqns for sub in inner_jaxprs(eqn))
+
+
+def _read_variables(a: _Line, b: _Line) -> list[tuple[Any, Any]]:
+    """Variables that two aligned equations read in the same place."""
+    if a.opens or len(a.reads) != len(b.reads):
+        return []
+    both = zip(a.reads, b.reads, strict=True)
+    return [pair for pair in both if not any(isinstance(v, jex_core.Literal) for v in pair)]
 
 
 def _is_plain(param: Any) -> bool:

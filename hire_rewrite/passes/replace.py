@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import ffn as ffn_ops
@@ -43,7 +44,7 @@ class SiteReplacement:
     reports: bool = False
 
     def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
-        results = list(self.run(ins, layer_of(self.loops, index)))
+        results = list(self.run(ins, _layer_of(self.loops, index)))
         for value, result in zip(self.outputs, results, strict=True):
             got = jax.typeof(result)
             if (got.shape, got.dtype) != (value.shape, value.dtype):
@@ -55,11 +56,12 @@ class SiteReplacement:
         return results, None
 
 
-def layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
+def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
     """The number of the current iteration among all of the scans `loops`, i32[]."""
-    layer = jnp.int32(0)
-    for scope in loops:
-        assert scope.length is not None
+    if not loops:
+        return np.int32(0)
+    layer = index[loops[0]]
+    for scope in loops[1:]:
         layer = layer * scope.length + index[scope]
     return layer
 

@@ -40,7 +40,7 @@ class Operand:
 
 
 class Blocked(Exception):  # noqa: N818 (a finding, not an error)
-    """The operation mixes positions of the axis; the message completes "the hidden axis ..."."""
+    """The operation mixes positions of the axis; the message completes "the axis ..."."""
 
 
 class AxisRule:

@@ -162,7 +162,7 @@ def grow(
 
     def track(value: Value, axis: int, start: int) -> None:
         if axes.setdefault((value, start), axis) != axis:
-            raise Miss("the hidden axis is read along two axes of one value", reader, len(nodes))
+            raise Miss("its input is read along two axes of one value", reader, len(nodes))
         starts = tracked.setdefault(value, [])
         if start in starts:
             return
@@ -171,7 +171,7 @@ def grow(
             vectors.append(Vector(value, axis, start))
         elif value.node is None:
             raise Miss(
-                "the hidden axis comes from outside: an argument, a constant or a loop's carry",
+                "its input comes from outside: an argument, a constant or a loop's carry",
                 reader,
                 len(nodes),
             )
@@ -200,7 +200,7 @@ def grow(
                 try:
                     links = rule.operands(node, axis, output)
                 except Blocked as blocked:
-                    raise Miss(f"the hidden axis {blocked}", node, len(nodes)) from None
+                    raise Miss(f"its input axis {blocked}", node, len(nodes)) from None
                 for operand, link in zip(node.ins, links, strict=True):
                     if operand.literal is not None:
                         continue
@@ -225,15 +225,15 @@ def _check_uses(node: Node, nodes: set[Node], uses: Uses) -> None:
     """Raise if a result of the node is read outside the region grown so far."""
     for result in node.outs:
         if result in uses.results:
-            raise Miss("the hidden activation is also a result of the function", node, len(nodes))
+            raise Miss("its input is also a result of the function or of the loop around it", node, len(nodes))
         for user, _ in uses.users(result):
             if user not in nodes:
                 raise Miss(
-                    f"the hidden activation is also read by {user.primitive}", user, len(nodes)
+                    f"its input is also read by {user.primitive}", user, len(nodes)
                 )
 
 
 def _mixed_by(node: Node) -> str:
     if str(node.primitive) == "dot_general":
-        return "the hidden axis comes from a product that is not linear in a weight along it"
-    return f"{node.primitive} is not known to treat hidden positions separately"
+        return "its input comes from a product that is not linear in a weight along that axis"
+    return f"{node.primitive} is not known to treat the positions of its input axis separately"

