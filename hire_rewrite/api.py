@@ -72,7 +72,7 @@ def _transform(
         raise HireRewriteError(
             f"transform: on_miss={on_miss!r} must be one of {', '.join(_ON_MISS)}"
         )
-    positions = (weights,) if isinstance(weights, int) else tuple(weights)
+    positions = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
     if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in positions):
         raise HireRewriteError(
             f"transform: weights={weights!r} must be positions of arguments, counted from 0"

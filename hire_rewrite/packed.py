@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from hire_rewrite.errors import HireRewriteError
+
 __all__ = ["Origin", "Packed"]
 
 
@@ -19,11 +21,19 @@ class Origin:
     paths: tuple[str, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Computed once: a `jit` asks for it at every call."""
+        return hash(self.paths)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "sites"],
-    meta_fields=["fingerprint", "origin"],
+    meta_fields=["fingerprint", "origin", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -35,12 +45,25 @@ class Packed:
       sites: for each rewritten site its rows, row-major, and what its predictor needs.
       fingerprint: of the plan that it was made for.
       origin: what it was made from.
+      layout: shapes and dtypes of all its arrays.
     """
 
     weights: dict[str, jax.Array]
     sites: dict[str, Any]
     fingerprint: str
     origin: Origin
+    layout: tuple[jax.ShapeDtypeStruct, ...]
+
+    def check(self) -> None:
+        """Raise `HireRewriteError` if an array has another shape or dtype than when it was packed."""
+        found = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
+        for (path, leaf), want in zip(found, self.layout, strict=True):
+            if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+                raise HireRewriteError(
+                    f"Packed{jax.tree_util.keystr(path[1:])} is {leaf.dtype}{list(leaf.shape)} but "
+                    f"was packed for {want.dtype}{list(want.shape)}: pack again from the weights "
+                    "instead of changing the packed arrays"
+                )
 
     def __repr__(self) -> str:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((self.weights, self.sites)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import jax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.calibrate import collect
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Found, detect
@@ -184,9 +185,10 @@ class Transformed:
     def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
         """A `Packed` made of the raw weights in `args`; None if no site asks for one."""
         leaves = tuple(self._weight_leaves(args))
-        if self._seen is not None and len(self._seen[0]) == len(leaves):
-            if all(a is b for a, b in zip(self._seen[0], leaves, strict=True)):
-                return self._seen[1]
+        if self._seen is not None:
+            seen, packed = self._seen
+            if len(seen) == len(leaves) and all(map(operator.is_, seen, leaves)):
+                return packed
         analysis = self._analyze(None, args, kwargs)
         if not analysis.packing:
             return None
@@ -253,12 +255,15 @@ class Transformed:
         if key not in self._analyses:
             self._analyses[key] = self._new_analysis(*jax.tree.unflatten(tree, specs))
         analysis = self._analyses[key]
-        if packed is not None and packed.fingerprint != analysis.fingerprint:
+        if packed is None:
+            return analysis
+        if packed.fingerprint != analysis.fingerprint:
             raise HireRewriteError(
                 f"{self.name}: the Packed was made for the plan {packed.fingerprint}, but this "
                 f"call has the plan {analysis.fingerprint}: the rules, the sites or the shapes of "
                 "the weights differ; pack again with this function"
             )
+        packed.check()
         return analysis
 
     def _new_analysis(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Analysis:
@@ -306,4 +311,3 @@ class Transformed:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
-

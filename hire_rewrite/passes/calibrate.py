@@ -102,9 +102,7 @@ def collect(
         reports = run({i: inputs[i] for i in tapped.needs})
         for name, report in reports.items():
             moments = _merged(report, sites[name])
-            totals[name] = (
-                jax.tree.map(jnp.add, totals[name], moments) if name in totals else moments
-            )
+            totals[name] = totals[name] + moments if name in totals else moments
     for name in sites:
         if name not in totals:
             raise HireRewriteError(
@@ -124,13 +122,16 @@ def _check(number: int, batch: Any, example: Sequence[Any]) -> None:
             f"calibration batch {number} is a {type(batch).__name__}: give tuples of the arguments "
             "after the weights"
         )
-    got, want = jax.tree.structure(batch), jax.tree.structure(tuple(example))
+    got: Any = jax.tree.structure(batch)
+    want: Any = jax.tree.structure(tuple(example))
     if got != want:
         raise HireRewriteError(
             f"calibration batch {number} has the structure {got}, but the call has {want} after "
             "the weights: give batches structured as in a call"
         )
-    for a, b in zip(map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True):
+    for a, b in zip(
+        map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True
+    ):
         if a.dtype != b.dtype or len(a.shape) != len(b.shape):
             raise HireRewriteError(
                 f"calibration batch {number} holds {a.dtype}{list(a.shape)} where the call has "

@@ -201,14 +201,13 @@ def _site(
     found: Found, rule: Rule | None, status: str, reason: str, after: int | None = None
 ) -> Site:
     match = found.match
-    ffn = isinstance(match, FFNMatch)
     before = dense_bytes(found)
     return Site(
         name=found.name,
         kind=found.kind,
         d_model=match.linears[0].in_dim,
         width=match.region.size if isinstance(match, FFNMatch) else match.linear.out_dim,
-        gated=ffn and len(match.region.projections) > 1,
+        gated=isinstance(match, FFNMatch) and len(match.region.projections) > 1,
         activation=match.activation.name if isinstance(match, FFNMatch) else "",
         repeats=found.repeats,
         tokens=found.tokens,

@@ -144,9 +144,7 @@ def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]
     for node, miss in misses.items():
         weight = next(v for v in node.ins if trace.provenance.is_weight(v))
         name = _weight_path(trace, weight)
-        found.append(
-            Rejection(name, weight.shape, miss.reason, miss.matched, source_of(miss.node))
-        )
+        found.append(Rejection(name, weight.shape, miss.reason, miss.matched, source_of(miss.node)))
     return tuple(sorted(found, key=lambda rejection: -rejection.matched))
 
 

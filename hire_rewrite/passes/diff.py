@@ -111,8 +111,8 @@ class Diff:
             if tag != "equal":
                 marked += [("-", text) for text in before] + [("+", text) for text in after]
                 continue
-            for a, b in zip(before, after, strict=True):
-                marked += [(" ", a)] if a == b else [("-", a), ("+", b)]
+            for was, now in zip(before, after, strict=True):
+                marked += [(" ", was)] if was == now else [("-", was), ("+", now)]
         return marked
 
 
@@ -140,7 +140,9 @@ class _Line:
         )
         arrow = " = " if self.binds and not self.what.startswith("λ") else " "
         parts = [self.what, read] if arrow == " = " else [self.what]
-        text = f"{bound}{arrow}{' '.join(parts)}" if arrow == " = " else f"{self.what} {bound}{read}"
+        text = (
+            f"{bound}{arrow}{' '.join(parts)}" if arrow == " = " else f"{self.what} {bound}{read}"
+        )
         return _INDENT * self.depth + text.strip()
 
 
@@ -150,7 +152,7 @@ def _print(closed: Any, expand: bool, depth: int = 0, label: str = "") -> list[_
     for eqn in jaxpr.eqns:
         shown, inner = [], []
         for name, param in sorted(eqn.params.items()):
-            found = [p for p in (param if isinstance(param, tuple | list) else [param])]
+            found = list(param) if isinstance(param, tuple | list) else [param]
             if found and all(map(_compat.is_jaxpr, found)):
                 inner += [
                     (name if len(found) == 1 else f"{name}[{i}]", p) for i, p in enumerate(found)

@@ -34,9 +34,7 @@ def dense_bytes(found: Found) -> int:
     )
 
 
-def estimate(
-    found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, tokens: int
-) -> Bytes:
+def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, tokens: int) -> Bytes:
     """What rewriting a site saves with `tokens` in a call.
 
     Rows of several tokens are counted as if they shared none, which is what is fetched at most.

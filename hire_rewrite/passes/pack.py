@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,10 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.replace import packed_replacement
-from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.trace import Trace, abstract
 from hire_rewrite.passes.weights import Stacker, layers, narrow, site_loops
-from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Scope
 from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.patterns.linear import Linear
@@ -66,7 +66,8 @@ def pack(
     swaps = [packed_replacement(trace, d, states[d.found.name], "hire") for d in packing]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
-    return Packed(kept, states, fingerprint(decisions, origin), origin)
+    layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
+    return Packed(kept, states, fingerprint(decisions, origin), origin, layout)
 
 
 def _state(
@@ -92,9 +93,7 @@ def _state(
         axis=1,
     )
     count, projections, _, d_in = up.shape
-    predictor = _fit(
-        rule.predictor, up.reshape(count, projections * width, d_in), moments, advance
-    )
+    predictor = _fit(rule.predictor, up.reshape(count, projections * width, d_in), moments, advance)
     vectors = tuple(
         stacker.stack(vector.value, loops).reshape(count, -1)[:, vector.start :][:, :width]
         for vector in match.region.vectors
@@ -125,7 +124,8 @@ def _fit(
     fit = jax.jit(predictor.fit)
     states = []
     for layer in range(rows.shape[0]):
-        here = None if moments is None else jax.tree.map(lambda leaf: leaf[layer], moments)
+        one = operator.itemgetter(layer)
+        here = None if moments is None else jax.tree.map(one, moments)
         states.append(jax.block_until_ready(fit(rows[layer], here)))
         advance()
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

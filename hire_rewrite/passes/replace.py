@@ -66,9 +66,7 @@ def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
     return layer
 
 
-def packed_replacement(
-    trace: Trace, decision: Decision, state: Any, mode: str
-) -> SiteReplacement:
+def packed_replacement(trace: Trace, decision: Decision, state: Any, mode: str) -> SiteReplacement:
     """The replacement of a packed site.
 
     Args:
@@ -84,9 +82,7 @@ def packed_replacement(
         run = _head(match, decision, state, mode, predict)
         outputs = match.endpoints
     loops = site_loops(trace, match)
-    return SiteReplacement(
-        decision.found.name, match.nodes, match.inputs, outputs, run, loops
-    )
+    return SiteReplacement(decision.found.name, match.nodes, match.inputs, outputs, run, loops)
 
 
 def _ffn(
@@ -151,7 +147,8 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
     inputs = tuple(dict.fromkeys(v for v in read if v.literal is None and v.const is None))
 
     def exact_ffn(ins: Sequence[Any]) -> Sequence[Any]:
-        assert isinstance(match, FFNMatch) and isinstance(spec, ffn_ops.FFNSpec)
+        assert isinstance(match, FFNMatch)
+        assert isinstance(spec, ffn_ops.FFNSpec)
         env = dict(zip(inputs, ins, strict=True))
         for node in nodes[:-1]:
             _step(node, env)
@@ -163,7 +160,8 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
         return [env[match.down.out]]
 
     def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
-        assert isinstance(match, HeadMatch) and isinstance(spec, head_ops.HeadSpec)
+        assert isinstance(match, HeadMatch)
+        assert isinstance(spec, head_ops.HeadSpec)
         env = dict(zip(inputs, ins, strict=True))
         _step(match.linear.node, env)
         raw = to_rows(env[match.linear.out], match.linear.out_axis)

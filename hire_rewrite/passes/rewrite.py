@@ -102,7 +102,6 @@ class _Writer:
             return [inner[value] for value in item.writes], reports
 
         eqn = item.frame.eqn
-        assert eqn is not None
         wrapped = inline_calls[eqn.primitive].wrap(eqn, body)
         assert wrapped is not None
         return wrapped(*(_read(value, env) for value in item.reads))
@@ -138,7 +137,9 @@ class _LoopWriter:
 
     def report_zeros(self, run: Callable[..., Any], *args: Any) -> dict[str, Any]:
         bodies = {scope for body in self.node.bodies for scope in body.scope.walk()}
-        if not any(unit.reports and node.scope in bodies for node, unit in self.writer.units.items()):
+        if not any(
+            unit.reports and node.scope in bodies for node, unit in self.writer.units.items()
+        ):
             return {}
         reports = jax.eval_shape(run, *args)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reports)

@@ -104,9 +104,7 @@ class Swap:
 Item = Keep | Loop | Call | Swap
 
 
-def schedule(
-    scope: Scope, units: Mapping[Node, Replacement], live: Liveness
-) -> tuple[Item, ...]:
+def schedule(scope: Scope, units: Mapping[Node, Replacement], live: Liveness) -> tuple[Item, ...]:
     """The items of a scope in an order in which each finds what it reads.
 
     Args:

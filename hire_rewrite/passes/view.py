@@ -25,7 +25,6 @@ def flatten(closed: Any) -> Scope:
 def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
     """Run one equation on arrays as the jaxpr has it; `operands` for all its inputs."""
     eqn = node.eqn
-    assert eqn is not None
     bound = {
         atom: array
         for atom, array in zip(eqn.invars, operands, strict=True)
@@ -33,7 +32,7 @@ def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
     }
     kept = [var for var in eqn.outvars if not is_drop(var)]
     one = _EMPTY.replace(
-        invars=list(bound), outvars=kept, eqns=[eqn], effects=eqn.effects, debug_info=None
+        invars=list(bound), outvars=kept, eqns=[eqn], effects=eqn.effects
     )
     results = iter(jax.core.eval_jaxpr(one, (), *bound.values()))
     return [None if is_drop(var) else next(results) for var in eqn.outvars]

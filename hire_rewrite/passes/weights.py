@@ -29,7 +29,7 @@ __all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow", "site_loops"]
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """A value of a loop's body for all iterations: `array` has a leading axis for each of `over`."""
+    """A value in all iterations: `array` has a leading axis for each of the scans `over`."""
 
     array: jax.Array
     over: tuple[Scope, ...]
@@ -103,7 +103,7 @@ class Stacker:
 
 
 def narrow(value: Value) -> Value:
-    """The value before casts to a wider float, which lose nothing and are repeated after reading."""
+    """The value before casts to a wider float: they lose nothing, and come again after reading."""
     while (
         value.node is not None
         and value.node.primitive is p.convert_element_type_p

@@ -211,5 +211,3 @@ class _OptimizationBarrier(AxisRule):
 
 def _replaced(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
-
-

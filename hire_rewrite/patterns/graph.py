@@ -58,7 +58,9 @@ class Value:
         return self.node is None and self.literal is None and self.const is None
 
     def __repr__(self) -> str:
-        source = "literal" if self.literal is not None else "const" if self.const is not None else ""
+        source = (
+            "literal" if self.literal is not None else "const" if self.const is not None else ""
+        )
         source = source or (f"{self.node.primitive}#{self.node.index}" if self.node else "input")
         return f"Value({self.aval.str_short()}, {source})"
 
@@ -94,7 +96,8 @@ class Frame:
     """A call whose body was spread out in the scope; the scope's own root has no equation."""
 
     parent: Frame | None
-    eqn: Any | None
+    eqn: Any
+    """The call; None for the root of a scope."""
     ins: tuple[Value, ...] = ()
     outs: tuple[Value, ...] = ()
     entries: list[Node | Frame] = dataclasses.field(default_factory=list)

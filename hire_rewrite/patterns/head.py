@@ -211,9 +211,7 @@ def _keeps_tokens(node: Node, axis: int, operand: Value, axes: Mapping[Value, in
     return True
 
 
-def _pruned(
-    linear: Linear, chain: list[Node], axes: dict[Value, int], uses: Uses
-) -> HeadMatch:
+def _pruned(linear: Linear, chain: list[Node], axes: dict[Value, int], uses: Uses) -> HeadMatch:
     """Drop the nodes whose result is no logit but is read outside the chain."""
     while True:
         inside = {linear.node, *chain}
@@ -233,5 +231,3 @@ def _pruned(
             if any(v in dropped for v in node.ins):
                 dropped.update(node.outs)
         chain = [node for node in chain if node.outs[0] not in dropped]
-
-

@@ -52,9 +52,7 @@ class Provenance:
             current = stack.pop()
             if current.node is not None:
                 sources = list(current.node.ins)
-            elif current.const is not None or (
-                current.is_input and current.scope.parent is None
-            ):
+            elif current.const is not None or (current.is_input and current.scope.parent is None):
                 found[current] = None
                 continue
             elif current.is_input:
@@ -143,9 +141,7 @@ def _ends(body: Body, i: int) -> list[tuple[Value, Value]]:
         for j, output in enumerate(other.outputs):
             if (number, i) in output.feeds:
                 start = next(
-                    other.scope.inputs[k]
-                    for b, k in output.feeds
-                    if node.bodies[b] is other
+                    other.scope.inputs[k] for b, k in output.feeds if node.bodies[b] is other
                 )
                 found.append((start, other.scope.outputs[j]))
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -30,8 +30,9 @@ __all__ = ["Projection", "Region", "Uses", "Vector", "grow", "literal_array"]
 class Uses(Protocol):
     """Who reads a value (see `passes.liveness`)."""
 
-    results: set[Value]
-    """Values that are results of their scope."""
+    @property
+    def results(self) -> Collection[Value]:
+        """Values that are results of their scope."""
 
     def users(self, value: Value) -> list[tuple[Node, int]]:
         """The nodes that read a value, with the operand's position."""
@@ -104,9 +105,7 @@ class Region:
         result = self._run((self.value, 0), n, sides, done)
         return jnp.moveaxis(result, self.axis, -1).reshape(-1, n)
 
-    def _run(
-        self, key: Key, n: int, sides: Mapping[Value, Any], done: dict[Key, Any]
-    ) -> Any:
+    def _run(self, key: Key, n: int, sides: Mapping[Value, Any], done: dict[Key, Any]) -> Any:
         if key in done:
             return done[key]
         value, start = key
@@ -212,7 +211,13 @@ def grow(
     kept = {node for node in nodes if not all(map(provenance.is_weight, node.outs))}
     inner = tuple(v for v in sides if v.const is None)
     return Region(
-        value, axes[value, 0], size, axes, _ordered(projections), tuple(vectors), inner,
+        value,
+        axes[value, 0],
+        size,
+        axes,
+        _ordered(projections),
+        tuple(vectors),
+        inner,
         frozenset(kept - {end}),
     )
 
@@ -225,12 +230,14 @@ def _check_uses(node: Node, nodes: set[Node], uses: Uses) -> None:
     """Raise if a result of the node is read outside the region grown so far."""
     for result in node.outs:
         if result in uses.results:
-            raise Miss("its input is also a result of the function or of the loop around it", node, len(nodes))
+            raise Miss(
+                "its input is also a result of the function or of the loop around it",
+                node,
+                len(nodes),
+            )
         for user, _ in uses.users(result):
             if user not in nodes:
-                raise Miss(
-                    f"its input is also read by {user.primitive}", user, len(nodes)
-                )
+                raise Miss(f"its input is also read by {user.primitive}", user, len(nodes))
 
 
 def _mixed_by(node: Node) -> str:

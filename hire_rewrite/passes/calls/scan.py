@@ -46,7 +46,9 @@ class Scan:
             inputs = operands | dict(zip(carried, carry, strict=True))
             return writer.run(body, inputs | dict(zip(sliced, xs, strict=True)), index)
 
-        def step(state: tuple[Sequence[Any], Any], slices: tuple[Any, list[Any]]) -> tuple[Any, Any]:
+        def step(
+            state: tuple[Sequence[Any], Any], slices: tuple[Any, list[Any]]
+        ) -> tuple[Any, Any]:
             carry, totals = state
             result = iterate(carry, slices)
             apart, summed = writer.split_reports(body, result.reports)

@@ -1,0 +1,64 @@
+"""Rules refuse what they cannot mean, and say what to give instead."""
+
+import re
+
+import numpy as np
+import pytest
+
+import hire_rewrite as hire
+from hire_rewrite.rules import count
+
+
+@pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, -0.1, True, "half", None, float("nan")])
+def test_k_out_of_range(k):
+    with pytest.raises(hire.HireRewriteError, match="FFN: k="):
+        hire.FFN(k=k)
+    with pytest.raises(hire.HireRewriteError, match="Head: k="):
+        hire.Head(k=k)
+
+
+@pytest.mark.parametrize(("k", "candidates"), [(64, 32), (0.5, 0.25)])
+def test_fewer_candidates_than_k(k, candidates):
+    with pytest.raises(hire.HireRewriteError, match=re.escape(f"candidates={candidates}")):
+        hire.Head(k=k, candidates=candidates)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"group": 0}, "group=0"),
+        ({"predictor": "svd"}, "predictor='svd'"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"path": "("}, "path='\\('"),
+    ],
+)
+def test_ffn_arguments(arguments, message):
+    with pytest.raises(hire.HireRewriteError, match=message):
+        hire.FFN(k=0.1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"tail": "zero"}, "tail='zero'"), ({"min_width": 0}, "min_width=0")],
+)
+def test_head_arguments(arguments, message):
+    with pytest.raises(hire.HireRewriteError, match=message):
+        hire.Head(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("amount", "rows"),
+    [(0.05, 5), (1.0, 100), (1, 1), (100, 100), (0.001, 1), (np.int64(7), 7), (0.07, 7)],
+)
+def test_count(amount, rows):
+    assert count(amount, 100, "site: k") == rows
+
+
+def test_count_above_the_width_names_the_site():
+    with pytest.raises(hire.HireRewriteError, match="params/w: k=101 is more than the width 100"):
+        count(101, 100, "params/w: k")
+
+
+def test_rules_are_values():
+    assert hire.Head(k=4) == hire.Head(k=4)
+    assert len({hire.FFN(k=0.1), hire.FFN(k=0.1), hire.FFN(k=0.2)}) == 2

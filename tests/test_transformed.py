@@ -1,0 +1,422 @@
+"""`transform` from the front door: calls, compositions, packing, and bad input."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hire_rewrite as hire
+
+D, F, V, LAYERS = 32, 64, 256, 3
+FULL = (
+    hire.FFN(k=1.0, candidates=1.0, force=True),
+    hire.Head(k=1.0, candidates=1.0, min_width=128, force=True),
+)
+SMALL = (
+    hire.FFN(k=0.5, candidates=0.75, force=True),
+    hire.Head(k=8, candidates=32, min_width=128, predictor=hire.LowRank(8), force=True),
+)
+
+
+def init(seed=0, scale=1.0):
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+
+    def normal(*shape):
+        return scale * jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])
+
+    return {
+        "embed": normal(V, D) * np.sqrt(V / D),
+        "layers": {
+            "gate": normal(LAYERS, D, F),
+            "up": normal(LAYERS, D, F),
+            "down": normal(LAYERS, F, D),
+        },
+    }
+
+
+def step(params, token, cache):
+    """token: i32[batch] → logits f32[batch, V], cache f32[batch, D]."""
+
+    def layer(x, w):
+        n = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+        return x + (jax.nn.silu(n @ w["gate"]) * (n @ w["up"])) @ w["down"], None
+
+    x = params["embed"][token] + cache
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return {"logits": x @ params["embed"].T, "cache": x}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init()
+
+
+@pytest.fixture
+def call():
+    token = jnp.array([3, 5], jnp.int32)
+    return token, jax.random.normal(jax.random.key(9), (2, D))
+
+
+def pack(fn, params, call, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fn.pack(params, *call, **kwargs)
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), a, b)
+
+
+# Identity at full budget, in every composition.
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+@pytest.mark.parametrize("packs", [True, False])
+def test_full_budget_is_the_original(params, call, mode, packs):
+    fn = hire.transform(step, *FULL, mode=mode)
+    assert [s.status for s in fn.plan(params, *call).sites] == ["rewritten"] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights = fn.pack(params, *call) if packs else params
+        close(fn(weights, *call), step(params, *call))
+
+
+def test_under_jit_with_donation(params, call):
+    fn = hire.transform(step, *FULL)
+    packed = pack(fn, params, call)
+    token, cache = call
+    want = step(params, token, cache)
+    jitted = jax.jit(fn, donate_argnums=2)
+    given = jnp.array(cache)
+    close(jitted(packed, token, given), want)
+    assert given.is_deleted()
+
+
+def test_under_vmap(params, call):
+    fn = hire.transform(step, *FULL)
+    token, cache = call
+    packed = pack(fn, params, (token[0], cache[0]))
+    mapped = jax.vmap(fn, in_axes=(None, 0, 0))(packed, token, cache)
+    close(mapped, jax.vmap(step, in_axes=(None, 0, 0))(params, token, cache))
+
+
+def test_under_an_outer_scan(params, call):
+    fn = hire.transform(step, *FULL)
+    packed = pack(fn, params, call)
+    token, cache = call
+
+    def generate(step, weights):
+        def body(state, _):
+            out = step(weights, *state)
+            token = jnp.argmax(out["logits"], -1).astype(jnp.int32)
+            return (token, out["cache"]), out["logits"]
+
+        return jax.jit(lambda: jax.lax.scan(body, (token, cache), length=4))()
+
+    close(generate(fn, packed), generate(step, params))
+
+
+def test_a_generation_loop_inside(params, call):
+    def generate(params, token, cache):
+        def body(state, _):
+            out = step(params, *state)
+            return (jnp.argmax(out["logits"], -1).astype(jnp.int32), out["cache"]), state[0]
+
+        return jax.lax.scan(body, (token, cache), length=5)
+
+    fn = hire.transform(generate, *FULL)
+    sites = {s.kind: s for s in fn.plan(params, *call).sites}
+    assert (sites["ffn"].repeats, sites["head"].repeats) == (5 * LAYERS, 5)
+    packed = pack(fn, params, call)
+    close(fn(packed, *call), generate(params, *call))
+
+
+def test_gradient_in_mode_exact(params, call):
+    fn = hire.transform(step, *FULL, mode="exact")
+
+    def loss(step, params):
+        return jax.nn.logsumexp(step(params, *call)["logits"], -1).sum()
+
+    close(jax.grad(functools.partial(loss, fn))(params), jax.grad(functools.partial(loss, step))(params))
+
+
+def test_lowering_ahead_of_time(params, call):
+    fn = hire.transform(step, *FULL)
+    packed = pack(fn, params, call)
+    compiled = jax.jit(fn).lower(packed, *call).compile()
+    close(compiled(packed, *call), step(params, *call))
+
+
+def test_names_in_the_lowered_text(params, call):
+    fn = hire.transform(step, *FULL)
+    text = jax.jit(fn).lower(pack(fn, params, call), *call).as_text()
+    assert "hire_ffn" in text
+    assert "hire_head" in text
+
+
+def test_keyword_arguments(params, call):
+    fn = hire.transform(step, *FULL)
+    token, cache = call
+    packed = fn.pack(params, token, cache=cache, calibration=[(token,)])
+    close(fn(packed, token, cache=cache), step(params, token, cache))
+
+
+# At a real budget.
+
+
+def test_hire_agrees_with_exact_where_recall_is_one(params, call):
+    rules = (SMALL[0], hire.Head(k=8, candidates=32, min_width=128, force=True))
+    rules = tuple(hire.FFN(k=0.5, candidates=1.0, force=True) if i == 0 else r for i, r in enumerate(rules))
+    fn, exact = (hire.transform(step, *rules, mode=mode) for mode in ("hire", "exact"))
+    packed = pack(fn, params, call)
+    got, want = fn(packed, *call), exact(params, *call)
+    close(got["cache"], want["cache"])  # all neurons are candidates, so the FFN's recall is 1
+    assert not np.allclose(got["cache"], step(params, *call)["cache"], atol=1e-2)
+    top = np.argsort(-np.asarray(want["logits"]), -1)[:, :8]
+    found = np.take_along_axis(np.asarray(got["logits"]), top, -1)
+    exactly = np.isclose(found, np.take_along_axis(np.asarray(want["logits"]), top, -1), atol=1e-4)
+    assert exactly[:, 0].all()
+
+
+def test_a_token_does_not_depend_on_its_neighbors(params):
+    fn = hire.transform(step, *SMALL)
+    token = jnp.arange(4, dtype=jnp.int32)
+    cache = jax.random.normal(jax.random.key(1), (4, D))
+    packed = pack(fn, params, (token, cache))
+    together = fn(packed, token, cache)
+    for i in range(4):
+        alone = fn(packed, token[i : i + 1], cache[i : i + 1])
+        close(alone, jax.tree.map(lambda x, i=i: x[i : i + 1], together))
+
+
+def test_prefill_keeps_the_same_top_k(params):
+    """More tokens than max_tokens: dense arithmetic, but the model stays the same."""
+    fn = hire.transform(step, hire.FFN(k=0.5, candidates=1.0, max_tokens=2, force=True))
+    token = jnp.arange(5, dtype=jnp.int32)
+    cache = jnp.zeros((5, D))
+    packed = pack(fn, params, (token[:1], cache[:1]))
+    site = next(s for s in fn.plan(packed, token, cache).sites if s.kind == "ffn")
+    assert site.status == "dense"
+    assert "max_tokens" in site.reason
+    many = fn(packed, token, cache)
+    one = fn(packed, token[:1], cache[:1])
+    close(one["cache"][0], many["cache"][0])
+
+
+def test_fitted_predictor_recalls_better(params):
+    rule = hire.Head(k=1, candidates=8, min_width=128, predictor=hire.LowRank(4), force=True)
+    fn = hire.transform(step, rule)
+    narrow = jax.random.normal(jax.random.key(2), (4, D))
+
+    def batch(seed, n=64):
+        key = jax.random.key(seed)
+        token = jax.random.randint(key, (n,), 0, V)
+        return token, jax.random.normal(key, (n, 4)) @ narrow * 3
+
+    test = batch(7, 256)
+    dense = np.argmax(step(params, *test)["logits"], -1)
+    fitted = fn.pack(params, *test, calibration=[batch(s) for s in range(4)])
+    plain = pack(fn, params, test)
+
+    def recall(packed):
+        return float(np.mean(np.argmax(fn(packed, *test)["logits"], -1) == dense))
+
+    assert recall(fitted) > recall(plain) + 0.1
+
+
+# Raw weights.
+
+
+def test_raw_weights_warn_once_and_pack_once(params, call):
+    fn = hire.transform(step, *SMALL)
+    with pytest.warns(UserWarning, match="packed on first sight"):
+        first = fn(params, *call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(fn(params, *call), first)
+
+
+def test_raw_weights_that_change_are_packed_again(params, call):
+    fn = hire.transform(step, *FULL)
+    other = init(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(fn(params, *call), step(params, *call))
+        close(fn(other, *call), step(other, *call))
+
+
+def test_raw_weights_inside_a_trace(params, call):
+    fn = hire.transform(step, *FULL)
+    with pytest.warns(UserWarning, match="inside an outer trace"):
+        close(jax.jit(fn)(params, *call), step(params, *call))
+
+
+def test_closed_over_weights(params, call):
+    fn = hire.transform(functools.partial(step, params), *FULL, weights=())
+    packed = fn.pack(*call, calibration=[call])
+    assert set(packed.sites) == {s.name for s in fn.plan(*call).sites}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(fn(*call), step(params, *call))
+
+
+def test_two_weight_arguments(params, call):
+    def split(layers, embed, token, cache):
+        return step({"layers": layers, "embed": embed}, token, cache)
+
+    fn = hire.transform(split, *FULL, weights=(0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = fn.pack(params["layers"], params["embed"], *call)
+    close(fn(packed, None, *call), step(params, *call))
+
+
+def test_as_a_decorator(params, call):
+    @hire.transform
+    def plain(params, token, cache):
+        """Documented."""
+        return step(params, token, cache)
+
+    @hire.transform(*FULL, mode="exact")
+    def ruled(params, token, cache):
+        return step(params, token, cache)
+
+    assert plain.__doc__ == "Documented."
+    assert plain.plan(params, *call).sites[0].status == "dense"
+    close(ruled(params, *call), step(params, *call))
+
+
+# Packed.
+
+
+def test_packed_is_a_pytree_of_arrays(params, call):
+    fn = hire.transform(step, *FULL)
+    packed = pack(fn, params, call)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(packed))
+    assert set(packed.weights) == {"params/embed"}  # tied: the lookup still reads it
+    moved = jax.device_put(jax.tree.map(jnp.copy, packed), jax.devices()[1])
+    token, cache = jax.device_put(call, jax.devices()[1])
+    close(fn(moved, token, cache), step(params, *call))
+    abstract = jax.eval_shape(lambda p: p, packed)
+    assert abstract.fingerprint == packed.fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = jax.eval_shape(lambda p: fn.pack(p, *call), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), packed
+    )
+
+
+# Functions without sites.
+
+
+def test_without_sites_the_jaxpr_is_the_same(call):
+    def attention(params, x):
+        q, k, v = (x @ params[name] for name in "qkv")
+        return jax.nn.softmax(q @ k.T) @ v
+
+    params = {name: jnp.ones((D, D)) for name in "qkv"}
+    x = jnp.ones((4, D))
+    fn = hire.transform(attention)
+    assert fn.plan(params, x).sites == ()
+    assert str(jax.make_jaxpr(fn)(params, x)) == str(jax.make_jaxpr(attention)(params, x))
+    assert not fn.diff(params, x).changed
+    packed = fn.pack(params, x)
+    close(fn(packed, x), attention(params, x))
+
+
+# Bad input.
+
+
+def test_a_rule_that_matches_nothing(params, call):
+    rule = hire.Head(path="no such site")
+    hire.transform(step, rule).plan(params, *call)
+    with pytest.warns(UserWarning, match="no site of step fits"):
+        hire.transform(step, rule, on_miss="warn").plan(params, *call)
+    with pytest.raises(hire.HireRewriteError, match="no site of step fits"):
+        hire.transform(step, rule, on_miss="raise").plan(params, *call)
+    assert hire.inspect(step, params, *call, rules=[rule]).unused_rules == (rule,)
+
+
+def test_more_rows_than_the_site_has(params, call):
+    rule = hire.Head(k=V + 1, candidates=V + 2, min_width=128)
+    with pytest.raises(hire.HireRewriteError, match=r"params/embed: k=257 .* width 256"):
+        hire.inspect(step, params, *call, rules=[rule])
+    rule = hire.FFN(k=0.5, candidates=8)
+    with pytest.raises(hire.HireRewriteError, match=r"candidates=8 .* less than the 32"):
+        hire.inspect(step, params, *call, rules=[rule])
+
+
+def test_packed_for_another_plan(params, call):
+    packed = pack(hire.transform(step, *FULL), params, call)
+    with pytest.raises(hire.HireRewriteError, match="made for the plan"):
+        hire.transform(step, *SMALL)(packed, *call)
+
+
+def test_packed_for_other_shapes(params, call):
+    fn = hire.transform(step, *FULL)
+    packed = pack(fn, params, call)
+    broken = jax.tree.map(lambda x: x[..., :-1], packed)
+    with pytest.raises(hire.HireRewriteError, match="packed for"):
+        fn(broken, *call)
+    with pytest.raises(hire.HireRewriteError, match="packed for"):
+        fn(jax.tree.map(lambda x: x.astype(jnp.float16), packed), *call)
+
+
+@pytest.mark.parametrize("weights", [-1, "params", 1.5, True])
+def test_weights_are_positions(weights):
+    with pytest.raises(hire.HireRewriteError, match="weights="):
+        hire.transform(step, weights=weights)
+
+
+def test_weights_out_of_range(params, call):
+    with pytest.raises(hire.HireRewriteError, match="weights=7 but the call has 3"):
+        hire.transform(step, weights=7).plan(params, *call)
+
+
+def test_results_that_are_no_arrays(params, call):
+    fn = hire.transform(lambda params, x: {"y": x, "note": "text"})
+    with pytest.raises(hire.HireRewriteError, match="returns something that is no array"):
+        fn.plan(params, call[1])
+
+
+def test_arguments_that_are_no_arrays(params, call):
+    fn = hire.transform(lambda params, x, act: act(x))
+    with pytest.raises(hire.HireRewriteError, match="argument act is a .*, not an array"):
+        fn.plan(params, call[1], jnp.tanh)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda t, c: [t, c], "is a list"),
+        (lambda t, c: (t,), "structure"),
+        (lambda t, c: (t, {"cache": c}), "structure"),
+        (lambda t, c: (t.astype(jnp.float32), c), "float32"),
+        (lambda t, c: (t[None], c[None]), "leading sizes"),
+        (lambda t, c: (t, c * jnp.nan), "NaN"),
+    ],
+)
+def test_calibration_batches(params, call, batch, message):
+    fn = hire.transform(step, *FULL)
+    with pytest.raises(hire.HireRewriteError, match=message):
+        fn.pack(params, *call, calibration=[call, batch(*call)])
+
+
+def test_calibration_without_batches(params, call):
+    fn = hire.transform(step, *FULL)
+    with pytest.raises(hire.HireRewriteError, match="no calibration batch"):
+        fn.pack(params, *call, calibration=[])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"mode": "fast"}, {"on_miss": "shrug"}, {"rules": ("Head",)}, {"fn": 3}]
+)
+def test_transform_arguments(arguments):
+    rules = arguments.pop("rules", ())
+    fn = arguments.pop("fn", step)
+    with pytest.raises(hire.HireRewriteError, match="transform: "):
+        hire.transform(fn, *rules, **arguments)
