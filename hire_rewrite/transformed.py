@@ -94,13 +94,16 @@ class Transformed:
         self._analyses: dict[Any, _Analysis] = {}
         self._seen: tuple[tuple[Any, ...], Packed] | None = None
         self._warned: set[str] = set()
-        self._compiled = jax.jit(self._run, inline=True)
+        self._compiled = jax.jit(self._run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed, args = self._split(args)
         if packed is None and self.mode == "hire":
             packed = self._packed_on_sight(args, kwargs)
-        return self._compiled(packed, self._without_weights(args, packed), kwargs)
+        operands = (packed, self._without_weights(args, packed), kwargs)
+        # Under a trace the code goes straight into it, so that nothing is nested without need.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands))
+        return (self._run if traced else self._compiled)(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
@@ -169,7 +172,7 @@ class Transformed:
             swaps = [raw_replacement(decision) for decision in analysis.packing]
         else:
             swaps = [
-                packed_replacement(analysis.trace, d, packed.sites[d.found.name], self.mode)
+                packed_replacement(analysis.trace, d, packed.sites[d.state], self.mode)
                 for d in analysis.packing
             ]
         rewritten = rewrite(analysis.trace, swaps)
@@ -253,7 +256,16 @@ class Transformed:
             raise
         key = (tree, specs)
         if key not in self._analyses:
-            self._analyses[key] = self._new_analysis(*jax.tree.unflatten(tree, specs))
+            try:
+                self._analyses[key] = self._new_analysis(*jax.tree.unflatten(tree, specs))
+            except (TypeError, ValueError) as error:
+                if packed is None or isinstance(error, HireRewriteError):
+                    raise
+                raise HireRewriteError(
+                    f"{self.name}: the function cannot be traced with weights of the shapes that "
+                    f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
+                    "arguments are right, pack again from this function's weights"
+                ) from error
         analysis = self._analyses[key]
         if packed is None:
             return analysis
@@ -300,7 +312,7 @@ class Transformed:
             return other.trace, found, jax.tree.leaves((tuple(full), kwargs))
 
         sites = {
-            d.found.name: layers(site_loops(analysis.trace, d.found.match))
+            d.found.name: (d.state, layers(site_loops(analysis.trace, d.found.match)))
             for d in analysis.packing
             if d.site.rule is not None and d.site.rule.predictor.wants_calibration
         }

@@ -366,6 +366,34 @@ def test_packed_for_other_shapes(params, call):
         fn(jax.tree.map(lambda x: x.astype(jnp.float16), packed), *call)
 
 
+def test_packed_for_a_model_of_another_size(params, call):
+    def narrow(params, token, cache):
+        return step(params, token, cache[:, : D // 2])
+
+    halved = jax.tree.map(lambda x: x[..., : D // 2] if x.shape[-1] == D else x, params)
+    halved["layers"] = {
+        "gate": params["layers"]["gate"][:, : D // 2],
+        "up": params["layers"]["up"][:, : D // 2],
+        "down": halved["layers"]["down"],
+    }
+    packed = pack(hire.transform(narrow, *FULL), halved, call)
+    with pytest.raises(hire.HireRewriteError, match="cannot be traced with weights of the shapes"):
+        hire.transform(step, *FULL)(packed, *call)
+
+
+def test_one_weight_in_two_sites_is_packed_once(params, call):
+    def twice(params, token, cache):
+        first = step(params, token, cache)
+        second = step(params, token, first["cache"])
+        return first["logits"], second["logits"]
+
+    fn = hire.transform(twice, *FULL)
+    packed = fn.pack(params, *call, calibration=[call])
+    assert len(fn.plan(params, *call).sites) == 4
+    assert len(packed.sites) == 2
+    close(fn(packed, *call), twice(params, *call))
+
+
 @pytest.mark.parametrize("weights", [-1, "params", 1.5, True])
 def test_weights_are_positions(weights):
     with pytest.raises(hire.HireRewriteError, match="weights="):

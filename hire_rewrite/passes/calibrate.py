@@ -75,15 +75,15 @@ def _merged(moments: Moments, layers: int) -> Moments:
 def collect(
     batches: Iterable[tuple[Any, ...]],
     example: Sequence[Any],
-    sites: Mapping[str, int],
+    sites: Mapping[str, tuple[str, int]],
     call: Callable[[tuple[Any, ...]], tuple[Trace, Sequence[Found], Sequence[Any]]],
 ) -> dict[str, Moments]:
-    """Moments of the sites' inputs over all batches, with one leading axis of layers.
+    """Moments of the sites' inputs over all batches, with one leading axis of layers, by state.
 
     Args:
       batches: tuples of the arguments after the weights.
       example: those arguments in the call that is packed for.
-      sites: how many layers each site has, by name.
+      sites: for each site the state that it uses (sites may share one), and its layers.
       call: the trace, the sites and the input arrays of a call with a batch.
 
     Raises:
@@ -101,9 +101,10 @@ def collect(
         tapped, run = taps[traced]
         reports = run({i: inputs[i] for i in tapped.needs})
         for name, report in reports.items():
-            moments = _merged(report, sites[name])
-            totals[name] = totals[name] + moments if name in totals else moments
-    for name in sites:
+            state, layers = sites[name]
+            moments = _merged(report, layers)
+            totals[state] = totals[state] + moments if state in totals else moments
+    for name in {state for state, _ in sites.values()}:
         if name not in totals:
             raise HireRewriteError(
                 f"{name}: no calibration batch reached it: give batches of calls that run it"

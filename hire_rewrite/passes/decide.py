@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn import FFNSpec
@@ -30,12 +30,15 @@ class Decision:
     Attributes:
       packs: whether the site's weights are packed: a rule asks for it, and it pays for one token.
         (Whether it is rewritten in a given call depends on that call's tokens as well.)
+      state: the name under which they are packed: the first site's with the same weights, so
+        that a weight that is used several times is packed once.
     """
 
     found: Found
     site: Site
     spec: FFNSpec | HeadSpec | None
     packs: bool
+    state: str
 
     @property
     def rewritten(self) -> bool:
@@ -68,6 +71,7 @@ def decide(detection: Detection, rules: Sequence[Rule]) -> tuple[Plan, tuple[Dec
         used.add(number)
         decisions.append(_with_rule(found, rules[number]))
     unused = () if default else tuple(r for i, r in enumerate(rules) if i not in used)
+    decisions = _sharing(decisions)
     plan = Plan(
         tuple(decision.site for decision in decisions),
         detection.rejected,
@@ -75,6 +79,16 @@ def decide(detection: Detection, rules: Sequence[Rule]) -> tuple[Plan, tuple[Dec
         unused,
     )
     return plan, tuple(decisions)
+
+
+def _sharing(decisions: Sequence[Decision]) -> list[Decision]:
+    first: dict[Hashable, str] = {}
+    shared = []
+    for decision in decisions:
+        key = (decision.found.weights, decision.spec, decision.site.rule)
+        name = first.setdefault(key, decision.found.name) if decision.packs else decision.state
+        shared.append(dataclasses.replace(decision, state=name))
+    return shared
 
 
 def _fits(rule: Rule, found: Found, default: bool) -> bool:
@@ -97,7 +111,7 @@ def _without_rule(found: Found) -> Decision:
             f"{match.activation.name} zeroes no neuron, so a top-k changes a model that was not "
             "trained with one; ask with FFN(k=...)"
         )
-    return Decision(found, _site(found, None, "dense", reason), None, False)
+    return Decision(found, _site(found, None, "dense", reason), None, False, found.name)
 
 
 def _with_rule(found: Found, rule: Rule) -> Decision:
@@ -121,7 +135,7 @@ def _with_rule(found: Found, rule: Rule) -> Decision:
     if status == "dense" and packs:
         reason += "; the same top-k in dense arithmetic"
     after = now.after if status == "rewritten" else None
-    return Decision(found, _site(found, rule, status, reason, after), spec, packs)
+    return Decision(found, _site(found, rule, status, reason, after), spec, packs, found.name)
 
 
 def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
@@ -130,7 +144,8 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
         what = f"top {k} of {candidates} candidates of {spec.width}, in groups of {spec.group}"
     else:
         what = f"top {spec.k} of {spec.candidates} candidates of {spec.width}"
-    return f"{what}, guessed by {rule.predictor}"
+    hint = " (calibrate it in pack)" if rule.predictor.wants_calibration else ""
+    return f"{what}, guessed by {rule.predictor}{hint}"
 
 
 def _spec(found: Found, rule: Rule) -> FFNSpec | HeadSpec:

@@ -7,7 +7,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from jax.extend import source_info_util
 from jax.extend.core import primitives as p
@@ -27,10 +27,11 @@ __all__ = ["Detection", "Found", "detect", "source_of"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """A match with what a user calls it."""
+    """A match with what a user calls it; sites with equal `weights` can share one packed copy."""
 
     name: str
     match: FFNMatch | HeadMatch
+    weights: Hashable
 
     @property
     def kind(self) -> str:
@@ -82,7 +83,9 @@ def detect(trace: Trace, min_width: int) -> Detection:
                 linears[node] = linear
         matches += _match(trace, linears, min_width, misses)
     names = _names(trace, matches)
-    found = tuple(Found(name, match) for name, match in zip(names, matches, strict=True))
+    found = tuple(
+        Found(name, match, _weights(trace, match)) for name, match in zip(names, matches, strict=True)
+    )
     return Detection(found, _rejections(trace, misses), tuple(opaque))
 
 
@@ -177,6 +180,17 @@ def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
             seen[name] += 1
             names[i] = f"{name}#{seen[name]}"
     return names
+
+
+def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
+    identity = trace.provenance.identity
+    found = [identity(linear.weight) for linear in match.linears]
+    if isinstance(match, FFNMatch):
+        region = match.region
+        found += [identity(vector.value) for vector in region.vectors]
+        found += [part.start for part in (*region.projections, *region.vectors)]
+        found += [match.linears.index(part.linear) for part in region.projections]
+    return tuple(found)
 
 
 def _all_roots(trace: Trace, match: FFNMatch | HeadMatch) -> list[Value]:

@@ -36,8 +36,8 @@ def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
     lines = [f"{path} {spec.dtype}{list(spec.shape)}" for path, spec in _leaves(origin)]
     for decision in decisions:
         if decision.packs:
-            lines.append(f"{decision.found.name} {decision.spec} {decision.site.rule}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+            lines.append(f"{decision.state} {decision.spec} {decision.site.rule}")
+    return hashlib.sha256("\n".join(dict.fromkeys(lines)).encode()).hexdigest()[:12]
 
 
 def pack(
@@ -51,19 +51,20 @@ def pack(
 
     Args:
       weights: its weight inputs, in order.
-      moments: of the inputs of sites, by name, with one leading axis (see `calibrate`); sites
+      moments: of the inputs of sites, by state, with one leading axis (see `calibrate`); sites
         without them have predictors fitted to the weights alone.
     """
     arrays = dict(zip(trace.weights, weights, strict=True))
     stacker = Stacker({trace.scope.inputs[i]: array for i, array in arrays.items()})
     packing = [decision for decision in decisions if decision.packs]
-    total = sum(layers(site_loops(trace, d.found.match)) for d in packing)
+    firsts = [decision for decision in packing if decision.state == decision.found.name]
+    total = sum(layers(site_loops(trace, d.found.match)) for d in firsts)
     states: dict[str, Any] = {}
     with _progress(total) as advance:
-        for decision in packing:
+        for decision in firsts:
             name, loops = decision.found.name, site_loops(trace, decision.found.match)
             states[name] = _state(decision, stacker, loops, moments.get(name), advance)
-    swaps = [packed_replacement(trace, d, states[d.found.name], "hire") for d in packing]
+    swaps = [packed_replacement(trace, d, states[d.state], "hire") for d in packing]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))

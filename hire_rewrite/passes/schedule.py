@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import networkx as nx
-
 from hire_rewrite.passes.calls import inline_calls
 from hire_rewrite.passes.liveness import Liveness
 from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
@@ -205,6 +203,8 @@ def _call(frame: Frame, context: _Context) -> Call:
 
 def _sorted(items: list[Item]) -> tuple[Item, ...]:
     """The items in a topological order that stays close to the traced one."""
+    import networkx as nx  # here, since importing it takes longer than all of this package
+
     # A call may hand an operand through: then it is not the one that writes it.
     writer = {v: i for i, item in enumerate(items) for v in item.writes if v not in item.reads}
     graph = nx.DiGraph()

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import networkx as nx
 from jax.extend import core as jex_core
 
 __all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Value"]
@@ -136,18 +135,6 @@ class Scope:
         while scope is not None:
             yield scope
             scope = scope.parent.scope if scope.parent is not None else None
-
-    def graph(self) -> nx.MultiDiGraph:
-        """Definitions to uses: nodes are equation numbers, an edge carries `value`, `position`."""
-        graph = nx.MultiDiGraph()
-        graph.add_nodes_from(range(len(self.nodes)))
-        graph.add_edges_from(
-            (value.node.index, node.index, {"value": value, "position": position})
-            for node in self.nodes
-            for position, value in enumerate(node.ins)
-            if value.node is not None
-        )
-        return graph
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

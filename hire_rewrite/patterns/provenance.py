@@ -9,7 +9,7 @@ the weights are packed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 
 import numpy as np
 from jax.extend.core import primitives as p
@@ -38,6 +38,7 @@ class Provenance:
     def __init__(self, root: Scope, weights: Collection[int]) -> None:
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._varies: dict[Value, frozenset[Scope]] = {}
+        self._identities: dict[Value, Hashable] = {}
         self._visit(root)
 
     def is_weight(self, value: Value) -> bool:
@@ -65,6 +66,24 @@ class Provenance:
                     seen.add(source)
                     stack.append(source)
         return list(found)
+
+    def identity(self, value: Value) -> Hashable:
+        """Equal for weights that are computed alike from the same arrays, wherever they stand."""
+        if value not in self._identities:
+            found: Hashable = ("array", id(value.const) if value.const is not None else id(value))
+            if value.literal is not None:
+                found = ("literal", str(value.literal), str(value.dtype))
+            elif value.node is not None:
+                node = value.node
+                ins = tuple(map(self.identity, node.ins))
+                found = (node.primitive, str(node.params), node.outs.index(value), ins)
+            elif value.is_input and value.scope.parent is not None:
+                body, i = body_of(value)
+                depth = len(list(value.scope.ancestors()))
+                where = (value.scope.length, depth) if value.scope in self.varies_over(value) else ()
+                found = (body.inputs[i].role, where, self.identity(body.inputs[i].outer))
+            self._identities[value] = found
+        return self._identities[value]
 
     def varies_over(self, value: Value) -> frozenset[Scope]:
         """The scans around a weight from one iteration of which to the next it changes."""
