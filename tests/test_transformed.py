@@ -182,7 +182,7 @@ def test_hire_agrees_with_exact_where_recall_is_one(params, call):
 
 
 def test_a_token_does_not_depend_on_its_neighbors(params):
-    fn = hire.transform(step, *SMALL)
+    fn = hire.transform(step, hire.FFN(k=0.1, candidates=0.2, group=1, force=True), SMALL[1])
     token = jnp.arange(4, dtype=jnp.int32)
     cache = jax.random.normal(jax.random.key(1), (4, D))
     packed = pack(fn, params, (token, cache))
@@ -190,6 +190,10 @@ def test_a_token_does_not_depend_on_its_neighbors(params):
     for i in range(4):
         alone = fn(packed, token[i : i + 1], cache[i : i + 1])
         close(alone, jax.tree.map(lambda x, i=i: x[i : i + 1], together))
+    broken = fn(packed, token, cache.at[1].set(jnp.nan))
+    assert np.isnan(broken["logits"][1]).all()
+    for i in (0, 2, 3):
+        close(broken["logits"][i], together["logits"][i])
 
 
 def test_prefill_keeps_the_same_top_k(params):

@@ -110,12 +110,13 @@ def _match(
             misses.pop(node, None)
             continue
         try:
-            head = match_head(linear, min_width, trace.live)
+            head = match_head(linear, min_width, trace.live, taken)
         except Miss as miss:
             if node not in misses or miss.matched > misses[node].matched:
                 misses[node] = miss
         else:
             matches.append(head)
+            taken |= head.nodes
             misses.pop(node, None)
     return matches
 

@@ -44,15 +44,16 @@ def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, token
         assert isinstance(spec, FFNSpec)
         up, down = match.linears[0], match.down
         up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
-        rows = min(spec.width, tokens * spec.candidate_groups * spec.group)
-        per_row = spec.projections * up.in_dim * up_dtype.itemsize
-        per_row += down.out_dim * down_dtype.itemsize
+        candidates = min(spec.width, tokens * spec.candidate_groups * spec.group)
+        kept = min(spec.width, tokens * spec.k_groups * spec.group)
+        rows = candidates * spec.projections * up.in_dim * up_dtype.itemsize
+        rows += kept * down.out_dim * down_dtype.itemsize
         scoring = predictor.bytes(spec.projections * spec.width, up.in_dim, up_dtype)
     else:
         assert isinstance(spec, HeadSpec)
         linear = match.linear
         dtype = narrow(linear.weight).dtype
         rows = min(spec.width, tokens * spec.candidates * len(match.endpoints))
-        per_row = linear.in_dim * dtype.itemsize
+        rows *= linear.in_dim * dtype.itemsize
         scoring = predictor.bytes(spec.width, linear.in_dim, dtype)
-    return Bytes(dense_bytes(found), found.repeats * (scoring + rows * per_row))
+    return Bytes(dense_bytes(found), found.repeats * (scoring + rows))

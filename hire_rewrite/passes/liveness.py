@@ -87,6 +87,9 @@ def _visit_bodies(
         for body, outputs in zip(node.bodies, wanted, strict=True):
             _visit(body.scope, outputs, units, ends, live)
         for body, outputs in zip(node.bodies, wanted, strict=True):
+            for j in outputs:  # a carry that is read after the loop begins before it
+                feeds = body.outputs[j].feeds
+                live.values.update(node.bodies[b].scope.inputs[i] for b, i in feeds)
             for j, output in enumerate(body.outputs):
                 held = (node.bodies[b].scope.inputs[i] for b, i in output.feeds)
                 if j not in outputs and any(value in live.values for value in held):

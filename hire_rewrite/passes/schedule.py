@@ -156,6 +156,9 @@ class _Context:
 def _items(frame: Frame, context: _Context) -> tuple[Item, ...]:
     items: list[Item] = [Swap(unit) for unit in context.homes.get(frame, ())]
     _collect(frame, context, items)
+    knots = _knots(items)
+    if knots:
+        return _items(frame, dataclasses.replace(context, spread=context.spread | knots))
     return _sorted(items)
 
 
@@ -164,7 +167,8 @@ def _collect(frame: Frame, context: _Context, items: list[Item]) -> None:
         if not context.needed(entry) or (isinstance(entry, Node) and entry in context.units):
             continue
         changed = context.changed(entry)
-        if not changed and context.readable(entry.ins):
+        whole = not changed and entry not in context.spread
+        if whole and context.readable(entry.ins):
             items.append(Keep(entry))
         elif isinstance(entry, Node):
             reads = [v for body in entry.bodies for v in _linked(body, context)]
@@ -205,15 +209,33 @@ def _sorted(items: list[Item]) -> tuple[Item, ...]:
     """The items in a topological order that stays close to the traced one."""
     import networkx as nx  # here, since importing it takes longer than all of this package
 
+    place = [_place(item) for item in items]
+    order = nx.lexicographical_topological_sort(_graph(items), key=lambda i: place[i])
+    return tuple(items[i] for i in order)
+
+
+def _knots(items: Sequence[Item]) -> set[Frame]:
+    """Calls that both read and are read by a replacement, so that they cannot stay whole."""
+    import networkx as nx
+
+    cycles = [c for c in nx.strongly_connected_components(_graph(items)) if len(c) > 1]
+    tied = [items[i] for cycle in cycles for i in cycle]
+    frames = {item.frame for item in tied if isinstance(item, Call)}
+    kept = (item.entry for item in tied if isinstance(item, Keep))
+    return frames | {entry for entry in kept if isinstance(entry, Frame)}
+
+
+def _graph(items: Sequence[Item]) -> Any:
+    """Which item reads what which item writes."""
+    import networkx as nx
+
     # A call may hand an operand through: then it is not the one that writes it.
     writer = {v: i for i, item in enumerate(items) for v in item.writes if v not in item.reads}
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(items)))
     for i, item in enumerate(items):
         graph.add_edges_from((writer[v], i) for v in item.reads if writer.get(v, i) != i)
-    place = [_place(item) for item in items]
-    order = nx.lexicographical_topological_sort(graph, key=lambda i: place[i])
-    return tuple(items[i] for i in order)
+    return graph
 
 
 def _place(item: Item) -> int:

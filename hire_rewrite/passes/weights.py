@@ -99,6 +99,9 @@ class Stacker:
             return outer
         assert value.scope.length is not None
         steps = count.step * jnp.arange(value.scope.length, dtype=value.dtype)
+        assert value.scope.parent is not None
+        if value.scope.parent.params.get("reverse"):  # slices come last to first
+            steps = steps[::-1]
         return Stacked(jnp.asarray(outer.array)[..., None] + steps, (*outer.over, value.scope))
 
 

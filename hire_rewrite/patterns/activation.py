@@ -7,19 +7,21 @@ is gated) at each position, so its values on a grid of numbers tell what it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite.patterns.graph import Value
-from hire_rewrite.patterns.region import Region
+from hire_rewrite.patterns.region import Region, literal_array
 
 __all__ = ["Activation", "classify"]
 
-_GRID = np.concatenate([np.linspace(-6.0, 6.0, 49), [-0.013, 0.013]]).astype(np.float32)
+_GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _erf = np.vectorize(math.erf)
 
 
@@ -77,52 +79,110 @@ def _classify(region: Region) -> Activation:
     fine = jnp.finfo(dtype).eps < 1e-5
     count = len(region.projections)
     grid = _GRID
-    sides: Mapping[Value, jax.Array] = {v: jnp.ones(v.shape, v.dtype) for v in region.sides}
+    sides: Mapping[Value, Any] = {v: _stand_in(v) for v in region.sides}
 
-    def run(pre: list[np.ndarray], lifted: int | None = None) -> np.ndarray:
+    def run(pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
         arrays = []
         for numbers, projection in zip(pre, region.projections, strict=True):
             tokens = math.prod(projection.linear.token_shape)
             row = jnp.asarray(numbers, projection.linear.out.dtype)
             arrays.append(jnp.broadcast_to(row, (tokens, len(grid))))
-        vectors = [
-            jnp.full(len(grid), float(i == lifted), vector.value.dtype)
-            for i, vector in enumerate(region.vectors)
-        ]
-        return np.asarray(region.run(arrays, vectors, sides)[0], np.float32)
+        numbers_of = zip(vectors, region.vectors, strict=True)
+        full = [jnp.full(len(grid), number, v.value.dtype) for number, v in numbers_of]
+        return np.asarray(region.run(arrays, full, sides)[0], np.float32)
 
     ones = np.ones_like(grid)
     tolerance = 3e-5 if fine else 3e-2
+    if count > 2:
+        return Activation("custom", 0, False, None)
+    neutral = _neutral(run, grid, count, len(region.vectors))
     gate = 0
     if count == 2:
+        # Linear in the other one; relu is linear for positive factors.
         gate = next(
             (
                 g
                 for g in (0, 1)
                 if np.allclose(
-                    run(_pair(g, grid, 2 * ones)), 2 * run(_pair(g, grid, ones)), rtol=2 * tolerance
+                    run(_pair(g, grid, -2 * ones), neutral),
+                    -2 * run(_pair(g, grid, ones), neutral),
+                    rtol=2 * tolerance,
                 )
             ),
             -1,
         )
-    if count > 2 or gate < 0:
+    if gate < 0:
         return Activation("custom", 0, False, None)
 
-    def curve(numbers: np.ndarray, lifted: int | None = None) -> np.ndarray:
-        return run([numbers] if count == 1 else _pair(gate, numbers, ones), lifted)
+    def curve(numbers: np.ndarray, vectors: Sequence[float] = neutral) -> np.ndarray:
+        return run([numbers] if count == 1 else _pair(gate, numbers, ones), vectors)
 
     values = curve(grid)
     name = _nearest(grid, values, tolerance, gated=count == 2)
-    sparse = bool(np.all(values[grid <= 0] == 0) and np.all(values[grid > 0] > 0))
+    below = grid <= 0
+    sparse = bool(np.all(values[below] == 0) and np.all(values[~below] > 0))
+    # A scale that may be negative turns the gate round.
+    flipped = [-number for number in neutral]
+    sparse = sparse and bool(np.all(curve(grid, flipped)[below] == 0))
     gate_bias = next(
         (
             i
-            for i in range(len(region.vectors))
-            if np.allclose(curve(grid, i), curve(grid + 1), atol=tolerance, rtol=10 * tolerance)
+            for i, number in enumerate(neutral)
+            if number == 0
+            and np.allclose(
+                curve(grid, _lifted(neutral, i)),
+                curve(grid + 1),
+                atol=tolerance,
+                rtol=10 * tolerance,
+            )
         ),
         None,
     )
     return Activation(name, gate, sparse, gate_bias)
+
+
+def _neutral(
+    run: Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray],
+    grid: np.ndarray,
+    count: int,
+    vectors: int,
+) -> tuple[float, ...]:
+    """A number for each vector with which it changes nothing: 0 for a bias, 1 for a scale.
+
+    The first of all choices, fewest ones first, that lets each projection be seen in the result.
+    """
+    choices = sorted(itertools.product((0.0, 1.0), repeat=min(vectors, 8)), key=sum)
+    for choice in choices:
+        numbers = (*choice, *(0.0 for _ in range(vectors - len(choice))))
+        alone = [
+            [grid if i == j else np.ones_like(grid) for j in range(count)] for i in range(count)
+        ]
+        if all(np.ptp(run(pre, numbers)) > 0 for pre in alone):
+            return numbers
+    return (0.0,) * vectors
+
+
+def _lifted(numbers: Sequence[float], i: int) -> list[float]:
+    return [number + (j == i) for j, number in enumerate(numbers)]
+
+
+def _stand_in(value: Value) -> Any:
+    """The value of a side input if it is computed from numbers alone, else ones."""
+    known = _known(value)
+    return jnp.ones(value.shape, value.dtype) if known is None else known
+
+
+def _known(value: Value) -> Any:
+    if value.literal is not None:
+        return literal_array(value)
+    node = value.node
+    if node is None or node.bodies:
+        return None
+    operands = [_known(operand) for operand in node.ins]
+    if any(operand is None for operand in operands):
+        return None
+    results = node.primitive.bind(*operands, **node.params)
+    return results[node.outs.index(value)] if node.primitive.multiple_results else results
 
 
 def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:

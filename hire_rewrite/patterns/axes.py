@@ -48,8 +48,11 @@ class AxisRule:
 
     def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
         """The axes of the operands that belong to `axis` of a result; raises `Blocked`."""
-        shape = node.outs[output].shape
-        return tuple(Operand(axis if v.shape == shape else None) for v in node.ins)
+        rank, size = len(node.outs[output].shape), node.outs[output].shape[axis]
+        return tuple(
+            Operand(axis if len(v.shape) == rank and v.shape[axis] == size else None)
+            for v in node.ins
+        )
 
     def bind(
         self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
@@ -97,8 +100,17 @@ register_axis_rule(
     *(p.is_finite_p, p.le_p, p.lgamma_p, p.log1p_p, p.log_p, p.logistic_p, p.lt_p, p.max_p),
     *(p.min_p, p.mul_p, p.name_p, p.ne_p, p.neg_p, p.nextafter_p, p.not_p, p.or_p, p.pow_p),
     *(p.reduce_precision_p, p.rem_p, p.round_p, p.rsqrt_p, p.select_n_p, p.sign_p, p.sin_p),
+    *(p.shift_left_p, p.shift_right_arithmetic_p, p.shift_right_logical_p),
     *(p.sinh_p, p.sqrt_p, p.square_p, p.stop_gradient_p, p.sub_p, p.tan_p, p.tanh_p, p.xor_p),
 )(AxisRule)
+
+
+@register_axis_rule(p.bitcast_convert_type_p)
+class _Bitcast(AxisRule):
+    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
+        if node.ins[0].shape != node.outs[0].shape:
+            raise Blocked("is bitcast to numbers of another width")
+        return (Operand(axis),)
 
 
 @register_axis_rule(p.sharding_constraint_p)

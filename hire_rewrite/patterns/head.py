@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +75,10 @@ class HeadMatch:
         return (self.linear,)
 
 
-def match_head(linear: Linear, min_width: int, uses: Uses) -> HeadMatch:
-    """The head that begins with `linear`.
+def match_head(
+    linear: Linear, min_width: int, uses: Uses, taken: Collection[Node] = ()
+) -> HeadMatch:
+    """The head that begins with `linear`; nodes in `taken` belong to other sites.
 
     Raises:
       Miss: its output is no vocabulary.
@@ -93,7 +95,7 @@ def match_head(linear: Linear, min_width: int, uses: Uses) -> HeadMatch:
             linear.node,
         )
     _follow(linear, uses)
-    return _chain(linear, uses)
+    return _chain(linear, uses, taken)
 
 
 def _follow(linear: Linear, uses: Uses) -> None:
@@ -155,7 +157,7 @@ def _leave(value: Value, axis: int) -> list[tuple[Value, int]]:
     return found
 
 
-def _chain(linear: Linear, uses: Uses) -> HeadMatch:
+def _chain(linear: Linear, uses: Uses, taken: Collection[Node]) -> HeadMatch:
     axes = {linear.out: linear.out_axis}
     tainted = {linear.out}
     chain: list[Node] = []
@@ -164,7 +166,7 @@ def _chain(linear: Linear, uses: Uses) -> HeadMatch:
     heapq.heapify(queue)
     while queue:
         _, node = heapq.heappop(queue)
-        axis = _chain_axis(node, axes, tainted)
+        axis = None if node in taken else _chain_axis(node, axes, tainted)
         if axis is not None:
             axes[node.outs[0]] = axis
             chain.append(node)

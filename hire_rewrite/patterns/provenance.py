@@ -79,9 +79,12 @@ class Provenance:
                 found = (node.primitive, str(node.params), node.outs.index(value), ins)
             elif value.is_input and value.scope.parent is not None:
                 body, i = body_of(value)
-                depth = len(list(value.scope.ancestors()))
-                where = (value.scope.length, depth) if value.scope in self.varies_over(value) else ()
-                found = (body.inputs[i].role, where, self.identity(body.inputs[i].outer))
+                found = self.identity(body.inputs[i].outer)
+                if value.scope in self.varies_over(value):
+                    count = counter(body, i) if body.inputs[i].role == "carry" else None
+                    order = count and (count.step, value.scope.parent.params.get("reverse"))
+                    depth = len(list(value.scope.ancestors()))
+                    found = (value.scope.length, depth, order, found)
             self._identities[value] = found
         return self._identities[value]
 
@@ -144,7 +147,7 @@ def counter(body: Body, i: int) -> Counter | None:
         others = [value for value in node.ins if value is not start]
         if len(others) != 1 or others[0].literal is None:
             return None
-        if not np.issubdtype(start.dtype, np.integer):
+        if start.shape or not np.issubdtype(start.dtype, np.integer):
             return None
         return Counter(body.inputs[i].outer, int(np.asarray(others[0].literal)))
     return None

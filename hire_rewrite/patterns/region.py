@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.axes import Blocked, axis_rules
 from hire_rewrite.patterns.graph import Node, Value
@@ -117,7 +118,7 @@ class Region:
             if operand.literal is not None:
                 operands.append(literal_array(operand))
             elif link.axis is None:
-                operands.append(operand.const if operand.const is not None else sides[operand])
+                operands.append(operand.const if operand.const is not None else sides.get(operand))
             else:
                 operands.append(self._run((operand, start + link.start), n, sides, done))
         done[key] = rule.bind(node, axis, n, operands, output)
@@ -166,7 +167,7 @@ def grow(
         if start in starts:
             return
         starts.append(start)
-        if provenance.is_weight(value) and math.prod(value.shape) == value.shape[axis]:
+        if provenance.is_weight(value) and _is_vector(value, axis):
             vectors.append(Vector(value, axis, start))
         elif value.node is None:
             raise Miss(
@@ -209,7 +210,7 @@ def grow(
                         track(operand, link.axis, start + link.start)
     # Weights that were only passed on the way to a vector stay with the code that computes them.
     kept = {node for node in nodes if not all(map(provenance.is_weight, node.outs))}
-    inner = tuple(v for v in sides if v.const is None)
+    inner = tuple(v for v in sides if v.const is None and v.node not in kept)
     return Region(
         value,
         axes[value, 0],
@@ -223,7 +224,17 @@ def grow(
 
 
 def _ordered(projections: list[Projection]) -> tuple[Projection, ...]:
-    return tuple(sorted(projections, key=lambda p: (p.linear.node.index, p.start)))
+    return tuple(sorted(projections, key=lambda item: (item.linear.node.index, item.start)))
+
+
+def _is_vector(value: Value, axis: int) -> bool:
+    """Whether a weight has one number for each position, and is not one number repeated."""
+    if math.prod(value.shape) != value.shape[axis]:
+        return False
+    node = value.node
+    if node is None or node.primitive is not p.broadcast_in_dim_p:
+        return True
+    return axis_rules[node.primitive].operands(node, axis)[0].axis is not None
 
 
 def _check_uses(node: Node, nodes: set[Node], uses: Uses) -> None:

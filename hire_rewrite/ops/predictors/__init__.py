@@ -1,0 +1,10 @@
+"""Predictors guess all products of a matrix with a vector while reading little of it.
+
+A predictor is a frozen dataclass with the methods of `Predictor`; another one is another file.
+"""
+
+from hire_rewrite.ops.predictors.lowrank import LowRank
+from hire_rewrite.ops.predictors.protocol import Predictor, State
+from hire_rewrite.ops.predictors.quantized import Quantized
+
+__all__ = ["LowRank", "Predictor", "Quantized", "State"]

@@ -1,0 +1,107 @@
+"""Selecting the k greatest of many scores, as `lax.top_k` does but without its slow cases.
+
+Selection must not cost more than the product that it saves. `lax.top_k` is quick on CPU as long
+as XLA calls its runtime's partial sort for it. It does so for float32 alone: other types are sorted
+whole (measured for 49,152 bfloat16 scores: 10 ms; float32: 0.1 ms), and so are float32 scores, up
+to jaxlib 0.11, where one of the two results is not used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hire_rewrite.errors import HireRewriteError
+
+_TWO_STAGES = 1 << 17
+"""From this many scores on, two stages are quicker on CPU. Measured on two cores, in one stage and
+in two: 262,144 scores, k = 64, 256, 1024: 0.47, 0.83, 1.39 ms and 0.15, 0.40, 1.08 ms; 49,152
+scores: 0.12, 0.27, 0.65 ms and 0.14, 0.28, 0.82 ms."""
+
+
+def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    """The k greatest scores along the last axis, in descending order, and where they are.
+
+    The result is that of `lax.top_k`, bit for bit: of equal scores the one with the lowest index
+    comes first, and NaN is greater than infinity (NaN with the sign bit set, less than −infinity).
+
+    Args:
+      scores: [..., n].
+      k: at most n.
+
+    Returns:
+      Values [..., k] in the dtype of `scores`, and indices i32[..., k].
+
+    Raises:
+      HireRewriteError: k is more than n.
+    """
+    if not 0 <= k <= scores.shape[-1]:
+        raise HireRewriteError(
+            f"top_k: k={k} of {scores.shape[-1]} scores: give a k between 0 and their number"
+        )
+    if k == 0 or jnp.dtype(scores.dtype).itemsize > 4:
+        return _plain(scores, k)
+    return lax.platform_dependent(
+        scores, cpu=lambda s: _top_k_cpu(s, k), default=lambda s: _plain(s, k)
+    )
+
+
+def _plain(scores: Array, k: int) -> tuple[Array, Array]:
+    values, indices = lax.top_k(scores, k)
+    return values, indices
+
+
+def _top_k_cpu(scores: Array, k: int) -> tuple[Array, Array]:
+    dtype = scores.dtype
+    if dtype == jnp.float32:
+        return _partial_sort(scores, k)
+    if dtype in (jnp.int32, jnp.uint32):
+        # As signed integers, in the same order; then the float whose rank that integer is.
+        flip = jnp.uint32(0 if dtype == jnp.int32 else 1 << 31)
+        keys = lax.bitcast_convert_type(lax.bitcast_convert_type(scores, jnp.uint32) ^ flip, jnp.int32)
+        values, indices = _partial_sort(lax.bitcast_convert_type(_flip(keys), jnp.float32), k)
+        bits = lax.bitcast_convert_type(_ranks(values), jnp.uint32) ^ flip
+        return lax.bitcast_convert_type(bits, dtype), indices
+    values, indices = _partial_sort(scores.astype(jnp.float32), k)
+    return values.astype(dtype), indices
+
+
+def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of f32[..., n] on CPU, in one stage or two."""
+    n = scores.shape[-1]
+    # Both stages together look at n / block + k * block scores.
+    block = 1 << max(0, round(math.log2(n / k) / 2))
+    if n < _TWO_STAGES or block < 4:
+        return _runtime_top_k(scores, k)
+    # The k greatest are in the k blocks with the greatest maxima. Whole blocks in the order of
+    # their places keep the order of equal scores.
+    blocks = -(-n // block)
+    ranks = _ranks(scores)
+    padding = [(0, 0)] * (scores.ndim - 1) + [(0, blocks * block - n)]
+    ranks = jnp.pad(ranks, padding, constant_values=jnp.iinfo(jnp.int32).min)
+    ranks = ranks.reshape(*scores.shape[:-1], blocks, block)
+    maxima = lax.bitcast_convert_type(_flip(ranks.max(-1)), jnp.float32)
+    kept = jnp.sort(_runtime_top_k(maxima, k)[1], axis=-1)
+    inside = jnp.take_along_axis(ranks, kept[..., None], axis=-2, mode="promise_in_bounds")
+    inside = lax.bitcast_convert_type(_flip(inside), jnp.float32)
+    values, places = _runtime_top_k(inside.reshape(*scores.shape[:-1], k * block), k)
+    origin = jnp.take_along_axis(kept, places // block, axis=-1, mode="promise_in_bounds")
+    return values, origin * block + places % block
+
+
+def _runtime_top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    # The barrier makes both results used: otherwise XLA may turn this into a full sort.
+    values, indices = lax.optimization_barrier(lax.top_k(scores, k))
+    return values, indices
+
+
+def _ranks(scores: Array) -> Array:
+    """i32 that compare as `lax.top_k` compares f32: by sign and magnitude of the bits."""
+    return _flip(lax.bitcast_convert_type(scores, jnp.int32))
+
+
+def _flip(bits: Array) -> Array:
+    """The magnitude's bits of negative numbers reversed; its own inverse."""
+    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
