@@ -212,7 +212,9 @@ def _own_hidden(
     # The activation takes the same neurons for all tokens, so every token is given everyone's,
     # with everyone's products, and keeps what it asked for itself.
     pre = jnp.moveaxis(pre.reshape(tokens, c, spec.projections, spec.group), 2, 0)
-    pre = jnp.broadcast_to(pre.reshape(spec.projections, 1, -1), (spec.projections, tokens, tokens * c * spec.group))
+    pre = jnp.broadcast_to(
+        pre.reshape(spec.projections, 1, -1), (spec.projections, tokens, tokens * c * spec.group)
+    )
     vectors = tuple(_gather(vector, layer, groups).reshape(-1) for vector in state.vectors)
     h = activation(tuple(pre), vectors).reshape(tokens, tokens, c, spec.group)
     return jnp.stack([h[token, token] for token in range(tokens)])

@@ -125,9 +125,7 @@ def _dense(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Ar
     )
 
 
-def _gathered(
-    x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec
-) -> Array:
+def _gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
     """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
     layers, width, d = state.rows.shape
     # One flat index: slicing the layer first would copy it.

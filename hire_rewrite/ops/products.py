@@ -52,7 +52,7 @@ def product(x: Array, rows: Array, layer: Array | int) -> Array:
     Returns:
       f32[tokens, n].
     """
-    x = lax.optimization_barrier(x.astype(jnp.float32))
+    x = x.astype(jnp.float32)
     return lax.platform_dependent(
         x, rows, jnp.asarray(layer, jnp.int32), cpu=_product_cpu, default=_product_default
     )
@@ -64,24 +64,26 @@ def _product_default(x: Array, rows: Array, layer: Array) -> Array:
         # int8 is exact in bfloat16, and both operands alike take the matrix unit. The rounding of
         # x (2⁻⁹) is less than that of the rows.
         x, here = x.astype(jnp.bfloat16), here.astype(jnp.bfloat16)
-    return lax.dot_general(
-        x, here, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, here, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
     tokens, n = x.shape[0], rows.shape[1]
+    # Otherwise XLA repeats the computation of x, at least its cast, for every row; and if a loop
+    # calls this with the same rows, it widens them ahead of the loop.
+    x, rows = lax.optimization_barrier((x, rows))
     if _FUSES and tokens <= _FUSED_TOKENS:
         here = lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(jnp.float32)
         # Vector times transposed matrix, and nothing else, is the form that XLA fuses.
         return jnp.stack([row @ here.T for row in x])
-    step = max(1, min(n, _CHUNK // rows.shape[2]))
+    chunks = -(-n // max(1, _CHUNK // rows.shape[2]))
+    step = -(-n // chunks)
 
     def chunk(start: Array | int) -> Array:
         part = lax.dynamic_slice(rows, (layer, start, 0), (1, step, rows.shape[2]))[0]
         return lax.dot_general(x, part.astype(jnp.float32), (((1,), (1,)), ((), ())))
 
-    if step == n:
+    if chunks == 1:
         return chunk(0)
 
     def body(i: Array, scores: Array) -> Array:
@@ -89,4 +91,4 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
         start = jnp.minimum(i * step, n - step)
         return lax.dynamic_update_slice(scores, chunk(start), (0, start))
 
-    return lax.fori_loop(0, -(-n // step), body, jnp.zeros((tokens, n), jnp.float32))
+    return lax.fori_loop(0, chunks, body, jnp.zeros((tokens, n), jnp.float32))

@@ -112,7 +112,9 @@ def _match(
         try:
             head = match_head(linear, min_width, trace.live, taken)
         except Miss as miss:
-            if node not in misses or miss.matched > misses[node].matched:
+            # What widens its input was meant to be a vocabulary, if anything.
+            widens = linear.out_dim > linear.in_dim
+            if node not in misses or widens or miss.matched > misses[node].matched:
                 misses[node] = miss
         else:
             matches.append(head)

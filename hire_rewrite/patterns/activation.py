@@ -191,7 +191,7 @@ def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
 
 def _nearest(grid: np.ndarray, values: np.ndarray, tolerance: float, gated: bool) -> str:
     slope, offset = np.polyfit(grid, values, 1)
-    if np.allclose(slope * grid + offset, values, atol=tolerance * 10, rtol=tolerance):
+    if np.abs(slope * grid + offset - values).max() <= tolerance * np.abs(values).max():
         return "bilinear" if gated else "linear"
     errors = {name: np.abs(known(grid) - values).max() for name, known in _KNOWN.items()}
     best = min(errors, key=lambda name: float(errors[name]))

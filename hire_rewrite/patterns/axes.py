@@ -22,9 +22,17 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.graph import Node
+from hire_rewrite.patterns.graph import Node, Value
 
-__all__ = ["AxisRule", "Blocked", "Operand", "axis_rules", "register_axis_rule", "result_axis"]
+__all__ = [
+    "AxisRule",
+    "Blocked",
+    "Operand",
+    "axis_rules",
+    "keeps_tokens",
+    "register_axis_rule",
+    "result_axis",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +98,17 @@ def result_axis(node: Node, position: int, axis: int) -> int | None:
         if operand == Operand(axis):
             return candidate
     return None
+
+
+def keeps_tokens(node: Node, operand: Value, operand_axis: int, axis: int, output: int = 0) -> bool:
+    """Whether the other axes of an operand are those of the result, in number and order."""
+    old, new = operand.shape, node.outs[output].shape
+    if math.prod(old) * new[axis] != math.prod(new) * old[operand_axis]:
+        return False
+    if node.primitive is not p.transpose_p:
+        return True
+    rest = [i for i in node.params["permutation"] if i != operand_axis and old[i] > 1]
+    return rest == sorted(rest)
 
 
 register_axis_rule(

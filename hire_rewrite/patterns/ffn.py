@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from hire_rewrite.patterns.activation import Activation, classify
@@ -70,8 +69,6 @@ def match_ffn(
             raise Miss("its projections read different inputs", linear.node, matched)
         if not _same_product(linear.node, first.node):
             raise Miss("its projections differ in dtype or precision", linear.node, matched)
-    if _tokens(region) != math.prod(first.token_shape):
-        raise Miss("the hidden activation has other tokens than its input", down.node, matched)
     activation = classify(region)
     if activation.name == "linear":
         raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
@@ -95,7 +92,3 @@ def _same_product(a: Node, b: Node) -> bool:
     names = ("precision", "preferred_element_type")
     same = all(a.params.get(name) == b.params.get(name) for name in names)
     return same and a.outs[0].dtype == b.outs[0].dtype
-
-
-def _tokens(region: Region) -> int:
-    return math.prod(size for i, size in enumerate(region.value.shape) if i != region.axis)

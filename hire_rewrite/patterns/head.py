@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import math
 from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.patterns.axes import axis_rules, result_axis
+from hire_rewrite.patterns.axes import axis_rules, keeps_tokens, result_axis
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
@@ -194,23 +193,14 @@ def _chain_axis(node: Node, axes: Mapping[Value, int], tainted: set[Value]) -> i
     if len(found) != 1:
         return None
     (axis,) = found
-    if axis is None or not _keeps_tokens(node, axis, touched[0][1], axes):
+    operand = touched[0][1]
+    if axis is None or not keeps_tokens(node, operand, axes[operand], axis):
         return None
     return axis
 
 
 def _is_negative(value: Value) -> bool:
     return value.literal is not None and bool(np.all(np.asarray(value.literal) < 0))
-
-
-def _keeps_tokens(node: Node, axis: int, operand: Value, axes: Mapping[Value, int]) -> bool:
-    """Whether the other axes keep their order and number."""
-    if math.prod(node.outs[0].shape) != math.prod(operand.shape):
-        return False
-    if node.primitive is p.transpose_p:
-        rest = [i for i in node.params["permutation"] if i != axes[operand]]
-        return rest == sorted(rest)
-    return True
 
 
 def _pruned(linear: Linear, chain: list[Node], axes: dict[Value, int], uses: Uses) -> HeadMatch:

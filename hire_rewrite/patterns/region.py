@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.patterns.axes import Blocked, axis_rules
+from hire_rewrite.patterns.axes import Blocked, axis_rules, keeps_tokens
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
@@ -206,8 +206,13 @@ def grow(
                         continue
                     if link.axis is None:
                         sides[operand] = None
-                    else:
-                        track(operand, link.axis, start + link.start)
+                        continue
+                    if not (
+                        provenance.is_weight(operand)
+                        or keeps_tokens(node, operand, link.axis, axis, output)
+                    ):
+                        raise Miss(f"{node.primitive} reorders or mixes tokens", node, len(nodes))
+                    track(operand, link.axis, start + link.start)
     # Weights that were only passed on the way to a vector stay with the code that computes them.
     kept = {node for node in nodes if not all(map(provenance.is_weight, node.outs))}
     inner = tuple(v for v in sides if v.const is None and v.node not in kept)

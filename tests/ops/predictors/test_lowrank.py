@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.predictors import LowRank, Predictor
+from tests.ops.cases import normal, stack
+
+N, D = 400, 48
+
+
+def activations(seed: int, tokens: int) -> jax.Array:
+    """A few directions hold most of the variance, and the mean is far from zero, as in models."""
+    turn, _ = jnp.linalg.qr(normal(99, D, D))
+    return normal(seed, tokens, D) * jnp.arange(1.0, D + 1) ** -1.5 @ turn + 0.5 * turn[3]
+
+
+def scored(predictor, rows, moments, x):
+    return predictor.score(stack([jax.jit(predictor.fit)(rows, moments)]), x, 0)
+
+
+def recall(scores, exact, candidates, k):
+    found = jax.lax.top_k(scores, candidates)[1]
+    wanted = jax.lax.top_k(exact, k)[1]
+    return float((wanted[:, :, None] == found[:, None, :]).any(-1).mean())
+
+
+def test_it_is_a_predictor():
+    assert isinstance(LowRank(), Predictor)
+    assert LowRank().wants_calibration
+    assert LowRank(8) == LowRank(rank=8)
+    assert repr(LowRank(8)) == "LowRank(rank=8)"
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_full_rank_is_exact_to_the_rounding_of_rows(calibrated):
+    rows, x = normal(0, N, D), activations(1, 20)
+    moments = Moments.of(activations(2, 500)) if calibrated else None
+    exact = x @ rows.T
+    error = scored(LowRank(D), rows, moments, x) - exact
+    assert jnp.abs(error).max() < 0.05 * jnp.std(exact)
+
+
+def test_fitted_it_recalls_far_better_than_a_plain_decomposition():
+    rows, x = normal(0, N, D), activations(1, 200)
+    exact = x @ rows.T
+    plain = recall(scored(LowRank(12), rows, None, x), exact, 20, 4)
+    fitted = recall(scored(LowRank(12), rows, Moments.of(activations(2, 2000)), x), exact, 20, 4)
+    assert fitted > 0.99
+    assert plain < 0.6
+
+
+def test_it_is_the_best_of_its_rank():
+    """The mean square error is the sum of the eigenvalues that were cut (Eckart and Young)."""
+    rows, x = normal(0, N, D), activations(2, 4000)
+    moments = Moments.of(x)
+    error = scored(LowRank(12), rows, moments, x) - x @ rows.T
+    _, covariance = moments.mean_and_covariance()
+    root = np.linalg.cholesky(np.asarray(covariance, np.float64) + 1e-9 * np.eye(D))
+    cut = np.linalg.svd(np.asarray(rows, np.float64) @ root)[1][12:] ** 2
+    assert float(jnp.square(error).sum(1).mean()) == pytest.approx(cut.sum(), rel=0.05)
+
+
+def test_the_mean_is_scored_exactly():
+    rows, moments = normal(0, N, D), Moments.of(activations(2, 500))
+    mean, _ = moments.mean_and_covariance()
+    got = scored(LowRank(4), rows, moments, mean[None])
+    np.testing.assert_allclose(got[0], rows @ mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 10])
+def test_fewer_tokens_than_the_rank_keep_it_sane(tokens):
+    rows, x = normal(0, N, D), activations(1, 100)
+    exact = x @ rows.T
+    scores = scored(LowRank(16), rows, Moments.of(activations(2, tokens)), x)
+    assert np.isfinite(scores).all()
+    # Not worse than no calibration.
+    plain = scored(LowRank(16), rows, None, x)
+    assert recall(scores, exact, 20, 4) >= recall(plain, exact, 20, 4)
+
+
+def test_state_has_one_structure_with_and_without_calibration():
+    rows = jax.ShapeDtypeStruct((N, D), jnp.bfloat16)
+    moments = jax.eval_shape(lambda: Moments.zeros(D))
+    plain = jax.eval_shape(LowRank(8).fit, rows)
+    assert plain == jax.eval_shape(LowRank(8).fit, rows, moments)
+    assert plain["up"].shape == (N, 8)
+    assert plain["up"].dtype == jnp.int8
+
+
+def test_its_bytes_are_those_of_its_state():
+    state = jax.eval_shape(LowRank(8).fit, jax.ShapeDtypeStruct((N, D), jnp.float32))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert LowRank(8).bytes(N, D, jnp.float32) == size
+
+
+@pytest.mark.parametrize(("n", "d", "rank"), [(4000, 576, 144), (4000, 20, 16), (7, 576, 7)])
+def test_default_rank(n, d, rank):
+    state = jax.eval_shape(LowRank().fit, jax.ShapeDtypeStruct((n, d), jnp.float32))
+    assert state["up"].shape == (n, rank)
+    LowRank().check(n, d)
+
+
+def test_layers_are_picked_and_fitted_under_vmap():
+    rows, x = normal(0, 2, N, D), activations(1, 5)
+    state = jax.vmap(LowRank(8).fit)(rows)
+    for layer in range(2):
+        want = scored(LowRank(8), rows[layer], None, x)
+        got = LowRank(8).score(state, x, jnp.int32(layer))
+        np.testing.assert_allclose(got, want, rtol=0.02, atol=0.05)
+
+
+def test_nan_stays_with_its_token():
+    state = stack([LowRank(8).fit(normal(0, N, D))])
+    scores = LowRank(8).score(state, activations(1, 3).at[1, 0].set(jnp.nan), 0)
+    assert np.isnan(scores[1]).all()
+    assert not np.isnan(scores[jnp.array([0, 2])]).any()
+
+
+def test_zero_rows_score_zero():
+    scores = scored(
+        LowRank(8), jnp.zeros((N, D)), Moments.of(activations(2, 50)), activations(1, 3)
+    )
+    assert not scores.any()
+
+
+@pytest.mark.parametrize("rank", [0, -4, 2.5, True, "8"])
+def test_rank_must_be_a_positive_int(rank):
+    with pytest.raises(HireRewriteError, match=r"rank=.* must be a positive int"):
+        LowRank(rank)
+
+
+def test_rank_above_the_size_names_site_and_remedy():
+    with pytest.raises(HireRewriteError, match=r"^head: LowRank: rank=49 .*give at most 48"):
+        LowRank(49).check(N, D, site="head")
+    with pytest.raises(HireRewriteError, match="rank=49"):
+        LowRank(49).fit(normal(0, N, D))

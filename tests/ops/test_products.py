@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hire_rewrite.ops import products
+from hire_rewrite.ops.products import product, quantize_rows
+from tests.ops.cases import normal
+
+
+@pytest.fixture(params=["fused", "chunks", "other backends"])
+def form(request, monkeypatch):
+    """Each way of computing a product, with chunks small enough to have several."""
+    monkeypatch.setattr(products, "_FUSES", request.param == "fused")
+    monkeypatch.setattr(products, "_CHUNK", 100)
+    if request.param == "other backends":
+        monkeypatch.setattr(products, "_product_cpu", products._product_default)
+    return request.param
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float32])
+def test_equals_the_plain_product(form, tokens, dtype):
+    x = normal(0, tokens, 12)
+    rows = (normal(1, 3, 53, 12) * 40).astype(dtype)
+    got = jax.jit(product)(x, rows, jnp.int32(2))
+    want = np.asarray(x) @ np.asarray(rows[2], np.float32).T
+    assert got.dtype == jnp.float32
+    tolerance = 1e-2 if form == "other backends" and dtype == jnp.int8 else 1e-5
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 40)
+
+
+def test_nan_stays_with_its_token(form):
+    x = normal(0, 3, 12).at[1, 5].set(jnp.nan)
+    got = product(x, (normal(1, 1, 53, 12) * 40).astype(jnp.int8), 0)
+    assert np.isnan(got[1]).all()
+    assert not np.isnan(got[jnp.array([0, 2])]).any()
+
+
+def test_bfloat16_vectors_give_float32_scores(form):
+    x = normal(0, 2, 12, dtype=jnp.bfloat16)
+    rows = (normal(1, 1, 53, 12) * 40).astype(jnp.int8)
+    got = product(x, rows, 0)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, product(x.astype(jnp.float32), rows, 0), rtol=1e-5, atol=1e-3)
+
+
+def test_under_vmap_and_scan(form):
+    x, rows = normal(0, 5, 2, 12), (normal(1, 4, 53, 12) * 40).astype(jnp.int8)
+    want = jnp.stack([product(row, rows, 1) for row in x])
+    got = jax.vmap(lambda row: product(row, rows, 1))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1.0)
+    _, layers = jax.lax.scan(lambda c, i: (c, product(x[0], rows, i)), 0, jnp.arange(4))
+    want = jnp.stack([product(x[0], rows, i) for i in range(4)])
+    np.testing.assert_allclose(layers, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_it_lowers_for_every_platform(platform):
+    x, rows = jnp.ones((1, 12)), jnp.ones((2, 53, 12), jnp.int8)
+    text = jax.jit(product).trace(x, rows, 1).lower(lowering_platforms=(platform,)).as_text()
+    # Accelerators multiply what they read; none of them is to get the CPU's loops or copies.
+    assert ("bf16" in text) == (platform != "cpu")
+
+
+def test_quantized_rows_are_off_by_half_a_step_at_most():
+    rows = normal(0, 7, 20) * 10.0 ** jnp.arange(-3.0, 4.0)[:, None]
+    integers, scale = quantize_rows(rows)
+    assert integers.dtype == jnp.int8
+    error = jnp.abs(integers * scale[:, None] - rows)
+    assert (error <= scale[:, None] * 0.5001).all()
+    assert (jnp.abs(integers).max(1) == 127).all()
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite():
+    rows = jnp.ones((4, 3)).at[0].set(0.0).at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf)
+    integers, scale = quantize_rows(rows)
+    scores = product(jnp.ones((1, 3)), integers[None], 0) * scale
+    assert scores[0, 0] == 0.0
+    assert np.isnan(scores[0, 1])
+    assert not np.isfinite(scores[0, 2])
+    assert scores[0, 3] == pytest.approx(3.0)

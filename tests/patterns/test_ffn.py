@@ -1,0 +1,155 @@
+"""FFN blocks are found however they are written, and near misses say what stopped them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from tests.zoo import FULL, D, F, T, inputs, plan_of, rand
+from tests.zoo_ffn import (
+    ACTIVATION_CASES,
+    BIASED,
+    DOWN,
+    FFN_CASES,
+    GATE,
+    GATED,
+    PLAIN,
+    UP,
+)
+
+
+@pytest.mark.parametrize("case", ACTIVATION_CASES + FFN_CASES, ids=str)
+def test_found(case):
+    plan = plan_of(case.fn, case.params, *case.args)
+    (site,) = plan.sites
+    assert {name: getattr(site, name) for name in case.expected} == case.expected
+    assert site.rule == FULL[0]
+    assert plan.rejected == ()
+    assert plan.opaque == ()
+
+
+def _normed(h):
+    return (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-5)
+
+
+def _attention(p, x):
+    q, k, v = (x @ p[name] for name in "qkv")
+    weights = jax.nn.softmax(q @ k.T / 4)
+    return (weights @ v) @ p["o"]
+
+
+def _decode(p, x, keys, values):
+    """One token of two heads with a cache."""
+    q, k, v = ((x @ p[name]).reshape(2, D // 2) for name in "qkv")
+    keys = lax.dynamic_update_slice(keys, k[None], (2, 0, 0))
+    values = lax.dynamic_update_slice(values, v[None], (2, 0, 0))
+    weights = jax.nn.softmax(jnp.einsum("hd,shd->hs", q, keys))
+    return jnp.einsum("hs,shd->hd", weights, values).reshape(D) @ p["o"], keys, values
+
+
+def _dropout(p, x, key):
+    h = jax.nn.relu(x @ p["up"])
+    return jnp.where(jax.random.bernoulli(key, 0.9, h.shape), h / 0.9, 0) @ p["down"]
+
+
+def _hidden_twice(p, x):
+    h = jax.nn.relu(x @ p["up"])
+    return h @ p["down"], h.sum()
+
+
+def _hidden_carried(p, x):
+    def body(h, _):
+        y = jax.nn.relu(h) @ p["down"]
+        return y @ p["up"], y
+
+    return lax.scan(body, x @ p["up"], length=2)[1]
+
+
+def _two_inputs(p, x):
+    return (jax.nn.silu(x @ p["gate"]) * (jnp.tanh(x) @ p["up"])) @ p["down"]
+
+
+def _two_precisions(p, x):
+    up = jnp.matmul(x, p["up"], precision="highest")
+    return (jax.nn.silu(x @ p["gate"]) * up) @ p["down"]
+
+
+def _interleaved(p, x):
+    h = x @ p["fused"]
+    return (jax.nn.silu(h[:, ::2]) * h[:, 1::2]) @ p["down"]
+
+
+def _gate_read_elsewhere(p, x):
+    gate = jax.nn.silu(x @ p["gate"])
+    return (gate * (x @ p["up"])) @ p["down"], gate.max()
+
+
+def _by_tokens(fn):
+    return lambda p, x: fn(jax.nn.relu(x @ p["up"])) @ p["down"]
+
+
+def _by_batch(p, x):
+    h = jax.nn.relu(jnp.stack([x, 2 * x]) @ p["up"])
+    return jnp.swapaxes(h, 0, 1) @ p["down"]
+
+
+ATTENTION = {name: rand(D, D, seed=i) for i, name in enumerate("qkvo")}
+FUSED = {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}
+CACHE = (inputs(4, 2, D // 2), inputs(4, 2, D // 2))
+NEAR = {
+    "low rank": (lambda p, x: x @ p["up"] @ p["down"], PLAIN, (), "nothing non-linear"),
+    "low rank with biases": (
+        lambda p, x: (x @ p["up"] + p["b1"]) @ p["down"],
+        BIASED,
+        (),
+        "nothing non-linear",
+    ),
+    "normed hidden": (_by_tokens(_normed), PLAIN, (), "also read by reduce_sum"),
+    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "also read by reduce_sum"),
+    "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
+    "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
+    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "concatenate is not"),
+    "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
+    "hidden cast to heads": (
+        _by_tokens(lambda h: jnp.tanh(h.reshape(T, 4, F // 4)).reshape(T, F)),
+        PLAIN,
+        (),
+        "split or merged by a reshape",
+    ),
+    "hidden also summed": (_hidden_twice, PLAIN, (), "also read by reduce_sum"),
+    "hidden also returned": (
+        lambda p, x: (lambda h: (h @ p["down"], h))(jax.nn.relu(x @ p["up"])),
+        PLAIN,
+        (),
+        "also a result",
+    ),
+    "gate also read": (_gate_read_elsewhere, GATED, (), "also read by reduce_max"),
+    "dropout": (_dropout, PLAIN, (jax.random.key(0),), "random_bits is not known"),
+    "no first layer": (lambda p, x: jax.nn.relu(x) @ p["q"], ATTENTION, (), "from outside"),
+    "carried hidden": (_hidden_carried, PLAIN, (), "from outside"),
+    "two inputs": (_two_inputs, GATED, (), "read different inputs"),
+    "two precisions": (_two_precisions, GATED, (), "differ in dtype or precision"),
+    "interleaved": (_interleaved, FUSED, (), "sliced with a stride"),
+    "one token of many": (_by_tokens(lambda h: h[-1:]), PLAIN, (), "slice reorders or mixes"),
+    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul reorders or"),
+    "tokens swapped": (_by_batch, PLAIN, (), "transpose reorders or mixes tokens"),
+    "weight made of an activation": (
+        lambda p, x: jax.nn.relu(x @ (p["up"] * x.mean())) @ p["down"],
+        PLAIN,
+        (),
+        "not linear in a weight",
+    ),
+    "attention": (_attention, ATTENTION, (), "not linear in a weight"),
+    "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
+}
+LAST = {"no first layer": "p/q", "attention": "p/o", "decode attention": "p/o"}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_miss(name):
+    fn, params, rest, reason = NEAR[name]
+    x = inputs(D) if name == "decode attention" else inputs(T, D)
+    plan = plan_of(fn, params, x, *rest)
+    assert plan.sites == ()
+    reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
+    assert reason in reasons[LAST.get(name, "p/down")]

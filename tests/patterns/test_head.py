@@ -1,0 +1,167 @@
+"""Vocabulary heads are found however their logits are used."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from tests.zoo import D, T, V, found_in, inputs, plan_of, rand
+from tests.zoo_head import HEAD, HEAD_CASES, UNTIED
+
+
+@pytest.mark.parametrize("case", HEAD_CASES, ids=str)
+def test_found(case):
+    plan = plan_of(case.fn, case.params, *case.args)
+    (site,) = plan.sites
+    expected = {k: v for k, v in case.expected.items() if k not in ("chain", "endpoints")}
+    assert {name: getattr(site, name) for name in expected} == expected
+    assert plan.rejected == ()
+
+
+@pytest.mark.parametrize("case", HEAD_CASES, ids=str)
+def test_chain(case):
+    _, (found,) = found_in(case.fn, case.params, *case.args)
+    assert tuple(str(node.primitive) for node in found.match.chain) == case.expected["chain"]
+    assert len(found.match.endpoints) == case.expected["endpoints"]
+
+
+def _cached(p, x, cache):
+    """A projection wider than its input, written to a cache."""
+    return lax.dynamic_update_slice(cache, x @ p["head"], (0, 0))
+
+
+def _scored(p, x):
+    """Attention over a memory: the wide axis is contracted again."""
+    return jax.nn.softmax(x @ p["head"]) @ p["back"]
+
+
+def _fused_qkv(p, x):
+    q, k, v = jnp.split(x @ p["head"], (64, 96), axis=-1)
+    return q.sum() + k.sum() + v.sum()
+
+
+def _saved(p, x, buffer):
+    """Logits of a generation loop, written to a buffer with an index."""
+
+    def body(state):
+        i, buffer = state
+        return i + 1, lax.dynamic_update_index_in_dim(buffer, (x @ p["head"])[0], i, 0)
+
+    return lax.while_loop(lambda s: s[0] < 2, body, (0, buffer))[1]
+
+
+NEAR = {
+    "narrow": (lambda p, x: x @ p["narrow"], "p/narrow", "width 64 is below min_width=100"),
+    "not wide": (lambda p, x: x @ p["wider"], "p/wider", "is less than twice its input's 100"),
+    "contracted again": (_scored, "p/head", "the wide axis takes part in another product"),
+    "written to a cache": (_cached, "p/head", "dynamic_update_slice is not known to consume"),
+    "written to a cache in a loop": (_saved, "p/head", "dynamic_update_slice is not known to"),
+    "queries, keys, values": (_fused_qkv, "p/head", "split cuts or mixes the wide axis"),
+    "cut": (lambda p, x: (x @ p["head"])[:, :100], "p/head", "slice cuts or mixes"),
+    "split into heads": (
+        lambda p, x: jnp.tanh(x @ p["head"]).reshape(T, 4, V // 4).sum(-1),
+        "p/head",
+        "reshape cuts or mixes",
+    ),
+    "joined": (
+        lambda p, x: jnp.concatenate([x @ p["head"], x], -1),
+        "p/head",
+        "concatenate is not known to consume logits",
+    ),
+    "convolved": (
+        lambda p, x: jnp.convolve((x @ p["head"])[0], jnp.ones(3), mode="same"),
+        "p/head",
+        "not known to consume logits",
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum("ed,edv->ev", x, p["experts"]),
+        "p/experts",
+        "the weight has a batch axis",
+    ),
+    "two axes": (
+        lambda p, x: jnp.einsum("td,dhk->thk", x, p["heads"]),
+        "p/heads",
+        "keeps 2 axes; one of each is understood",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_miss(name):
+    fn, weight, reason = NEAR[name]
+    params = {
+        "head": HEAD,
+        "back": rand(V, D),
+        "narrow": rand(D, 64),
+        "wider": rand(100, V),
+        "experts": rand(T, D, V),
+        "heads": rand(D, 4, 32),
+    }
+    args = {
+        "written to a cache": (inputs(T, D), jnp.zeros((T, V))),
+        "written to a cache in a loop": (inputs(T, D), jnp.zeros((T, V))),
+        "not wide": (inputs(T, 100),),
+    }
+    plan = plan_of(fn, params, *args.get(name, (inputs(T, D),)))
+    assert plan.sites == ()
+    assert reason in {r.name: r.reason for r in plan.rejected}[weight]
+
+
+def test_min_width_is_the_least_of_the_rules():
+    rules = (hire.Head(min_width=200, path="none"), hire.Head(min_width=128))
+    head = UNTIED, inputs(T, D)
+    assert len(plan_of(lambda p, x: x @ p["head"], *head, rules=rules).sites) == 1
+    plan = plan_of(lambda p, x: x @ p["head"], *head, rules=rules[:1])
+    assert plan.sites == ()
+    assert "below min_width=200" in plan.rejected[0].reason
+
+
+def test_noise_is_part_of_the_chain():
+    """A candidate must be chosen with its Gumbel noise, not before it."""
+    _, (found,) = found_in(
+        lambda p, x, key: jax.random.categorical(key, x @ p["head"]),
+        UNTIED,
+        inputs(T, D),
+        jax.random.key(0),
+    )
+    (add,) = found.match.chain
+    (noise,) = found.match.sides
+    assert found.match.endpoints == add.outs
+    assert noise.shape == (T, V)
+    assert found.match.linear.out in add.ins
+
+
+def test_decreasing_code_is_no_part_of_the_chain():
+    for fn in (lambda z: -z, lambda z: 1.0 - z, lambda z: z * -2.0, lambda z: 1 / z):
+        _, (found,) = found_in(lambda p, x, fn=fn: fn(x @ p["head"]), UNTIED, inputs(T, D))
+        assert found.match.chain == ()
+        assert found.match.endpoints == (found.match.linear.out,)
+
+
+def test_bool_results_are_no_endpoints():
+    _, (found,) = found_in(lambda p, x: (x @ p["head"] > 0).any(), UNTIED, inputs(T, D))
+    assert found.match.endpoints == (found.match.linear.out,)
+
+
+def test_two_heads_on_one_input():
+    plan = plan_of(
+        lambda p, x: (x @ p["head"], x @ p["other"]),
+        UNTIED | {"other": HEAD + 1},
+        inputs(T, D),
+    )
+    assert [site.name for site in plan.sites] == ["p/head", "p/other"]
+
+
+def test_sum_of_two_heads():
+    """The sum belongs to the first; the second ends at it."""
+    _, found = found_in(
+        lambda p, x: (x @ p["head"] + jnp.tanh(x) @ p["other"]).argmax(-1),
+        UNTIED | {"other": HEAD + 1},
+        inputs(T, D),
+    )
+    first, second = (item.match for item in found)
+    assert [str(node.primitive) for node in first.chain] == ["add"]
+    assert second.chain == ()
+    assert first.sides == second.endpoints == (second.linear.out,)
+    assert not first.nodes & second.nodes

@@ -1,0 +1,448 @@
+"""Ways to write an FFN block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from tests.zoo import Case, D, F, T, inputs, rand
+
+UP, GATE, DOWN = rand(D, F, seed=1), rand(D, F, seed=2), rand(F, D, seed=3)
+B1, B2, SCALE = inputs(F, seed=4), inputs(D, seed=5), jnp.abs(inputs(F, seed=6)) + 0.5
+PLAIN = {"up": UP, "down": DOWN}
+GATED = {"up": UP, "gate": GATE, "down": DOWN}
+BIASED = {"up": UP, "b1": B1, "down": DOWN, "b2": B2}
+LAYERS = 4
+STACK = {"up": rand(LAYERS, D, F, seed=8), "down": rand(LAYERS, F, D, seed=9)}
+NEST = jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), STACK)
+
+relu2 = lambda h: jnp.square(jax.nn.relu(h))  # noqa: E731
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+
+@jax.custom_jvp
+def _custom_relu(h):
+    return jnp.maximum(h, 0)
+
+
+@_custom_relu.defjvp
+def _(primals, tangents):
+    return _custom_relu(*primals), tangents[0] * (primals[0] > 0)
+
+
+@jax.custom_vjp
+def _custom_silu(h):
+    return h * jax.nn.sigmoid(h)
+
+
+_custom_silu.defvjp(lambda h: (_custom_silu(h), h), lambda h, g: (g * jax.nn.sigmoid(h),))
+
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "relu": jax.nn.relu,
+    "relu2": relu2,
+    "relu6": jax.nn.relu6,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": lambda h: h * jax.nn.sigmoid(1.702 * h),
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "softplus": jax.nn.softplus,
+    "elu": jax.nn.elu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "mish": jax.nn.mish,
+}
+SPELLINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "maximum": ("relu", lambda h: jnp.maximum(h, 0)),
+    "where": ("relu", lambda h: jnp.where(h > 0, h, 0)),
+    "times a mask": ("relu", lambda h: h * (h > 0)),
+    "clip": ("relu", lambda h: jnp.clip(h, 0)),
+    "custom_jvp": ("relu", _custom_relu),
+    "relu by relu": ("relu2", lambda h: jax.nn.relu(h) * jax.nn.relu(h)),
+    "relu to the power 2": ("relu2", lambda h: jax.nn.relu(h) ** 2),
+    "relu to the power 2.0": ("relu2", lambda h: jnp.power(jax.nn.relu(h), 2.0)),
+    "gelu by erf": ("gelu", lambda h: 0.5 * h * (1 + lax.erf(h / np.sqrt(2)))),
+    "gelu by erfc": ("gelu", lambda h: 0.5 * h * lax.erfc(-h / np.sqrt(2))),
+    "gelu by normal cdf": ("gelu", lambda h: h * jax.scipy.stats.norm.cdf(h)),
+    "gelu by tanh": (
+        "gelu_tanh",
+        lambda h: 0.5 * h * (1 + jnp.tanh(0.7978845608 * (h + 0.044715 * h**3))),
+    ),
+    "silu by exp": ("silu", lambda h: h / (1 + jnp.exp(-h))),
+    "silu by tanh": ("silu", lambda h: h * 0.5 * (1 + jnp.tanh(0.5 * h))),
+    "custom_vjp": ("silu", _custom_silu),
+    "jit in jit": ("silu", jax.jit(lambda h: h * jax.jit(jax.nn.sigmoid)(h))),
+    "checkpoint_name": ("relu", lambda h: checkpoint_name(jax.nn.relu(h), "hidden")),
+    "stop_gradient": ("relu", lambda h: jax.nn.relu(lax.stop_gradient(h))),
+    "optimization_barrier": ("relu", lambda h: lax.optimization_barrier(jax.nn.relu(h))),
+    "hard_tanh": ("custom", jax.nn.hard_tanh),
+    "celu": ("elu", jax.nn.celu),
+    "shrink": ("custom", lambda h: jnp.where(jnp.abs(h) > 0.5, h, 0)),
+}
+
+
+def plain(act: Callable[[Any], Any] = jax.nn.relu) -> Callable[..., Any]:
+    return lambda p, x: act(x @ p["up"]) @ p["down"]
+
+
+def gated(act: Callable[[Any], Any] = jax.nn.silu) -> Callable[..., Any]:
+    return lambda p, x: (act(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+
+def up_first(act: Callable[[Any], Any] = jax.nn.silu) -> Callable[..., Any]:
+    def fn(p, x):
+        up = x @ p["up"]
+        return (up * act(x @ p["gate"])) @ p["down"]
+
+    return fn
+
+
+def _case(title, fn, params=None, args=None, **expected):
+    common = {"kind": "ffn", "d_model": D, "width": F, "gated": False, "activation": "relu"}
+    common |= {"repeats": 1, "tokens": T}
+    args = (inputs(T, D),) if args is None else args
+    return Case(title, fn, PLAIN if params is None else params, args, common | expected)
+
+
+def linear(x, w):
+    return jax.jit(lambda a, b: a @ b)(x, w)
+
+
+def _transposed(params):
+    return {name: w.T for name, w in params.items()}
+
+
+def _halves(act, first, split):
+    def fn(p, x):
+        a, b = split(x @ p["fused"])
+        return (act(a) * b if first else a * act(b)) @ p["down"]
+
+    return fn
+
+
+SPLITS = {
+    "slices": lambda h: (h[..., :F], h[..., F:]),
+    "jnp.split": lambda h: jnp.split(h, 2, axis=-1),
+    "lax.split": lambda h: lax.split(h, (F, F), h.ndim - 1),
+}
+
+
+def _scan(p, x):
+    def body(c, w):
+        return c + jax.nn.relu(c @ w["up"]) @ w["down"], None
+
+    return lax.scan(body, x, p)[0]
+
+
+def _scan_checkpoint(p, x):
+    @jax.checkpoint
+    def layer(c, w):
+        return c + jax.nn.relu(c @ w["up"]) @ w["down"]
+
+    return lax.scan(lambda c, w: (layer(c, w), None), x, p)[0]
+
+
+def _nested_scan(p, x):
+    return lax.scan(lambda c, w: (_scan(w, c), None), x, p)[0]
+
+
+def _fori(p, x):
+    def body(i, c):
+        return c + jax.nn.relu(c @ p["up"][i]) @ p["down"][i]
+
+    return lax.fori_loop(0, LAYERS, body, x)
+
+
+def _fori_nested(p, x):
+    def body(i, c):
+        def inner(j, c):
+            return c + jax.nn.relu(c @ p["up"][i, j]) @ p["down"][i, j]
+
+        return lax.fori_loop(0, 2, inner, c)
+
+    return lax.fori_loop(0, 2, body, x)
+
+
+def _reverse_counter(p, x):
+    def body(carry, _):
+        c, i = carry
+        return (c + jax.nn.relu(c @ p["up"][i]) @ p["down"][i], i + 1), None
+
+    return lax.scan(body, (x, 0), length=LAYERS, reverse=True)[0][0]
+
+
+def _dynamic_index(p, x):
+    def body(c, i):
+        up = lax.dynamic_index_in_dim(p["up"], i, keepdims=False)
+        down = lax.dynamic_index_in_dim(p["down"], i, keepdims=False)
+        return c + jax.nn.relu(c @ up) @ down, None
+
+    return lax.scan(body, x, jnp.arange(LAYERS))[0]
+
+
+def _tokens_scan(p, x):
+    return lax.scan(lambda c, row: (c, plain()(p, row)), 0, x)[1]
+
+
+def _while(p, x):
+    def body(state):
+        c, n = state
+        return plain()(p, c), n - 1
+
+    return lax.while_loop(lambda s: s[1] > 0, body, (x, 2))[0]
+
+
+def _while_carried(p, x):
+    def body(state):
+        c, n, p = state
+        return plain()(p, c), n - 1, p
+
+    return lax.while_loop(lambda s: s[1] > 0, body, (x, 2, p))[0]
+
+
+def _carried(p, x):
+    def body(i, state):
+        def inner(state, _):
+            p, c = state
+            return (p, plain()(p, c)), None
+
+        return lax.scan(inner, state, length=2)[0]
+
+    return lax.fori_loop(0, 3, body, (p, x))[1]
+
+
+def _carried_in_while(p, x):
+    def body(state):
+        def inner(state):
+            p, c, m = state
+            return p, plain()(p, c), m - 1
+
+        p, c, n = state
+        p, c, _ = lax.while_loop(lambda s: s[2] > 0, inner, (p, c, 2))
+        return p, c, n - 1
+
+    return lax.while_loop(lambda s: s[2] > 0, body, (p, x, 2))[1]
+
+
+def _after_carry(p, x):
+    def body(i, state):
+        p, c = state
+        return p, jnp.tanh(c) + p["up"][0, 0]
+
+    p, c = lax.fori_loop(0, 2, body, (p, x))
+    return plain()(p, c)
+
+
+def _cond(p, x):
+    return lax.cond(x[0, 0] > 100, lambda x: x, lambda x: plain()(p, x), x)
+
+
+def _closed(x):
+    return plain()(PLAIN, x)
+
+
+def _einsum(spec1, spec2):
+    return lambda p, x: jnp.einsum(spec2, jax.nn.relu(jnp.einsum(spec1, x, p["up"])), p["down"])
+
+
+def _left(p, x):
+    return (p["down"] @ jax.nn.relu(p["up"] @ x.T)).T
+
+
+def _upcast(p, x):
+    up, down = p["up"].astype(jnp.float32), p["down"].astype(jnp.float32)
+    return jax.nn.relu(x @ up) @ down
+
+
+def _accumulate(p, x):
+    h = jnp.matmul(x, p["up"], preferred_element_type=jnp.float32)
+    h = jax.nn.relu(h).astype(jnp.bfloat16)
+    return jnp.matmul(h, p["down"], preferred_element_type=jnp.float32)
+
+
+def _cast_twice(p, x):
+    gate = x.astype(jnp.float32) @ p["gate"]
+    up = x.astype(jnp.float32) @ p["up"]
+    return (jax.nn.silu(gate) * up) @ p["down"]
+
+
+def _lora(p, x):
+    return jax.nn.relu(x @ (p["up"] + p["a"] @ p["b"])) @ p["down"]
+
+
+def _dequantized(p, x):
+    return jax.nn.relu(x @ (p["q"].astype(jnp.float32) * p["s"])) @ p["down"]
+
+
+def _scaled(p, x):
+    return jax.nn.relu((x @ p["up"]) * p["scale"] + p["b1"]) @ p["down"]
+
+
+def _scaled_gated(p, x):
+    return (jax.nn.silu(x @ p["gate"] * p["s1"]) * (x @ p["up"] * p["s2"])) @ p["down"]
+
+
+def _vmapped(p, x):
+    return jax.vmap(plain(), in_axes=(None, 0))(p, x)
+
+
+def _residual(p, x):
+    n = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * p["norm"]
+    return x + gated()(p, n)
+
+
+LAYOUT = inputs(2, T, D)
+BF16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), GATED)
+Q = {"q": jnp.asarray(np.round(20 * UP), jnp.int8), "s": SCALE / 20, "down": DOWN}
+
+ACTIVATION_CASES = [
+    *(_case(f"plain {n}", plain(a), activation=n) for n, a in ACTIVATIONS.items()),
+    *(
+        _case(f"gated {n}", gated(ACTIVATIONS[n]), GATED, gated=True, activation=n)
+        for n in ACTIVATIONS
+    ),
+    *(
+        _case(f"up first {n}", up_first(ACTIVATIONS[n]), GATED, gated=True, activation=n)
+        for n in ACTIVATIONS
+    ),
+    *(_case(f"spelled {n}", plain(a), activation=name) for n, (name, a) in SPELLINGS.items()),
+]
+
+FFN_CASES = [
+    *(_case(f"{form} {n}", fn(ACTIVATIONS[n]), GATED, gated=form != "plain", activation=n)
+      for form, fn in {"plain": plain, "gated": gated, "up first": up_first}.items()
+      for n in ("relu", "silu")),
+    _case("custom_jvp", plain(_custom_relu)),
+    _case("custom_vjp", plain(_custom_silu), activation="silu"),
+    _case("optimization_barrier", lambda p, x: (lambda g, u: (jax.nn.silu(g) * u) @ p["down"])(
+        *lax.optimization_barrier((x @ p["gate"], x @ p["up"]))), GATED, gated=True,
+        activation="silu"),
+    _case("bilinear", gated(lambda h: h), GATED, gated=True, activation="bilinear"),
+    *(
+        _case(f"{h} bias {t} tokens", fn, BIASED, (inputs(t, D),), tokens=t)
+        for t in (1, T)
+        for h, fn in {
+            "first": lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"],
+            "second": lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"] + p["b2"],
+            "both": lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"] + p["b2"],
+        }.items()
+    ),
+    _case(
+        "gated with biases",
+        lambda p, x: (jax.nn.silu(x @ p["gate"] + p["b1"]) * (x @ p["up"] + p["b3"])) @ p["down"],
+        GATED | {"b1": B1, "b3": B1 * 2},
+        gated=True,
+        activation="silu",
+    ),
+    _case(
+        "biased vector",
+        lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"],
+        BIASED,
+        (inputs(D),),
+        tokens=1,
+    ),
+    _case(
+        "biased batch",
+        lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"],
+        BIASED,
+        (LAYOUT,),
+        tokens=2 * T,
+    ),
+    # layouts
+    _case("vector", plain(), args=(inputs(D),), tokens=1),
+    _case("batch", plain(), args=(LAYOUT,), tokens=2 * T),
+    _case("out, in", lambda p, x: plain()(_transposed(p), x), _transposed(PLAIN)),
+    _case("einsum", _einsum("td,dh->th", "th,hd->td")),
+    _case("einsum out, in", _einsum("td,hd->th", "th,dh->td"), _transposed(PLAIN)),
+    _case("einsum hidden first", _einsum("td,dh->ht", "ht,hd->td")),
+    _case("einsum mixed", _einsum("bsd,hd->bhs", "bhs,hd->sbd"), {"up": UP.T, "down": DOWN},
+          (LAYOUT,), tokens=2 * T),
+    _case("weights on the left", _left, _transposed(PLAIN)),
+    _case("left of a vector", lambda p, x: p["down"] @ jax.nn.relu(p["up"] @ x),
+          _transposed(PLAIN), (inputs(D),), tokens=1),
+    _case("features first", lambda p, x: jnp.einsum("dt,dh->th", x, p["up"]).clip(0) @ p["down"],
+          args=(inputs(T, D).T,)),
+    _case("tokens merged", lambda p, x: plain()(p, x.reshape(-1, D)).reshape(x.shape),
+          args=(LAYOUT,), tokens=2 * T),
+    _case("tied", lambda p, x: jax.nn.relu(x @ p["up"]) @ p["up"].T, {"up": UP}, name="p/up"),
+    # calls
+    _case("jit", jax.jit(plain())),
+    _case("jit around each linear", lambda p, x: linear(
+        jax.nn.relu(linear(x, p["up"])), p["down"])),
+    _case("jit around the first", lambda p, x: jax.jit(lambda p, x: jax.nn.relu(x @ p["up"]))(p, x)
+          @ p["down"]),
+    _case("jit around the second", lambda p, x: jax.jit(lambda h: h @ p["down"])(
+        jax.nn.relu(x @ p["up"]))),
+    _case("checkpoint", jax.checkpoint(plain())),
+    _case("checkpoint, weights closed over", lambda p, x: jax.checkpoint(
+        lambda x: plain()(p, x))(x)),
+    _case("vmap over tokens", _vmapped, tokens=T),
+    _case("named scope", jax.named_call(plain(), name="mlp"), name="mlp:p"),
+    # loops
+    _case("scan", _scan, STACK, repeats=LAYERS),
+    _case("scan of checkpoint", _scan_checkpoint, STACK, repeats=LAYERS),
+    _case("nested scan", _nested_scan, NEST, repeats=LAYERS),
+    _case("reverse scan", lambda p, x: lax.scan(
+        lambda c, w: (c + plain()(w, c), None), x, p, reverse=True)[0], STACK, repeats=LAYERS),
+    _case("unrolled scan", lambda p, x: lax.scan(
+        lambda c, w: (c + plain()(w, c), None), x, p, unroll=2)[0], STACK, repeats=LAYERS),
+    _case("fori_loop", _fori, STACK, repeats=LAYERS),
+    _case("nested fori_loop", _fori_nested, NEST, repeats=LAYERS),
+    _case("reverse scan with a counter", _reverse_counter, STACK, repeats=LAYERS),
+    _case("scan over layer numbers", _dynamic_index, STACK, repeats=LAYERS),
+    _case("scan over tokens", _tokens_scan, repeats=T, tokens=1),
+    _case("while_loop", _while),
+    _case("while_loop with carried weights", _while_carried),
+    _case("loops with carried weights", _carried, repeats=6),
+    _case("while loops with carried weights", _carried_in_while),
+    _case("after a loop that carried the weights", _after_carry),
+    _case("cond", _cond),
+    _case("jit, scan, checkpoint, cond", jax.jit(lambda p, x: lax.scan(
+        jax.checkpoint(lambda c, w: (_cond(w, c), None)), x, p)[0]), STACK, repeats=LAYERS),
+    # fused
+    *(
+        _case(f"fused by {n}, gate {'first' if first else 'second'}",
+              _halves(jax.nn.silu, first, split),
+              {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN},
+              gated=True, activation="silu")
+        for n, split in SPLITS.items()
+        for first in (True, False)
+    ),
+    _case("fused in a scan", lambda p, x: lax.scan(
+        lambda c, w: (c + _halves(jax.nn.relu, False, SPLITS["slices"])(w, c), None), x, p)[0],
+        {"fused": rand(LAYERS, D, 2 * F), "down": STACK["down"]}, gated=True, repeats=LAYERS),
+    _case("fused with a bias", lambda p, x: (lambda h: (jax.nn.gelu(h[:, :F], approximate=False)
+          * h[:, F:]) @ p["down"])(x @ p["fused"] + p["b"]),
+          {"fused": jnp.concatenate([GATE, UP], 1), "b": inputs(2 * F), "down": DOWN},
+          gated=True, activation="gelu"),
+    # weights of weights, vectors and scalars
+    _case("casts of bfloat16 weights", _upcast, {k: BF16[k] for k in ("up", "down")}),
+    _case("bfloat16", gated(), BF16, (inputs(T, D, dtype=jnp.bfloat16),), gated=True,
+          activation="silu"),
+    _case("float32 accumulation", _accumulate, {k: BF16[k] for k in ("up", "down")},
+          (inputs(T, D, dtype=jnp.bfloat16),)),
+    _case("input cast twice", _cast_twice, GATED, (inputs(T, D, dtype=jnp.bfloat16),), gated=True,
+          activation="silu"),
+    _case("low-rank update of a weight", _lora, PLAIN | {"a": rand(D, 2), "b": rand(2, F)}),
+    _case("dequantized weight", _dequantized, Q),
+    _case("scale and bias after the product", _scaled, PLAIN | {"scale": SCALE, "b1": B1}),
+    _case("scales in a gated block", _scaled_gated, GATED | {"s1": SCALE, "s2": SCALE + 1},
+          gated=True, activation="silu"),
+    _case("scaled hidden", lambda p, x: (jax.nn.relu(x @ p["up"]) * p["scale"]) @ p["down"],
+          PLAIN | {"scale": SCALE}),
+    _case("token mask", lambda p, x, m: (jax.nn.relu(x @ p["up"]) * m[:, None]) @ p["down"],
+          args=(inputs(T, D), jnp.array([1.0, 0.0, 2.0]))),
+    _case("learned swish", lambda p, x: (lambda h: h * jax.nn.sigmoid(p["beta"] * h))(x @ p["up"])
+          @ p["down"], PLAIN | {"beta": jnp.float32(1.3)}, activation="silu"),
+    _case("normed residual", _residual, GATED | {"norm": inputs(D)}, gated=True,
+          activation="silu"),
+]  # fmt: skip
