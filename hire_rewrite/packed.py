@@ -55,7 +55,7 @@ class Packed:
     layout: tuple[jax.ShapeDtypeStruct, ...]
 
     def check(self) -> None:
-        """Raise `HireRewriteError` if an array has another shape or dtype than when it was packed."""
+        """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
         found = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
         for (path, leaf), want in zip(found, self.layout, strict=True):
             if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):

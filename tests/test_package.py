@@ -18,7 +18,9 @@ def test_no_private_jax_names():
 
 
 def test_only_compat_looks_at_versions():
-    asking = [p.name for p in SOURCES if "__version" in p.read_text() and "jax.__v" in p.read_text()]
+    asking = [
+        p.name for p in SOURCES if "__version" in p.read_text() and "jax.__v" in p.read_text()
+    ]
     assert set(asking) <= {"_compat.py"}
 
 

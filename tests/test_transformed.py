@@ -140,7 +140,10 @@ def test_gradient_in_mode_exact(params, call):
     def loss(step, params):
         return jax.nn.logsumexp(step(params, *call)["logits"], -1).sum()
 
-    close(jax.grad(functools.partial(loss, fn))(params), jax.grad(functools.partial(loss, step))(params))
+    close(
+        jax.grad(functools.partial(loss, fn))(params),
+        jax.grad(functools.partial(loss, step))(params),
+    )
 
 
 def test_lowering_ahead_of_time(params, call):
@@ -168,8 +171,10 @@ def test_keyword_arguments(params, call):
 
 
 def test_hire_agrees_with_exact_where_recall_is_one(params, call):
-    rules = (SMALL[0], hire.Head(k=8, candidates=32, min_width=128, force=True))
-    rules = tuple(hire.FFN(k=0.5, candidates=1.0, force=True) if i == 0 else r for i, r in enumerate(rules))
+    rules = (
+        hire.FFN(k=0.5, candidates=1.0, force=True),
+        hire.Head(k=8, candidates=32, min_width=128, force=True),
+    )
     fn, exact = (hire.transform(step, *rules, mode=mode) for mode in ("hire", "exact"))
     packed = pack(fn, params, call)
     got, want = fn(packed, *call), exact(params, *call)
@@ -417,7 +422,7 @@ def test_results_that_are_no_arrays(params, call):
 
 def test_arguments_that_are_no_arrays(params, call):
     fn = hire.transform(lambda params, x, act: act(x))
-    with pytest.raises(hire.HireRewriteError, match="argument act is a .*, not an array"):
+    with pytest.raises(hire.HireRewriteError, match=r"argument act is a .*, not an array"):
         fn.plan(params, call[1], jnp.tanh)
 
 

@@ -105,7 +105,7 @@ def collect(
             moments = _merged(report, layers)
             totals[state] = totals[state] + moments if state in totals else moments
     for name in {state for state, _ in sites.values()}:
-        if name not in totals:
+        if name not in totals or not bool(totals[name].count.all()):
             raise HireRewriteError(
                 f"{name}: no calibration batch reached it: give batches of calls that run it"
             )

@@ -84,7 +84,8 @@ def detect(trace: Trace, min_width: int) -> Detection:
         matches += _match(trace, linears, min_width, misses)
     names = _names(trace, matches)
     found = tuple(
-        Found(name, match, _weights(trace, match)) for name, match in zip(names, matches, strict=True)
+        Found(name, match, _weights(trace, match))
+        for name, match in zip(names, matches, strict=True)
     )
     return Detection(found, _rejections(trace, misses), tuple(opaque))
 
@@ -191,8 +192,9 @@ def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
     if isinstance(match, FFNMatch):
         region = match.region
         found += [identity(vector.value) for vector in region.vectors]
-        found += [part.start for part in (*region.projections, *region.vectors)]
-        found += [match.linears.index(part.linear) for part in region.projections]
+        found += [vector.start for vector in region.vectors]
+        found += [projection.start for projection in region.projections]
+        found += [match.linears.index(item.linear) for item in region.projections]
     return tuple(found)
 
 

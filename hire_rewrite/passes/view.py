@@ -31,9 +31,7 @@ def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
         if not isinstance(atom, jex_core.Literal)
     }
     kept = [var for var in eqn.outvars if not is_drop(var)]
-    one = _EMPTY.replace(
-        invars=list(bound), outvars=kept, eqns=[eqn], effects=eqn.effects
-    )
+    one = _EMPTY.replace(invars=list(bound), outvars=kept, eqns=[eqn], effects=eqn.effects)
     results = iter(jax.core.eval_jaxpr(one, (), *bound.values()))
     return [None if is_drop(var) else next(results) for var in eqn.outvars]
 
