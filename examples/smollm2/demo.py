@@ -1,0 +1,213 @@
+"""The whole way on a real language model: `python -m examples.smollm2.demo`, or `make demo`.
+
+SmolLM2-135M decodes a few prompts with its vocabulary head as it is, and rewritten. Every figure
+printed is measured here or read from a value; none is written in this file.
+"""
+
+import functools
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+import hire_rewrite as hire
+from benchmarks import timing
+
+from . import calibration, compare, generate, model, text, tokenizer, weights
+from .compare import Comparison
+
+HEAD = hire.Head(k=64, candidates=512, predictor=hire.LowRank(256))
+STREAMS, LENGTH = 64, 32  # of the text that the predictor is fitted to
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+    "Tell me a short story about a dog and a lighthouse.",
+    "What do I need to bake an apple pie?",
+)
+ANSWER = 40  # tokens at most
+ROUNDS = 41
+MAX_LEN = 512
+DIFF = Path("out/smollm2.diff")
+DIFF_LINES = 12
+WIDTH = 110
+
+
+def main() -> None:
+    began = time.perf_counter()
+    _heading("The model")
+    params, config = weights.load()
+    words = tokenizer.load()
+    _say(_describe(params, config), f"loaded in {time.perf_counter() - began:.1f} s")
+
+    _heading("The plan: what is rewritten, what is not, and why")
+
+    def decode_step(params: Any, token: Any, cache: Any) -> Any:
+        return model.decode_step(config, params, token, cache)
+
+    step = hire.transform(decode_step, HEAD)
+    token, cache = jnp.zeros(1, jnp.int32), model.init_cache(config, 1, MAX_LEN)
+    plan = step.plan(params, token, cache)
+    before, after = weight_bytes(params, plan)
+    rule = f"Head(k={HEAD.k}, candidates={HEAD.candidates}, predictor={HEAD.predictor})"
+    _say(f"step = hire.transform(decode_step, {rule})\n\n{plan}\n")
+    _say(f"Weights read for one token: {_mb(before)} dense, {_mb(after)} rewritten.")
+
+    _heading("Pack: lay out the rows, fit the predictor to some text")
+    start = time.perf_counter()
+    prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
+    ids = text.help_text(STREAMS * LENGTH, words)
+    batches = calibration.streams(prefill, params, config, ids, STREAMS, LENGTH)
+    packed = step.pack(params, token, cache, calibration=batches)
+    _say(f"{packed!r}, fitted to {len(ids):,} tokens of Python's help topics")
+    _say(f"{time.perf_counter() - start:.1f} s, once for these weights")
+
+    _heading("The same prompts, dense and rewritten: what the model says")
+    dense = (jax.jit(decode_step, donate_argnums=2), params)
+    rewritten = (jax.jit(step, donate_argnums=2), packed)
+    end = words.token_to_id(tokenizer.END)
+    compared = []
+    for prompt in PROMPTS:
+        asked = words.encode(tokenizer.chat(prompt)).ids
+        read = compare.reader(prefill, params, config, asked, end, MAX_LEN)
+        done = compare.compare(read, dense, rewritten, ANSWER, end)
+        alone, _, _ = generate.greedy(
+            *rewritten, read()[1], jnp.array([done.first]), len(done.dense)
+        )
+        _show(prompt, done, np.asarray(alone[0]), words)
+        compared.append(done)
+    _summarize(compared)
+
+    _heading("The time for one token")
+    rate = timing.bandwidth()
+    _time(
+        "the whole step",
+        decoder(*dense, token, read()[1]),
+        decoder(*rewritten, token, read()[1]),
+        (before, after),
+        rate,
+    )
+
+    def head(params: Any, hidden: Any) -> Any:
+        return hidden @ params["embed"].T
+
+    # A Packed serves every function in which the same sites are rewritten by the same rule.
+    hidden = jnp.ones((1, config.d_model))
+    rewritten_head = jax.jit(hire.transform(head, HEAD))
+    site = next(site for site in plan.sites if site.status == "rewritten")
+    _time(
+        "its head alone",
+        functools.partial(jax.jit(head), params, hidden),
+        functools.partial(rewritten_head, packed, hidden),
+        (site.bytes_before, site.bytes_after),
+        rate,
+    )
+    where = timing.machine()
+    _say(
+        f"medians of {ROUNDS} alternating rounds, caches cold, one sequence; {where['processor']}, "
+        f"{where['cores']} cores, jax {where['jax']};",
+        f"the floor is the bytes over {rate / 1e9:.1f} GB/s, the fastest read measured here",
+    )
+
+    _heading("The graph, before and after")
+    lines = str(step.diff(params, token, cache)).splitlines()
+    DIFF.parent.mkdir(exist_ok=True)
+    DIFF.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines[:DIFF_LINES]:
+        _say(line if len(line) < WIDTH else line[: WIDTH - 2] + " …")
+    _say(f"({len(lines)} lines, in full in {DIFF})")
+    print(f"\n{time.perf_counter() - began:.0f} s in all")
+
+
+def weight_bytes(params: Any, plan: hire.Plan) -> tuple[int, int]:
+    """Bytes of weights that one call reads, dense and rewritten.
+
+    A tied embedding counts once: as the head. As an embedding one row of it is read.
+    """
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    saved = sum(s.bytes_before - s.bytes_after for s in plan.sites if s.status == "rewritten")
+    return dense, dense - saved
+
+
+def decoder(step: generate.Step, weights: Any, token: Any, cache: Any) -> Callable[[], Any]:
+    """Reads `token` once more at every call, into a cache that it keeps; returns the logits."""
+
+    def decode() -> Any:
+        nonlocal cache
+        logits, cache = step(weights, token, cache)
+        return logits
+
+    return decode
+
+
+def _time(
+    what: str,
+    dense: Callable[[], Any],
+    rewritten: Callable[[], Any],
+    size: tuple[int, int],
+    rate: float,
+) -> None:
+    """Print the times of two sides, with the floors of `size` bytes read at `rate` a second."""
+    timings = timing.alternate({"dense": dense, "rewritten": rewritten}, ROUNDS, cold=True)
+    sides = (
+        f"{side} {1e3 * timings.median(side):.1f} ms (floor {1e3 * read / rate:.1f})"
+        for side, read in zip(timings.seconds, size, strict=True)
+    )
+    ratio = timings.ratio("dense", "rewritten")
+    _say(f"{what:<16}{', '.join(sides)}: {ratio:.2f} times as fast")
+
+
+def _show(prompt: str, compared: Comparison, alone: np.ndarray, words: Tokenizer) -> None:
+    """Both answers; alone: i32[n] is what the rewritten step said by itself."""
+    print(f"\n  > {prompt}")
+    for side, tokens in (("dense", compared.dense), ("rewritten", alone)):
+        said = words.decode([compared.first, *tokens.tolist()])
+        lines = [part for line in said.splitlines() for part in textwrap.wrap(line, WIDTH - 13)]
+        print(textwrap.indent("\n".join(lines), " " * 13).replace(" " * 11, f"  {side:<9}", 1))
+    n, together = len(alone), int(np.cumprod(alone == compared.dense).sum())
+    parted = f"the same for {together} of {n} tokens" if together < n else f"the same {n} tokens"
+    _say(" " * 11 + f"{parted}; given the same tokens before, {compared.same} of {n} the same")
+
+
+def _summarize(compared: list[Comparison]) -> None:
+    steps = sum(len(c.dense) for c in compared)
+    same = sum(c.same for c in compared)
+    recall = sum(float(c.recall.sum()) for c in compared) / steps
+    _say(
+        "",
+        f"In {steps} steps the rewritten head chose the dense head's token {same} times "
+        f"({100 * same / steps:.1f} %),",
+        f"and of the {compare.TOP} tokens that the dense head ranks first it had "
+        f"{100 * recall:.1f} % among its own {compare.TOP}.",
+    )
+
+
+def _describe(params: Any, config: model.Config) -> str:
+    leaves = jax.tree.leaves(params)
+    count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    return (
+        f"SmolLM2-135M-Instruct: {count / 1e6:.1f} million numbers, {_mb(size)} as "
+        f"{leaves[0].dtype}; {config.layers} layers, d_model {config.d_model}, d_ff {config.d_ff}, "
+        f"vocabulary {config.vocab:,}"
+    )
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _heading(title: str) -> None:
+    print(f"\n{title}\n{'─' * len(title)}", flush=True)
+
+
+def _say(*lines: str) -> None:
+    print(textwrap.indent("\n".join(lines), "  "), flush=True)
+
+
+if __name__ == "__main__":
+    main()

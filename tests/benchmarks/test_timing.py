@@ -1,0 +1,53 @@
+"""The measuring rules: alternation, what is waited for, and what a results file holds."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import timing
+
+
+def test_sides_alternate_and_the_warm_up_does_not_count():
+    calls = []
+    timings = timing.alternate(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4
+    )
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {
+        "a": 4,
+        "b": 4,
+        "c": 4,
+    }
+
+
+def test_statistics():
+    timings = timing.Timings({"slow": (4.0, 2.0, 6.0, 4.0, 4.0), "fast": (2.0, 2.0, 1.0, 9.0, 1.0)})
+    assert timings.median("slow") == 4.0
+    assert timings.least("fast") == 1.0
+    assert timings.ratio("slow", "fast") == 2.0  # of 2, 1, 6, 4/9 and 4
+    assert timings.spread("slow") == pytest.approx(0.5)
+    assert timings.summary()["fast"]["median_ms"] == 2000.0
+
+
+def test_results_are_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    timing.alternate({"a": lambda: 1, "b": lambda: 2}, rounds=1, cold=True)
+    assert sorted(waited) == [1, 1, 1, 2, 2, 2]
+
+
+def test_bandwidth_is_of_this_world():
+    assert 1e8 < timing.bandwidth(size=2**24, rounds=3) < 1e14
+
+
+def test_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    path = timing.write("some", {"ratio": 2.5}, "python -m benchmarks.some")
+    written = json.loads(path.read_text())
+    assert path.name == "some.json"
+    assert written["ratio"] == 2.5
+    assert written["command"] == "python -m benchmarks.some"
+    assert written["machine"]["jax"] == jax.__version__
+    assert written["machine"]["cores"] >= 1
