@@ -104,10 +104,11 @@ def bandwidth(size: int = LONG, rounds: int = 31) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, how many of its cores this process may use, and the versions."""
+    """The processor, the cores that this process may use, how busy they are, and the versions."""
     return {
         "processor": _processor(),
         "cores": _cores(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "system": platform.system(),

@@ -2,7 +2,7 @@
 
 jax moves its internal data structures between minor releases. Everything that the
 package reads from a jaxpr and that differed between jax 0.10 and 0.12 is asked here, by
-looking at what is there rather than at a version number.
+looking at what is there rather than at a version number where that says it.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,3 +50,8 @@ def _primitive_of(fun: Callable[..., Any]) -> Any:
 
 split_p = _primitive_of(lambda x: lax.split(x, (1, 1)))
 optimization_barrier_p = _primitive_of(lax.optimization_barrier)
+
+cpu_fuses_widening = jax.__version_info__ < (0, 12)
+"""Whether XLA's CPU backend emits vector code for a vector-matrix product that is fused with the
+widening of the matrix. From jaxlib 0.12 on it adds up one number at a time, in order: 9 times
+slower, so that other forms are better there."""

@@ -95,6 +95,11 @@ def packed(step: Any, *args: Any, **kwargs: Any) -> Any:
         return step.pack(*args, **kwargs)
 
 
+def run(fn: Any, *args: Any) -> Any:
+    """`fn` compiled quickly: most of the time of these tests goes to compiling what runs once."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)
+
+
 def close(got: Any, want: Any, tolerance: float = 1e-4) -> None:
     """Equal structures, and arrays equal to `tolerance` of the greatest entry."""
     assert jax.tree.structure(got) == jax.tree.structure(want)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from tests.zoo import Case, D, F, T, inputs, rand
+from tests.zoo_activation import ACTIVATIONS, SPELLINGS, custom_relu, custom_silu, gelu, gelu_tanh
 
 UP, GATE, DOWN = rand(D, F, seed=1), rand(D, F, seed=2), rand(F, D, seed=3)
 B1, B2, SCALE = inputs(F, seed=4), inputs(D, seed=5), jnp.abs(inputs(F, seed=6)) + 0.5
@@ -22,72 +21,6 @@ BIASED = {"up": UP, "b1": B1, "down": DOWN, "b2": B2}
 LAYERS = 4
 STACK = {"up": rand(LAYERS, D, F, seed=8), "down": rand(LAYERS, F, D, seed=9)}
 NEST = jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), STACK)
-
-relu2 = lambda h: jnp.square(jax.nn.relu(h))  # noqa: E731
-gelu = functools.partial(jax.nn.gelu, approximate=False)
-gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
-
-
-@jax.custom_jvp
-def _custom_relu(h):
-    return jnp.maximum(h, 0)
-
-
-@_custom_relu.defjvp
-def _(primals, tangents):
-    return _custom_relu(*primals), tangents[0] * (primals[0] > 0)
-
-
-@jax.custom_vjp
-def _custom_silu(h):
-    return h * jax.nn.sigmoid(h)
-
-
-_custom_silu.defvjp(lambda h: (_custom_silu(h), h), lambda h, g: (g * jax.nn.sigmoid(h),))
-
-
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
-    "relu": jax.nn.relu,
-    "relu2": relu2,
-    "relu6": jax.nn.relu6,
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "quick_gelu": lambda h: h * jax.nn.sigmoid(1.702 * h),
-    "silu": jax.nn.silu,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-    "softplus": jax.nn.softplus,
-    "elu": jax.nn.elu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "mish": jax.nn.mish,
-}
-SPELLINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "maximum": ("relu", lambda h: jnp.maximum(h, 0)),
-    "where": ("relu", lambda h: jnp.where(h > 0, h, 0)),
-    "times a mask": ("relu", lambda h: h * (h > 0)),
-    "clip": ("relu", lambda h: jnp.clip(h, 0)),
-    "custom_jvp": ("relu", _custom_relu),
-    "relu by relu": ("relu2", lambda h: jax.nn.relu(h) * jax.nn.relu(h)),
-    "relu to the power 2": ("relu2", lambda h: jax.nn.relu(h) ** 2),
-    "relu to the power 2.0": ("relu2", lambda h: jnp.power(jax.nn.relu(h), 2.0)),
-    "gelu by erf": ("gelu", lambda h: 0.5 * h * (1 + lax.erf(h / np.sqrt(2)))),
-    "gelu by erfc": ("gelu", lambda h: 0.5 * h * lax.erfc(-h / np.sqrt(2))),
-    "gelu by normal cdf": ("gelu", lambda h: h * jax.scipy.stats.norm.cdf(h)),
-    "gelu by tanh": (
-        "gelu_tanh",
-        lambda h: 0.5 * h * (1 + jnp.tanh(0.7978845608 * (h + 0.044715 * h**3))),
-    ),
-    "silu by exp": ("silu", lambda h: h / (1 + jnp.exp(-h))),
-    "silu by tanh": ("silu", lambda h: h * 0.5 * (1 + jnp.tanh(0.5 * h))),
-    "custom_vjp": ("silu", _custom_silu),
-    "jit in jit": ("silu", jax.jit(lambda h: h * jax.jit(jax.nn.sigmoid)(h))),
-    "checkpoint_name": ("relu", lambda h: checkpoint_name(jax.nn.relu(h), "hidden")),
-    "stop_gradient": ("relu", lambda h: jax.nn.relu(lax.stop_gradient(h))),
-    "optimization_barrier": ("relu", lambda h: lax.optimization_barrier(jax.nn.relu(h))),
-    "hard_tanh": ("custom", jax.nn.hard_tanh),
-    "celu": ("elu", jax.nn.celu),
-    "shrink": ("custom", lambda h: jnp.where(jnp.abs(h) > 0.5, h, 0)),
-}
 
 
 def plain(act: Callable[[Any], Any] = jax.nn.relu) -> Callable[..., Any]:
@@ -295,6 +228,19 @@ def _vmapped(p, x):
     return jax.vmap(plain(), in_axes=(None, 0))(p, x)
 
 
+def _modules(p, x):
+    """Each linear layer mapped over tokens by itself, as in libraries of modules for one token."""
+    h = jax.vmap(lambda x: p["up"] @ x + p["b1"])(x)
+    return jax.vmap(lambda h: p["down"] @ h + p["b2"])(jax.nn.relu(h))
+
+
+def _normed_twice(p, x):
+    def norm(x):
+        return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+
+    return (jax.nn.silu(norm(x) @ p["gate"]) * (norm(x) @ p["up"])) @ p["down"]
+
+
 def _residual(p, x):
     n = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * p["norm"]
     return x + gated()(p, n)
@@ -321,8 +267,8 @@ FFN_CASES = [
     *(_case(f"{form} {n}", fn(ACTIVATIONS[n]), GATED, gated=form != "plain", activation=n)
       for form, fn in {"plain": plain, "gated": gated, "up first": up_first}.items()
       for n in ("relu", "silu")),
-    _case("custom_jvp", plain(_custom_relu)),
-    _case("custom_vjp", plain(_custom_silu), activation="silu"),
+    _case("custom_jvp", plain(custom_relu)),
+    _case("custom_vjp", plain(custom_silu), activation="silu"),
     _case("optimization_barrier", lambda p, x: (lambda g, u: (jax.nn.silu(g) * u) @ p["down"])(
         *lax.optimization_barrier((x @ p["gate"], x @ p["up"]))), GATED, gated=True,
         activation="silu"),
@@ -443,6 +389,13 @@ FFN_CASES = [
           args=(inputs(T, D), jnp.array([1.0, 0.0, 2.0]))),
     _case("learned swish", lambda p, x: (lambda h: h * jax.nn.sigmoid(p["beta"] * h))(x @ p["up"])
           @ p["down"], PLAIN | {"beta": jnp.float32(1.3)}, activation="silu"),
+    _case("bias reshaped to the rank", lambda p, x: gelu_tanh(
+        x @ p["up"] + jnp.reshape(p["b1"], (1, -1))) @ p["down"], BIASED, activation="gelu_tanh"),
+    _case("layers mapped one by one", _modules,
+          {"up": UP.T, "b1": B1, "down": DOWN.T, "b2": B2}, name="vmap():p/down"),
+    _case("gate and up stacked", lambda p, x: (gelu(x @ p["w"][0]) * (x @ p["w"][1])) @ p["down"],
+          {"w": jnp.stack([GATE, UP]), "down": DOWN}, gated=True, activation="gelu"),
+    _case("normed twice", _normed_twice, GATED, gated=True, activation="silu"),
     _case("normed residual", _residual, GATED | {"norm": inputs(D)}, gated=True,
           activation="silu"),
 ]  # fmt: skip

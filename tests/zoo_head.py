@@ -124,6 +124,14 @@ HEAD_CASES = [
     _head_case("vector", _of_logits(lambda z: z), args=(inputs(D),), tokens=1),
     _head_case("batch", _of_logits(lambda z: z), args=(LAYOUT,), tokens=2 * T),
     _head_case("last token", _of_logits(lambda z: z[:, -1]), args=(LAYOUT,), tokens=2 * T),
+    _head_case("some token", _of_logits(lambda z, i: lax.dynamic_index_in_dim(z, i, 0)),
+               args=(inputs(T, D), 1)),
+    _head_case("tokens penalized", _of_logits(
+        lambda z, t: z.at[jnp.arange(T)[:, None], t].add(-1.0).argmax(-1)),
+        args=(inputs(T, D), jnp.ones((T, 2), jnp.int32))),
+    _head_case("signs penalized", _of_logits(
+        lambda z: jnp.where(MASK, jnp.where(z > 0, z / 1.2, z * 1.2), z).argmax(-1)),
+        chain=("gt", "div", "mul", "select_n", "select_n")),
     _head_case("cast", _of_logits(lambda z: z.astype(jnp.bfloat16)),
                chain=("convert_element_type",)),
     _head_case("soft-cap", _of_logits(_soft_cap), chain=("div", "tanh", "mul")),

@@ -45,25 +45,24 @@ def main() -> None:
     words = tokenizer.load()
     _say(_describe(params, config), f"loaded in {time.perf_counter() - began:.1f} s")
 
-    _heading("The plan: what is rewritten, what is not, and why")
-
     def decode_step(params: Any, token: Any, cache: Any) -> Any:
         return model.decode_step(config, params, token, cache)
 
+    _heading("The plan: what is rewritten, what is not, and why")
     step = hire.transform(decode_step, HEAD)
-    token, cache = jnp.zeros(1, jnp.int32), model.init_cache(config, 1, MAX_LEN)
-    plan = step.plan(params, token, cache)
-    before, after = weight_bytes(params, plan)
+    call = (params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, MAX_LEN))
+    plan = step.plan(*call)
     rule = f"Head(k={HEAD.k}, candidates={HEAD.candidates}, predictor={HEAD.predictor})"
-    _say(f"step = hire.transform(decode_step, {rule})\n\n{plan}\n")
-    _say(f"Weights read for one token: {_mb(before)} dense, {_mb(after)} rewritten.")
+    _say(f"step = hire.transform(decode_step, {rule})", "", str(plan), "")
+    before, after = map(_mb, weight_bytes(params, plan))
+    _say(f"Weights read for one token: {before} dense, {after} rewritten.")
 
     _heading("Pack: lay out the rows, fit the predictor to some text")
     start = time.perf_counter()
     prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
     ids = text.help_text(STREAMS * LENGTH, words)
     batches = calibration.streams(prefill, params, config, ids, STREAMS, LENGTH)
-    packed = step.pack(params, token, cache, calibration=batches)
+    packed = step.pack(*call, calibration=batches)
     _say(f"{packed!r}, fitted to {len(ids):,} tokens of Python's help topics")
     _say(f"{time.perf_counter() - start:.1f} s, once for these weights")
 
@@ -76,50 +75,20 @@ def main() -> None:
         asked = words.encode(tokenizer.chat(prompt)).ids
         read = compare.reader(prefill, params, config, asked, end, MAX_LEN)
         done = compare.compare(read, dense, rewritten, ANSWER, end)
-        alone, _, _ = generate.greedy(
-            *rewritten, read()[1], jnp.array([done.first]), len(done.dense)
-        )
+        first = jnp.array([done.first])
+        alone, _, _ = generate.greedy(*rewritten, read()[1], first, len(done.dense))
         _show(prompt, done, np.asarray(alone[0]), words)
         compared.append(done)
     _summarize(compared)
 
     _heading("The time for one token")
-    rate = timing.bandwidth()
-    _time(
-        "the whole step",
-        decoder(*dense, token, read()[1]),
-        decoder(*rewritten, token, read()[1]),
-        (before, after),
-        rate,
-    )
-
-    def head(params: Any, hidden: Any) -> Any:
-        return hidden @ params["embed"].T
-
-    # A Packed serves every function in which the same sites are rewritten by the same rule.
-    hidden = jnp.ones((1, config.d_model))
-    rewritten_head = jax.jit(hire.transform(head, HEAD))
-    site = next(site for site in plan.sites if site.status == "rewritten")
-    _time(
-        "its head alone",
-        functools.partial(jax.jit(head), params, hidden),
-        functools.partial(rewritten_head, packed, hidden),
-        (site.bytes_before, site.bytes_after),
-        rate,
-    )
-    where = timing.machine()
-    _say(
-        f"medians of {ROUNDS} alternating rounds, caches cold, one sequence; {where['processor']}, "
-        f"{where['cores']} cores, jax {where['jax']};",
-        f"the floor is the bytes over {rate / 1e9:.1f} GB/s, the fastest read measured here",
-    )
+    _time(dense, rewritten, plan, config)
 
     _heading("The graph, before and after")
-    lines = str(step.diff(params, token, cache)).splitlines()
+    lines = str(step.diff(*call)).splitlines()
     DIFF.parent.mkdir(exist_ok=True)
     DIFF.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for line in lines[:DIFF_LINES]:
-        _say(line if len(line) < WIDTH else line[: WIDTH - 2] + " …")
+    _say(*(line if len(line) < WIDTH else line[: WIDTH - 2] + " …" for line in lines[:DIFF_LINES]))
     _say(f"({len(lines)} lines, in full in {DIFF})")
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
@@ -146,20 +115,46 @@ def decoder(step: generate.Step, weights: Any, token: Any, cache: Any) -> Callab
 
 
 def _time(
-    what: str,
-    dense: Callable[[], Any],
-    rewritten: Callable[[], Any],
-    size: tuple[int, int],
-    rate: float,
+    dense: tuple[generate.Step, Any],
+    rewritten: tuple[generate.Step, Any],
+    plan: hire.Plan,
+    config: model.Config,
 ) -> None:
-    """Print the times of two sides, with the floors of `size` bytes read at `rate` a second."""
-    timings = timing.alternate({"dense": dense, "rewritten": rewritten}, ROUNDS, cold=True)
-    sides = (
-        f"{side} {1e3 * timings.median(side):.1f} ms (floor {1e3 * read / rate:.1f})"
-        for side, read in zip(timings.seconds, size, strict=True)
+    """Time the step and its head alone; both sides are given with the weights to call them with."""
+
+    def head(params: Any, hidden: Any) -> Any:
+        return hidden @ params["embed"].T
+
+    (_, params), (_, packed) = dense, rewritten
+    rate = timing.bandwidth()
+    token, hidden = jnp.zeros(1, jnp.int32), jnp.ones((1, config.d_model))
+    steps = [
+        decoder(*side, token, model.init_cache(config, 1, MAX_LEN)) for side in (dense, rewritten)
+    ]
+    # A Packed serves every function in which the same rule rewrites the same sites.
+    heads = [
+        functools.partial(jax.jit(head), params, hidden),
+        functools.partial(jax.jit(hire.transform(head, HEAD)), packed, hidden),
+    ]
+    site = next(site for site in plan.sites if site.kind == "head")
+    for what, sides, sizes in (
+        ("the whole step", steps, weight_bytes(params, plan)),
+        ("its head alone", heads, (site.bytes_before, site.bytes_after)),
+    ):
+        names = ("dense", "rewritten")
+        timings = timing.alternate(dict(zip(names, sides, strict=True)), ROUNDS, cold=True)
+        times = (
+            f"{name} {1e3 * timings.median(name):.1f} ms (floor {1e3 * size / rate:.1f})"
+            for name, size in zip(names, sizes, strict=True)
+        )
+        _say(f"{what}: {', '.join(times)}: {timings.ratio(*names):.2f} times as fast")
+    where = timing.machine()
+    _say(
+        f"One sequence; {where['processor']}, {where['cores']} cores, jax {where['jax']}. Medians, "
+        f"of the times and of the ratio in",
+        f"each of {ROUNDS} alternating rounds with cold caches. The floor is the bytes over "
+        f"{rate / 1e9:.1f} GB/s, the fastest read.",
     )
-    ratio = timings.ratio("dense", "rewritten")
-    _say(f"{what:<16}{', '.join(sides)}: {ratio:.2f} times as fast")
 
 
 def _show(prompt: str, compared: Comparison, alone: np.ndarray, words: Tokenizer) -> None:

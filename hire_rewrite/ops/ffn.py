@@ -119,7 +119,7 @@ def hire_ffn(
     tokens = x.shape[0]
     if tokens * spec.candidate_groups >= spec.groups:
         return exact_ffn(x, state, layer, spec=spec, activation=activation)
-    scores = predictor.score(state.predictor, x, layer)
+    scores = lax.stop_gradient(predictor.score(state.predictor, x, layer))
     candidates = _candidates(scores, state, layer, spec, activation)
     h = _own_hidden(x, state, layer, candidates, spec, activation)
     _, places = top_k(_energy(h), spec.k_groups)
@@ -260,7 +260,9 @@ def _down(h: Array, state: FFNState, layer: Array | int, spec: FFNSpec) -> Array
 
 def _energy(h: Array) -> Array:
     """f32[..., groups] of h: [..., groups, group]: Σ h², which ranks as its square root does."""
-    return jnp.square(h.astype(jnp.float32)).sum(-1)
+    energy = jnp.square(h.astype(jnp.float32)).sum(-1)
+    # A NaN must be kept, to come out of the block; with its sign bit set it would rank last.
+    return jnp.where(jnp.isnan(energy), jnp.inf, energy)
 
 
 def _gather(stacked: Array, layer: Array | int, groups: Array) -> Array:

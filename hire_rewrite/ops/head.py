@@ -145,7 +145,7 @@ def _with_tail(values: Array, candidates: Array, spec: HeadSpec) -> Array:
     exact = jnp.take_along_axis(values, candidates, axis=-1, mode="promise_in_bounds")
     if spec.tail == "-inf":
         return _scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
-    kth = top_k(exact, spec.k)[0][:, -1:]
+    kth = lax.stop_gradient(top_k(exact, spec.k)[0][:, -1:])
     return _scatter(jnp.minimum(values, _below(kth)), candidates, exact)
 
 

@@ -9,17 +9,14 @@ that stay in the cache, 1.0 ms where XLA widens inside a fused product; float32 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from hire_rewrite import _compat
 
 _CHUNK = 3 << 18
 """Elements that are widened at a time on CPU: 3 MiB as float32. Chunks of 256 K to 3 M elements
 were tried; smaller ones pay for the loop, larger ones leave the cache."""
-
-_FUSES = jax.__version_info__ < (0, 12)
-"""Whether XLA's CPU backend emits vector code for a product fused with the widening of its rows.
-From jaxlib 0.12 on it adds up one number at a time, in order: 9 times slower."""
 
 _FUSED_TOKENS = 4
 """With more tokens one matrix product in chunks beats a fused product for each."""
@@ -72,7 +69,7 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
     # Otherwise XLA repeats the computation of x, at least its cast, for every row; and if a loop
     # calls this with the same rows, it widens them ahead of the loop.
     x, rows = lax.optimization_barrier((x, rows))
-    if _FUSES and tokens <= _FUSED_TOKENS:
+    if _compat.cpu_fuses_widening and tokens <= _FUSED_TOKENS:
         here = lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(jnp.float32)
         # Vector times transposed matrix, and nothing else, is the form that XLA fuses.
         return jnp.stack([row @ here.T for row in x])

@@ -18,7 +18,7 @@ from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch, match_head
-from hire_rewrite.patterns.linear import Linear, as_linear
+from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.plan import Rejection
 
@@ -96,6 +96,7 @@ def _match(
     """The sites among the linear layers of one scope; `misses` gets the others."""
     matches: list[FFNMatch | HeadMatch] = []
     taken: set[Node] = set()
+    heads: set[Node] = set()
     for node, linear in linears.items():
         try:
             ffn = match_ffn(linear, linears, trace.provenance, trace.live)
@@ -111,7 +112,7 @@ def _match(
             misses.pop(node, None)
             continue
         try:
-            head = match_head(linear, min_width, trace.live, taken)
+            head = match_head(linear, min_width, trace.live, heads)
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.
             widens = linear.out_dim > linear.in_dim
@@ -119,7 +120,7 @@ def _match(
                 misses[node] = miss
         else:
             matches.append(head)
-            taken |= head.nodes
+            heads |= head.nodes
             misses.pop(node, None)
     return matches
 
@@ -149,8 +150,13 @@ def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]
     """Near misses, closest first."""
     found = []
     for node, miss in misses.items():
-        weight = next(v for v in node.ins if trace.provenance.is_weight(v))
-        name = _weight_path(trace, weight)
+        weight, origin = next(
+            (value, stack)
+            for value in node.ins
+            for stack in (value, chosen_from(value, trace.provenance))
+            if stack is not None and trace.provenance.is_weight(stack)
+        )
+        name = _weight_path(trace, origin)
         found.append(Rejection(name, weight.shape, miss.reason, miss.matched, source_of(miss.node)))
     return tuple(sorted(found, key=lambda rejection: -rejection.matched))
 

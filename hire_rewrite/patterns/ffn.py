@@ -75,17 +75,22 @@ def match_ffn(
     return FFNMatch(region, down, activation)
 
 
-def _same(a: Value, b: Value) -> bool:
-    """Whether two values are equal because they are computed alike (a cast written twice)."""
-    if a is b:
+def _same(a: Value, b: Value, known: dict[tuple[Value, Value], bool] | None = None) -> bool:
+    """Whether two values are equal because they are computed alike (a norm written twice)."""
+    known = {} if known is None else known
+    if a is b or (a.const is not None and a.const is b.const):
         return True
+    if a.literal is not None and b.literal is not None:
+        return a.dtype == b.dtype and bool(a.literal == b.literal)
     if a.node is None or b.node is None or a.node.primitive is not b.node.primitive:
         return False
     if a.node.bodies or a.node.eqn.effects or len(a.node.outs) != 1:
         return False
-    if len(a.node.ins) != 1 or a.node.params != b.node.params:
-        return False
-    return _same(a.node.ins[0], b.node.ins[0])
+    if (a, b) not in known:
+        known[a, b] = a.node.params == b.node.params and all(
+            _same(v, w, known) for v, w in zip(a.node.ins, b.node.ins, strict=True)
+        )
+    return known[a, b]
 
 
 def _same_product(a: Node, b: Node) -> bool:

@@ -77,7 +77,7 @@ class HeadMatch:
 def match_head(
     linear: Linear, min_width: int, uses: Uses, taken: Collection[Node] = ()
 ) -> HeadMatch:
-    """The head that begins with `linear`; nodes in `taken` belong to other sites.
+    """The head that begins with `linear`; nodes in `taken` belong to heads before it.
 
     Raises:
       Miss: its output is no vocabulary.
@@ -120,6 +120,10 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
         raise Miss("the wide axis takes part in another product: no vocabulary", user, matched)
     if user.primitive in (p.scatter_p, p.scatter_add_p) and position == 0:
         return [(user.outs[0], axis)]
+    if user.primitive is p.dynamic_slice_p and position == 0:
+        if user.outs[0].shape[axis] == user.ins[0].shape[axis]:
+            return [(user.outs[0], axis)]
+        raise Miss("dynamic_slice cuts the wide axis", user, matched)
     if user.primitive not in axis_rules:
         raise Miss(f"{user.primitive} is not known to consume logits", user, matched)
     found = result_axis(user, position, axis)
@@ -160,12 +164,15 @@ def _chain(linear: Linear, uses: Uses, taken: Collection[Node]) -> HeadMatch:
     axes = {linear.out: linear.out_axis}
     tainted = {linear.out}
     chain: list[Node] = []
+    theirs = _downstream(taken, uses)
     queue = [(user.index, user) for user, _ in uses.users(linear.out)]
     queued = {user for _, user in queue}
     heapq.heapify(queue)
     while queue:
         _, node = heapq.heappop(queue)
-        axis = None if node in taken else _chain_axis(node, axes, tainted)
+        # Two heads must not wait for each other: this one waits for none before it.
+        free = node not in taken and not any(v in theirs for v in node.ins if v not in axes)
+        axis = _chain_axis(node, axes, tainted) if free else None
         if axis is not None:
             axes[node.outs[0]] = axis
             chain.append(node)
@@ -197,6 +204,18 @@ def _chain_axis(node: Node, axes: Mapping[Value, int], tainted: set[Value]) -> i
     if axis is None or not keeps_tokens(node, operand, axes[operand], axis):
         return None
     return axis
+
+
+def _downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
+    """The values that depend on the results of some nodes."""
+    found: set[Value] = set()
+    stack = [value for node in nodes for value in node.outs]
+    while stack:
+        value = stack.pop()
+        if value not in found:
+            found.add(value)
+            stack += [result for user, _ in uses.users(value) for result in user.outs]
+    return found
 
 
 def _is_negative(value: Value) -> bool:

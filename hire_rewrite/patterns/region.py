@@ -211,7 +211,9 @@ def grow(
                         provenance.is_weight(operand)
                         or keeps_tokens(node, operand, link.axis, axis, output)
                     ):
-                        raise Miss(f"{node.primitive} reorders or mixes tokens", node, len(nodes))
+                        raise Miss(
+                            f"{node.primitive} picks, reorders or mixes tokens", node, len(nodes)
+                        )
                     track(operand, link.axis, start + link.start)
     # Weights that were only passed on the way to a vector stay with the code that computes them.
     kept = {node for node in nodes if not all(map(provenance.is_weight, node.outs))}

@@ -1,6 +1,7 @@
 """Predictors and states that the tests of `ops` share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,8 +24,7 @@ class Oracle:
         pass
 
     def fit(self, rows, moments=None):
-        error = jax.random.normal(jax.random.key(n := rows.shape[0]), (n,))
-        return {"rows": rows.astype(jnp.float32), "error": error}
+        return {"rows": rows.astype(jnp.float32), "error": normal(7, rows.shape[0])}
 
     def score(self, state, x, layer):
         exact = jnp.matmul(x.astype(jnp.float32), state["rows"][layer].T)
@@ -35,11 +35,27 @@ class Oracle:
 
 
 def stack(states: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *states)
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """Normal numbers. They come from numpy, which compiles nothing for a new shape."""
+    return scaled(1.0, seed, *shape, dtype=dtype)
+
+
+def scaled(factor: float, seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(factor * np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def fitted(predictor: Any, rows: Any) -> Any:
+    """The predictor's state for rows: [L, n, d]."""
+    return stack([_fit(predictor)(layer) for layer in np.asarray(rows)])
+
+
+@functools.cache
+def _fit(predictor: Any) -> Any:
+    """Compiled once for equal predictors, not once for each test."""
+    return jax.jit(predictor.fit)
 
 
 def head(
@@ -56,7 +72,7 @@ def head(
 ) -> tuple[HeadSpec, HeadState]:
     rows = normal(seed, layers, width, d, dtype=dtype)
     spec = HeadSpec(width, k, candidates, tail, jnp.dtype(dtype), None, jnp.dtype(dtype))
-    return spec, HeadState(rows, stack([predictor.fit(layer) for layer in rows]))
+    return spec, HeadState(rows, fitted(predictor, rows))
 
 
 def ffn(
@@ -78,10 +94,9 @@ def ffn(
     """A block, and its weights as a model has them: P first matrices [L, f, d], the second."""
     groups = width // group
     first = tuple(
-        normal(seed + 10 * p, layers, width, d, dtype=dtype) / float(np.sqrt(d))
-        for p in range(projections)
+        scaled(d**-0.5, seed + 10 * p, layers, width, d, dtype=dtype) for p in range(projections)
     )
-    second = normal(seed + 1, layers, width, d, dtype=dtype) / float(np.sqrt(width))
+    second = scaled(width**-0.5, seed + 1, layers, width, d, dtype=dtype)
     spec = FFNSpec(
         width=width,
         group=group,
@@ -95,10 +110,11 @@ def ffn(
         precision=None,
         compute_dtype=jnp.dtype(dtype),
     )
-    up = jnp.stack(first, 1).reshape(layers, projections, groups, group, d).swapaxes(1, 2)
-    fits = [predictor.fit(jnp.concatenate([m[layer] for m in first])) for layer in range(layers)]
+    stacked = np.stack(first, 1)
+    up = jnp.asarray(stacked.reshape(layers, projections, groups, group, d).swapaxes(1, 2))
     extra = tuple(
         normal(seed + 100 + i, layers, groups, group, dtype=dtype) for i in range(vectors)
     )
-    state = FFNState(up, second.reshape(layers, groups, group, d), extra, stack(fits))
+    scored = fitted(predictor, stacked.reshape(layers, projections * width, d))
+    state = FFNState(up, second.reshape(layers, groups, group, d), extra, scored)
     return spec, state, (*first, second)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn import dense_ffn, exact_ffn, hire_ffn, topk_mask
 from hire_rewrite.ops.predictors import LowRank, Quantized
-from tests.ops.cases import Oracle, ffn, normal, stack
+from tests.ops.cases import Oracle, ffn, fitted, normal
 
 
 def reglu(pre, vectors):
@@ -50,12 +50,17 @@ def run(op, x, spec, state, activation, layer=0, **predictor):
     )(x, state, layer)
 
 
-def model(x, weights, state, activation, layer=0):
-    """The block as a model writes it."""
-    *first, second = (w[layer].astype(jnp.float32) for w in weights)
-    vectors = tuple(v[layer].reshape(-1).astype(jnp.float32) for v in state.vectors)
-    x = x.astype(jnp.float32)
-    return activation(tuple(x @ w.T for w in first), vectors) @ second
+def model(x, weights, state, activation):
+    """The block as a model writes it, in float32."""
+
+    @jax.jit
+    def block(x, weights, vectors):
+        *first, second = (w[0].astype(jnp.float32) for w in weights)
+        vectors = tuple(v[0].reshape(-1).astype(jnp.float32) for v in vectors)
+        x = x.astype(jnp.float32)
+        return activation(tuple(x @ w.T for w in first), vectors) @ second
+
+    return block(x, weights, state.vectors)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -69,7 +74,7 @@ def test_dense_is_the_model_and_so_is_a_full_budget(name, dtype):
     for op, more in ((dense_ffn, {}), (exact_ffn, {}), (hire_ffn, {"predictor": predictor})):
         got = run(op, x, spec, state, activation, **more)
         assert got.dtype == dtype
-        np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(np.float32(got), want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -83,23 +88,22 @@ def test_equals_exact_where_recall_is_one(name, tokens, dtype):
     want = run(exact_ffn, x, spec, state, activation)
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 0.05
-    np.testing.assert_allclose(
-        got.astype(jnp.float32), want.astype(jnp.float32), rtol=tolerance, atol=tolerance
-    )
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance)
 
 
 def test_exact_keeps_the_groups_of_greatest_energy():
     spec, state, weights = ffn(Oracle())
     x = normal(5, 2, 16)
-    h = reglu(tuple(x @ w[0].T for w in weights[:2]), ())
+    gate, up, down = (np.asarray(w[0]) for w in weights)
+    h = np.maximum(np.asarray(x) @ gate.T, 0) * (np.asarray(x) @ up.T)
     energy = np.sqrt(np.square(h).reshape(2, spec.groups, spec.group).sum(-1))
     keep = np.argsort(-energy, axis=1)[:, : spec.k_groups]
     mask = np.zeros((2, spec.groups), bool)
     np.put_along_axis(mask, keep, True, 1)
     mask = np.repeat(mask, spec.group, axis=1)
-    np.testing.assert_array_equal(topk_mask(h, spec), mask)
+    np.testing.assert_array_equal(topk_mask(jnp.asarray(h), spec), mask)
     got = run(exact_ffn, x, spec, state, reglu)
-    np.testing.assert_allclose(got, (h * mask) @ weights[2][0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, (h * mask) @ down, rtol=1e-4, atol=1e-5)
 
 
 SPEC, STATE, _ = ffn(Oracle(1.0))
@@ -111,11 +115,13 @@ HIRE = jax.jit(lambda x: hire_ffn(x, STATE, 0, spec=SPEC, activation=reglu, pred
 def test_a_token_does_not_depend_on_those_beside_it(seed, token):
     batch = normal(seed, 3, 16)
     together = HIRE(batch)
-    others = jnp.arange(3) != token
-    changed = HIRE(jnp.where(others[:, None], jnp.nan, batch))
+    others = np.arange(3) != token
+    changed = HIRE(np.where(others[:, None], np.nan, batch))
     np.testing.assert_array_equal(together[token], changed[token])
-    assert np.isnan(changed[others]).all()
-    np.testing.assert_allclose(HIRE(batch[token][None])[0], together[token], rtol=1e-4, atol=1e-5)
+    assert np.isnan(np.asarray(changed)[others]).all()
+    np.testing.assert_allclose(
+        HIRE(np.asarray(batch)[[token]])[0], together[token], rtol=1e-4, atol=1e-5
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -123,10 +129,11 @@ def test_a_token_does_not_depend_on_those_beside_it(seed, token):
 def test_permuting_the_groups_changes_nothing(seed):
     spec, state, _ = ffn(Oracle())
     order = np.random.default_rng(seed).permutation(spec.groups)
-    rows = state.predictor["rows"].reshape(1, 2, spec.groups, spec.group, 16)[:, :, order]
+    rows = np.asarray(state.predictor["rows"]).reshape(1, 2, spec.groups, spec.group, 16)
+    rows = rows[:, :, order]
     permuted = state._replace(
-        up=state.up[:, order],
-        down=state.down[:, order],
+        up=np.asarray(state.up)[:, order],
+        down=np.asarray(state.down)[:, order],
         predictor=state.predictor | {"rows": rows.reshape(1, -1, 16)},
     )
     x = normal(seed, 2, 16)
@@ -201,7 +208,7 @@ def test_a_single_spike_in_the_last_group():
     predictor = Quantized()
     spec, state, _ = ffn(predictor, projections=1, k_groups=1, candidate_groups=2)
     up = state.up.at[0, -1, 0, -1].set(5.0)
-    state = state._replace(up=up, predictor=stack([predictor.fit(up.reshape(96, 16))]))
+    state = state._replace(up=up, predictor=fitted(predictor, up.reshape(1, 96, 16)))
     got = run(hire_ffn, jnp.ones((1, 16)), spec, state, relu, predictor=predictor)
     want = run(exact_ffn, jnp.ones((1, 16)), spec, state, relu)
     assert jnp.abs(want).max() > 1
@@ -214,6 +221,15 @@ def test_nan_stays_with_its_token(op):
     got = run(op, normal(5, 3, 16).at[1, 0].set(jnp.nan), spec, state, reglu)
     assert np.isnan(got[1]).all()
     assert not np.isnan(got[jnp.array([0, 2])]).any()
+
+
+def test_a_neuron_of_nan_is_kept_whatever_its_sign():
+    spec, _, _ = ffn(Oracle())
+    h = np.array(normal(5, 2, 96))
+    h[0, 50], h[1, 7] = np.nan, -np.nan
+    mask = topk_mask(jnp.asarray(h), spec)
+    assert mask[0, 50]
+    assert mask[1, 7]
 
 
 @pytest.mark.parametrize("predictor", [Quantized(), LowRank(16)])
@@ -233,17 +249,25 @@ def test_layers_under_scan_and_vmap(predictor, tokens):
     np.testing.assert_allclose(mapped, got[1], rtol=1e-4, atol=1e-5)
 
 
-def test_exact_is_differentiable_with_the_mask_held_constant():
-    spec, state, weights = ffn(Oracle())
+def test_differentiable_with_the_choice_held_constant():
+    predictor = Oracle()
+    spec, state, weights = ffn(predictor)
     x = normal(5, 2, 16)
-    h = reglu(tuple(x @ w[0].T for w in weights[:2]), ())
-    mask = topk_mask(h, spec)
+    gate, up, down = (w[0] for w in weights)
 
-    def reference(x):
-        return ((reglu(tuple(x @ w[0].T for w in weights[:2]), ()) * mask) @ weights[2][0]).sum()
+    def hidden(x):
+        return reglu((x @ gate.T, x @ up.T), ())
 
-    got = jax.grad(lambda x: exact_ffn(x, state, 0, spec=spec, activation=reglu).sum())(x)
-    np.testing.assert_allclose(got, jax.grad(reference)(x), rtol=1e-3, atol=1e-5)
+    def exact(x):
+        return exact_ffn(x, state, 0, spec=spec, activation=reglu).sum()
+
+    def hire(x):
+        return hire_ffn(x, state, 0, spec=spec, activation=reglu, predictor=predictor).sum()
+
+    mask = jax.jit(lambda x: topk_mask(hidden(x), spec))(x)
+    want = jax.jit(jax.grad(lambda x: ((hidden(x) * mask) @ down).sum()))(x)
+    for op in (exact, hire):
+        np.testing.assert_allclose(jax.jit(jax.grad(op))(x), want, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_rows_of_a_float32_model():

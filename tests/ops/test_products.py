@@ -18,21 +18,20 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 9])
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float32])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, "int8"), (4, "float32"), (9, "int8")])
 def test_equals_the_plain_product(form, tokens, dtype):
     x = normal(0, tokens, 12)
     rows = (normal(1, 3, 53, 12) * 40).astype(dtype)
     got = jax.jit(product)(x, rows, jnp.int32(2))
     want = np.asarray(x) @ np.asarray(rows[2], np.float32).T
     assert got.dtype == jnp.float32
-    tolerance = 1e-2 if form == "other backends" and dtype == jnp.int8 else 1e-5
+    tolerance = 1e-2 if form == "other backends" and dtype == "int8" else 1e-5
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 40)
 
 
 def test_nan_stays_with_its_token(form):
     x = normal(0, 3, 12).at[1, 5].set(jnp.nan)
-    got = product(x, (normal(1, 1, 53, 12) * 40).astype(jnp.int8), 0)
+    got = jax.jit(product)(x, (normal(1, 1, 53, 12) * 40).astype(jnp.int8), 0)
     assert np.isnan(got[1]).all()
     assert not np.isnan(got[jnp.array([0, 2])]).any()
 
@@ -40,19 +39,19 @@ def test_nan_stays_with_its_token(form):
 def test_bfloat16_vectors_give_float32_scores(form):
     x = normal(0, 2, 12, dtype=jnp.bfloat16)
     rows = (normal(1, 1, 53, 12) * 40).astype(jnp.int8)
-    got = product(x, rows, 0)
+    got = jax.jit(product)(x, rows, 0)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, product(x.astype(jnp.float32), rows, 0), rtol=1e-5, atol=1e-3)
+    want = np.asarray(x, np.float32) @ np.asarray(rows[0], np.float32).T
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
 def test_under_vmap_and_scan(form):
     x, rows = normal(0, 5, 2, 12), (normal(1, 4, 53, 12) * 40).astype(jnp.int8)
-    want = jnp.stack([product(row, rows, 1) for row in x])
-    got = jax.vmap(lambda row: product(row, rows, 1))(x)
-    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1.0)
+    want = np.einsum("btd,lnd->lbtn", np.asarray(x), np.asarray(rows, np.float32))
+    got = jax.jit(jax.vmap(lambda row: product(row, rows, 1)))(x)
+    np.testing.assert_allclose(got, want[1], rtol=1e-2, atol=1.0)
     _, layers = jax.lax.scan(lambda c, i: (c, product(x[0], rows, i)), 0, jnp.arange(4))
-    want = jnp.stack([product(x[0], rows, i) for i in range(4)])
-    np.testing.assert_allclose(layers, want, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(layers, want[:, 0], rtol=1e-2, atol=1.0)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -64,17 +63,17 @@ def test_it_lowers_for_every_platform(platform):
 
 
 def test_quantized_rows_are_off_by_half_a_step_at_most():
-    rows = normal(0, 7, 20) * 10.0 ** jnp.arange(-3.0, 4.0)[:, None]
-    integers, scale = quantize_rows(rows)
+    rows = jnp.asarray(np.asarray(normal(0, 7, 20)) * 10.0 ** np.arange(-3.0, 4.0)[:, None])
+    integers, scale = jax.jit(quantize_rows)(rows)
     assert integers.dtype == jnp.int8
-    error = jnp.abs(integers * scale[:, None] - rows)
-    assert (error <= scale[:, None] * 0.5001).all()
-    assert (jnp.abs(integers).max(1) == 127).all()
+    integers, scale = np.asarray(integers), np.asarray(scale)[:, None]
+    assert (np.abs(integers * scale - rows) <= scale * 0.5001).all()
+    assert (np.abs(integers).max(1) == 127).all()
 
 
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     rows = jnp.ones((4, 3)).at[0].set(0.0).at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf)
-    integers, scale = quantize_rows(rows)
+    integers, scale = jax.jit(quantize_rows)(rows)
     scores = product(jnp.ones((1, 3)), integers[None], 0) * scale
     assert scores[0, 0] == 0.0
     assert np.isnan(scores[0, 1])

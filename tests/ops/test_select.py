@@ -29,8 +29,10 @@ def assert_same_as_lax(scores, k):
 
 
 @pytest.mark.usefixtures("stages")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(1000, 60), (1003, 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "n", "k"),
+    [*((dtype, 1003, 20) for dtype in DTYPES), ("float32", 1024, 1), ("float32", 5, 5)],
+)
 def test_equals_lax(dtype, n, k):
     random = np.random.default_rng(n + k)
     if jnp.issubdtype(dtype, jnp.integer):
@@ -61,11 +63,12 @@ def test_nan_infinities_and_signed_zeros(dtype):
 
 @pytest.mark.usefixtures("stages")
 def test_a_spike_at_the_end_of_a_partly_filled_block():
-    for n in (801, 815, 816):
-        scores = jnp.full((1, n), -jnp.inf).at[0, n - 1].set(1.0)
-        assert top_k(scores, 2)[1][0, 0] == n - 1
-        # The padding of the last block is never chosen, even where nothing is less.
-        assert top_k(jnp.full((1, n), -jnp.nan), 2)[1].max() < n
+    select_two = jax.jit(lambda scores: top_k(scores, 2)[1])
+    scores = np.full((1, 801), -np.inf, np.float32)
+    scores[0, -1] = 1.0
+    assert select_two(scores)[0, 0] == 800
+    # The padding of the last block is never chosen, even where nothing is less.
+    assert select_two(np.full((1, 801), -np.nan, np.float32)).max() < 801
 
 
 @pytest.mark.usefixtures("stages")

@@ -14,7 +14,9 @@ from tests.zoo_ffn import (
     GATE,
     GATED,
     PLAIN,
+    STACK,
     UP,
+    plain,
 )
 
 
@@ -88,6 +90,14 @@ def _by_tokens(fn):
     return lambda p, x: fn(jax.nn.relu(x @ p["up"])) @ p["down"]
 
 
+def _while_layers(p, x):
+    def body(state):
+        i, x = state
+        return i + 1, plain()({name: w[i] for name, w in p.items()}, x)
+
+    return lax.while_loop(lambda s: s[0] < 4, body, (0, x))[1]
+
+
 def _by_batch(p, x):
     h = jax.nn.relu(jnp.stack([x, 2 * x]) @ p["up"])
     return jnp.swapaxes(h, 0, 1) @ p["down"]
@@ -130,14 +140,28 @@ NEAR = {
     "two inputs": (_two_inputs, GATED, (), "read different inputs"),
     "two precisions": (_two_precisions, GATED, (), "differ in dtype or precision"),
     "interleaved": (_interleaved, FUSED, (), "sliced with a stride"),
-    "one token of many": (_by_tokens(lambda h: h[-1:]), PLAIN, (), "slice reorders or mixes"),
-    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul reorders or"),
-    "tokens swapped": (_by_batch, PLAIN, (), "transpose reorders or mixes tokens"),
+    "one token of many": (
+        _by_tokens(lambda h: h[-1:]),
+        PLAIN,
+        (),
+        "slice picks, reorders or mixes",
+    ),
+    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
+    "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
     "weight made of an activation": (
         lambda p, x: jax.nn.relu(x @ (p["up"] * x.mean())) @ p["down"],
         PLAIN,
         (),
         "not linear in a weight",
+    ),
+    "layers of a while_loop": (_while_layers, STACK, (), "no counter of a loop of known length"),
+    "one weight for gate and up": (
+        lambda p, x: (
+            (lambda h: jax.nn.silu(h[0]) * h[1])(jnp.einsum("td,gdh->gth", x, p["w"])) @ p["down"]
+        ),
+        {"w": jnp.stack([GATE, UP]), "down": DOWN},
+        (),
+        "slice picks, reorders or mixes tokens",
     ),
     "attention": (_attention, ATTENTION, (), "not linear in a weight"),
     "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),

@@ -64,6 +64,11 @@ NEAR = {
         "p/head",
         "reshape cuts or mixes",
     ),
+    "cut at a place": (
+        lambda p, x: lax.dynamic_slice_in_dim(x @ p["head"], x[0, 0].astype(int), 64, 1),
+        "p/head",
+        "dynamic_slice cuts the wide axis",
+    ),
     "joined": (
         lambda p, x: jnp.concatenate([x @ p["head"], x], -1),
         "p/head",
@@ -165,3 +170,15 @@ def test_sum_of_two_heads():
     assert second.chain == ()
     assert first.sides == second.endpoints == (second.linear.out,)
     assert not first.nodes & second.nodes
+
+
+def test_heads_that_read_each_other():
+    """Each is shifted by the other's maximum: the second must end before that."""
+    _, found = found_in(
+        lambda p, x: (lambda a, b: (a - b.max(), b - a.max()))(x @ p["head"], x @ p["other"]),
+        UNTIED | {"other": HEAD + 1},
+        inputs(T, D),
+    )
+    first, second = (item.match for item in found)
+    assert [str(node.primitive) for node in first.chain] == ["sub"]
+    assert second.chain == ()

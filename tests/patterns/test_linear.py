@@ -70,6 +70,21 @@ def test_miss(name):
         linear_of(lambda w, x: jnp.einsum(spec, x, w), w, x)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_chosen_by_an_activation(transposed):
+    def fn(w, x):
+        chosen = w[x[0, 0].astype(int)]
+        return jnp.einsum("hd,td->th", chosen.T, x) if transposed else x @ chosen
+
+    with pytest.raises(Miss, match="cut out at a place that is no weight"):
+        linear_of(fn, rand(3, 4, 7), X)
+
+
+def test_rows_chosen_by_an_activation_are_no_weight():
+    """An embedding."""
+    assert linear_of(lambda w, x: w.T[x.argmax(-1)] @ x.T, W, X) is None
+
+
 def test_weight_is_what_depends_on_weights_alone():
     linear = linear_of(lambda w, x: x @ jax.nn.softmax(w.astype(jnp.bfloat16) * 2), W, X)
     assert linear.weight.node is not None

@@ -5,7 +5,7 @@ import pytest
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from tests.ops.cases import normal, stack
+from tests.ops.cases import fitted, normal
 
 
 def test_it_is_a_predictor():
@@ -15,16 +15,15 @@ def test_it_is_a_predictor():
 
 
 def test_the_error_is_within_its_bound():
-    rows, x = normal(0, 300, 32), normal(1, 20, 32) * jnp.arange(1.0, 33.0)
-    state = Quantized().fit(rows)
-    scores = Quantized().score(stack([state]), x, 0)
+    rows, x = normal(0, 300, 32), normal(1, 4, 32) * np.arange(1.0, 33.0)
+    scores = Quantized().score(fitted(Quantized(), rows[None]), x, 0)
     bound = jnp.abs(x).sum(1)[:, None] * jnp.abs(rows).max(1) / 254
     assert (jnp.abs(scores - x @ rows.T) <= bound * 1.001).all()
 
 
 def test_layers_are_picked():
     rows, x = normal(0, 3, 300, 32, dtype=jnp.bfloat16), normal(1, 2, 32, dtype=jnp.bfloat16)
-    state = jax.vmap(Quantized().fit)(rows)
+    state = fitted(Quantized(), rows)
     got = jax.jit(Quantized().score)(state, x, jnp.int32(2))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(

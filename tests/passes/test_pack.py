@@ -1,0 +1,171 @@
+"""What is packed: rows laid out for gathering, once for each weight, and what is still read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from tests.zoo import FULL, D, F, Oracle, T, V, inputs, packed, rand, run
+from tests.zoo_ffn import BIASED, DOWN, GATE, GATED, LAYERS, PLAIN, STACK, UP, gated, plain
+from tests.zoo_head import EMBED, TIED, UNTIED
+
+X = inputs(T, D)
+
+
+def pack(fn, params, *args, rules=FULL):
+    return packed(hire.transform(fn, *rules), params, *args)
+
+
+def up_rows(state):
+    """[layers, projections, width, d] of up: [layers, groups, projections, group, d]."""
+    layers, groups, count, group, d = state.up.shape
+    return np.asarray(state.up.swapaxes(1, 2).reshape(layers, count, groups * group, d))
+
+
+def down_rows(state):
+    return np.asarray(state.down.reshape(state.down.shape[0], -1, state.down.shape[-1]))
+
+
+def test_a_plain_block():
+    result = pack(lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"], BIASED, X)
+    (state,) = result.sites.values()
+    np.testing.assert_array_equal(up_rows(state)[0, 0], UP.T)
+    np.testing.assert_array_equal(down_rows(state)[0], DOWN)
+    (bias,) = state.vectors
+    np.testing.assert_array_equal(bias.reshape(-1), BIASED["b1"])
+    assert result.weights == {}
+
+
+@pytest.mark.parametrize("layout", ["in, out", "out, in"])
+def test_rows_are_the_same_however_the_weight_lies(layout):
+    if layout == "in, out":
+        fn, params = plain(), PLAIN
+    else:
+        fn = lambda p, x: jax.nn.relu(x @ p["up"].T) @ p["down"].T  # noqa: E731
+        params = {name: w.T for name, w in PLAIN.items()}
+    (state,) = pack(fn, params, X).sites.values()
+    np.testing.assert_array_equal(up_rows(state)[0, 0], UP.T)
+    np.testing.assert_array_equal(down_rows(state)[0], DOWN)
+
+
+def test_halves_of_a_fused_weight():
+    def fn(p, x):
+        h = x @ p["fused"]
+        return (h[:, F:] * jax.nn.silu(h[:, :F])) @ p["down"]
+
+    params = {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}
+    (state,) = pack(fn, params, X).sites.values()
+    np.testing.assert_array_equal(up_rows(state)[0], np.stack([GATE.T, UP.T]))
+
+
+def test_layers_of_a_scan():
+    fn = lambda p, x: lax.scan(lambda c, w: (plain()(w, c), None), x, p)[0]  # noqa: E731
+    (state,) = pack(fn, STACK, X).sites.values()
+    np.testing.assert_array_equal(up_rows(state)[:, 0], STACK["up"].swapaxes(1, 2))
+    np.testing.assert_array_equal(down_rows(state), STACK["down"])
+    assert all(leaf.shape[0] == LAYERS for leaf in jax.tree.leaves(state))
+
+
+def test_what_depends_on_weights_is_computed_once():
+    def fn(p, x):
+        up = p["q"].astype(jnp.float32) * p["scale"] + p["a"] @ p["b"]
+        return jax.nn.relu(x @ up) @ p["down"]
+
+    params = {"q": jnp.asarray(20 * UP, jnp.int8), "scale": jnp.full(F, 0.05)}
+    params |= {"a": rand(D, 2), "b": rand(2, F), "down": DOWN}
+    result = pack(fn, params, X)
+    (state,) = result.sites.values()
+    want = params["q"] * 0.05 + params["a"] @ params["b"]
+    np.testing.assert_allclose(up_rows(state)[0, 0], want.T, rtol=1e-6)
+    assert result.weights == {}
+
+
+def test_narrow_weights_stay_narrow():
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PLAIN)
+    fn = lambda p, x: plain()(jax.tree.map(lambda w: w.astype(jnp.float32), p), x)  # noqa: E731
+    (state,) = pack(fn, params, X).sites.values()
+    assert (state.up.dtype, state.down.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+def test_a_tied_embedding_stays():
+    fn = lambda p, t: p["embed"][t] @ p["embed"].T  # noqa: E731
+    result = pack(fn, TIED, jnp.arange(T))
+    (state,) = result.sites.values()
+    np.testing.assert_array_equal(state.rows[0], EMBED)
+    np.testing.assert_array_equal(result.weights["p/embed"], EMBED)
+
+
+def test_an_untied_head_does_not():
+    result = pack(lambda p, x: x @ p["head"], UNTIED, X)
+    (state,) = result.sites.values()
+    assert state.rows.shape == (1, V, D)
+    assert result.weights == {}
+
+
+def test_other_weights_stay():
+    params = GATED | {"norm": inputs(D), "b": inputs(D, seed=1), "unused": UP}
+    fn = lambda p, x: gated()(p, x * p["norm"]) + p["b"]  # noqa: E731
+    assert set(pack(fn, params, X).weights) == {"p/norm", "p/b"}
+
+
+def test_second_uses_of_packed_weights_stay():
+    """Another reader of the same weight still reads it."""
+    fn = lambda p, x: plain()(p, x) + p["up"].sum() + x[:, :1] * p["down"][0]  # noqa: E731
+    assert set(pack(fn, PLAIN, X).weights) == {"p/up", "p/down"}
+
+
+def test_the_same_weights_are_packed_once():
+    def fn(p, x):
+        x = plain()(p, plain()(p, x))
+        return lax.scan(lambda c, _: (plain()(p, c), None), x, length=2)[0]
+
+    step = hire.transform(fn, *FULL)
+    assert len(step.plan(PLAIN, X).sites) == 3
+    assert len(packed(step, PLAIN, X).sites) == 1
+
+
+def test_a_head_before_and_inside_a_loop_is_packed_once():
+    def fn(p, x):
+        def step(x, _):
+            token = (x @ p["embed"].T).argmax(-1)
+            return p["embed"][token], token
+
+        first = (x @ p["embed"].T).argmax(-1)
+        return lax.scan(step, p["embed"][first], length=3)[1]
+
+    step = hire.transform(fn, *FULL)
+    result = packed(step, TIED, X)
+    assert [site.repeats for site in step.plan(TIED, X).sites] == [1, 3]
+    assert len(result.sites) == 1
+    np.testing.assert_array_equal(run(step, result, X), run(fn, TIED, X))
+
+
+def test_sites_that_stay_dense_are_not_packed():
+    rules = hire.FFN(k=8, path="none", force=True), FULL[1]
+    fn = lambda p, x: plain()(p, x) @ p["embed"].T  # noqa: E731
+    result = pack(fn, PLAIN | TIED, X, rules=rules)
+    assert set(result.sites) == {"p/embed"}
+    assert set(result.weights) == {"p/up", "p/down"}
+
+
+def test_fingerprint():
+    rule = hire.FFN(k=8, predictor=Oracle(), force=True)
+    one = pack(plain(), PLAIN, X, rules=(rule,)).fingerprint
+    other = hire.FFN(k=16, predictor=Oracle(), force=True)
+    assert pack(plain(), jax.tree.map(lambda w: w + 1, PLAIN), X, rules=(rule,)).fingerprint == one
+    assert pack(plain(), PLAIN, X[:1], rules=(rule,)).fingerprint == one
+    assert pack(plain(), PLAIN, X, rules=(other,)).fingerprint != one
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PLAIN)
+    assert pack(plain(), narrow, X, rules=(rule,)).fingerprint != one
+
+
+def test_packing_traces():
+    """Under `jit` and `eval_shape`, weights in, the same arrays out."""
+    step = hire.transform(plain(), *FULL)
+    want = packed(step, PLAIN, X)
+    jitted = jax.jit(lambda p: packed(step, p, X))(PLAIN)
+    jax.tree.map(np.testing.assert_array_equal, jitted, want)
+    shapes = jax.eval_shape(lambda p: packed(step, p, X), PLAIN)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, want)
