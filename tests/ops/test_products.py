@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hire_rewrite import _compat
 from hire_rewrite.ops import products
 from hire_rewrite.ops.products import product, quantize_rows
 from tests.ops.cases import normal
@@ -11,7 +12,7 @@ from tests.ops.cases import normal
 @pytest.fixture(params=["fused", "chunks", "other backends"])
 def form(request, monkeypatch):
     """Each way of computing a product, with chunks small enough to have several."""
-    monkeypatch.setattr(products, "_FUSES", request.param == "fused")
+    monkeypatch.setattr(_compat, "cpu_fuses_widening", request.param == "fused")
     monkeypatch.setattr(products, "_CHUNK", 100)
     if request.param == "other backends":
         monkeypatch.setattr(products, "_product_cpu", products._product_default)
