@@ -28,7 +28,8 @@ class FFN:
         fraction or a number like `k`. By default twice `k`.
       group: neurons that are chosen and fetched together. Where it does not divide the width,
         the greatest common divisor of both is taken.
-      predictor: how the pre-activations of all neurons are guessed.
+      predictor: how the pre-activations of all neurons are guessed. `Quantized()` recalls nearly
+        all and needs no calibration; `LowRank(rank)` reads less and recalls less.
       max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
         their candidates together are most of the rows; None for no limit.
       path: a regular expression; only sites whose name contains a match are asked for.
@@ -41,7 +42,7 @@ class FFN:
     k: float | int
     candidates: float | int | None = None
     group: int = 8
-    predictor: Predictor = LowRank()
+    predictor: Predictor = Quantized()
     max_tokens: int | None = 8
     path: str | None = None
     force: bool = False
@@ -61,7 +62,8 @@ class Head:
       k: how many of the greatest logits must be exact; a number (int) or a fraction (float) of
         the vocabulary.
       candidates: k' ≥ k rows that are computed exactly; by default max(256, 4 k).
-      predictor: how all logits are guessed.
+      predictor: how all logits are guessed. `Quantized()` recalls nearly all and needs no
+        calibration; `LowRank(rank)` reads less, but has to be calibrated.
       tail: what the logits outside the candidates hold where the function can see them:
         `"predicted"` (the predictor's scores, never above the k greatest exact ones) or `"-inf"`.
       min_width: a linear layer narrower than this is no vocabulary.
@@ -73,7 +75,7 @@ class Head:
 
     k: float | int = 64
     candidates: float | int | None = None
-    predictor: Predictor = LowRank()
+    predictor: Predictor = Quantized()
     tail: str = "predicted"
     min_width: int = 4096
     max_tokens: int | None = None

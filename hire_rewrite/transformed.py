@@ -42,6 +42,12 @@ class _Analysis:
     def packing(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.packs]
 
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether a predictor of the packed sites is fitted to activations."""
+        rules = (decision.site.rule for decision in self.packing)
+        return any(rule.predictor.wants_calibration for rule in rules if rule is not None)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.decisions, self.origin)
@@ -137,7 +143,7 @@ class Transformed:
         moments = {}
         if calibration is not None:
             moments = self._calibrate(analysis, args, kwargs, calibration)
-        elif any(d.site.rule.predictor.wants_calibration for d in analysis.packing if d.site.rule):
+        elif analysis.wants_calibration:
             self._warn(
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
@@ -202,9 +208,13 @@ class Transformed:
                 "Packed in place of the weights"
             )
             return analysis.pack(leaves, {})
+        hint = (
+            ", without calibration, so LowRank predictors will recall badly"
+            if analysis.wants_calibration
+            else ""
+        )
         self._warn(
-            "raw weights are packed on first sight, without calibration, so LowRank predictors "
-            "will recall badly; pack ahead with .pack(..., calibration=batches) and pass the "
+            f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and pass the "
             "Packed in place of the weights"
         )
         with jax.ensure_compile_time_eval():

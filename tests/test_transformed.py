@@ -241,7 +241,7 @@ def test_fitted_predictor_recalls_better(params):
 
 def test_raw_weights_warn_once_and_pack_once(params, call):
     fn = hire.transform(step, *SMALL)
-    with pytest.warns(UserWarning, match="packed on first sight"):
+    with pytest.warns(UserWarning, match="packed on first sight, without calibration"):
         first = fn(params, *call)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -438,13 +438,13 @@ def test_arguments_that_are_no_arrays(params, call):
     ],
 )
 def test_calibration_batches(params, call, batch, message):
-    fn = hire.transform(step, *FULL)
+    fn = hire.transform(step, *SMALL)
     with pytest.raises(hire.HireRewriteError, match=message):
         fn.pack(params, *call, calibration=[call, batch(*call)])
 
 
 def test_calibration_without_batches(params, call):
-    fn = hire.transform(step, *FULL)
+    fn = hire.transform(step, *SMALL)
     with pytest.raises(hire.HireRewriteError, match="no calibration batch"):
         fn.pack(params, *call, calibration=[])
 
