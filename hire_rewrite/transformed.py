@@ -219,7 +219,8 @@ class Transformed:
         )
         with jax.ensure_compile_time_eval():
             packed = analysis.pack(leaves, {})
-        self._seen = (leaves, packed)
+        if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
+            self._seen = (leaves, packed)
         return packed
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:

@@ -257,6 +257,16 @@ def test_raw_weights_that_change_are_packed_again(params, call):
         close(fn(other, *call), step(other, *call))
 
 
+def test_numpy_weights_that_change_in_place(params, call):
+    fn = hire.transform(step, *FULL)
+    own = jax.tree.map(np.array, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        close(fn(own, *call), step(own, *call))
+        own["embed"] *= 2
+        close(fn(own, *call), step(own, *call))
+
+
 def test_raw_weights_inside_a_trace(params, call):
     fn = hire.transform(step, *FULL)
     with pytest.warns(UserWarning, match="inside an outer trace"):
