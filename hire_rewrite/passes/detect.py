@@ -180,7 +180,7 @@ def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
         paths = list(dict.fromkeys(_weight_path(trace, li.weight) for li in match.linears))
         folder = posixpath.commonpath(paths) if len(paths) > 1 else paths[0]
         inside = {path for path in trace.paths if path.startswith(folder + "/")}
-        owned = {trace.path(r) for r in _all_roots(trace, match)}
+        owned = {trace.path(r) for w in match.weights for r in trace.provenance.roots(w)}
         stack = str(match.linears[-1].node.eqn.source_info.name_stack)
         name = folder if folder and inside <= owned else paths[-1]
         names.append(f"{stack}:{name}" if stack else name)
@@ -194,18 +194,10 @@ def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
 
 def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
     identity = trace.provenance.identity
-    found = [identity(linear.weight) for linear in match.linears]
+    found: list[Hashable] = list(map(identity, match.weights))
     if isinstance(match, FFNMatch):
         region = match.region
-        found += [identity(vector.value) for vector in region.vectors]
         found += [vector.start for vector in region.vectors]
         found += [projection.start for projection in region.projections]
         found += [match.linears.index(item.linear) for item in region.projections]
     return tuple(found)
-
-
-def _all_roots(trace: Trace, match: FFNMatch | HeadMatch) -> list[Value]:
-    values = [linear.weight for linear in match.linears]
-    if isinstance(match, FFNMatch):
-        values += [vector.value for vector in match.region.vectors]
-    return [root for value in values for root in trace.provenance.roots(value)]

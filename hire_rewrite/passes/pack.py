@@ -6,6 +6,7 @@ Everything that depends on weights alone is computed here, once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,14 +123,19 @@ def _fit(
     advance: Callable[[], None],
 ) -> Any:
     """The predictor's state for rows [layers, n, d], with a leading axis of layers."""
-    fit = jax.jit(predictor.fit)
     states = []
     for layer in range(rows.shape[0]):
         one = operator.itemgetter(layer)
         here = None if moments is None else jax.tree.map(one, moments)
-        states.append(jax.block_until_ready(fit(rows[layer], here)))
+        states.append(jax.block_until_ready(_fit_layer(predictor, rows[layer], here)))
         advance()
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit_layer(predictor: Predictor, rows: jax.Array, moments: Moments | None) -> Any:
+    """`predictor.fit`, compiled once for all layers and sites of a size."""
+    return predictor.fit(rows, moments)
 
 
 def _leaves(origin: Origin) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:

@@ -21,12 +21,11 @@ from hire_rewrite.ops import ffn as ffn_ops
 from hire_rewrite.ops import head as head_ops
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate
+from hire_rewrite.passes.view import evaluate, look_up
 from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch
-from hire_rewrite.patterns.region import literal_array
 
 __all__ = ["SiteReplacement", "packed_replacement", "raw_replacement", "to_rows"]
 
@@ -77,12 +76,12 @@ def packed_replacement(trace: Trace, decision: Decision, state: Any, mode: str) 
     predict = mode == "hire" and decision.rewritten
     if isinstance(match, FFNMatch):
         run = _ffn(match, decision, state, mode, predict)
-        outputs: tuple[Value, ...] = (match.down.out,)
     else:
         run = _head(match, decision, state, mode, predict)
-        outputs = match.endpoints
     loops = site_loops(trace, match)
-    return SiteReplacement(decision.found.name, match.nodes, match.inputs, outputs, run, loops)
+    return SiteReplacement(
+        decision.found.name, match.nodes, match.inputs, match.outputs, run, loops
+    )
 
 
 def _ffn(
@@ -165,14 +164,12 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
         env = dict(zip(inputs, ins, strict=True))
         _step(match.linear.node, env)
         raw = to_rows(env[match.linear.out], match.linear.out_axis)
-        endpoints = _endpoints(match, {v: _look_up(v, env) for v in match.sides})
+        endpoints = _endpoints(match, {v: look_up(v, env) for v in match.sides})
         return _endpoint_values(match, head_ops.exact_head(raw, spec=spec, endpoints=endpoints))
 
-    ffn = isinstance(match, FFNMatch)
-    body = exact_ffn if ffn else exact_head
-    outputs = (match.down.out,) if isinstance(match, FFNMatch) else match.endpoints
+    body = exact_ffn if isinstance(match, FFNMatch) else exact_head
     return SiteReplacement(
-        decision.found.name, match.nodes, inputs, outputs, lambda ins, _: jax.jit(body)(ins)
+        decision.found.name, match.nodes, inputs, match.outputs, lambda ins, _: jax.jit(body)(ins)
     )
 
 
@@ -197,14 +194,8 @@ def _endpoint_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
 
 
 def _step(node: Node, env: dict[Value, Any]) -> None:
-    results = evaluate(node, [_look_up(value, env) for value in node.ins])
+    results = evaluate(node, [look_up(value, env) for value in node.ins])
     env.update(zip(node.outs, results, strict=True))
-
-
-def _look_up(value: Value, env: Mapping[Value, Any]) -> Any:
-    if value.literal is not None:
-        return literal_array(value)
-    return value.const if value.const is not None else env[value]
 
 
 def to_rows(array: Any, axis: int) -> Any:

@@ -18,9 +18,8 @@ from hire_rewrite.passes.calls import BodyResult, inline_calls, structured_calls
 from hire_rewrite.passes.liveness import Liveness, liveness
 from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Replacement, schedule
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate
+from hire_rewrite.passes.view import evaluate, look_up
 from hire_rewrite.patterns.graph import Body, Node, Scope, Value
-from hire_rewrite.patterns.region import literal_array
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -66,7 +65,7 @@ class _Writer:
         if scope not in self.schedules:
             self.schedules[scope] = schedule(scope, self.units, self.live)
         reports = self.run_items(self.schedules[scope], env, index)
-        results = [_read(v, env) if v in self.live.results else None for v in scope.outputs]
+        results = [look_up(v, env) if v in self.live.results else None for v in scope.outputs]
         return results, reports
 
     def run_items(
@@ -75,7 +74,7 @@ class _Writer:
         reports: dict[str, Any] = {}
         for item in items:
             if isinstance(item, Keep):
-                ins = [_read(value, env) for value in item.reads]
+                ins = [look_up(value, env) for value in item.reads]
                 results = evaluate(item.entry, ins)
             elif isinstance(item, Loop):
                 call = structured_calls[item.node.primitive]
@@ -86,7 +85,7 @@ class _Writer:
                 results, inner = self._run_call(item, env, index)
                 reports |= inner
             else:
-                ins = [_read(value, env) for value in item.reads]
+                ins = [look_up(value, env) for value in item.reads]
                 results, report = item.replacement.emit(ins, index)
                 if report is not None:
                     reports[item.replacement.name] = report
@@ -104,7 +103,7 @@ class _Writer:
         eqn = item.frame.eqn
         wrapped = inline_calls[eqn.primitive].wrap(eqn, body)
         assert wrapped is not None
-        return wrapped(*(_read(value, env) for value in item.reads))
+        return wrapped(*(look_up(value, env) for value in item.reads))
 
 
 @dataclasses.dataclass
@@ -117,7 +116,7 @@ class _LoopWriter:
     index: Mapping[Scope, Any]
 
     def read(self, value: Value) -> Any:
-        return _read(value, self.env)
+        return look_up(value, self.env)
 
     def is_live(self, value: Value) -> bool:
         return value in self.writer.live.values
@@ -143,11 +142,3 @@ class _LoopWriter:
             return {}
         reports = jax.eval_shape(run, *args)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reports)
-
-
-def _read(value: Value, env: Mapping[Value, Any]) -> Any:
-    if value.literal is not None:
-        return literal_array(value)
-    if value.const is not None:
-        return value.const
-    return env[value]

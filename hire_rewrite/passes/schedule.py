@@ -117,8 +117,7 @@ def schedule(scope: Scope, units: Mapping[Node, Replacement], live: Liveness) ->
         homes.setdefault(common[0], []).append(unit)
         for chain in chains:
             touched.update(chain[: chain.index(common[0])])  # these are spread out
-    inside = {node for other in scope.walk() for node in other.nodes if node in units}
-    return _items(scope.root, _Context(units, live, homes, frozenset(touched), inside))
+    return _items(scope.root, _Context(units, live, homes, frozenset(touched)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +126,15 @@ class _Context:
     live: Liveness
     homes: Mapping[Frame, list[Replacement]]
     spread: frozenset[Frame]
-    replaced: set[Node]
 
     def changed(self, entry: Node | Frame) -> bool:
         """Whether anything in it is replaced, at any depth."""
         if isinstance(entry, Frame):
             return any(self.changed(node) for node in entry.nodes())
-        if entry in self.replaced:
+        if entry in self.units:
             return True
         return any(
-            node in self.replaced
+            node in self.units
             for body in entry.bodies
             for scope in body.scope.walk()
             for node in scope.nodes
@@ -156,10 +154,11 @@ class _Context:
 def _items(frame: Frame, context: _Context) -> tuple[Item, ...]:
     items: list[Item] = [Swap(unit) for unit in context.homes.get(frame, ())]
     _collect(frame, context, items)
-    knots = _knots(items)
+    graph = _graph(items)
+    knots = _knots(items, graph)
     if knots:
         return _items(frame, dataclasses.replace(context, spread=context.spread | knots))
-    return _sorted(items)
+    return _sorted(items, graph)
 
 
 def _collect(frame: Frame, context: _Context, items: list[Item]) -> None:
@@ -205,20 +204,20 @@ def _call(frame: Frame, context: _Context) -> Call:
     return Call(frame, items, tuple(outside), tuple(writes))
 
 
-def _sorted(items: list[Item]) -> tuple[Item, ...]:
+def _sorted(items: list[Item], graph: Any) -> tuple[Item, ...]:
     """The items in a topological order that stays close to the traced one."""
     import networkx as nx  # here, since importing it takes longer than all of this package
 
     place = [_place(item) for item in items]
-    order = nx.lexicographical_topological_sort(_graph(items), key=lambda i: place[i])
+    order = nx.lexicographical_topological_sort(graph, key=lambda i: place[i])
     return tuple(items[i] for i in order)
 
 
-def _knots(items: Sequence[Item]) -> set[Frame]:
+def _knots(items: Sequence[Item], graph: Any) -> set[Frame]:
     """Calls that both read and are read by a replacement, so that they cannot stay whole."""
     import networkx as nx
 
-    cycles = [c for c in nx.strongly_connected_components(_graph(items)) if len(c) > 1]
+    cycles = [c for c in nx.strongly_connected_components(graph) if len(c) > 1]
     tied = [items[i] for cycle in cycles for i in cycle]
     frames = {item.frame for item in tied if isinstance(item, Call)}
     kept = (item.entry for item in tied if isinstance(item, Keep))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from jax.extend import core as jex_core
 from hire_rewrite import _compat
 from hire_rewrite.passes.calls import inline_calls, structured_calls
 from hire_rewrite.patterns.graph import Body, Frame, Node, Scope, Value, is_drop
+from hire_rewrite.patterns.region import literal_array
 
-__all__ = ["evaluate", "flatten", "inner_jaxprs"]
+__all__ = ["evaluate", "flatten", "inner_jaxprs", "look_up"]
 
 _EMPTY = _compat.open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
 
@@ -20,6 +21,13 @@ _EMPTY = _compat.open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
 def flatten(closed: Any) -> Scope:
     """The scope of a closed jaxpr: calls spread out, loops and branches as nested scopes."""
     return _scope(closed, parent=None, length=1)
+
+
+def look_up(value: Value, env: Mapping[Value, Any]) -> Any:
+    """The array that stands for a value: a number, a closed-over array, or what `env` has."""
+    if value.literal is not None:
+        return literal_array(value)
+    return value.const if value.const is not None else env[value]
 
 
 def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:

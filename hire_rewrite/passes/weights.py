@@ -1,7 +1,7 @@
 """Compute weights outside the loops that use them.
 
 Inside a `scan` over layers a weight is one slice of a stacked array. Packing needs all slices at
-once. `Stack` evaluates any value that depends on weights alone, with a leading axis for each scan
+once. `Stacker` evaluates any value that depends on weights alone, with a leading axis for each scan
 over which it varies: an operation of a loop's body runs under `vmap` over those axes.
 """
 
@@ -129,8 +129,5 @@ def layers(loops: Sequence[Scope]) -> int:
 
 def site_loops(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Scope, ...]:
     """The scans over whose iterations a site's weights vary, outermost first."""
-    values = [linear.weight for linear in match.linears]
-    if isinstance(match, FFNMatch):
-        values += [vector.value for vector in match.region.vectors]
-    varying = {scope for value in values for scope in trace.provenance.varies_over(value)}
+    varying = {scope for value in match.weights for scope in trace.provenance.varies_over(value)}
     return loops_of(match.linears[0].node.scope, varying)

@@ -41,6 +41,16 @@ class FFNMatch:
         return (self.x, *self.region.sides)
 
     @property
+    def outputs(self) -> tuple[Value, ...]:
+        return (self.down.out,)
+
+    @property
+    def weights(self) -> tuple[Value, ...]:
+        """Its matrices and vectors."""
+        vectors = (vector.value for vector in self.region.vectors)
+        return (*(linear.weight for linear in self.linears), *vectors)
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer of the block once, `down` last."""
         ups = dict.fromkeys(projection.linear for projection in self.region.projections)

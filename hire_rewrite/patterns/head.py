@@ -70,6 +70,14 @@ class HeadMatch:
         return (self.linear.x, *self.sides)
 
     @property
+    def outputs(self) -> tuple[Value, ...]:
+        return self.endpoints
+
+    @property
+    def weights(self) -> tuple[Value, ...]:
+        return (self.linear.weight,)
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         return (self.linear,)
 

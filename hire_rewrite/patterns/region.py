@@ -259,6 +259,6 @@ def _check_uses(node: Node, nodes: set[Node], uses: Uses) -> None:
 
 
 def _mixed_by(node: Node) -> str:
-    if str(node.primitive) == "dot_general":
+    if node.primitive is p.dot_general_p:
         return "its input comes from a product that is not linear in a weight along that axis"
     return f"{node.primitive} is not known to treat the positions of its input axis separately"
