@@ -21,6 +21,7 @@ class Site:
       gated: whether an FFN multiplies two projections.
       activation: `"relu"`, `"silu"`, ...; empty for a head.
       repeats: times it runs in one call, lengths of the scans around it multiplied.
+      experts: blocks of these sizes that lie side by side in it (mixture of experts); 1 if plain.
       tokens: tokens in one run.
       rule: the rule that decides about it, if there is one.
       status: `"rewritten"` or `"dense"`.
@@ -37,6 +38,7 @@ class Site:
     gated: bool
     activation: str
     repeats: int
+    experts: int
     tokens: int
     rule: Rule | None
     status: str

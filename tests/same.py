@@ -12,7 +12,7 @@ from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.passes.view import evaluate
 from hire_rewrite.patterns.graph import Node, Scope, Value
-from tests.zoo import run
+from tests.cases import run
 
 
 @dataclasses.dataclass(eq=False)

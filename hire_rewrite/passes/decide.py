@@ -225,6 +225,7 @@ def _site(
         gated=isinstance(match, FFNMatch) and len(match.region.projections) > 1,
         activation=match.activation.name if isinstance(match, FFNMatch) else "",
         repeats=found.repeats,
+        experts=1,
         tokens=found.tokens,
         rule=rule,
         status=status,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
@@ -16,13 +17,16 @@ from hire_rewrite import _compat
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
-from hire_rewrite.patterns.graph import Node, Scope, Value
+from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch, match_head
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.plan import Rejection
 
-__all__ = ["Detection", "Found", "detect", "source_of"]
+_TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
+"""What a transformation makes of a name, as in `vmap(mlp)`."""
+
+__all__ = ["Detection", "Found", "detect", "name_stack", "source_of"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,6 +129,28 @@ def _match(
     return matches
 
 
+def name_stack(node: Node) -> str:
+    """The named scopes around an equation, those around the calls and loops it is in included.
+
+    Names that transformations add (`vmap(mlp)`) are taken off, so that a site keeps its name.
+    """
+    parts: list[str] = []
+    here: Node | None = node
+    while here is not None:
+        parts.append(str(here.eqn.source_info.name_stack))
+        frame: Frame | None = here.frame
+        while frame is not None:
+            if frame.eqn is not None:
+                parts.append(str(frame.eqn.source_info.name_stack))
+            frame = frame.parent
+        here = here.scope.parent
+    joined = "/".join(reversed(parts))
+    changed = 1
+    while changed:
+        joined, changed = _TRANSFORMED.subn(r"\1", joined)
+    return "/".join(part for part in joined.split("/") if part)
+
+
 def source_of(node: Node) -> str:
     """`file.py:line (function)` of the user's code that made the equation."""
     summary = source_info_util.summarize(node.eqn.source_info)
@@ -181,8 +207,8 @@ def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
         folder = posixpath.commonpath(paths) if len(paths) > 1 else paths[0]
         inside = {path for path in trace.paths if path.startswith(folder + "/")}
         owned = {trace.path(r) for w in match.weights for r in trace.provenance.roots(w)}
-        stack = str(match.linears[-1].node.eqn.source_info.name_stack)
         name = folder if folder and inside <= owned else paths[-1]
+        stack = posixpath.commonpath([name_stack(linear.node) for linear in match.linears])
         names.append(f"{stack}:{name}" if stack else name)
     total, seen = Counter(names), Counter[str]()
     for i, name in enumerate(names):

@@ -8,9 +8,9 @@ from jax import lax
 
 from hire_rewrite import HireRewriteError
 from hire_rewrite.passes.calibrate import collect, tap
-from tests.zoo import D, T, found_in, inputs, run
-from tests.zoo_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
-from tests.zoo_head import EMBED
+from tests.cases import D, T, found_in, inputs, run
+from tests.cases_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
+from tests.cases_head import EMBED
 
 X = inputs(T, D)
 

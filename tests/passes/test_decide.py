@@ -11,9 +11,9 @@ from hire_rewrite.passes.decide import DEFAULT_RULES, decide, min_width
 from hire_rewrite.passes.detect import detect
 from hire_rewrite.passes.estimate import dense_bytes, estimate
 from hire_rewrite.passes.trace import trace
-from tests.zoo import D, F, Oracle, T, V, inputs, plan_of, rand
-from tests.zoo_ffn import GATED, PLAIN, STACK, gated, plain
-from tests.zoo_head import EMBED
+from tests.cases import D, F, Oracle, T, V, inputs, plan_of, rand
+from tests.cases_ffn import GATED, PLAIN, STACK, gated, plain
+from tests.cases_head import EMBED
 
 WIDE = {"up": rand(D, 4096), "down": rand(4096, D)}
 VOCABULARY = rand(5000, D)

@@ -8,9 +8,9 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from tests.zoo import MIN_WIDTH, D, F, T, V, found_in, inputs, plan_of, rand
-from tests.zoo_ffn import DOWN, GATE, GATED, PLAIN, STACK, UP, gated, plain
-from tests.zoo_head import EMBED, HEAD
+from tests.cases import MIN_WIDTH, D, F, T, V, found_in, inputs, plan_of, rand
+from tests.cases_ffn import DOWN, GATE, GATED, PLAIN, STACK, UP, gated, plain
+from tests.cases_head import EMBED, HEAD
 
 X = inputs(T, D)
 
@@ -108,7 +108,7 @@ def test_names_do_not_depend_on_shapes_or_calls():
 
 def test_sources_are_lines_of_the_users_code():
     (site,) = plan_of(plain(), PLAIN, X).sites
-    assert site.source.startswith("zoo_ffn.py:")
+    assert site.source.startswith("cases_ffn.py:")
     rejected = plan_of(lambda p, x: x @ p["up"], PLAIN, X).rejected
     assert rejected[0].source.startswith("test_detect.py:")
 

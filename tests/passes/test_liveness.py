@@ -8,7 +8,7 @@ from jax import lax
 
 from hire_rewrite.passes.liveness import liveness
 from hire_rewrite.passes.view import flatten
-from tests.zoo import inputs
+from tests.cases import inputs
 
 X = inputs(3, 4)
 

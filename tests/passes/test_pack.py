@@ -7,9 +7,9 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from tests.zoo import FULL, D, F, Oracle, T, V, inputs, packed, rand, run
-from tests.zoo_ffn import BIASED, DOWN, GATE, GATED, LAYERS, PLAIN, STACK, UP, gated, plain
-from tests.zoo_head import EMBED, TIED, UNTIED
+from tests.cases import FULL, D, F, Oracle, T, V, inputs, packed, rand, run
+from tests.cases_ffn import BIASED, DOWN, GATE, GATED, LAYERS, PLAIN, STACK, UP, gated, plain
+from tests.cases_head import EMBED, TIED, UNTIED
 
 X = inputs(T, D)
 

@@ -7,9 +7,9 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from tests.zoo import FEW, FULL, D, T, close, inputs, packed, rand, run
-from tests.zoo_ffn import BIASED, FFN_CASES, PLAIN, STACK, gated, plain
-from tests.zoo_head import HEAD_CASES, TIED
+from tests.cases import FEW, FULL, D, T, close, inputs, packed, rand, run
+from tests.cases_ffn import BIASED, FFN_CASES, PLAIN, STACK, gated, plain
+from tests.cases_head import HEAD_CASES, TIED
 
 X = inputs(T, D)
 CASES = FFN_CASES + HEAD_CASES

@@ -12,9 +12,9 @@ from jax.extend.core import primitives as p
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import trace
 from tests.same import Same, chain, nodes_of, replaced, same
-from tests.zoo import inputs, run
-from tests.zoo_ffn import FFN_CASES
-from tests.zoo_head import HEAD_CASES
+from tests.cases import inputs, run
+from tests.cases_ffn import FFN_CASES
+from tests.cases_head import HEAD_CASES
 
 X = inputs(3, 4)
 
@@ -29,7 +29,7 @@ def model(x):
 
 
 @pytest.mark.parametrize("case", FFN_CASES[::10] + HEAD_CASES[::10], ids=str)
-def test_replacing_the_products_of_the_zoo(case):
+def test_replacing_the_products(case):
     got, _, _, nodes = replaced(case.fn, case.params, *case.args, names=("dot_general",))
     assert nodes
     same(got, run(case.fn, case.params, *case.args))

@@ -11,7 +11,7 @@ from hire_rewrite.passes.liveness import liveness
 from hire_rewrite.passes.schedule import Call, Keep, Loop, Swap, schedule
 from hire_rewrite.passes.view import flatten
 from hire_rewrite.patterns.graph import Frame
-from tests.zoo import inputs
+from tests.cases import inputs
 
 X = inputs(3, 4)
 

@@ -9,7 +9,7 @@ import pytest
 
 from hire_rewrite import HireRewriteError
 from hire_rewrite.passes.trace import abstract, trace
-from tests.zoo import inputs
+from tests.cases import inputs
 
 X = inputs(3, 4)
 

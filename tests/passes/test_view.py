@@ -10,7 +10,7 @@ from jax.extend import core as jex_core
 from hire_rewrite.passes.view import evaluate, flatten, inner_jaxprs
 from hire_rewrite.patterns.graph import Frame, Node
 from hire_rewrite.patterns.region import literal_array
-from tests.zoo import inputs
+from tests.cases import inputs
 
 X = inputs(3, 4)
 LITERAL = np.arange(4, dtype=np.float32)

@@ -8,8 +8,8 @@ from jax import lax
 
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.passes.weights import Stacker, layers, loops_of, narrow, site_loops
-from tests.zoo import D, F, T, found_in, inputs, rand
-from tests.zoo_ffn import NEST, PLAIN, STACK, plain
+from tests.cases import D, F, T, found_in, inputs, rand
+from tests.cases_ffn import NEST, PLAIN, STACK, plain
 
 L, N = 3, 4
 STACKED, NESTED, X = rand(L, N, N), rand(L, 2, N, N), inputs(2, N)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.zoo import F, T, found_in, inputs
-from tests.zoo_activation import ACTIVATIONS
-from tests.zoo_ffn import BF16, BIASED, GATED, PLAIN, SCALE, gated, plain, up_first
+from tests.cases import F, T, found_in, inputs
+from tests.cases_activation import ACTIVATIONS
+from tests.cases_ffn import BF16, BIASED, GATED, PLAIN, SCALE, gated, plain, up_first
 
 SPARSE = {"relu", "relu2", "relu6"}
 

@@ -16,7 +16,7 @@ from hire_rewrite.patterns.axes import (
     register_axis_rule,
     result_axis,
 )
-from tests.zoo import inputs
+from tests.cases import inputs
 
 N = 6
 X, Y, ROW, COLUMN = inputs(3, N), inputs(3, N, seed=1), inputs(1, N), inputs(3, 1)

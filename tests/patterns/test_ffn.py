@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from tests.zoo import FULL, D, F, T, inputs, plan_of, rand
-from tests.zoo_ffn import (
+from tests.cases import FULL, D, F, T, inputs, plan_of, rand
+from tests.cases_ffn import (
     ACTIVATION_CASES,
     BIASED,
     DOWN,

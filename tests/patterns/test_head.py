@@ -6,8 +6,8 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from tests.zoo import D, T, V, found_in, inputs, plan_of, rand
-from tests.zoo_head import HEAD, HEAD_CASES, UNTIED
+from tests.cases import D, T, V, found_in, inputs, plan_of, rand
+from tests.cases_head import HEAD, HEAD_CASES, UNTIED
 
 
 @pytest.mark.parametrize("case", HEAD_CASES, ids=str)

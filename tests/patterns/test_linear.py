@@ -8,7 +8,7 @@ from jax import lax
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.miss import Miss
-from tests.zoo import inputs, rand
+from tests.cases import inputs, rand
 
 W, X, BATCH = rand(4, 7), inputs(3, 4), inputs(2, 3, 4)
 

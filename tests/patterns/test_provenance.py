@@ -9,7 +9,7 @@ from jax.experimental import io_callback
 
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.patterns.provenance import body_of, carried_unchanged, counter
-from tests.zoo import inputs, rand
+from tests.cases import inputs, rand
 
 W, STACK, X = rand(4, 4), rand(3, 4, 4), inputs(2, 4)
 LITERAL = np.arange(16, dtype=np.float32).reshape(4, 4)

@@ -8,8 +8,8 @@ from jax import lax
 
 from hire_rewrite.passes.view import evaluate
 from hire_rewrite.patterns.region import literal_array
-from tests.zoo import F, T, found_in, inputs
-from tests.zoo_ffn import FFN_CASES
+from tests.cases import F, T, found_in, inputs
+from tests.cases_ffn import FFN_CASES
 
 KEPT = np.array([5, 0, F - 1, 17, 18])
 FLAT = [

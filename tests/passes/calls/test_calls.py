@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from tests.same import chain, replaced, same
-from tests.zoo import inputs, run
+from tests.cases import inputs, run
 
 X = inputs(3, 4)
 

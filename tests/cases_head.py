@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.zoo import Case, D, T, V, inputs, rand
-from tests.zoo_ffn import LAYOUT, linear
+from tests.cases import Case, D, T, V, inputs, rand
+from tests.cases_ffn import LAYOUT, linear
 
 EMBED, HEAD = rand(V, D, seed=11), rand(D, V, seed=12)
 TIED, UNTIED = {"embed": EMBED}, {"head": HEAD}

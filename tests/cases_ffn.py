@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.zoo import Case, D, F, T, inputs, rand
-from tests.zoo_activation import ACTIVATIONS, SPELLINGS, custom_relu, custom_silu, gelu, gelu_tanh
+from tests.cases import Case, D, F, T, inputs, rand
+from tests.cases_activation import ACTIVATIONS, SPELLINGS, custom_relu, custom_silu, gelu, gelu_tanh
 
 UP, GATE, DOWN = rand(D, F, seed=1), rand(D, F, seed=2), rand(F, D, seed=3)
 B1, B2, SCALE = inputs(F, seed=4), inputs(D, seed=5), jnp.abs(inputs(F, seed=6)) + 0.5
@@ -392,7 +392,7 @@ FFN_CASES = [
     _case("bias reshaped to the rank", lambda p, x: gelu_tanh(
         x @ p["up"] + jnp.reshape(p["b1"], (1, -1))) @ p["down"], BIASED, activation="gelu_tanh"),
     _case("layers mapped one by one", _modules,
-          {"up": UP.T, "b1": B1, "down": DOWN.T, "b2": B2}, name="vmap():p/down"),
+          {"up": UP.T, "b1": B1, "down": DOWN.T, "b2": B2}, name="p/down"),
     _case("gate and up stacked", lambda p, x: (gelu(x @ p["w"][0]) * (x @ p["w"][1])) @ p["down"],
           {"w": jnp.stack([GATE, UP]), "down": DOWN}, gated=True, activation="gelu"),
     _case("normed twice", _normed_twice, GATED, gated=True, activation="silu"),

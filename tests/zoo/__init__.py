@@ -1,0 +1,1 @@
+"""Models written with the libraries that people use, at tiny sizes."""
