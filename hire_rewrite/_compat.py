@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
+from jax.extend.core import primitives as p
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
 def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
@@ -42,14 +45,56 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def _primitive_of(fun: Callable[..., Any]) -> Any:
+def _equations(fun: Callable[..., Any]) -> Sequence[Any]:
+    return open_jaxpr(jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((2,), np.float32)))[0].eqns
+
+
+def _primitive_of(fun: Callable[..., Any], place: int = 0) -> Any:
     """The primitive behind a public function, for those that `jax.extend` does not name."""
-    jaxpr, _ = open_jaxpr(jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((2,), np.float32)))
-    return jaxpr.eqns[0].primitive
+    return _equations(fun)[place].primitive
 
 
 split_p = _primitive_of(lambda x: lax.split(x, (1, 1)))
+unstack_p = _primitive_of(jnp.unstack)
 optimization_barrier_p = _primitive_of(lax.optimization_barrier)
+ragged_dot_general_p = _primitive_of(
+    lambda x: lax.ragged_dot(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.ones(1, jnp.int32) * 2), -1
+)
+
+
+def _mesh(kind: AxisType) -> AbstractMesh:
+    return AbstractMesh((1,), ("x",), axis_types=(kind,))
+
+
+with jax.sharding.use_abstract_mesh(_mesh(AxisType.Explicit)):
+    reshard_p = _primitive_of(lambda x: jax.sharding.reshard(x, PartitionSpec("x")))
+
+def _manual(fun: Callable[..., Any]) -> Any:
+    """The `shard_map` equation around a function of one shard."""
+    spec = PartitionSpec("x")
+    mapped = jax.shard_map(fun, mesh=_mesh(AxisType.Auto), in_specs=spec, out_specs=spec)
+    return _equations(mapped)[0]
+
+
+def _inside(fun: Callable[..., Any]) -> set[Any]:
+    return {eqn.primitive for eqn in open_jaxpr(_manual(fun).params["jaxpr"])[0].eqns}
+
+
+shard_map_p = _manual(lambda x: x * 2).primitive
+sharding_casts = frozenset({reshard_p, *_inside(lambda x: x * 2.0)} - {p.mul_p})
+"""What changes the sharding in an array's type, and nothing else."""
+
+
+def is_sharded_by_type(aval: Any) -> bool:
+    """Whether an array's type says over which axes of a mesh it is spread."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
+collectives = frozenset(
+    _inside(lambda x: lax.psum(x, "x") + lax.pmax(x, "x") + lax.all_gather(x, "x", tiled=True))
+    | {p.psum_p, p.pmax_p, p.all_gather_p}
+) - {p.add_p}
 
 cpu_fuses_widening = jax.__version_info__ < (0, 12)
 """Whether XLA's CPU backend emits vector code for a vector-matrix product that is fused with the

@@ -246,7 +246,39 @@ def _residual(p, x):
     return x + gated()(p, n)
 
 
+def _convolutions(p, x):
+    def conv(x, w):
+        kind = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=kind)
+
+    return conv(jax.nn.relu(conv(x, p["up"])), p["down"])
+
+
+def _parallel(p, x):
+    """PaLM's block: one product for queries, keys, values and both halves of the FFN."""
+    fused = x @ p["fused"] + p.get("b", 0)
+    q, k, v, gate, up = jnp.split(fused, (D, 2 * D, 3 * D, 3 * D + F), axis=-1)
+    attended = jax.nn.softmax(q @ k.T / 4) @ v
+    return attended + (jax.nn.silu(gate) * up) @ p["down"]
+
+
 LAYOUT = inputs(2, T, D)
+PAIR = jnp.stack([GATE, UP])
+FUSED = [
+    ("[2, d, f]", "td,gdh->gth", PAIR, lambda h: h),
+    ("[2, d, f], axis of two last but one", "td,gdh->tgh", PAIR, lambda h: (h[:, 0], h[:, 1])),
+    ("[2, f, d]", "td,ghd->tgh", PAIR.swapaxes(1, 2), lambda h: (h[:, 0], h[:, 1])),
+    ("[d, 2, f]", "td,dgh->tgh", PAIR.swapaxes(0, 1), lambda h: jnp.split(h, 2, axis=1)),
+    ("[d, 2, f], unstacked", "td,dgh->tgh", PAIR.swapaxes(0, 1),
+     lambda h: jnp.unstack(h, axis=1)),
+    ("[d, f, 2]", "td,dhg->thg", jnp.moveaxis(PAIR, 0, 2), lambda h: (h[..., 0], h[..., 1])),
+    ("[d, 2 f], reshaped", "td,dh->th", jnp.concatenate([GATE, UP], 1),
+     lambda h: jnp.moveaxis(h.reshape(-1, 2, F), 1, 0)),
+    ("interleaved", "td,dh->th", jnp.stack([GATE, UP], 2).reshape(D, -1),
+     lambda h: (h[:, ::2], h[:, 1::2])),
+    ("interleaved, reshaped", "td,dh->th", jnp.stack([GATE, UP], 2).reshape(D, -1),
+     lambda h: (h.reshape(-1, F, 2)[..., 0], h.reshape(-1, F, 2)[..., 1])),
+]  # fmt: skip
 BF16 = jax.tree.map(lambda w: w.astype(jnp.bfloat16), GATED)
 Q = {"q": jnp.asarray(np.round(20 * UP), jnp.int8), "s": SCALE / 20, "down": DOWN}
 
@@ -363,6 +395,31 @@ FFN_CASES = [
         for n, split in SPLITS.items()
         for first in (True, False)
     ),
+    *(
+        _case(f"fused, {n}", lambda p, x, cut=cut, spec=spec: (lambda h: (
+            jax.nn.silu(cut(h)[0]) * cut(h)[1]) @ p["down"])(jnp.einsum(spec, x, p["fused"])),
+            {"fused": weight, "down": DOWN}, gated=True, activation="silu")
+        for n, spec, weight, cut in FUSED
+    ),
+    _case("fused over two axes with biases", lambda p, x: (lambda h: (
+        jax.nn.silu(h[:, 0]) * h[:, 1]) @ p["down"])(jnp.einsum("td,gdh->tgh", x, p["fused"])
+        + p["b"]), {"fused": PAIR, "b": inputs(2, F), "down": DOWN}, gated=True,
+        activation="silu"),
+    _case("fused over two axes in a scan", lambda p, x: lax.scan(lambda c, w: (c + (lambda h: (
+        jax.nn.silu(h[:, 0]) * h[:, 1]) @ w["down"])(jnp.einsum("td,dgh->tgh", c, w["fused"])),
+        None), x, p)[0], {"fused": rand(LAYERS, D, 2, F), "down": STACK["down"]}, gated=True,
+        activation="silu", repeats=LAYERS),
+    _case("down to two axes", lambda p, x: jnp.einsum("th,hij->tij", jax.nn.relu(x @ p["up"]),
+          p["down"]), {"up": UP, "down": DOWN.reshape(F, 4, D // 4)}),
+    _case("up from two axes", lambda p, x: jax.nn.relu(jnp.einsum("tij,ijh->th", x, p["up"]))
+          @ p["down"], {"up": UP.reshape(4, D // 4, F), "down": DOWN}, (inputs(T, 4, D // 4),)),
+    _case("convolutions over one position", _convolutions, {"up": UP[None], "down": DOWN[None]},
+          (LAYOUT,), tokens=2 * T),
+    _case("fused with queries, keys and values", _parallel, {"fused": rand(D, 3 * D + 2 * F),
+          "down": DOWN}, gated=True, activation="silu"),
+    _case("fused with queries, keys and values, biased", _parallel, {"fused": rand(D, 3 * D + 2
+          * F), "b": inputs(3 * D + 2 * F), "down": DOWN}, gated=True,
+          activation="silu"),
     _case("fused in a scan", lambda p, x: lax.scan(
         lambda c, w: (c + _halves(jax.nn.relu, False, SPLITS["slices"])(w, c), None), x, p)[0],
         {"fused": rand(LAYERS, D, 2 * F), "down": STACK["down"]}, gated=True, repeats=LAYERS),

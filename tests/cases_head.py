@@ -123,6 +123,24 @@ HEAD_CASES = [
                tokens=1, name="p/w"),
     _head_case("vector", _of_logits(lambda z: z), args=(inputs(D),), tokens=1),
     _head_case("batch", _of_logits(lambda z: z), args=(LAYOUT,), tokens=2 * T),
+    _head_case("padding cut off", _of_logits(lambda z: z[..., :100].argmax(-1)), chain=("slice",)),
+    _head_case("biased, capped, padding cut off", lambda p, x: _soft_cap(
+        x @ p["head"] + p["bias"])[:, :100], UNTIED | {"bias": BIAS},
+        chain=("add", "div", "tanh", "mul", "slice"), name="p/head"),
+    _head_case("written to a buffer", _of_logits(
+        lambda z, b: lax.dynamic_update_slice(b, z[None], (1, 0, 0))),
+        args=(inputs(T, D), jnp.zeros((2, T, V))), chain=("broadcast_in_dim",)),
+    _head_case("scattered to a buffer", _of_logits(lambda z, b: b.at[:, 1].set(z)),
+               args=(inputs(T, D), jnp.zeros((T, 2, V)))),
+    _head_case("extended", lambda p, x: jnp.concatenate([x @ p["head"], x], -1)),
+    _head_case("padded", _of_logits(
+        lambda z: jnp.pad(z, ((0, 0), (0, 3)), constant_values=-jnp.inf).argmax(-1))),
+    _head_case("beams reordered", _of_logits(lambda z, i: jax.nn.log_softmax(z)[i].max()),
+               args=(inputs(T, D), jnp.array([2, 0, 0]))),
+    _head_case("split by tokens", _of_logits(lambda z: [a.argmax() for a in jnp.split(z, T)])),
+    _head_case("one-hot einsum", _of_logits(lambda z, t: -jnp.einsum(
+        "tv,tv->t", jax.nn.log_softmax(z), jax.nn.one_hot(t, V))),
+        args=(inputs(T, D), jnp.arange(T))),
     _head_case("last token", _of_logits(lambda z: z[:, -1]), args=(LAYOUT,), tokens=2 * T),
     _head_case("some token", _of_logits(lambda z, i: lax.dynamic_index_in_dim(z, i, 0)),
                args=(inputs(T, D), 1)),

@@ -76,6 +76,18 @@ class FFNSpec:
         return self.width // self.group
 
 
+class OtherState(NamedTuple):
+    """A part of a product that is fused with the block's, but is read elsewhere.
+
+    Attributes:
+      rows: for each product [L, n, d_in], those of the part.
+      vectors: of [L, n], numbers that belong to them.
+    """
+
+    rows: tuple[Array, ...]
+    vectors: tuple[Array, ...]
+
+
 class FFNState(NamedTuple):
     """The arrays of a block; neuron j is number j % group of group j // group.
 
@@ -85,12 +97,14 @@ class FFNState(NamedTuple):
       vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
       predictor: for the P · f rows of the first matrices, all of the first projection, then all
         of the next; with the same leading axis.
+      others: parts of a product that the block shares with others, which are computed whole.
     """
 
     up: Array
     down: Array
     vectors: tuple[Array, ...]
     predictor: State
+    others: tuple[OtherState, ...] = ()
 
 
 def hire_ffn(
@@ -152,6 +166,24 @@ def exact_ffn(
     h = _all_hidden(x, state, layer, spec, activation)
     h = jnp.where(topk_mask(h, spec), h, jnp.zeros_like(h))
     return _down(h, state, layer, spec)
+
+
+def other_inputs(
+    x: Array, state: OtherState, layer: Array | int, *, spec: FFNSpec
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The products of another part, [tokens, n] each, and its vectors [n], for x: [tokens, d_in]."""
+    products = tuple(
+        lax.dot_general(
+            x,
+            lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(spec.compute_dtype),
+            (((1,), (1,)), ((), ())),
+            precision=spec.precision,
+            preferred_element_type=spec.up_dtype,
+        )
+        for rows in state.rows
+    )
+    vectors = (lax.dynamic_index_in_dim(v, layer, keepdims=False) for v in state.vectors)
+    return products, tuple(vectors)
 
 
 def topk_mask(h: Array, spec: FFNSpec) -> Array:

@@ -51,7 +51,7 @@ class _Tap:
 
     def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
         x = ins[self.linear.node.ins.index(self.linear.x)]
-        return evaluate(self.linear.node, ins), Moments.of(to_rows(x, self.linear.x_axis))
+        return evaluate(self.linear.node, ins), Moments.of(to_rows(x, self.linear.x_axes))
 
 
 def tap(trace: Trace, sites: Sequence[Found]) -> Rewritten:

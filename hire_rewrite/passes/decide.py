@@ -97,7 +97,7 @@ def _fits(rule: Rule, found: Found, default: bool) -> bool:
         return False
     if isinstance(match, FFNMatch):
         return isinstance(rule, FFN) and (not default or match.activation.sparse)
-    return isinstance(rule, Head) and match.linear.out_dim >= rule.min_width
+    return isinstance(rule, Head) and match.width >= rule.min_width
 
 
 def _without_rule(found: Found) -> Decision:
@@ -115,6 +115,9 @@ def _without_rule(found: Found) -> Decision:
 
 
 def _with_rule(found: Found, rule: Rule) -> Decision:
+    if found.obstacle is not None:
+        site = _site(found, rule, "dense", found.obstacle)
+        return Decision(found, site, None, False, found.name)
     spec = _spec(found, rule)
     scored = _scored_rows(found)
     rule.predictor.check(*scored, site=found.name)
@@ -178,8 +181,7 @@ def _ffn_spec(name: str, match: FFNMatch, rule: FFN) -> FFNSpec:
 
 
 def _head_spec(name: str, match: HeadMatch, rule: Head) -> HeadSpec:
-    linear = match.linear
-    width = linear.out_dim
+    linear, width = match.linear, match.width
     k = count(rule.k, width, f"{name}: k")
     return HeadSpec(
         width=width,
@@ -209,7 +211,7 @@ def _scored_rows(found: Found) -> tuple[int, int]:
     match = found.match
     if isinstance(match, FFNMatch):
         return len(match.region.projections) * match.region.size, match.linears[0].in_dim
-    return match.linear.out_dim, match.linear.in_dim
+    return match.width, match.linear.in_dim
 
 
 def _site(
@@ -221,11 +223,11 @@ def _site(
         name=found.name,
         kind=found.kind,
         d_model=match.linears[0].in_dim,
-        width=match.region.size if isinstance(match, FFNMatch) else match.linear.out_dim,
+        width=match.region.size if isinstance(match, FFNMatch) else match.width,
         gated=isinstance(match, FFNMatch) and len(match.region.projections) > 1,
         activation=match.activation.name if isinstance(match, FFNMatch) else "",
         repeats=found.repeats,
-        experts=1,
+        experts=found.experts,
         tokens=found.tokens,
         rule=rule,
         status=status,

@@ -42,6 +42,22 @@ class Found:
         return "ffn" if isinstance(self.match, FFNMatch) else "head"
 
     @property
+    def experts(self) -> int:
+        return self.match.experts if isinstance(self.match, FFNMatch) else 1
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it has to stay dense, whatever the rules say."""
+        for scope in self.scope.ancestors():
+            node = scope.parent
+            if node is not None and node.primitive is _compat.shard_map_p:
+                axes = ", ".join(sorted(map(str, node.params["newly_manual_axes"])))
+                return f"inside shard_map over {axes}, its weights are shards"
+        if any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights):
+            return "its weights are sharded by their types (a mesh with explicit axes)"
+        return self.match.obstacle
+
+    @property
     def scope(self) -> Scope:
         return self.match.linears[0].node.scope
 
@@ -52,7 +68,7 @@ class Found:
 
     @property
     def tokens(self) -> int:
-        return math.prod(self.match.linears[0].token_shape)
+        return self.match.linears[0].tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +239,7 @@ def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
     found: list[Hashable] = list(map(identity, match.weights))
     if isinstance(match, FFNMatch):
         region = match.region
-        found += [vector.start for vector in region.vectors]
-        found += [projection.start for projection in region.projections]
+        found += [vector.window for part in match.regions for vector in part.vectors]
+        found += [projection.window for part in match.regions for projection in part.projections]
         found += [match.linears.index(item.linear) for item in region.projections]
     return tuple(found)

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from hire_rewrite.ops.ffn import FFNSpec, FFNState
+from hire_rewrite.ops.ffn import FFNSpec, FFNState, OtherState
 from hire_rewrite.ops.head import HeadState
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor
@@ -28,6 +29,7 @@ from hire_rewrite.passes.weights import Stacker, layers, narrow, site_loops
 from hire_rewrite.patterns.graph import Scope
 from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.region import Projection, Region
 
 __all__ = ["fingerprint", "pack"]
 
@@ -87,33 +89,61 @@ def _state(
     spec = decision.spec
     assert isinstance(spec, FFNSpec)
     width, group = spec.width, spec.group
-    up = jnp.stack(
-        [
-            _rows(projection.linear, stacker, loops)[:, projection.start :][:, :width]
-            for projection in match.region.projections
-        ],
-        axis=1,
-    )
+    up = jnp.stack([_projected(item, stacker, loops) for item in match.region.projections], axis=1)
     count, projections, _, d_in = up.shape
     predictor = _fit(rule.predictor, up.reshape(count, projections * width, d_in), moments, advance)
-    vectors = tuple(
-        stacker.stack(vector.value, loops).reshape(count, -1)[:, vector.start :][:, :width]
-        for vector in match.region.vectors
-    )
+    vectors = _vectors(match.region, stacker, loops)
     down = jnp.swapaxes(_rows(match.down, stacker, loops), 1, 2)
     groups = width // group
+    others = tuple(
+        OtherState(
+            tuple(_projected(item, stacker, loops) for item in sibling.projections),
+            _vectors(sibling, stacker, loops),
+        )
+        for sibling in match.region.siblings
+    )
     return FFNState(
         up=jnp.swapaxes(up.reshape(count, projections, groups, group, d_in), 1, 2),
         down=down.reshape(count, groups, group, -1),
         vectors=tuple(vector.reshape(count, groups, group) for vector in vectors),
         predictor=predictor,
+        others=others,
     )
 
 
 def _rows(linear: Linear, stacker: Stacker, loops: tuple[Scope, ...]) -> jax.Array:
     """A layer's weight as [layers, out, in], as narrow as the model stores it."""
     weight = stacker.stack(narrow(linear.weight), loops)
-    return weight if linear.weight_in == 1 else jnp.swapaxes(weight, 1, 2)
+    order = (*(axis for axis, _ in linear.free), *linear.weight_in)
+    unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
+    rows = jnp.transpose(weight, (0, *(axis + 1 for axis in (*order, *unit))))
+    return rows.reshape(rows.shape[0], linear.out_dim, linear.in_dim)
+
+
+def _projected(projection: Projection, stacker: Stacker, loops: tuple[Scope, ...]) -> jax.Array:
+    """The rows of a layer that a projection reads, [layers, n, in]."""
+    linear = projection.linear
+    rows = _rows(linear, stacker, loops)
+    rows = rows.reshape(rows.shape[0], *(linear.weight.shape[a] for a, _ in linear.free), -1)
+    for i, (axis, out) in enumerate(linear.free):
+        if axis == projection.weight_axis or axis in projection.weight_picks:
+            start, stop, stride = projection.window.cut(out)
+            rows = lax.slice_in_dim(rows, start, stop, stride, axis=i + 1)
+    return rows.reshape(rows.shape[0], projection.window.size, linear.in_dim)
+
+
+def _vectors(
+    region: Region, stacker: Stacker, loops: tuple[Scope, ...]
+) -> tuple[jax.Array, ...]:
+    """The numbers of each position of a region, [layers, n]."""
+    found = []
+    for vector in region.vectors:
+        window, array = vector.window, stacker.stack(vector.value, loops)
+        for axis in (window.axis, *window.picked):
+            start, stop, stride = window.cut(axis)
+            array = lax.slice_in_dim(array, start, stop, stride, axis=axis + 1)
+        found.append(array.reshape(array.shape[0], window.size))
+    return tuple(found)
 
 
 def _fit(

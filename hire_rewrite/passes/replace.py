@@ -92,20 +92,34 @@ def _ffn(
     assert rule is not None
 
     def hire_ffn(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
-        def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
-            return region.run(pre, vectors, dict(zip(region.sides, sides, strict=True)))
+        known = dict(zip(match.sides, sides, strict=True))
 
+        def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
+            return region.run(pre, vectors, known)
+
+        others = [
+            sibling.run(*ffn_ops.other_inputs(x, other, layer, spec=spec), known)
+            for sibling, other in zip(region.siblings, state.others, strict=True)
+        ]
         if predict:
-            return ffn_ops.hire_ffn(
+            y = ffn_ops.hire_ffn(
                 x, state, layer, spec=spec, activation=activation, predictor=rule.predictor
             )
-        op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
-        return op(x, state, layer, spec=spec, activation=activation)
+        else:
+            op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
+            y = op(x, state, layer, spec=spec, activation=activation)
+        return y, others
 
     def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
         x, *sides = ins
-        y = jax.jit(hire_ffn)(to_rows(x, match.x_axis), sides, state, layer)
-        return [_from_rows(y, match.down.out.shape, match.down.out_axis)]
+        y, others = jax.jit(hire_ffn)(to_rows(x, match.x_axes), sides, state, layer)
+        return [
+            _from_rows(y, match.down.out.shape, match.down.out_axes),
+            *(
+                _from_rows(rows, sibling.value.shape, (sibling.axis,))
+                for sibling, rows in zip(region.siblings, others, strict=True)
+            ),
+        ]
 
     return run
 
@@ -130,7 +144,7 @@ def _head(
 
     def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
         x, *sides = ins
-        rows = to_rows(x, match.linear.x_axis)
+        rows = to_rows(x, match.linear.x_axes)
         results = jax.jit(hire_head)(rows, sides, state, layer)
         return _endpoint_values(match, results)
 
@@ -152,18 +166,18 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
         for node in nodes[:-1]:
             _step(node, env)
         region = match.region
-        hidden = to_rows(env[region.value], region.axis)
+        hidden = to_rows(env[region.value], (region.axis,))
         kept = jnp.where(ffn_ops.topk_mask(hidden, spec), hidden, jnp.zeros_like(hidden))
-        env[region.value] = _from_rows(kept, region.value.shape, region.axis)
+        env[region.value] = _from_rows(kept, region.value.shape, (region.axis,))
         _step(nodes[-1], env)
-        return [env[match.down.out]]
+        return [env[value] for value in match.outputs]
 
     def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
         assert isinstance(match, HeadMatch)
         assert isinstance(spec, head_ops.HeadSpec)
         env = dict(zip(inputs, ins, strict=True))
         _step(match.linear.node, env)
-        raw = to_rows(env[match.linear.out], match.linear.out_axis)
+        raw = to_rows(env[match.linear.out], (match.axis,))
         endpoints = _endpoints(match, {v: look_up(v, env) for v in match.sides})
         return _endpoint_values(match, head_ops.exact_head(raw, spec=spec, endpoints=endpoints))
 
@@ -178,17 +192,17 @@ def _endpoints(match: HeadMatch, sides: Mapping[Value, Any]) -> head_ops.Endpoin
 
     def run(raw: Any) -> tuple[Any, ...]:
         linear = match.linear
-        env = {**sides, linear.out: _from_rows(raw, linear.out.shape, linear.out_axis)}
+        env = {**sides, linear.out: _from_rows(raw, linear.out.shape, (match.axis,))}
         for node in match.chain:
             _step(node, env)
-        return tuple(to_rows(env[v], match.axes[v]) for v in match.endpoints)
+        return tuple(to_rows(env[v], match.places[v][:1]) for v in match.endpoints)
 
     return run
 
 
 def _endpoint_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
     return [
-        _from_rows(rows, value.shape, match.axes[value])
+        _from_rows(rows, value.shape, match.places[value][:1])
         for value, rows in zip(match.endpoints, results, strict=True)
     ]
 
@@ -198,13 +212,14 @@ def _step(node: Node, env: dict[Value, Any]) -> None:
     env.update(zip(node.outs, results, strict=True))
 
 
-def to_rows(array: Any, axis: int) -> Any:
-    """[tokens, n] with `axis` last and the other axes merged."""
-    return jnp.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+def to_rows(array: Any, axes: Sequence[int]) -> Any:
+    """[tokens, n] with `axes` merged to the last one and all others to the first."""
+    size = math.prod(array.shape[axis] for axis in axes)
+    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(-1, size)
 
 
-def _from_rows(rows: Any, shape: Sequence[int], axis: int) -> Any:
-    """[tokens, n] laid out as `shape`, the last axis of it at `axis`."""
-    others = [size for i, size in enumerate(shape) if i != axis]
-    assert math.prod(others) == rows.shape[0]
-    return jnp.moveaxis(rows.reshape(*others, rows.shape[1]), -1, axis)
+def _from_rows(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """[tokens, n] laid out as `shape`, n on `axes` of it."""
+    others = [size for i, size in enumerate(shape) if i not in axes]
+    split = rows.reshape(*others, *(shape[axis] for axis in axes))
+    return jnp.moveaxis(split, range(-len(axes), 0), axes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.liveness import Liveness, liveness
 from hire_rewrite.passes.view import flatten
@@ -96,11 +97,12 @@ def trace(
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and weak type of an array, a number or a `jax.ShapeDtypeStruct`."""
+    """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    sharding = aval.sharding if _compat.is_sharded_by_type(aval) else None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
 
 
 def _check_leaf(path: str, leaf: Any) -> None:

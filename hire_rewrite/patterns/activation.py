@@ -84,7 +84,7 @@ def _classify(region: Region) -> Activation:
     def run(pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
         arrays = []
         for numbers, projection in zip(pre, region.projections, strict=True):
-            tokens = math.prod(projection.linear.token_shape)
+            tokens = projection.window.tokens(projection.linear.out.shape)
             row = jnp.asarray(numbers, projection.linear.out.dtype)
             arrays.append(jnp.broadcast_to(row, (tokens, len(grid))))
         numbers_of = zip(vectors, region.vectors, strict=True)

@@ -1,8 +1,9 @@
 """Operations that act separately on each position of an axis.
 
 For such an operation, position `i` of an axis of its result depends only on position `i` of an
-axis of each operand. An `AxisRule` says which axis of each operand that is, and how to run the
-operation when only some of the positions are kept. This is the whole knowledge of the matcher
+axis of each operand (or on some other position that the shapes tell, where it slices or reshapes).
+An `AxisRule` says which positions of each operand belong to a `Window` of the result, and how to
+run the operation when only some of them are kept. This is the whole knowledge of the matcher
 about activations: whatever is built from registered operations may be computed neuron by neuron.
 
 To teach the matcher a new operation, register a rule for its primitive:
@@ -18,33 +19,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.window import Window
 
 __all__ = [
     "AxisRule",
     "Blocked",
-    "Operand",
     "axis_rules",
     "keeps_tokens",
     "register_axis_rule",
     "result_axis",
 ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Operand:
-    """The axis of an operand that belongs to the result's axis.
-
-    `axis` is None if the operand is the same for every position. `start` is the position of the
-    operand that position 0 of the result comes from (not 0 where the operation slices the axis).
-    """
-
-    axis: int | None
-    start: int = 0
 
 
 class Blocked(Exception):  # noqa: N818 (a finding, not an error)
@@ -54,18 +44,14 @@ class Blocked(Exception):  # noqa: N818 (a finding, not an error)
 class AxisRule:
     """The rule of elementwise operations; others override its methods."""
 
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        """The axes of the operands that belong to `axis` of a result; raises `Blocked`."""
-        rank, size = len(node.outs[output].shape), node.outs[output].shape[axis]
-        return tuple(
-            Operand(axis if len(v.shape) == rank and v.shape[axis] == size else None)
-            for v in node.ins
-        )
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        """The windows of the operands that belong to one of a result; raises `Blocked`."""
+        return tuple(_varying(window, v.shape, node.outs[output].shape) for v in node.ins)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        """A result of the operation with `size` positions on its `axis`."""
+        """A result in its window at `n` positions, from operands in theirs."""
         return node.primitive.bind(*operands, **node.params)
 
 
@@ -82,32 +68,37 @@ def register_axis_rule(*primitives: Any) -> Callable[[type[AxisRule]], type[Axis
     return register
 
 
-def result_axis(node: Node, position: int, axis: int) -> int | None:
-    """The axis of the (only) result that belongs to `axis` of an operand, or None."""
+def result_axis(node: Node, position: int, axis: int, output: int = 0) -> tuple[int, int] | None:
+    """The axis of a result that belongs to an axis of an operand, or None.
+
+    Returns:
+      The axis, and the position of the operand that its position 0 comes from: it may be a slice.
+    """
     rule = axis_rules.get(node.primitive)
-    if rule is None or len(node.outs) != 1:
+    if rule is None:
         return None
     size = node.ins[position].shape[axis]
-    for candidate, extent in enumerate(node.outs[0].shape):
-        if extent != size:
+    for candidate, extent in enumerate(node.outs[output].shape):
+        if extent > size:
             continue
         try:
-            operand = rule.operands(node, candidate)[position]
+            window = rule.operands(node, Window(candidate, extent), output)[position]
         except Blocked:
             continue
-        if operand == Operand(axis):
-            return candidate
+        if window.axis == axis and window.stride == 1:
+            return candidate, window.start
     return None
 
 
-def keeps_tokens(node: Node, operand: Value, operand_axis: int, axis: int, output: int = 0) -> bool:
+def keeps_tokens(node: Node, operand: Value, inner: Window, window: Window, output: int = 0) -> bool:
     """Whether the other axes of an operand are those of the result, in number and order."""
     old, new = operand.shape, node.outs[output].shape
-    if math.prod(old) * new[axis] != math.prod(new) * old[operand_axis]:
+    if inner.tokens(old) != window.tokens(new):
         return False
     if node.primitive is not p.transpose_p:
         return True
-    rest = [i for i in node.params["permutation"] if i != operand_axis and old[i] > 1]
+    fixed = {inner.axis, *inner.picked}
+    rest = [i for i in node.params["permutation"] if i not in fixed and old[i] > 1]
     return rest == sorted(rest)
 
 
@@ -126,119 +117,256 @@ register_axis_rule(
 
 @register_axis_rule(p.bitcast_convert_type_p)
 class _Bitcast(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
         if node.ins[0].shape != node.outs[0].shape:
             raise Blocked("is bitcast to numbers of another width")
-        return (Operand(axis),)
+        return (window,)
 
 
-@register_axis_rule(p.sharding_constraint_p)
-class _ShardingConstraint(AxisRule):
+@register_axis_rule(p.sharding_constraint_p, *_compat.sharding_casts)
+class _Sharding(AxisRule):
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         return operands[0]  # a constraint on the full axis says nothing about a part of it
 
 
 @register_axis_rule(p.broadcast_in_dim_p)
 class _BroadcastInDim(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        dims = node.params["broadcast_dimensions"]
-        if axis not in dims:
-            return (Operand(None),)
-        source = dims.index(axis)
-        same = node.ins[0].shape[source] == node.outs[0].shape[axis]
-        return (Operand(source if same else None),)
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        dims, old, new = node.params["broadcast_dimensions"], node.ins[0].shape, node.outs[0].shape
+
+        def source(axis: int | None) -> int | None:
+            """The operand's axis that varies along an axis of the result."""
+            if axis not in dims:
+                return None
+            here = dims.index(axis)
+            return here if old[here] == new[axis] else None
+
+        picks = [(source(axis), position) for axis, position in window.picks]
+        kept = [(axis, position) for axis, position in picks if axis is not None]
+        return (window.with_axis(source(window.axis)).with_picks(kept),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        shape = _replaced(node.params["shape"], axis, size)
+        shape = window.shape(node.outs[0].shape, n)
         return lax.broadcast_in_dim(operands[0], shape, node.params["broadcast_dimensions"])
 
 
 @register_axis_rule(p.transpose_p)
 class _Transpose(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        return (Operand(node.params["permutation"][axis]),)
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        return (_renumbered(window, node.params["permutation"]),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         return lax.transpose(operands[0], node.params["permutation"])
 
 
 @register_axis_rule(p.squeeze_p)
 class _Squeeze(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
         kept = [i for i in range(len(node.ins[0].shape)) if i not in node.params["dimensions"]]
-        return (Operand(kept[axis]),)
+        return (_renumbered(window, kept),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         return lax.squeeze(operands[0], node.params["dimensions"])
 
 
 @register_axis_rule(p.reshape_p)
 class _Reshape(AxisRule):
-    """The axis survives if as many elements stand before it on both sides, and it is as long."""
+    """Axes may be merged and split where the window then lies in one axis, the others picked."""
 
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
         old, new = node.ins[0].shape, node.outs[0].shape
-        before, size = math.prod(new[:axis]), new[axis]
-        for source, extent in enumerate(old):
-            if extent == size and math.prod(old[:source]) == before:
-                return (Operand(source),)
-        raise Blocked(f"is split or merged by a reshape from {old} to {new}")
+        assert window.axis is not None
+        picks: list[tuple[int, int]] = []
+        found: Window | None = None
+        done: set[int] = set()
+        for olds, news in _blocks(old, new):
+            here = [i for i in news if i == window.axis or i in window.picked]
+            if not here:
+                continue
+            done.update(here)
+            lost = Blocked(f"is split or merged by a reshape from {old} to {new}")
+            wide = [i for i in news if new[i] > 1]
+            if any(i not in here for i in wide):
+                raise lost
+            # The window as places in the block, counted in row-major order.
+            place, step = 0, 0
+            for i in news:
+                position = window.picked.get(i, window.start if i == window.axis else 0)
+                below = math.prod(new[j] for j in news if j > i)
+                place += position * below
+                step = window.stride * below if i == window.axis else step
+            if window.axis not in news:
+                for i in olds:
+                    below = math.prod(old[j] for j in olds if j > i)
+                    if old[i] > 1:
+                        picks.append((i, place // below % old[i]))
+                continue
+            inside = _line(old, olds, place, step, window.size)
+            if inside is None:
+                raise lost
+            axis, start, stride, inner = inside
+            found = Window(axis, window.size, start, stride)
+            picks += inner
+        if found is None:
+            raise Blocked(f"vanishes in a reshape from {old} to {new}")
+        return (found.with_picks(picks),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        return lax.reshape(operands[0], _replaced(node.params["new_sizes"], axis, size))
+        return lax.reshape(operands[0], window.shape(node.outs[0].shape, n))
 
 
 @register_axis_rule(p.slice_p)
 class _Slice(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        strides = node.params["strides"]
-        if strides is not None and strides[axis] != 1:
-            raise Blocked("is sliced with a stride")
-        return (Operand(axis, node.params["start_indices"][axis]),)
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        starts = node.params["start_indices"]
+        steps = node.params["strides"] or (1,) * len(starts)
+        return (_sliced(window, node.ins[0].shape, node.outs[0].shape, starts, steps),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        # The window of the axis was cut where the positions were chosen.
-        starts = _replaced(node.params["start_indices"], axis, 0)
-        limits = _replaced(node.params["limit_indices"], axis, size)
-        return lax.slice(operands[0], starts, limits, node.params["strides"])
+        return operands[0]  # every axis that it cuts was cut where the positions were chosen
+
+
+@register_axis_rule(p.dynamic_slice_p)
+class _DynamicSlice(_Slice):
+    """A slice at places that are written into the program."""
+
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        old, new = node.ins[0].shape, node.outs[0].shape
+        starts = []
+        for i, place in enumerate(node.ins[1:]):
+            if old[i] == new[i]:
+                starts.append(0)
+            elif place.literal is not None:
+                starts.append(min(max(int(np.asarray(place.literal)), 0), old[i] - new[i]))
+            else:
+                raise Blocked("is sliced at a place that is computed")
+        inner = _sliced(window, old, new, starts, (1,) * len(starts))
+        return (inner, *(Window(None) for _ in starts))
 
 
 @register_axis_rule(_compat.split_p)
 class _Split(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        along = node.params["axis"] == axis
-        return (Operand(axis, sum(node.params["sizes"][:output]) if along else 0),)
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        axis, sizes = node.params["axis"], node.params["sizes"]
+        old, new = node.ins[0].shape, node.outs[output].shape
+        starts = [sum(sizes[:output]) if i == axis else 0 for i in range(len(old))]
+        return (_sliced(window, old, new, starts, (1,) * len(starts)),)
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        if node.params["axis"] == axis:  # cut where the positions were chosen
-            return operands[0]
-        return lax.split(operands[0], node.params["sizes"], node.params["axis"])[output]
+        return operands[0]
+
+
+@register_axis_rule(_compat.unstack_p)
+class _Unstack(AxisRule):
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        along = node.params["axis"]
+        kept = [i for i in range(len(node.ins[0].shape)) if i != along]
+        inner = _renumbered(window, kept)
+        return (inner.with_picks([*inner.picks, (along, output)]),)
+
+    def bind(
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
+    ) -> Any:
+        return lax.squeeze(operands[0], (node.params["axis"],))
 
 
 @register_axis_rule(_compat.optimization_barrier_p)
 class _OptimizationBarrier(AxisRule):
-    def operands(self, node: Node, axis: int, output: int = 0) -> tuple[Operand, ...]:
-        return tuple(Operand(axis if i == output else None) for i in range(len(node.ins)))
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        return tuple(window if i == output else Window(None) for i in range(len(node.ins)))
 
     def bind(
-        self, node: Node, axis: int, size: int, operands: Sequence[Any], output: int = 0
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         return operands[output]  # it only orders the work that is no longer done
 
 
-def _replaced(values: Sequence[int], axis: int, value: int) -> tuple[int, ...]:
-    return (*values[:axis], value, *values[axis + 1 :])
+def _varying(window: Window, old: Sequence[int], new: Sequence[int]) -> Window:
+    """The window of an operand of the result's rank, or one that is the same everywhere."""
+    if len(old) != len(new):
+        return Window(None)
+    axis = window.axis if window.axis is not None and old[window.axis] == new[window.axis] else None
+    return window.with_axis(axis).with_picks([(i, j) for i, j in window.picks if old[i] == new[i]])
+
+
+def _renumbered(window: Window, axes: Sequence[int]) -> Window:
+    """A window whose axis `i` is called `axes[i]` in the operand."""
+    axis = None if window.axis is None else axes[window.axis]
+    return window.with_axis(axis).with_picks([(axes[i], j) for i, j in window.picks])
+
+
+def _sliced(
+    window: Window,
+    old: Sequence[int],
+    new: Sequence[int],
+    starts: Sequence[int],
+    steps: Sequence[int],
+) -> Window:
+    """The window of an operand of which a slice was taken."""
+    assert window.axis is not None
+    picks = {i: starts[i] + steps[i] * j for i, j in window.picks}
+    for i, (size, kept) in enumerate(zip(old, new, strict=True)):
+        if i == window.axis or i in picks or size == kept:
+            continue
+        if kept != 1:
+            raise Blocked(f"is kept, but {kept} of {size} positions of another axis are cut out")
+        picks[i] = starts[i]
+    axis = window.axis
+    start, stride = starts[axis] + steps[axis] * window.start, steps[axis] * window.stride
+    return Window(axis, window.size, start, stride).with_picks(list(picks.items()))
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of both shapes that hold the same elements."""
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        olds, news = [], []
+        a = b = 1
+        while True:
+            if i < len(old) and (a <= b or j >= len(new)):
+                a *= old[i]
+                olds.append(i)
+                i += 1
+            elif j < len(new):
+                b *= new[j]
+                news.append(j)
+                j += 1
+            if a == b and (olds or i >= len(old)) and (news or j >= len(new)):
+                break
+            if i >= len(old) and j >= len(new):
+                break
+        blocks.append((olds, news))
+    return blocks
+
+
+def _line(
+    shape: Sequence[int], axes: Sequence[int], place: int, step: int, size: int
+) -> tuple[int, int, int, list[tuple[int, int]]] | None:
+    """Places of a block, `step` apart, as (axis, start, stride, picks); None if on several axes."""
+    for axis in axes:
+        below = math.prod(shape[i] for i in axes if i > axis)
+        start = place // below % shape[axis]
+        if step % below or start + (size - 1) * (step // below) >= shape[axis]:
+            continue
+        inner = [
+            (i, place // math.prod(shape[j] for j in axes if j > i) % shape[i])
+            for i in axes
+            if i != axis and shape[i] > 1
+        ]
+        return axis, start, step // below, inner
+    return None

@@ -5,49 +5,70 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from jax.extend.core import primitives as p
+
 from hire_rewrite.patterns.activation import Activation, classify
 from hire_rewrite.patterns.graph import Node, Value
-from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.linear import Linear, wide_axes
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.region import Region, Uses, grow
+from hire_rewrite.patterns.window import Window
+
+_ACTIVATIONS = frozenset({p.max_p, p.tanh_p, p.logistic_p, p.erf_p, p.erfc_p, p.exp_p})
 
 __all__ = ["FFNMatch", "match_ffn"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FFNMatch:
-    """`down(region(up(x), ...))`: the projections are in the region, in the order traced."""
+    """`down(region(up(x), ...))`: the projections are in the region, in the order traced.
+
+    `experts` blocks of these sizes lie side by side (mixture of experts), mostly one. `obstacle`
+    says why it cannot be rewritten, if it cannot.
+    """
 
     region: Region
     down: Linear
     activation: Activation
+    experts: int
+    obstacle: str | None
 
     @property
     def x(self) -> Value:
         return self.region.projections[0].linear.x
 
     @property
-    def x_axis(self) -> int:
-        return self.region.projections[0].linear.x_axis
+    def x_axes(self) -> tuple[int, ...]:
+        return self.region.projections[0].linear.x_axes
 
     @property
     def nodes(self) -> frozenset[Node]:
         return self.region.nodes | {self.down.node}
 
     @property
+    def regions(self) -> tuple[Region, ...]:
+        """The block's own and those of the other parts of a fused product."""
+        return (self.region, *self.region.siblings)
+
+    @property
+    def sides(self) -> tuple[Value, ...]:
+        """What the code between the products reads besides them."""
+        return tuple(dict.fromkeys(side for region in self.regions for side in region.sides))
+
+    @property
     def inputs(self) -> tuple[Value, ...]:
         """What the block reads besides its weights."""
-        return (self.x, *self.region.sides)
+        return (self.x, *self.sides)
 
     @property
     def outputs(self) -> tuple[Value, ...]:
-        return (self.down.out,)
+        return (self.down.out, *(sibling.value for sibling in self.region.siblings))
 
     @property
     def weights(self) -> tuple[Value, ...]:
         """Its matrices and vectors."""
-        vectors = (vector.value for vector in self.region.vectors)
+        vectors = (vector.value for region in self.regions for vector in region.vectors)
         return (*(linear.weight for linear in self.linears), *vectors)
 
     @property
@@ -68,21 +89,126 @@ def match_ffn(
     Raises:
       Miss: `down` does not end one.
     """
-    region = grow(down.x, down.x_axis, down.node, linears, provenance, uses)
+    furthest: Miss | None = None
+    for axis in wide_axes(down.x.shape, down.x_axes) or down.x_axes[:1]:
+        try:
+            return _match_along(axis, down, linears, provenance, uses)
+        except Miss as miss:
+            if furthest is None or miss.matched > furthest.matched:
+                furthest = miss
+    assert furthest is not None
+    raise furthest
+
+
+def _match_along(
+    axis: int,
+    down: Linear,
+    linears: Mapping[Node, Linear],
+    provenance: Provenance,
+    uses: Uses,
+) -> FFNMatch:
+    window = Window(axis, down.x.shape[axis])
+    region = grow(down.x, window, down.node, linears, provenance, uses)
     matched = len(region.nodes) + 1
     if not region.projections:
         raise Miss("no linear layer leads to it", down.node, matched)
     first = region.projections[0].linear
-    for projection in region.projections:
+    for projection in (item for part in (region, *region.siblings) for item in part.projections):
         linear = projection.linear
-        if not (_same(linear.x, first.x) and linear.x_axis == first.x_axis):
-            raise Miss("its projections read different inputs", linear.node, matched)
+        if not (_same(linear.x, first.x) and linear.x_axes == first.x_axes):
+            raise Miss(_different_inputs(linear, first), linear.node, matched)
         if not _same_product(linear.node, first.node):
             raise Miss("its projections differ in dtype or precision", linear.node, matched)
+    if region.siblings and _wait(region, uses):
+        raise Miss("it waits for another part of its own fused product", down.node, matched)
     activation = classify(region)
     if activation.name == "linear":
         raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
-    return FFNMatch(region, down, activation)
+    experts = {item.linear.experts(item.window) for item in region.projections}
+    size = down.x.shape[axis]
+    experts.add(down.experts() * down.in_dim // size)
+    if len(experts) > 1:
+        raise Miss(
+            f"its products have different numbers of experts: {sorted(experts)}",
+            down.node,
+            matched,
+        )
+    count = experts.pop()
+    reason = _no_block(region, first, down, count, uses)
+    if reason is not None:
+        raise Miss(reason, down.node, matched)
+    return FFNMatch(region, down, activation, count, _obstacle(region, first, count))
+
+
+def _no_block(region: Region, first: Linear, down: Linear, experts: int, uses: Uses) -> str | None:
+    """Why two layers in a row are no feed-forward block.
+
+    A block returns to the size of its input, and what is not gated goes through more neurons than
+    that. Classifiers, encoders and decoders, poolers, squeeze-and-excitation and adapters do not.
+    """
+    d_in, d_out, width = first.in_dim, down.out_dim, region.size
+    if d_in != d_out:
+        return f"two layers in a row, {d_in} → {width} → {d_out}: no block that returns to its size"
+    if len(region.projections) > 1 or experts > 1 or width > d_in:
+        return None
+    if width < d_in:
+        return f"a bottleneck, {d_in} → {width} → {d_out}: there is nothing to be saved"
+    if _goes_on(down, uses):
+        return f"one of several layers in a row, {d_in} → {width} → {d_out}: no block of its own"
+    return None
+
+
+def _goes_on(down: Linear, uses: Uses) -> bool:
+    """Whether nothing but another activation reads the result (and its bias)."""
+    stack = [down.out]
+    while stack:
+        for user, _ in uses.users(stack.pop()):
+            if user.primitive in _ACTIVATIONS:
+                return True
+            if user.primitive in (p.add_p, p.convert_element_type_p, p.reshape_p):
+                others = [v for v in user.ins if v.shape == user.outs[0].shape]
+                if len(others) == 1 or _is_bias(user):
+                    stack += user.outs
+    return False
+
+
+def _is_bias(node: Node) -> bool:
+    made = (v.node for v in node.ins)
+    return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in made)
+
+
+def _obstacle(region: Region, first: Linear, experts: int) -> str | None:
+    """Why a block cannot be rewritten."""
+    if first.grouped is not None:
+        return f"which of its {experts} experts a token takes is known at run time (ragged_dot)"
+    if experts > 1:
+        return f"its {experts} experts lie side by side in one product"
+    if not all(vector.is_flat for part in (region, *region.siblings) for vector in part.vectors):
+        return "a weight of it differs from token to token"
+    return None
+
+
+def _different_inputs(linear: Linear, first: Linear) -> str:
+    rank, full = sorted((linear.in_dim, first.in_dim))
+    if 2 * rank <= full:
+        return f"a low-rank product of rank {rank} (LoRA) is added to it: merge it into the weight"
+    return "its projections read different inputs"
+
+
+def _wait(region: Region, uses: Uses) -> bool:
+    """Whether a side input depends on a sibling: then neither could be computed first."""
+    sides = {side for part in (region, *region.siblings) for side in part.sides}
+    stack = [sibling.value for sibling in region.siblings]
+    seen = set(stack)
+    while stack:
+        for user, _ in uses.users(stack.pop()):
+            for result in user.outs:
+                if result in sides:
+                    return True
+                if result not in seen:
+                    seen.add(result)
+                    stack.append(result)
+    return False
 
 
 def _same(a: Value, b: Value, known: dict[tuple[Value, Value], bool] | None = None) -> bool:

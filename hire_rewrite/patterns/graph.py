@@ -144,7 +144,8 @@ class Input:
     outer: Value
     role: str
     """`"const"`: the outer value; `"slice"`: one slice of its first axis for each iteration;
-    `"carry"`: the outer value at first, then an output of the last iteration."""
+    `"carry"`: the outer value at first, then an output of the last iteration; `"shard"`: a
+    device's part of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
+from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import Blocked, axis_rules, keeps_tokens
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
+from hire_rewrite.patterns.window import Window
 
 __all__ = ["Projection", "Region", "Uses", "Vector", "grow", "literal_array"]
 
@@ -41,41 +43,70 @@ class Uses(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """The outputs `start : start + size` of a linear layer."""
+    """The outputs of a linear layer in a window of its result."""
 
     linear: Linear
-    start: int
+    window: Window
+
+    @property
+    def weight_axis(self) -> int:
+        """The axis of the weight whose rows are read."""
+        assert self.window.axis is not None
+        axis = self.linear.weight_axis(self.window.axis)
+        assert axis is not None
+        return axis
+
+    @property
+    def weight_picks(self) -> dict[int, int]:
+        """Positions of the weight's other axes that are read alone."""
+        found = {self.linear.weight_axis(i): position for i, position in self.window.picks}
+        return {axis: position for axis, position in found.items() if axis is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A weight with one number for each position, for instance a bias."""
+    """A weight with one number for each position, for instance a bias.
+
+    Where experts lie side by side it has one for each expert and position, or for each token.
+    """
 
     value: Value
-    axis: int
-    start: int
+    window: Window
+
+    @property
+    def is_flat(self) -> bool:
+        return self.window.tokens(self.value.shape) == 1
 
 
-Key = tuple[Value, int]
-"""A value and where the region's window begins on its hidden axis."""
+Key = tuple[Value, Window]
+"""A value and where the region's positions are in it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
-    """Nodes that compute `value` separately for each position of `axis`.
+    """Nodes that compute `value` separately for each position of `window`.
 
     `projections`, `vectors` and `sides` (values that are the same for all positions) are what it
-    reads; `nodes` are those that it replaces, linear layers included.
+    reads; `nodes` are those that it replaces, linear layers included. `siblings` are other parts
+    of what its linear layers return, cut out by its nodes and read elsewhere (fused products).
     """
 
     value: Value
-    axis: int
-    size: int
-    axes: Mapping[Key, int]
+    window: Window
     projections: tuple[Projection, ...]
     vectors: tuple[Vector, ...]
     sides: tuple[Value, ...]
     nodes: frozenset[Node]
+    siblings: tuple[Region, ...] = ()
+
+    @property
+    def axis(self) -> int:
+        assert self.window.axis is not None
+        return self.window.axis
+
+    @property
+    def size(self) -> int:
+        return self.window.size
 
     def run(
         self,
@@ -87,7 +118,7 @@ class Region:
 
         Args:
           pre: for each projection [tokens, n], its outputs at those positions.
-          vectors: for each vector [n].
+          vectors: for each vector [n], or [tokens, n] if every token has positions of its own.
           sides: the arrays that stand for the side inputs.
 
         Returns:
@@ -96,33 +127,45 @@ class Region:
         n = pre[0].shape[-1]
         done: dict[Key, Any] = {}
         for projection, array in zip(self.projections, pre, strict=True):
-            linear = projection.linear
-            laid_out = array.reshape(*linear.token_shape, n)
-            done[linear.out, projection.start] = jnp.moveaxis(laid_out, -1, linear.out_axis)
+            done[projection.linear.out, projection.window] = _laid_out(
+                array, projection.linear.out.shape, projection.window
+            )
         for vector, array in zip(self.vectors, vectors, strict=True):
             shape = [1] * len(vector.value.shape)
-            shape[vector.axis] = n
-            done[vector.value, vector.start] = array.reshape(shape)
-        result = self._run((self.value, 0), n, sides, done)
+            assert vector.window.axis is not None
+            shape[vector.window.axis] = n
+            done[vector.value, vector.window] = array.reshape(shape)
+        result = self._run((self.value, self.window), n, sides, done)
         return jnp.moveaxis(result, self.axis, -1).reshape(-1, n)
 
     def _run(self, key: Key, n: int, sides: Mapping[Value, Any], done: dict[Key, Any]) -> Any:
         if key in done:
             return done[key]
-        value, start = key
-        axis, node = self.axes[key], value.node
+        value, window = key
+        node = value.node
         assert node is not None
         rule, output = axis_rules[node.primitive], node.outs.index(value)
         operands = []
-        for operand, link in zip(node.ins, rule.operands(node, axis, output), strict=True):
+        for operand, inner in zip(node.ins, rule.operands(node, window, output), strict=True):
             if operand.literal is not None:
                 operands.append(literal_array(operand))
-            elif link.axis is None:
-                operands.append(operand.const if operand.const is not None else sides.get(operand))
+            elif inner.axis is None:
+                array = operand.const if operand.const is not None else sides.get(operand)
+                for axis, position in inner.picks:
+                    array = lax.slice_in_dim(array, position, position + 1, axis=axis)
+                operands.append(array)
             else:
-                operands.append(self._run((operand, start + link.start), n, sides, done))
-        done[key] = rule.bind(node, axis, n, operands, output)
+                operands.append(self._run((operand, inner), n, sides, done))
+        done[key] = rule.bind(node, window, n, operands, output)
         return done[key]
+
+
+def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:
+    """[tokens, n] as an array that is `shape` outside its window."""
+    assert window.axis is not None
+    full = window.shape(shape, rows.shape[-1])
+    others = [size for i, size in enumerate(full) if i != window.axis]
+    return jnp.moveaxis(rows.reshape(*others, rows.shape[-1]), -1, window.axis)
 
 
 def literal_array(value: Value) -> Any:
@@ -134,128 +177,194 @@ def literal_array(value: Value) -> Any:
 
 def grow(
     value: Value,
-    axis: int,
+    window: Window,
     end: Node,
     linears: Mapping[Node, Linear],
     provenance: Provenance,
     uses: Uses,
 ) -> Region:
-    """The region that computes `value` along `axis` and is read by `end` alone.
+    """The region that computes `value` in `window` and is read by `end` alone.
+
+    Raises:
+      Miss: the hidden axis is mixed, comes from elsewhere, or is read by others as well.
+    """
+    walk = _Walk(end, linears, provenance, uses)
+    walk.track(value, window)
+    walk.run()
+    region = walk.region(value, window)
+    siblings = []
+    for sibling, cut in walk.siblings.items():
+        inner = _Walk(end, linears, provenance, uses, within=walk.nodes)
+        inner.track(sibling, cut)
+        inner.run()
+        siblings.append(inner.region(sibling, cut))
+    return dataclasses.replace(region, siblings=tuple(siblings))
+
+
+class _Walk:
+    """Backward from a value to the linear layers that it comes from.
 
     Nodes are visited from the last to the first, so that all uses of a node's results have been
     seen when it is visited: a use outside the region stops the walk at once, and a walk costs no
     more than the region is large.
 
-    Raises:
-      Miss: the hidden axis is mixed, comes from elsewhere, or is read by others as well.
+    Args:
+      within: nodes that are known to belong to the region; then uses are not looked at.
     """
-    size = value.shape[axis]
-    axes: dict[Key, int] = {}
-    tracked: dict[Value, list[int]] = {}
-    projections: list[Projection] = []
-    vectors: list[Vector] = []
-    sides: dict[Value, None] = {}
-    nodes: set[Node] = {end}
-    queue: list[tuple[int, Node]] = []
-    queued: set[Node] = set()
-    reader = end
 
-    def track(value: Value, axis: int, start: int) -> None:
-        if axes.setdefault((value, start), axis) != axis:
-            raise Miss("its input is read along two axes of one value", reader, len(nodes))
-        starts = tracked.setdefault(value, [])
-        if start in starts:
+    def __init__(
+        self,
+        end: Node,
+        linears: Mapping[Node, Linear],
+        provenance: Provenance,
+        uses: Uses,
+        within: Collection[Node] | None = None,
+    ) -> None:
+        self.linears, self.provenance, self.uses, self.within = linears, provenance, uses, within
+        self.nodes: set[Node] = {end}
+        self.reader = end
+        self.siblings: dict[Value, Window] = {}
+        self._end = end
+        self._windows: dict[Value, dict[Window, None]] = {}
+        self._projections: list[Projection] = []
+        self._vectors: list[Vector] = []
+        self._sides: dict[Value, None] = {}
+        self._queue: list[tuple[int, Node]] = []
+        self._queued: set[Node] = set()
+
+    def track(self, value: Value, window: Window) -> None:
+        """The region reads a window of a value."""
+        windows = self._windows.setdefault(value, {})
+        if window in windows:
             return
-        starts.append(start)
-        if provenance.is_weight(value) and _is_vector(value, axis):
-            vectors.append(Vector(value, axis, start))
+        windows[window] = None
+        if self.provenance.is_weight(value):
+            vector = Vector(value, window)
+            leads_on = value.node is not None and value.node.primitive in axis_rules
+            if (vector.is_flat and not _is_repeated(value, window)) or not leads_on:
+                self._vectors.append(vector)
+                return
         elif value.node is None:
-            raise Miss(
+            raise self._miss(
                 "its input comes from outside: an argument, a constant or a loop's carry",
-                reader,
-                len(nodes),
+                self.reader,
             )
-        elif value.node not in queued:
-            queued.add(value.node)
-            heapq.heappush(queue, (-value.node.index, value.node))
+        assert value.node is not None
+        if value.node not in self._queued:
+            self._queued.add(value.node)
+            heapq.heappush(self._queue, (-value.node.index, value.node))
 
-    track(value, axis, 0)
-    while queue:
-        node = heapq.heappop(queue)[1]
-        reader = node
-        weight = all(map(provenance.is_weight, node.outs))
-        if not weight:
-            _check_uses(node, nodes, uses)
-        nodes.add(node)
+    def run(self) -> None:
+        while self._queue:
+            node = heapq.heappop(self._queue)[1]
+            self.reader = node
+            if not self._is_weight(node) and self.within is None:
+                self._check_uses(node)
+            self.nodes.add(node)
+            for output, result in enumerate(node.outs):
+                for window in tuple(self._windows.get(result, ())):
+                    self._pass(node, output, window)
+
+    def region(self, value: Value, window: Window) -> Region:
+        # Weights that were only passed on the way to a vector stay with the code that makes them.
+        kept = {node for node in self.nodes if not self._is_weight(node)}
+        sides = (v for v in self._sides if v.const is None and v.node not in kept)
+        return Region(
+            value,
+            window,
+            tuple(sorted(self._projections, key=_traced_order)),
+            tuple(self._vectors),
+            tuple(sides),
+            frozenset(kept - {self._end}),
+        )
+
+    def _pass(self, node: Node, output: int, window: Window) -> None:
+        """From a window of a result to those of the operands."""
+        linear = self.linears.get(node)
+        if linear is not None and window.axis in linear.out_axes:
+            if any(linear.weight_axis(axis) is None for axis in window.picked):
+                raise self._miss("single tokens of its input are picked", node)
+            self._projections.append(Projection(linear, window))
+            return
+        rule = axis_rules.get(node.primitive)
+        if rule is None:
+            raise self._miss(_mixed_by(node), node)
+        try:
+            inners = rule.operands(node, window, output)
+        except Blocked as blocked:
+            raise self._miss(f"its input axis {blocked}", node) from None
+        for operand, inner in zip(node.ins, inners, strict=True):
+            if operand.literal is not None:
+                continue
+            if inner.axis is None:
+                self._sides[operand] = None
+                continue
+            weight = self.provenance.is_weight(operand)
+            if not (weight or keeps_tokens(node, operand, inner, window, output)):
+                raise self._miss(f"{node.primitive} picks, reorders or mixes tokens", node)
+            self.track(operand, inner)
+
+    def _check_uses(self, node: Node) -> None:
+        """Raise if a result of the node is read outside the region grown so far."""
         for output, result in enumerate(node.outs):
-            for start in tracked.get(result, ()):
-                axis = axes[result, start]
-                linear = linears.get(node)
-                if linear is not None and axis == linear.out_axis:
-                    projections.append(Projection(linear, start))
+            if result not in self._windows:
+                self._sibling(node, output)
+                continue
+            if result in self.uses.results:
+                raise self._miss(
+                    "its input is also a result of the function or of the loop around it", node
+                )
+            for user, _ in self.uses.users(result):
+                if user in self.nodes:
                     continue
-                rule = axis_rules.get(node.primitive)
-                if rule is None:
-                    raise Miss(_mixed_by(node), node, len(nodes))
-                try:
-                    links = rule.operands(node, axis, output)
-                except Blocked as blocked:
-                    raise Miss(f"its input axis {blocked}", node, len(nodes)) from None
-                for operand, link in zip(node.ins, links, strict=True):
-                    if operand.literal is not None:
-                        continue
-                    if link.axis is None:
-                        sides[operand] = None
-                        continue
-                    if not (
-                        provenance.is_weight(operand)
-                        or keeps_tokens(node, operand, link.axis, axis, output)
-                    ):
-                        raise Miss(
-                            f"{node.primitive} picks, reorders or mixes tokens", node, len(nodes)
-                        )
-                    track(operand, link.axis, start + link.start)
-    # Weights that were only passed on the way to a vector stay with the code that computes them.
-    kept = {node for node in nodes if not all(map(provenance.is_weight, node.outs))}
-    inner = tuple(v for v in sides if v.const is None and v.node not in kept)
-    return Region(
-        value,
-        axes[value, 0],
-        size,
-        axes,
-        _ordered(projections),
-        tuple(vectors),
-        inner,
-        frozenset(kept - {end}),
-    )
+                axes = {window.axis for window in self._windows[result]}
+                if not any(_cuts(user, axis) for axis in axes if axis is not None):
+                    raise self._miss(f"its input is also read by {user.primitive}", user)
+                self.nodes.add(user)
+                for part in range(len(user.outs)):
+                    self._sibling(user, part)
+
+    def _sibling(self, node: Node, output: int) -> None:
+        """A part of a fused product that is read elsewhere."""
+        part = node.outs[output]
+        if part in self.uses.results or self.uses.users(part):
+            (axis,) = _cut_axes(node) or (None,)
+            if axis is None:
+                raise self._miss(f"its input is also read through {node.primitive}", node)
+            self.siblings[part] = Window(axis, part.shape[axis])
+
+    def _is_weight(self, node: Node) -> bool:
+        return all(map(self.provenance.is_weight, node.outs))
+
+    def _miss(self, reason: str, node: Node) -> Miss:
+        return Miss(reason, node, len(self.nodes))
 
 
-def _ordered(projections: list[Projection]) -> tuple[Projection, ...]:
-    return tuple(sorted(projections, key=lambda item: (item.linear.node.index, item.start)))
+def _traced_order(projection: Projection) -> tuple[int, Any]:
+    return projection.linear.node.index, (projection.window.start, projection.window.picks)
 
 
-def _is_vector(value: Value, axis: int) -> bool:
-    """Whether a weight has one number for each position, and is not one number repeated."""
-    if math.prod(value.shape) != value.shape[axis]:
-        return False
+def _cut_axes(node: Node) -> tuple[int, ...]:
+    """The axis along which a node only cuts its operand to pieces, if it does."""
+    if node.primitive is _compat.split_p:
+        return (node.params["axis"],)
+    if node.primitive not in (p.slice_p, p.dynamic_slice_p):
+        return ()
+    old, new = node.ins[0].shape, node.outs[0].shape
+    axes = tuple(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+    return axes if len(axes) == 1 else ()
+
+
+def _cuts(node: Node, axis: int) -> bool:
+    return _cut_axes(node) == (axis,)
+
+
+def _is_repeated(value: Value, window: Window) -> bool:
+    """Whether a weight is one number repeated."""
     node = value.node
     if node is None or node.primitive is not p.broadcast_in_dim_p:
-        return True
-    return axis_rules[node.primitive].operands(node, axis)[0].axis is not None
-
-
-def _check_uses(node: Node, nodes: set[Node], uses: Uses) -> None:
-    """Raise if a result of the node is read outside the region grown so far."""
-    for result in node.outs:
-        if result in uses.results:
-            raise Miss(
-                "its input is also a result of the function or of the loop around it",
-                node,
-                len(nodes),
-            )
-        for user, _ in uses.users(result):
-            if user not in nodes:
-                raise Miss(f"its input is also read by {user.primitive}", user, len(nodes))
+        return False
+    return axis_rules[node.primitive].operands(node, window)[0].axis is None
 
 
 def _mixed_by(node: Node) -> str:

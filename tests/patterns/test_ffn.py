@@ -76,11 +76,6 @@ def _two_precisions(p, x):
     return (jax.nn.silu(x @ p["gate"]) * up) @ p["down"]
 
 
-def _interleaved(p, x):
-    h = x @ p["fused"]
-    return (jax.nn.silu(h[:, ::2]) * h[:, 1::2]) @ p["down"]
-
-
 def _gate_read_elsewhere(p, x):
     gate = jax.nn.silu(x @ p["gate"])
     return (gate * (x @ p["up"])) @ p["down"], gate.max()
@@ -139,13 +134,13 @@ NEAR = {
     "carried hidden": (_hidden_carried, PLAIN, (), "from outside"),
     "two inputs": (_two_inputs, GATED, (), "read different inputs"),
     "two precisions": (_two_precisions, GATED, (), "differ in dtype or precision"),
-    "interleaved": (_interleaved, FUSED, (), "sliced with a stride"),
     "one token of many": (
         _by_tokens(lambda h: h[-1:]),
         PLAIN,
         (),
-        "slice picks, reorders or mixes",
+        "single tokens of its input are picked",
     ),
+    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "2 of 3 positions of another axis"),
     "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
     "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
     "weight made of an activation": (
@@ -155,18 +150,24 @@ NEAR = {
         "not linear in a weight",
     ),
     "layers of a while_loop": (_while_layers, STACK, (), "no counter of a loop of known length"),
-    "one weight for gate and up": (
-        lambda p, x: (
-            (lambda h: jax.nn.silu(h[0]) * h[1])(jnp.einsum("td,gdh->gth", x, p["w"])) @ p["down"]
-        ),
-        {"w": jnp.stack([GATE, UP]), "down": DOWN},
+    "low-rank sum": (
+        lambda p, x: jax.nn.relu(x @ p["up"] + x @ p["a"] @ p["b"]) @ p["down"],
+        PLAIN | {"a": rand(D, 2), "b": rand(2, F)},
         (),
-        "slice picks, reorders or mixes tokens",
+        "low-rank product of rank 2 (LoRA) is added",
+    ),
+    "halves of different sizes": (
+        lambda p, x: (lambda h: jax.nn.relu(h[:, :F]).reshape(T, 2, -1).sum(1) @ p["out"])(
+            x @ p["fused"]
+        ),
+        FUSED | {"out": rand(F // 2, D)},
+        (),
+        "reduce_sum is not known",
     ),
     "attention": (_attention, ATTENTION, (), "not linear in a weight"),
     "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
 }
-LAST = {"no first layer": "p/q", "attention": "p/o", "decode attention": "p/o"}
+LAST = {"halves of different sizes": "p/out", "no first layer": "p/q", "attention": "p/o", "decode attention": "p/o"}
 
 
 @pytest.mark.parametrize("name", NEAR)

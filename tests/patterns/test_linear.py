@@ -8,6 +8,7 @@ from jax import lax
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.window import Window
 from tests.cases import inputs, rand
 
 W, X, BATCH = rand(4, 7), inputs(3, 4), inputs(2, 3, 4)
@@ -42,12 +43,11 @@ def test_axes(name):
         fn = lambda w, x: lax.dot_general(w, x, (((1,), (0,)), ((), ())))  # noqa: E731
         x = x.T
     linear = linear_of(fn, w, x)
-    assert (linear.x_axis, linear.weight_in, linear.weight_out) == (x_axis, weight_in, weight_out)
-    assert linear.out_axis == out_axis
-    assert (linear.in_dim, linear.out_dim) == (4, 7)
+    assert (linear.x_axes, linear.weight_in) == ((x_axis,), (weight_in,))
+    assert linear.free == ((weight_out, out_axis),)
+    assert (linear.in_dim, linear.out_dim, linear.experts()) == (4, 7, 1)
     assert linear.out.shape[out_axis] == 7
-    rest = [size for i, size in enumerate(linear.out.shape) if i != out_axis]
-    assert tuple(rest) == linear.token_shape
+    assert linear.tokens == x.size // 4
 
 
 def test_not_linear():
@@ -55,19 +55,44 @@ def test_not_linear():
     assert linear_of(lambda w, x: (w.T @ w).sum() + x, W, X) is None  # no activation
 
 
-MISSES = {
-    "batch": ("td,tdh->th", rand(3, 4, 7), X, "batch axis"),
-    "several kept": ("td,dgh->tgh", rand(4, 2, 7), X, "keeps 2 axes"),
-    "several contracted": ("btd,tdh->bh", rand(3, 4, 7), BATCH, "contracts 2"),
-    "none kept": ("td,d->t", rand(4), X, "keeps 0 axes"),
-}
+def test_several_axes():
+    fused = linear_of(lambda w, x: jnp.einsum("td,dgh->tgh", x, w), rand(4, 2, 7), X)
+    assert fused.free == ((1, 1), (2, 2))
+    assert fused.experts(Window(2, 7)) == 2
+    assert fused.experts(Window(2, 7, picks=((1, 0),))) == 1
+    heads = linear_of(lambda w, x: jnp.einsum("btd,tdh->bh", x, w), rand(3, 4, 7), BATCH)
+    assert (heads.x_axes, heads.weight_in, heads.in_dim) == ((2, 1), (1, 0), 12)
+    assert linear_of(lambda w, x: x @ w, rand(4), X).out_dim == 1
 
 
-@pytest.mark.parametrize("name", MISSES)
-def test_miss(name):
-    spec, w, x, reason = MISSES[name]
-    with pytest.raises(Miss, match=reason):
-        linear_of(lambda w, x: jnp.einsum(spec, x, w), w, x)
+def test_experts_side_by_side():
+    experts = linear_of(lambda w, x: jnp.einsum("etd,edh->eth", x, w), rand(2, 4, 7), BATCH)
+    assert experts.batch == ((0, 0, 0),)
+    assert (experts.experts(), experts.tokens) == (2, 6)
+
+
+def test_ragged_dot():
+    traced = trace(lax.ragged_dot, (X, rand(2, 4, 7), jnp.array([1, 2])), {}, (1,))
+    linear = as_linear(traced.scope.nodes[-1], traced.provenance)
+    assert (linear.grouped, linear.free, linear.experts()) == (0, ((2, 1),), 2)
+
+
+def convolution(width, **kwargs):
+    def fn(w, x):
+        kind = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=kind, **kwargs)
+
+    traced = trace(fn, (rand(width, 4, 7), BATCH), {}, (0,))
+    return as_linear(traced.scope.nodes[-1], traced.provenance)
+
+
+def test_convolution():
+    linear = convolution(1)
+    assert (linear.x_axes, linear.weight_in, linear.free) == ((2,), (1,), ((2, 2),))
+    with pytest.raises(Miss, match=r"a convolution over \[3\] positions"):
+        convolution(3)
+    with pytest.raises(Miss, match="strides, padding, groups"):
+        convolution(1, rhs_dilation=(2,))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

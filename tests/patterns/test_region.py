@@ -34,8 +34,12 @@ def values_of(trace, args):
     return read
 
 
-def cut(array, axis, start):
-    return jnp.take(array, KEPT + start, axis)
+def cut(array, window):
+    """Some positions of a window, last."""
+    for axis, position in window.picks:
+        array = jnp.take(array, np.array([position]), axis)
+    kept = jnp.take(array, window.start + window.stride * KEPT, window.axis)
+    return jnp.moveaxis(kept, window.axis, -1)
 
 
 @pytest.mark.parametrize("case", FLAT, ids=str)
@@ -43,17 +47,14 @@ def test_some_positions(case):
     args = (case.params, *case.args)
     trace, (found,) = found_in(case.fn, *args)
     region, read = found.match.region, values_of(trace, args)
-    pre = [
-        jnp.moveaxis(cut(read(p.linear.out), p.linear.out_axis, p.start), p.linear.out_axis, -1)
-        for p in region.projections
-    ]
+    pre = [cut(read(p.linear.out), p.window) for p in region.projections]
     tokens = case.expected["tokens"]
     got = region.run(
         [array.reshape(tokens, len(KEPT)) for array in pre],
-        [cut(read(v.value), v.axis, v.start).reshape(-1) for v in region.vectors],
+        [cut(read(v.value), v.window).reshape(-1) for v in region.vectors],
         {value: read(value) for value in region.sides},
     )
-    want = jnp.moveaxis(cut(read(region.value), region.axis, 0), region.axis, -1)
+    want = cut(read(region.value), region.window)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(
         np.asarray(got, np.float32), np.asarray(want.reshape(tokens, -1), np.float32)
@@ -81,7 +82,7 @@ def test_what_it_reads():
     paths = {trace.path(root) for v in region.vectors for root in roots(v.value)}
     assert paths == {"p/b", "p/s"}
     assert sorted(value.shape for value in region.sides) == [(), (T, 1)]
-    assert [p.start for p in region.projections] == [0, 0]
+    assert [p.window.start for p in region.projections] == [0, 0]
     assert not any(trace.provenance.is_weight(v) for n in region.nodes for v in n.outs)
 
 
@@ -94,7 +95,7 @@ def test_windows_of_one_product():
     _, (found,) = found_in(fn, params, inputs(T, 16))
     first, second = found.match.region.projections
     assert first.linear is second.linear
-    assert (first.start, second.start) == (0, F)
+    assert (first.window.start, second.window.start) == (0, F)
     assert found.match.linears == (first.linear, found.match.down)
 
 
@@ -108,8 +109,8 @@ def test_a_window_off_the_edge_of_a_bias():
     params = {"fused": inputs(16, F + 24), "b": inputs(F + 24), "down": inputs(F, 16)}
     _, (found,) = found_in(fn, params, inputs(T, 16))
     region = found.match.region
-    assert [p.start for p in region.projections] == [8]
-    assert [v.start for v in region.vectors] == [8]
+    assert [p.window.start for p in region.projections] == [8]
+    assert [v.window.start for v in region.vectors] == [8]
 
 
 def test_literals_keep_their_type():

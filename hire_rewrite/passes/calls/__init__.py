@@ -1,15 +1,17 @@
 """Call-like primitives: how to see through each, and how to write it again.
 
-One table for every pass. `inline` holds the calls that only group code; `scan`, `while_loop` and
-`cond` have a file each. A primitive that is not in the table but holds a jaxpr is opaque: it is
+One table for every pass. `inline` holds the calls that only group code; `scan`, `while_loop`, `cond`
+and `shard_map` have a file each. A primitive that is not in the table but holds a jaxpr is opaque: it is
 left as it is, and the plan names it. To add one, write a class and register it here.
 """
 
 from jax.extend.core import primitives as p
 
+from hire_rewrite import _compat
 from hire_rewrite.passes.calls.cond import Cond
 from hire_rewrite.passes.calls.inline import Checkpoint, CustomDerivative, Jit, Plain
 from hire_rewrite.passes.calls.scan import Scan
+from hire_rewrite.passes.calls.shard_map import ShardMap
 from hire_rewrite.passes.calls.table import (
     BodyResult,
     BodySpec,
@@ -41,4 +43,6 @@ inline_calls.update(
         p.call_p: Plain(),
     }
 )
-structured_calls.update({p.scan_p: Scan(), p.while_p: While(), p.cond_p: Cond()})
+structured_calls.update(
+    {p.scan_p: Scan(), p.while_p: While(), p.cond_p: Cond(), _compat.shard_map_p: ShardMap()}
+)

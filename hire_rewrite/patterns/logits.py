@@ -1,0 +1,190 @@
+"""Where logits go: a wide axis is a vocabulary if all that happens to it is what happens to logits.
+
+`follow` goes wherever the axis goes, through softmaxes, loops and branches, and demands that it
+ends where logits end: in a reduction, an arg max, a top-k, a lookup, or the function's results.
+If it is contracted with something or cut to pieces, it was no vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+from hire_rewrite.patterns.axes import axis_rules, result_axis
+from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.region import Uses
+
+__all__ = ["follow"]
+
+Track = tuple[Value, int, bool]
+"""A value, its vocabulary axis, and whether that is only a part of the vocabulary."""
+
+_SINKS = frozenset(
+    {p.argmax_p, p.argmin_p, p.reduce_max_p, p.reduce_min_p, p.reduce_sum_p, p.reduce_or_p}
+    | {p.reduce_and_p, p.top_k_p, p.approx_top_k_p, p.sort_p, p.cumsum_p, p.cumlogsumexp_p}
+    | {p.cummax_p, p.cumprod_p, p.cummin_p, p.reduce_prod_p, p.reduce_p}
+)
+"""Operations that consume logits if they run along the vocabulary."""
+
+_STORES = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p})
+
+
+_ALONG = frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p}) | _compat.collectives
+"""Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
+
+_LAYOUT = frozenset(
+    {p.convert_element_type_p, p.copy_p, p.reshape_p, p.transpose_p, p.broadcast_in_dim_p}
+    | {p.mul_p, p.add_p, p.sub_p, p.squeeze_p}
+)
+"""What may be done to a one-hot matrix of labels (smoothing, say) before it is used."""
+
+
+def follow(origin: Node, axis: int, uses: Uses) -> None:
+    """Raise `Miss` unless an axis of a node's result ends where logits end."""
+    seen: set[Track] = set()
+    stack: list[Track] = [(origin.outs[0], axis, False)]
+    parted: Miss | None = None
+    whole = False
+    while stack:
+        track = stack.pop()
+        if track in seen:
+            continue
+        seen.add(track)
+        value, axis, part = track
+        if value in uses.results:
+            if part:
+                raise Miss("a part of the wide axis is a result: no vocabulary", origin, len(seen))
+            whole = True
+            stack += ((*there, part) for there in _leave(value, axis))
+        for user, position in uses.users(value):
+            if user.bodies:
+                stack += ((*there, part) for there in _enter(user, value, axis))
+                continue
+            found = _pass(user, position, axis, len(seen))
+            whole = whole or (not found and not part)
+            for out, there in found:
+                cut = 2 * out.shape[there] <= value.shape[axis]
+                if cut:
+                    parted = Miss(f"{user.primitive} cuts or mixes the wide axis", user, len(seen))
+                stack.append((out, there, part or cut))
+    if parted is not None and not whole:
+        raise parted
+
+
+def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Value, int]]:
+    """Where the axis goes on behind one operation; nowhere if it is consumed there."""
+    primitive = user.primitive
+    if primitive is p.dot_general_p:
+        if not _is_one_hot(user.ins[1 - position]):
+            raise Miss("the wide axis takes part in another product: no vocabulary", user, matched)
+        return []
+    if primitive in _SINKS:
+        return _reduced(user, axis)
+    if primitive in _STORES:
+        return _stored(user, position, axis, matched)
+    if primitive is p.gather_p:
+        return _gathered(user, position, axis)
+    if primitive in _ALONG and len(user.outs[0].shape) == len(user.ins[position].shape):
+        return [(out, axis) for out in user.outs]
+    if primitive is p.dynamic_slice_p and position == 0:
+        if user.outs[0].shape[axis] == user.ins[0].shape[axis]:
+            return [(user.outs[0], axis)]
+        raise Miss("dynamic_slice cuts the wide axis", user, matched)
+    if primitive not in axis_rules:
+        raise Miss(f"{primitive} is not known to consume logits", user, matched)
+    if primitive is p.reshape_p:
+        merged = _merged(user, axis)
+        if merged is not None:
+            return [(user.outs[0], merged)]
+    found: list[tuple[Value, int]] = []
+    for output, out in enumerate(user.outs):
+        result = result_axis(user, position, axis, output)
+        if result is not None:
+            found.append((out, result[0]))
+    if not found:
+        raise Miss(f"{primitive} cuts or mixes the wide axis", user, matched)
+    return found
+
+
+def _merged(user: Node, axis: int) -> int | None:
+    """The axis to which a reshape merges the beams and, as the last of them, the vocabulary."""
+    old, new = user.ins[0].shape, user.outs[0].shape
+    for i, size in enumerate(new):
+        behind = math.prod(new[i + 1 :]) == math.prod(old[axis + 1 :])
+        if size > old[axis] and size % old[axis] == 0 and behind:
+            return i
+    return None
+
+
+def _reduced(user: Node, axis: int) -> list[tuple[Value, int]]:
+    """Behind a reduction, a sort or a scan along some axis: gone if it is the vocabulary's."""
+    params = user.params
+    if "dimensions" in params or "axes" in params:
+        gone = params.get("axes", params.get("dimensions"))
+        return [] if axis in gone else [(out, axis - sum(i < axis for i in gone)) for out in user.outs]
+    rank = len(user.ins[0].shape)
+    along = params.get("axis", params.get("dimension", params.get("reduction_dimension", rank - 1)))
+    return [] if along % rank == axis else [(out, axis) for out in user.outs]
+
+
+def _stored(user: Node, position: int, axis: int, matched: int) -> list[tuple[Value, int]]:
+    """Behind a scatter, into the logits or of the logits into a buffer."""
+    if position == 0:
+        return [(user.outs[0], axis)]
+    numbers = user.params["dimension_numbers"]
+    inserted = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    window = [i for i in range(len(user.outs[0].shape)) if i not in inserted]
+    if position == 2 and axis in numbers.update_window_dims:
+        return [(user.outs[0], window[numbers.update_window_dims.index(axis)])]
+    raise Miss(f"{user.primitive} scatters along the wide axis", user, matched)
+
+
+def _gathered(user: Node, position: int, axis: int) -> list[tuple[Value, int]]:
+    """Behind a gather: a lookup of some logits, or whole rows of them (beam search)."""
+    numbers, sizes = user.params["dimension_numbers"], user.params["slice_sizes"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    if position != 0 or axis in gone or sizes[axis] != user.ins[0].shape[axis]:
+        return []
+    kept = [i for i in range(len(sizes)) if i not in gone]
+    return [(user.outs[0], numbers.offset_dims[kept.index(axis)])]
+
+
+def _is_one_hot(value: Value) -> bool:
+    """Whether a value is made of a comparison of labels with all numbers of the vocabulary."""
+    while value.node is not None and value.node.primitive in _LAYOUT:
+        inner = [v for v in value.node.ins if v.literal is None and v.shape]
+        if not inner:
+            return False
+        value = inner[0]
+    return value.node is not None and value.node.primitive is p.eq_p
+
+
+def _enter(user: Node, value: Value, axis: int) -> list[tuple[Value, int]]:
+    """Into the bodies of a loop or a branch."""
+    found = []
+    for body in user.bodies:
+        for inner, link in zip(body.scope.inputs, body.inputs, strict=True):
+            if link.outer is value:
+                found.append((inner, axis - 1 if link.role == "slice" else axis))
+    return [(inner, a) for inner, a in found if a >= 0]
+
+
+def _leave(value: Value, axis: int) -> list[tuple[Value, int]]:
+    """Out of the body of a loop or a branch, and on to its next iteration."""
+    node = value.scope.parent
+    if node is None:
+        return []
+    found = []
+    for body in node.bodies:
+        for result, output in zip(body.scope.outputs, body.outputs, strict=True):
+            if result is not value:
+                continue
+            stacked = node.primitive is p.scan_p and not output.feeds
+            if output.outer is not None:
+                found.append((node.outs[output.outer], axis + 1 if stacked else axis))
+            for b, i in output.feeds:
+                found.append((node.bodies[b].scope.inputs[i], axis))
+    return found
