@@ -56,6 +56,7 @@ def _primitive_of(fun: Callable[..., Any], place: int = 0) -> Any:
 
 split_p = _primitive_of(lambda x: lax.split(x, (1, 1)))
 unstack_p = _primitive_of(jnp.unstack)
+stack_p = _primitive_of(lambda x: jnp.stack([x, x]), -1)
 optimization_barrier_p = _primitive_of(lax.optimization_barrier)
 ragged_dot_general_p = _primitive_of(
     lambda x: lax.ragged_dot(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.ones(1, jnp.int32) * 2), -1

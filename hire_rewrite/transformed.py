@@ -19,7 +19,7 @@ from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Found, detect
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.pack import fingerprint, pack
-from hire_rewrite.passes.replace import packed_replacement, raw_replacement
+from hire_rewrite.passes.replace import packed_replacements, raw_replacement
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import Trace, abstract, trace
 from hire_rewrite.passes.weights import layers, site_loops
@@ -178,8 +178,11 @@ class Transformed:
             swaps = [raw_replacement(decision) for decision in analysis.packing]
         else:
             swaps = [
-                packed_replacement(analysis.trace, d, packed.sites[d.state], self.mode)
+                swap
                 for d in analysis.packing
+                for swap in packed_replacements(
+                    analysis.trace, d, packed.sites[d.state], self.mode
+                )
             ]
         rewritten = rewrite(analysis.trace, swaps)
         missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]

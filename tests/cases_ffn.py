@@ -262,6 +262,13 @@ def _parallel(p, x):
     return attended + (jax.nn.silu(gate) * up) @ p["down"]
 
 
+def _joined(p, x):
+    """One product for all inputs, and one for both outputs."""
+    q, k, v, gate, up = jnp.split(x @ p["fused"], (D, 2 * D, 3 * D, 3 * D + F), axis=-1)
+    attended = jax.nn.softmax(q @ k.T / 4) @ v
+    return jnp.concatenate([attended, jax.nn.silu(gate) * up], -1) @ p["out"]
+
+
 LAYOUT = inputs(2, T, D)
 PAIR = jnp.stack([GATE, UP])
 FUSED = [
@@ -420,6 +427,11 @@ FFN_CASES = [
     _case("fused with queries, keys and values, biased", _parallel, {"fused": rand(D, 3 * D + 2
           * F), "b": inputs(3 * D + 2 * F), "down": DOWN}, gated=True,
           activation="silu"),
+    _case("joined with another input", lambda p, x: jnp.concatenate(
+        [jax.nn.relu(x @ p["up"]), x[:, :4]], -1) @ p["out"],
+        {"up": UP, "out": rand(F + 4, D, seed=4)}),
+    _case("fused with attention at both ends", _joined, {"fused": rand(D, 3 * D + 2 * F),
+          "out": rand(D + F, D, seed=4)}, gated=True, activation="silu"),
     _case("fused in a scan", lambda p, x: lax.scan(
         lambda c, w: (c + _halves(jax.nn.relu, False, SPLITS["slices"])(w, c), None), x, p)[0],
         {"fused": rand(LAYERS, D, 2 * F), "down": STACK["down"]}, gated=True, repeats=LAYERS),

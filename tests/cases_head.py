@@ -109,7 +109,7 @@ def _between(p, x, t):
 
 def _guarded(p, x):
     logits = x @ p["head"]
-    return lax.cond(x[0, 0] > 100, lambda z: z.argmin(-1), lambda z: z.argmax(-1), logits)
+    return lax.cond(x[0, 0] > 100, lambda z: z[:, ::-1].argmax(-1), lambda z: z.argmax(-1), logits)
 
 
 KEY = jax.random.key(3)

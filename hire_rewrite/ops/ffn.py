@@ -12,7 +12,7 @@ and is what `hire_ffn` arrives at when the candidates include all of the true to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class FFNSpec:
         return self.width // self.group
 
 
-class OtherState(NamedTuple):
+class PartState(NamedTuple):
     """A part of a product that is fused with the block's, but is read elsewhere.
 
     Attributes:
@@ -97,14 +97,16 @@ class FFNState(NamedTuple):
       vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
       predictor: for the P · f rows of the first matrices, all of the first projection, then all
         of the next; with the same leading axis.
-      others: parts of a product that the block shares with others, which are computed whole.
+      fused: parts of a product that the block shares with others, which are computed whole.
+      joined: of [L, n, d_out], rows of the last matrix that other inputs than h are for.
     """
 
     up: Array
     down: Array
     vectors: tuple[Array, ...]
     predictor: State
-    others: tuple[OtherState, ...] = ()
+    fused: tuple[PartState, ...] = ()
+    joined: tuple[Array, ...] = ()
 
 
 def hire_ffn(
@@ -168,8 +170,23 @@ def exact_ffn(
     return _down(h, state, layer, spec)
 
 
-def other_inputs(
-    x: Array, state: OtherState, layer: Array | int, *, spec: FFNSpec
+def add_joined(
+    y: Array, others: Sequence[Array], state: FFNState, layer: Array | int, *, spec: FFNSpec
+) -> Array:
+    """`y` with what other inputs [tokens, n] of the last product add to it, computed whole."""
+    for x, rows in zip(others, state.joined, strict=True):
+        y = y + lax.dot_general(
+            x,
+            lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(x.dtype),
+            (((1,), (0,)), ((), ())),
+            precision=spec.precision,
+            preferred_element_type=spec.down_dtype,
+        )
+    return y
+
+
+def part_inputs(
+    x: Array, state: PartState, layer: Array | int, *, spec: FFNSpec
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The products of another part, [tokens, n] each, and its vectors [n], for x: [tokens, d_in]."""
     products = tuple(

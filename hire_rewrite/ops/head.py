@@ -37,6 +37,8 @@ class HeadSpec:
       out_dtype: of the raw logits.
       precision: of the product, as in `lax.dot_general`.
       compute_dtype: to which rows are cast after they were fetched.
+      starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
+        endpoint may have fewer than V values: padding of the vocabulary is cut off.)
     """
 
     width: int
@@ -46,6 +48,7 @@ class HeadSpec:
     out_dtype: Any
     precision: Any
     compute_dtype: Any
+    starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates <= self.width:
@@ -88,8 +91,9 @@ def hire_head(
       For each endpoint [tokens, V], in its own dtype. NaN where x is.
     """
     guessed = predictor.score(state.predictor, x, layer).astype(spec.out_dtype)
-    found = [top_k(values, spec.candidates)[1] for values in endpoints(guessed)]
-    rows = found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
+    found = [_best(values, spec.candidates)[1] for values in endpoints(guessed)]
+    places = [own + start for own, start in zip(found, spec.starts or (0,) * len(found), strict=True)]
+    rows = places[0] if len(places) == 1 else jnp.concatenate(places, axis=-1)
     if rows.shape[-1] >= spec.width:
         return exact_head(_dense(x, state, layer, spec), spec=spec, endpoints=endpoints)
     raw = _scatter(guessed, rows, _gathered(x, state, layer, rows, spec))
@@ -103,7 +107,7 @@ def exact_head(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[Arr
     if spec.tail == "predicted":
         return endpoints(raw)
     return tuple(
-        _with_tail(values, top_k(values, spec.candidates)[1], spec) for values in endpoints(raw)
+        _with_tail(values, _best(values, spec.candidates)[1], spec) for values in endpoints(raw)
     )
 
 
@@ -145,8 +149,13 @@ def _with_tail(values: Array, candidates: Array, spec: HeadSpec) -> Array:
     exact = jnp.take_along_axis(values, candidates, axis=-1, mode="promise_in_bounds")
     if spec.tail == "-inf":
         return _scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
-    kth = lax.stop_gradient(top_k(exact, spec.k)[0][:, -1:])
+    kth = lax.stop_gradient(_best(exact, spec.k)[0][:, -1:])
     return _scatter(jnp.minimum(values, _below(kth)), candidates, exact)
+
+
+def _best(values: Array, k: int) -> tuple[Array, Array]:
+    """`top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
+    return top_k(values, min(k, values.shape[-1]))
 
 
 def _below(values: Array) -> Array:

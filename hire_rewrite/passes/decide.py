@@ -191,6 +191,7 @@ def _head_spec(name: str, match: HeadMatch, rule: Head) -> HeadSpec:
         out_dtype=linear.out.dtype,
         precision=linear.node.params["precision"],
         compute_dtype=linear.weight.dtype,
+        starts=tuple(match.places[value][1] for value in match.endpoints),
     )
 
 

@@ -120,19 +120,22 @@ def _match(
     for node, linear in linears.items():
         try:
             ffn = match_ffn(linear, linears, trace.provenance, trace.live)
-            if ffn.nodes & taken:
-                raise Miss("a product of it belongs to the site before", node, len(ffn.nodes))
+            nodes = ffn.nodes | ffn.shared
+            if nodes & taken:
+                raise Miss("a product of it belongs to the site before", node, len(nodes))
         except Miss as miss:
             misses[node] = miss
         else:
             matches.append(ffn)
-            taken |= ffn.nodes
+            taken |= nodes
     for node, linear in linears.items():
         if node in taken:
             misses.pop(node, None)
             continue
         try:
-            head = match_head(linear, min_width, trace.live, heads)
+            head = match_head(
+                linear, min_width, linears, trace.provenance, trace.live, heads
+            )
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.
             widens = linear.out_dim > linear.in_dim
@@ -241,5 +244,6 @@ def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
         region = match.region
         found += [vector.window for part in match.regions for vector in part.vectors]
         found += [projection.window for part in match.regions for projection in part.projections]
+        found += [match.piece.start]
         found += [match.linears.index(item.linear) for item in region.projections]
     return tuple(found)

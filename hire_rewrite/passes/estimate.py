@@ -48,6 +48,9 @@ def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, token
         kept = min(spec.width, tokens * spec.k_groups * spec.group)
         rows = candidates * spec.projections * up.in_dim * up_dtype.itemsize
         rows += kept * down.out_dim * down_dtype.itemsize
+        rows += sum(value.shape[match.piece.axis] for value, _ in match.piece.others) * (
+            down.out_dim * down_dtype.itemsize
+        )
         parts = (item for sibling in match.region.siblings for item in sibling.projections)
         rows += sum(part.window.size for part in parts) * up.in_dim * up_dtype.itemsize
         scoring = predictor.bytes(spec.projections * spec.width, up.in_dim, up_dtype)

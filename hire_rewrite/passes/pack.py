@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.ops.ffn import FFNSpec, FFNState, OtherState
+from hire_rewrite.ops.ffn import FFNSpec, FFNState, PartState
 from hire_rewrite.ops.head import HeadState
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.replace import packed_replacement
+from hire_rewrite.passes.replace import packed_replacements
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import Trace, abstract
 from hire_rewrite.passes.weights import Stacker, layers, narrow, site_loops
@@ -67,7 +67,9 @@ def pack(
         for decision in firsts:
             name, loops = decision.found.name, site_loops(trace, decision.found.match)
             states[name] = _state(decision, stacker, loops, moments.get(name), advance)
-    swaps = [packed_replacement(trace, d, states[d.state], "hire") for d in packing]
+    swaps = [
+        swap for d in packing for swap in packed_replacements(trace, d, states[d.state], "hire")
+    ]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
@@ -94,9 +96,14 @@ def _state(
     predictor = _fit(rule.predictor, up.reshape(count, projections * width, d_in), moments, advance)
     vectors = _vectors(match.region, stacker, loops)
     down = jnp.swapaxes(_rows(match.down, stacker, loops), 1, 2)
+    others = [
+        lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
+        for value, start in match.piece.others
+    ]
+    down = lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1)
     groups = width // group
-    others = tuple(
-        OtherState(
+    fused = tuple(
+        PartState(
             tuple(_projected(item, stacker, loops) for item in sibling.projections),
             _vectors(sibling, stacker, loops),
         )
@@ -107,7 +114,8 @@ def _state(
         down=down.reshape(count, groups, group, -1),
         vectors=tuple(vector.reshape(count, groups, group) for vector in vectors),
         predictor=predictor,
-        others=others,
+        fused=fused,
+        joined=tuple(others),
     )
 
 

@@ -27,7 +27,7 @@ from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch
 
-__all__ = ["SiteReplacement", "packed_replacement", "raw_replacement", "to_rows"]
+__all__ = ["SiteReplacement", "packed_replacements", "raw_replacement", "to_rows"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +65,10 @@ def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
     return layer
 
 
-def packed_replacement(trace: Trace, decision: Decision, state: Any, mode: str) -> SiteReplacement:
-    """The replacement of a packed site.
+def packed_replacements(
+    trace: Trace, decision: Decision, state: Any, mode: str
+) -> list[SiteReplacement]:
+    """The replacement of a packed site, and one of the parts of a product that it shares.
 
     Args:
       state: the site's entry of `Packed.sites`.
@@ -79,8 +81,34 @@ def packed_replacement(trace: Trace, decision: Decision, state: Any, mode: str) 
     else:
         run = _head(match, decision, state, mode, predict)
     loops = site_loops(trace, match)
+    name = decision.found.name
+    found = [SiteReplacement(name, match.nodes, match.inputs, match.outputs, run, loops)]
+    if isinstance(match, FFNMatch) and match.shared:
+        found.append(_shared(name, match, decision, state, loops))
+    return found
+
+
+def _shared(
+    name: str, match: FFNMatch, decision: Decision, state: Any, loops: tuple[Scope, ...]
+) -> SiteReplacement:
+    """The other parts of a fused product, from rows of their own."""
+    siblings, spec = match.region.siblings, decision.spec
+    assert isinstance(spec, ffn_ops.FFNSpec)
+    sides = tuple(dict.fromkeys(side for sibling in siblings for side in sibling.sides))
+
+    def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
+        x, *arrays = ins
+        rows, known = to_rows(x, match.x_axes), dict(zip(sides, arrays, strict=True))
+        results = []
+        for sibling, part in zip(siblings, state.fused, strict=True):
+            pre, vectors = ffn_ops.part_inputs(rows, part, layer, spec=spec)
+            result = sibling.run(pre, vectors, known)
+            results.append(_from_rows(result, sibling.value.shape, (sibling.axis,)))
+        return results
+
+    outputs = tuple(sibling.value for sibling in siblings)
     return SiteReplacement(
-        decision.found.name, match.nodes, match.inputs, match.outputs, run, loops
+        f"{name} (fused)", match.shared, (match.x, *sides), outputs, run, loops
     )
 
 
@@ -91,16 +119,15 @@ def _ffn(
     assert isinstance(spec, ffn_ops.FFNSpec)
     assert rule is not None
 
-    def hire_ffn(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
-        known = dict(zip(match.sides, sides, strict=True))
+    count = len(region.sides)
+
+    def hire_ffn(x: Any, ins: Sequence[Any], state: Any, layer: Any) -> Any:
+        known = dict(zip(region.sides, ins[:count], strict=True))
+        others = [to_rows(other, (match.piece.axis,)) for other in ins[count:]]
 
         def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
             return region.run(pre, vectors, known)
 
-        others = [
-            sibling.run(*ffn_ops.other_inputs(x, other, layer, spec=spec), known)
-            for sibling, other in zip(region.siblings, state.others, strict=True)
-        ]
         if predict:
             y = ffn_ops.hire_ffn(
                 x, state, layer, spec=spec, activation=activation, predictor=rule.predictor
@@ -108,18 +135,12 @@ def _ffn(
         else:
             op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
             y = op(x, state, layer, spec=spec, activation=activation)
-        return y, others
+        return ffn_ops.add_joined(y, others, state, layer, spec=spec)
 
     def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
-        x, *sides = ins
-        y, others = jax.jit(hire_ffn)(to_rows(x, match.x_axes), sides, state, layer)
-        return [
-            _from_rows(y, match.down.out.shape, match.down.out_axes),
-            *(
-                _from_rows(rows, sibling.value.shape, (sibling.axis,))
-                for sibling, rows in zip(region.siblings, others, strict=True)
-            ),
-        ]
+        x, *rest = ins
+        y = jax.jit(hire_ffn)(to_rows(x, match.x_axes), rest, state, layer)
+        return [_from_rows(y, match.down.out.shape, match.down.out_axes)]
 
     return run
 
@@ -163,14 +184,16 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
         assert isinstance(match, FFNMatch)
         assert isinstance(spec, ffn_ops.FFNSpec)
         env = dict(zip(inputs, ins, strict=True))
-        for node in nodes[:-1]:
-            _step(node, env)
+        for node in nodes:
+            if node not in match.tail:
+                _step(node, env)
         region = match.region
         hidden = to_rows(env[region.value], (region.axis,))
         kept = jnp.where(ffn_ops.topk_mask(hidden, spec), hidden, jnp.zeros_like(hidden))
         env[region.value] = _from_rows(kept, region.value.shape, (region.axis,))
-        _step(nodes[-1], env)
-        return [env[value] for value in match.outputs]
+        for node in match.tail:
+            _step(node, env)
+        return [env[match.down.out]]
 
     def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
         assert isinstance(match, HeadMatch)

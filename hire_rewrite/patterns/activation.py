@@ -15,12 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as p
 
+from hire_rewrite.patterns.axes import axis_rules, unsharded
 from hire_rewrite.patterns.graph import Value
 from hire_rewrite.patterns.region import Region, literal_array
 
 __all__ = ["Activation", "classify"]
 
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _erf = np.vectorize(math.erf)
 
@@ -70,15 +73,16 @@ class Activation:
 
 def classify(region: Region) -> Activation:
     """Name the activation of a region of one or two projections."""
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(_NO_MESH):
         return _classify(region)
 
 
 def _classify(region: Region) -> Activation:
     dtype = region.projections[0].linear.out.dtype
-    fine = jnp.finfo(dtype).eps < 1e-5
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    fine = inexact and jnp.finfo(dtype).eps < 1e-5
     count = len(region.projections)
-    grid = _GRID
+    grid = _GRID if inexact else np.arange(-8, 9, dtype=np.float32)
     sides: Mapping[Value, Any] = {v: _stand_in(v) for v in region.sides}
 
     def run(pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
@@ -176,12 +180,12 @@ def _known(value: Value) -> Any:
     if value.literal is not None:
         return literal_array(value)
     node = value.node
-    if node is None or node.bodies:
+    if node is None or (node.primitive not in axis_rules and node.primitive is not p.iota_p):
         return None
     operands = [_known(operand) for operand in node.ins]
     if any(operand is None for operand in operands):
         return None
-    results = node.primitive.bind(*operands, **node.params)
+    results = node.primitive.bind(*operands, **unsharded(node.params))
     return results[node.outs.index(value)] if node.primitive.multiple_results else results
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "keeps_tokens",
     "register_axis_rule",
     "result_axis",
+    "unsharded",
 ]
 
 
@@ -52,7 +53,12 @@ class AxisRule:
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         """A result in its window at `n` positions, from operands in theirs."""
-        return node.primitive.bind(*operands, **node.params)
+        return node.primitive.bind(*operands, **unsharded(node.params))
+
+
+def unsharded(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of an operation without those that lay out its full result over a mesh."""
+    return {name: None if "sharding" in name else value for name, value in params.items()}
 
 
 axis_rules: dict[Any, AxisRule] = {}
@@ -256,6 +262,47 @@ class _DynamicSlice(_Slice):
         return (inner, *(Window(None) for _ in starts))
 
 
+@register_axis_rule(p.pad_p)
+class _Pad(AxisRule):
+    """Padding of other axes."""
+
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        config = node.params["padding_config"]
+        if any(tuple(config[i]) != (0, 0, 0) for i in (window.axis, *window.picked)):
+            raise Blocked("is padded")
+        return (window, Window(None))
+
+    def bind(
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
+    ) -> Any:
+        return lax.pad(*operands, node.params["padding_config"])
+
+
+@register_axis_rule(p.gather_p)
+class _Gather(AxisRule):
+    """Whole rows of a matrix, chosen by another axis (a bias for each expert, say)."""
+
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [i for i in range(len(sizes)) if i not in gone]
+        if window.axis not in numbers.offset_dims or window.picks:
+            raise Blocked("is gathered")
+        axis = kept[numbers.offset_dims.index(window.axis)]
+        if sizes[axis] != node.ins[0].shape[axis]:
+            raise Blocked("is gathered in parts")
+        return (window.with_axis(axis), Window(None))
+
+    def bind(
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
+    ) -> Any:
+        params = dict(node.params)
+        axis = self.operands(node, window)[0].axis
+        sizes = params["slice_sizes"]
+        params["slice_sizes"] = tuple(n if i == axis else size for i, size in enumerate(sizes))
+        return node.primitive.bind(*operands, **params)
+
+
 @register_axis_rule(_compat.split_p)
 class _Split(AxisRule):
     def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
@@ -320,11 +367,8 @@ def _sliced(
     assert window.axis is not None
     picks = {i: starts[i] + steps[i] * j for i, j in window.picks}
     for i, (size, kept) in enumerate(zip(old, new, strict=True)):
-        if i == window.axis or i in picks or size == kept:
-            continue
-        if kept != 1:
-            raise Blocked(f"is kept, but {kept} of {size} positions of another axis are cut out")
-        picks[i] = starts[i]
+        if i != window.axis and i not in picks and kept == 1 < size:
+            picks[i] = starts[i]
     axis = window.axis
     start, stride = starts[axis] + steps[axis] * window.start, steps[axis] * window.stride
     return Window(axis, window.size, start, stride).with_picks(list(picks.items()))

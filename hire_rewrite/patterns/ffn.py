@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 from jax.extend.core import primitives as p
@@ -21,15 +22,32 @@ __all__ = ["FFNMatch", "match_ffn"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of what the last layer of a block contracts: positions from `start` of `axis`.
+
+    `joint` is the node that joins it with `others` (values and where each starts), if any.
+    """
+
+    value: Value
+    axis: int
+    start: int = 0
+    joint: Node | None = None
+    others: tuple[tuple[Value, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class FFNMatch:
     """`down(region(up(x), ...))`: the projections are in the region, in the order traced.
 
-    `experts` blocks of these sizes lie side by side (mixture of experts), mostly one. `obstacle`
-    says why it cannot be rewritten, if it cannot.
+    Attributes:
+      piece: what of the input of `down` the region is.
+      experts: blocks of these sizes that lie side by side (mixture of experts), mostly one.
+      obstacle: why it cannot be rewritten, if it cannot.
     """
 
     region: Region
     down: Linear
+    piece: Piece
     activation: Activation
     experts: int
     obstacle: str | None
@@ -44,7 +62,19 @@ class FFNMatch:
 
     @property
     def nodes(self) -> frozenset[Node]:
-        return self.region.nodes | {self.down.node}
+        """The nodes that it replaces; those of a fused product that others read are not its own."""
+        return (self.region.nodes - self.shared) | set(self.tail)
+
+    @property
+    def shared(self) -> frozenset[Node]:
+        """The nodes that make the other parts of a fused product."""
+        return frozenset(node for sibling in self.region.siblings for node in sibling.nodes)
+
+    @property
+    def tail(self) -> tuple[Node, ...]:
+        """The nodes behind the region, `down` last."""
+        joint = (self.piece.joint,) if self.piece.joint is not None else ()
+        return (*joint, self.down.node)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -52,18 +82,13 @@ class FFNMatch:
         return (self.region, *self.region.siblings)
 
     @property
-    def sides(self) -> tuple[Value, ...]:
-        """What the code between the products reads besides them."""
-        return tuple(dict.fromkeys(side for region in self.regions for side in region.sides))
-
-    @property
     def inputs(self) -> tuple[Value, ...]:
         """What the block reads besides its weights."""
-        return (self.x, *self.sides)
+        return (self.x, *self.region.sides, *(value for value, _ in self.piece.others))
 
     @property
     def outputs(self) -> tuple[Value, ...]:
-        return (self.down.out, *(sibling.value for sibling in self.region.siblings))
+        return (self.down.out,)
 
     @property
     def weights(self) -> tuple[Value, ...]:
@@ -91,24 +116,45 @@ def match_ffn(
     """
     furthest: Miss | None = None
     for axis in wide_axes(down.x.shape, down.x_axes) or down.x_axes[:1]:
-        try:
-            return _match_along(axis, down, linears, provenance, uses)
-        except Miss as miss:
-            if furthest is None or miss.matched > furthest.matched:
-                furthest = miss
+        for piece in _pieces(down, axis, uses):
+            try:
+                return _match_piece(piece, down, linears, provenance, uses)
+            except Miss as miss:
+                if furthest is None or miss.matched > furthest.matched:
+                    furthest = miss
     assert furthest is not None
     raise furthest
 
 
-def _match_along(
-    axis: int,
+def _pieces(down: Linear, axis: int, uses: Uses) -> list[Piece]:
+    """The whole input, or what it is joined of (attention's output beside the hidden neurons)."""
+    node = down.x.node
+    if (
+        node is None
+        or node.primitive is not p.concatenate_p
+        or node.params["dimension"] != axis
+        or [user for user, _ in uses.users(down.x)] != [down.node]
+        or down.x in uses.results
+    ):
+        return [Piece(down.x, axis)]
+    starts = itertools.accumulate((value.shape[axis] for value in node.ins), initial=0)
+    placed = list(zip(node.ins, starts, strict=False))
+    return [
+        Piece(value, axis, start, node, tuple(other for other in placed if other[0] is not value))
+        for value, start in placed
+    ]
+
+
+def _match_piece(
+    piece: Piece,
     down: Linear,
     linears: Mapping[Node, Linear],
     provenance: Provenance,
     uses: Uses,
 ) -> FFNMatch:
-    window = Window(axis, down.x.shape[axis])
-    region = grow(down.x, window, down.node, linears, provenance, uses)
+    axis, end = piece.axis, piece.joint or down.node
+    window = Window(axis, piece.value.shape[axis])
+    region = grow(piece.value, window, end, linears, provenance, uses)
     matched = len(region.nodes) + 1
     if not region.projections:
         raise Miss("no linear layer leads to it", down.node, matched)
@@ -119,14 +165,14 @@ def _match_along(
             raise Miss(_different_inputs(linear, first), linear.node, matched)
         if not _same_product(linear.node, first.node):
             raise Miss("its projections differ in dtype or precision", linear.node, matched)
-    if region.siblings and _wait(region, uses):
-        raise Miss("it waits for another part of its own fused product", down.node, matched)
+    parts = {sibling.value for sibling in region.siblings}
+    if any(value in parts for value, _ in piece.others):
+        raise Miss("its hidden positions are cut to pieces and joined anew", end, matched)
     activation = classify(region)
     if activation.name == "linear":
         raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
     experts = {item.linear.experts(item.window) for item in region.projections}
-    size = down.x.shape[axis]
-    experts.add(down.experts() * down.in_dim // size)
+    experts.add(down.experts() * down.in_dim // down.x.shape[axis])
     if len(experts) > 1:
         raise Miss(
             f"its products have different numbers of experts: {sorted(experts)}",
@@ -137,7 +183,7 @@ def _match_along(
     reason = _no_block(region, first, down, count, uses)
     if reason is not None:
         raise Miss(reason, down.node, matched)
-    return FFNMatch(region, down, activation, count, _obstacle(region, first, count))
+    return FFNMatch(region, down, piece, activation, count, _obstacle(region, first, count))
 
 
 def _no_block(region: Region, first: Linear, down: Linear, experts: int, uses: Uses) -> str | None:
@@ -145,11 +191,13 @@ def _no_block(region: Region, first: Linear, down: Linear, experts: int, uses: U
 
     A block returns to the size of its input, and what is not gated goes through more neurons than
     that. Classifiers, encoders and decoders, poolers, squeeze-and-excitation and adapters do not.
+    (A gated block may read two inputs side by side, as where tokens are shifted.)
     """
     d_in, d_out, width = first.in_dim, down.out_dim, region.size
-    if d_in != d_out:
+    gated = len(region.projections) > 1
+    if d_in != d_out and not (gated and d_in == 2 * d_out):
         return f"two layers in a row, {d_in} → {width} → {d_out}: no block that returns to its size"
-    if len(region.projections) > 1 or experts > 1 or width > d_in:
+    if gated or experts > 1 or width > d_in:
         return None
     if width < d_in:
         return f"a bottleneck, {d_in} → {width} → {d_out}: there is nothing to be saved"
@@ -193,22 +241,6 @@ def _different_inputs(linear: Linear, first: Linear) -> str:
     if 2 * rank <= full:
         return f"a low-rank product of rank {rank} (LoRA) is added to it: merge it into the weight"
     return "its projections read different inputs"
-
-
-def _wait(region: Region, uses: Uses) -> bool:
-    """Whether a side input depends on a sibling: then neither could be computed first."""
-    sides = {side for part in (region, *region.siblings) for side in part.sides}
-    stack = [sibling.value for sibling in region.siblings]
-    seen = set(stack)
-    while stack:
-        for user, _ in uses.users(stack.pop()):
-            for result in user.outs:
-                if result in sides:
-                    return True
-                if result not in seen:
-                    seen.add(result)
-                    stack.append(result)
-    return False
 
 
 def _same(a: Value, b: Value, known: dict[tuple[Value, Value], bool] | None = None) -> bool:

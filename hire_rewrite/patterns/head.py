@@ -23,10 +23,13 @@ from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.logits import follow
 from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.region import Uses
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["HeadMatch", "match_head"]
+
+_SCALING = frozenset({p.convert_element_type_p, p.reshape_p, p.neg_p, p.copy_p, p.name_p})
 
 Place = tuple[int, int]
 """An axis, and the row of the vocabulary that position 0 of it belongs to."""
@@ -95,7 +98,12 @@ class HeadMatch:
 
 
 def match_head(
-    linear: Linear, min_width: int, uses: Uses, taken: Collection[Node] = ()
+    linear: Linear,
+    min_width: int,
+    linears: Mapping[Node, Linear],
+    provenance: Provenance,
+    uses: Uses,
+    taken: Collection[Node] = (),
 ) -> HeadMatch:
     """The head that begins with `linear`; nodes in `taken` belong to heads before it.
 
@@ -113,8 +121,55 @@ def match_head(
             f"its width {width} is less than twice its input's {linear.in_dim}: no vocabulary",
             linear.node,
         )
+    if linear.batch:
+        raise Miss(
+            "a weight for each of several inputs (attention heads, experts): no vocabulary",
+            linear.node,
+        )
+    _check_sums(linear, linears, provenance, uses)
     follow(linear.node, axis, uses)
     return _chain(linear, axis, uses, taken)
+
+
+def _check_sums(
+    linear: Linear, linears: Mapping[Node, Linear], provenance: Provenance, uses: Uses
+) -> None:
+    """Raise if the product is only a part of logits, or distances to the rows of a codebook."""
+    made: dict[Value, Linear] = {}
+    for other in linears.values():
+        for value in _scaled(other.out, provenance, uses):
+            made[value] = other
+    roots = set(provenance.roots(linear.weight))
+    for value in _scaled(linear.out, provenance, uses):
+        for user, position in uses.users(value):
+            if user.primitive not in (p.add_p, p.sub_p):
+                continue
+            added = user.ins[1 - position]
+            other = made.get(added)
+            if other is not None and 2 * linear.in_dim <= other.in_dim:
+                raise Miss(
+                    f"a low-rank product of rank {linear.in_dim} (LoRA) that is added to another",
+                    linear.node,
+                )
+            if provenance.is_weight(added) and roots & set(provenance.roots(added)):
+                raise Miss("it is part of distances to the rows of a codebook", user)
+
+
+def _scaled(value: Value, provenance: Provenance, uses: Uses) -> list[Value]:
+    """A value and what is made of it by casts, scales, sums and layout."""
+    found = [value]
+    for current in found:
+        for user, position in uses.users(current):
+            if len(user.ins) == 1:
+                plain = user.primitive in _SCALING
+            else:
+                other = user.ins[1 - position]
+                plain = user.primitive in (p.add_p, p.sub_p) or (
+                    user.primitive in (p.mul_p, p.div_p) and provenance.is_weight(other)
+                )
+            if plain and len(found) < 8:
+                found += user.outs
+    return found
 
 
 def _chain(linear: Linear, axis: int, uses: Uses, taken: Collection[Node]) -> HeadMatch:

@@ -23,7 +23,7 @@ Track = tuple[Value, int, bool]
 """A value, its vocabulary axis, and whether that is only a part of the vocabulary."""
 
 _SINKS = frozenset(
-    {p.argmax_p, p.argmin_p, p.reduce_max_p, p.reduce_min_p, p.reduce_sum_p, p.reduce_or_p}
+    {p.argmax_p, p.reduce_max_p, p.reduce_min_p, p.reduce_sum_p, p.reduce_or_p}
     | {p.reduce_and_p, p.top_k_p, p.approx_top_k_p, p.sort_p, p.cumsum_p, p.cumlogsumexp_p}
     | {p.cummax_p, p.cumprod_p, p.cummin_p, p.reduce_prod_p, p.reduce_p}
 )
@@ -78,7 +78,8 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
     """Where the axis goes on behind one operation; nowhere if it is consumed there."""
     primitive = user.primitive
     if primitive is p.dot_general_p:
-        if not _is_one_hot(user.ins[1 - position]):
+        contracted = user.params["dimension_numbers"][0][position]
+        if axis not in contracted or not _is_one_hot(user.ins[1 - position]):
             raise Miss("the wide axis takes part in another product: no vocabulary", user, matched)
         return []
     if primitive in _SINKS:
@@ -89,6 +90,8 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
         return _gathered(user, position, axis)
     if primitive in _ALONG and len(user.outs[0].shape) == len(user.ins[position].shape):
         return [(out, axis) for out in user.outs]
+    if primitive is _compat.stack_p:
+        return [(user.outs[0], axis + (user.params["axis"] <= axis))]
     if primitive is p.dynamic_slice_p and position == 0:
         if user.outs[0].shape[axis] == user.ins[0].shape[axis]:
             return [(user.outs[0], axis)]

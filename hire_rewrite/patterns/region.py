@@ -118,7 +118,7 @@ class Region:
 
         Args:
           pre: for each projection [tokens, n], its outputs at those positions.
-          vectors: for each vector [n], or [tokens, n] if every token has positions of its own.
+          vectors: for each vector [n].
           sides: the arrays that stand for the side inputs.
 
         Returns:
@@ -134,7 +134,8 @@ class Region:
             shape = [1] * len(vector.value.shape)
             assert vector.window.axis is not None
             shape[vector.window.axis] = n
-            done[vector.value, vector.window] = array.reshape(shape)
+            full = vector.window.shape(vector.value.shape, n)
+            done[vector.value, vector.window] = jnp.broadcast_to(array.reshape(shape), full)
         result = self._run((self.value, self.window), n, sides, done)
         return jnp.moveaxis(result, self.axis, -1).reshape(-1, n)
 
@@ -224,6 +225,9 @@ class _Walk:
         self.nodes: set[Node] = {end}
         self.reader = end
         self.siblings: dict[Value, Window] = {}
+        end_linear = linears.get(end)
+        # Experts take runs of tokens that were sorted for them, and put them back afterwards.
+        self._ordered = end_linear is None or end_linear.grouped is None
         self._end = end
         self._windows: dict[Value, dict[Window, None]] = {}
         self._projections: list[Projection] = []
@@ -299,8 +303,8 @@ class _Walk:
             if inner.axis is None:
                 self._sides[operand] = None
                 continue
-            weight = self.provenance.is_weight(operand)
-            if not (weight or keeps_tokens(node, operand, inner, window, output)):
+            free = not self._ordered or self.provenance.is_weight(operand)
+            if not (free or keeps_tokens(node, operand, inner, window, output)):
                 raise self._miss(f"{node.primitive} picks, reorders or mixes tokens", node)
             self.track(operand, inner)
 
@@ -319,7 +323,7 @@ class _Walk:
                     continue
                 axes = {window.axis for window in self._windows[result]}
                 if not any(_cuts(user, axis) for axis in axes if axis is not None):
-                    raise self._miss(f"its input is also read by {user.primitive}", user)
+                    raise self._miss(f"its input is also read by {self._reader(user)}", user)
                 self.nodes.add(user)
                 for part in range(len(user.outs)):
                     self._sibling(user, part)
@@ -332,6 +336,12 @@ class _Walk:
             if axis is None:
                 raise self._miss(f"its input is also read through {node.primitive}", node)
             self.siblings[part] = Window(axis, part.shape[axis])
+
+    def _reader(self, user: Node) -> str:
+        linear = self.linears.get(user)
+        if linear is not None and 4 * linear.out_dim <= linear.in_dim:
+            return f"a product of rank {linear.out_dim} (LoRA: merge it into the weight; a router)"
+        return str(user.primitive)
 
     def _is_weight(self, node: Node) -> bool:
         return all(map(self.provenance.is_weight, node.outs))

@@ -49,6 +49,7 @@ CASES = {
     "split tokens": (lambda x: lax.reshape(x, (3, 1, N)), (X,), 2),
     "split positions": (lambda x: lax.split(x, (N, 2), 1)[0], (jnp.tile(X, 2)[:, : N + 2],), 1),
     "slice positions": (lambda x: lax.slice(x, (0, 2), (3, N + 2)), (jnp.tile(X, 2),), 1),
+    "pad tokens": (lambda x: lax.pad(x, 0.0, ((1, 2, 0), (0, 0, 0))), (X,), 1),
     "barrier": (lambda x: lax.optimization_barrier(x), (X,), 1),
 }
 
@@ -106,9 +107,19 @@ def test_with_picks(name):
     check(fn, args, Window(axis, size, start=6 if "merge" in name else 0).with_picks(picks.items()))
 
 
+def test_chosen_rows():
+    rows = jnp.array([2, 0])
+    fn = lambda x: x.at[rows].get(mode="clip")  # noqa: E731
+    node = flatten(jax.make_jaxpr(fn)(X)).nodes[-1]
+    window = Window(1, N)
+    assert axis_rules[p.gather_p].operands(node, window) == (window, Window(None))
+    indices = jnp.array([[2], [0]], node.ins[1].dtype)
+    got = axis_rules[p.gather_p].bind(node, window, len(KEPT), [X[:, KEPT], indices])
+    np.testing.assert_array_equal(got, X[rows][:, KEPT])
+
+
 BLOCKED = {
     "reshape that splits": (lambda x: lax.reshape(x, (3, 2, 3)), X, 2, "split or merged"),
-    "two of four": (lambda x: lax.slice(x, (0, 0), (2, N)), X, 1, "2 of 3 positions of another"),
     "place that is computed": (
         lambda x: lax.dynamic_slice(x, (x[0, 0].astype(int), 0), (1, N)), X, 1, "is computed"),
     "reshape that merges": (lambda x: lax.reshape(x, (18,)), X, 0, "split or merged"),
@@ -138,7 +149,7 @@ def test_result_axis():
 
 def test_mixing_primitives_have_no_rule():
     mixing = (p.dot_general_p, p.reduce_sum_p, p.cumsum_p, p.sort_p, p.rev_p, p.concatenate_p)
-    mixing += (p.conv_general_dilated_p, p.random_bits_p, p.pad_p)
+    mixing += (p.conv_general_dilated_p, p.random_bits_p)
     assert not set(mixing) & set(axis_rules)
 
 

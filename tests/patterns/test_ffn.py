@@ -113,7 +113,7 @@ NEAR = {
     "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "also read by reduce_sum"),
     "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
     "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
-    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "concatenate is not"),
+    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "cut to pieces and joined anew"),
     "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
     "hidden cast to heads": (
         _by_tokens(lambda h: jnp.tanh(h.reshape(T, 4, F // 4)).reshape(T, F)),
@@ -140,7 +140,7 @@ NEAR = {
         (),
         "single tokens of its input are picked",
     ),
-    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "2 of 3 positions of another axis"),
+    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "slice picks, reorders or mixes tokens"),
     "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
     "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
     "weight made of an activation": (

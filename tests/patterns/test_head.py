@@ -62,6 +62,22 @@ NEAR = {
         "p/head",
         "not known to consume logits",
     ),
+    "a weight for each input": (
+        lambda p, x: jnp.einsum("ed,edv->ev", x, p["experts"]),
+        "p/experts",
+        "a weight for each of several inputs",
+    ),
+    "low-rank update of another": (
+        lambda p, x: x @ p["head"] + 2.0 * (x @ p["a"] @ p["b"]),
+        "p/b",
+        "a low-rank product of rank 2",
+    ),
+    "distances to a codebook": (
+        lambda p, x: (-2 * (x @ p["head"]) + jnp.square(p["head"]).sum(0)).argmin(-1),
+        "p/head",
+        "distances to the rows of a codebook",
+    ),
+    "least of all": (lambda p, x: (x @ p["head"]).argmin(-1), "p/head", "argmin is not known"),
     "two axes": (
         lambda p, x: jnp.einsum("td,dhk->thk", x, p["heads"]),
         "p/heads",
@@ -79,23 +95,25 @@ def test_near_miss(name):
         "narrow": rand(D, 64),
         "wider": rand(100, V),
         "heads": rand(D, 4, 32),
+        "experts": rand(T, D, V),
+        "a": rand(D, 2),
+        "b": rand(2, V),
     }
     args = {
         "not wide": (inputs(T, 100),),
     }
     plan = plan_of(fn, params, *args.get(name, (inputs(T, D),)))
-    assert plan.sites == ()
+    assert [site.name for site in plan.sites] == (["p/head"] if weight == "p/b" else [])
     assert reason in {r.name: r.reason for r in plan.rejected}[weight]
 
 
 def test_several_vocabularies_in_one_product():
     """Codebooks, or one head for each token ahead: found, and dense with the reason."""
     heads = {"heads": rand(D, 3, V)}
-    for spec, weights in (("td,dcv->tcv", heads), ("td,tdv->tv", {"heads": rand(T, D, V)})):
-        plan = plan_of(lambda p, x, s=spec: jnp.einsum(s, x, p["heads"]), weights, inputs(T, D))
-        (site,) = plan.sites
-        assert (site.kind, site.width, site.status) == ("head", V, "dense")
-        assert "several vocabularies lie side by side" in site.reason
+    plan = plan_of(lambda p, x: jnp.einsum("td,dcv->tcv", x, p["heads"]), heads, inputs(T, D))
+    (site,) = plan.sites
+    assert (site.kind, site.width, site.status) == ("head", V, "dense")
+    assert "several vocabularies lie side by side" in site.reason
 
 
 def test_min_width_is_the_least_of_the_rules():

@@ -103,7 +103,7 @@ def _gpt() -> keras.Model:
 
 
 def _bert() -> keras.Model:
-    """A classifier: the pooled layer with its tanh and the classes are an FFN by definition."""
+    """A classifier: neither the pooled layer nor the three classes are an FFN or a vocabulary."""
     inputs = layers.Input((T,), dtype="int32")
     x = TokenAndPositionEmbedding(name="embedding")(inputs)
     for i in range(2):
@@ -206,7 +206,6 @@ MODELS = [
     )),
     Model("Keras", "BERT classifier", "forward", _build(_bert, TOKENS), (
         *(ffn(f"block_{i}/ffn:trainable/{12 + 16 * i}", D, F, "gelu") for i in range(2)),
-        ffn("trainable/36", D, D, "tanh"),
     )),
     Model("Keras", "Gemma", "decode", _build(Gemma, TOKENS[:, :1], _STATES, jnp.int32(4)), (
         *(ffn(f"decoder_block_{i}:trainable/{9 + 9 * i}", D, G, "gelu_tanh", gated=True)

@@ -241,7 +241,8 @@ class BertLayer(nn.Module):
         q, k, v = (
             dense(D, name=n)(x).reshape(*x.shape[:2], HEADS, -1) for n in ("query", "key", "value")
         )
-        bias = lax.select(mask > 0, jnp.zeros_like(mask, self.dtype), jnp.full_like(mask, -1e4))
+        low = jnp.full_like(mask, -1e4).astype(self.dtype)
+        bias = lax.select(mask > 0, jnp.zeros_like(low), low)
         y = nn.dot_product_attention(q, k, v, bias=bias[:, None, None], dtype=self.dtype)
         y = dense(D, name="attention_output")(y.reshape(x.shape))
         x = norm(name="attention_LayerNorm")(x + y)
