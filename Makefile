@@ -6,12 +6,13 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test bench lint format matrix clean help
+.PHONY: demo test bench docs lint format matrix clean help
 
 help:
 	@echo "make demo    SmolLM2-135M dense and rewritten, side by side"
 	@echo "make test    the tests"
 	@echo "make bench   the benchmarks; results in benchmarks/results/"
+	@echo "make docs    the generated pages of docs/"
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  the tests on every interpreter of PYTHONS"
 
@@ -19,10 +20,13 @@ demo: $(VENV)/.demo
 	$(RUN) -m examples.smollm2.demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto $(ARGS)
 
 bench: $(VENV)/.demo
 	$(RUN) -m benchmarks.smollm2
+
+docs: $(VENV)/.test
+	$(RUN) -m tests.zoo.coverage docs/coverage.md
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

@@ -70,6 +70,7 @@ def _mesh(kind: AxisType) -> AbstractMesh:
 with jax.sharding.use_abstract_mesh(_mesh(AxisType.Explicit)):
     reshard_p = _primitive_of(lambda x: jax.sharding.reshard(x, PartitionSpec("x")))
 
+
 def _manual(fun: Callable[..., Any]) -> Any:
     """The `shard_map` equation around a function of one shard."""
     spec = PartitionSpec("x")

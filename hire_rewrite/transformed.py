@@ -19,7 +19,7 @@ from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Found, detect
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.pack import fingerprint, pack
-from hire_rewrite.passes.replace import packed_replacements, raw_replacement
+from hire_rewrite.passes.replace import Functions, packed_replacements, raw_replacement
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import Trace, abstract, trace
 from hire_rewrite.passes.weights import layers, site_loops
@@ -37,6 +37,7 @@ class _Analysis:
     plan: Plan
     decisions: tuple[Decision, ...]
     origin: Origin
+    functions: Functions = dataclasses.field(default_factory=dict)
 
     @property
     def packing(self) -> list[Decision]:
@@ -181,7 +182,7 @@ class Transformed:
                 swap
                 for d in analysis.packing
                 for swap in packed_replacements(
-                    analysis.trace, d, packed.sites[d.state], self.mode
+                    analysis.trace, d, packed.sites[d.state], self.mode, analysis.functions
                 )
             ]
         rewritten = rewrite(analysis.trace, swaps)

@@ -1,7 +1,7 @@
 """What several test files share: small arrays, rules, and comparisons.
 
-Each `Case` (see `cases_ffn`, `cases_head`) is a function of (params, *args) and what must be found in
-it. The same cases are detected (tests/patterns) and rewritten (tests/passes).
+Each `Case` (see `cases_ffn`, `cases_head`) is a function of (params, *args) and what must be found
+in it. The same cases are detected (tests/patterns) and rewritten (tests/passes).
 """
 
 from __future__ import annotations

@@ -246,6 +246,29 @@ def _residual(p, x):
     return x + gated()(p, n)
 
 
+def _threshold(h):
+    """The eight greatest positions, by the least of them."""
+    return jnp.where(h >= lax.top_k(h, 8)[0][..., -1:], h, 0)
+
+
+def _scattered(h):
+    values, places = lax.top_k(h, 8)
+    return jnp.zeros_like(h).at[jnp.arange(h.shape[0])[:, None], places].set(values)
+
+
+def _sorted(h):
+    return jnp.where(h > jnp.sort(h, -1)[..., -9:-8], h, 0)
+
+
+def _statistical(h):
+    """Gemma 3n's and Spark Transformer's."""
+    cutoff = h.mean(-1, keepdims=True) + 1.0 * h.std(-1, keepdims=True)
+    return jax.nn.gelu(jax.nn.relu(h - cutoff))
+
+
+SELECTIONS = {"top-k, threshold": _threshold, "top-k, scattered": _scattered, "sorted": _sorted}
+
+
 def _convolutions(p, x):
     def conv(x, w):
         kind = ("NWC", "WIO", "NWC")
@@ -430,6 +453,18 @@ FFN_CASES = [
     _case("joined with another input", lambda p, x: jnp.concatenate(
         [jax.nn.relu(x @ p["up"]), x[:, :4]], -1) @ p["out"],
         {"up": UP, "out": rand(F + 4, D, seed=4)}),
+    *(_case(n, plain(select), activation="topk") for n, select in SELECTIONS.items()),
+    _case("top-k of a gated block", gated(_threshold), GATED, gated=True, activation="topk"),
+    _case("top-k with a bias", lambda p, x: _threshold(x @ p["up"] + p["b1"]) @ p["down"],
+          PLAIN | {"b1": B1}, activation="topk"),
+    _case("statistical top-k", gated(_statistical), GATED, gated=True,
+          activation="statistical_topk"),
+    _case("statistical top-k of a fused product", _halves(_statistical, False, SPLITS["slices"]),
+          {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}, gated=True,
+          activation="statistical_topk"),
+    _case("top-k in a scan", lambda p, x: lax.scan(
+        lambda c, w: (c + plain(_threshold)(w, c), None), x, p)[0], STACK, repeats=LAYERS,
+        activation="topk"),
     _case("fused with attention at both ends", _joined, {"fused": rand(D, 3 * D + 2 * F),
           "out": rand(D + F, D, seed=4)}, gated=True, activation="silu"),
     _case("fused in a scan", lambda p, x: lax.scan(

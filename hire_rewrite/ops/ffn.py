@@ -38,6 +38,8 @@ class FFNSpec:
       candidate_groups: how many a token computes exactly, at least k_groups.
       gate: the projection whose non-positive values make h exactly zero (ReLU family), or None.
       gate_bias: the vector that is added to the gate first, or None.
+      selects: whether the activation itself looks at all neurons together and zeroes most; then it
+        is given the guesses of those that were not fetched.
       up_dtype, down_dtype: results of the two products.
       precision: of both, as in `lax.dot_general`.
       compute_dtype: to which rows are cast after they were fetched.
@@ -54,6 +56,7 @@ class FFNSpec:
     down_dtype: Any
     precision: Any
     compute_dtype: Any
+    selects: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.width % self.group:
@@ -137,7 +140,7 @@ def hire_ffn(
         return exact_ffn(x, state, layer, spec=spec, activation=activation)
     scores = lax.stop_gradient(predictor.score(state.predictor, x, layer))
     candidates = _candidates(scores, state, layer, spec, activation)
-    h = _own_hidden(x, state, layer, candidates, spec, activation)
+    h = _own_hidden(x, state, layer, candidates, scores, spec, activation)
     _, places = top_k(_energy(h), spec.k_groups)
     kept = jnp.take_along_axis(candidates, places, axis=1, mode="promise_in_bounds")
     h = jnp.take_along_axis(h, places[:, :, None], axis=1, mode="promise_in_bounds")
@@ -188,7 +191,7 @@ def add_joined(
 def part_inputs(
     x: Array, state: PartState, layer: Array | int, *, spec: FFNSpec
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The products of another part, [tokens, n] each, and its vectors [n], for x: [tokens, d_in]."""
+    """The products of another part [tokens, n], and its vectors [n], for x: [tokens, d_in]."""
     products = tuple(
         lax.dot_general(
             x,
@@ -234,7 +237,8 @@ def _candidates(
         if spec.gate_bias is not None:
             gate = gate + vectors[spec.gate_bias].astype(jnp.float32)
         gate = gate.reshape(tokens, spec.groups, spec.group).max(-1)
-        rank = jnp.where(rank == 0, jnp.minimum(gate, 0.0), rank)
+        below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
+        rank = jnp.where(rank == 0, below, rank)
     # In the order of their places, so that equal energies are decided as `exact_ffn` does.
     return jnp.sort(top_k(rank, spec.candidate_groups)[1], axis=1)
 
@@ -244,6 +248,7 @@ def _own_hidden(
     state: FFNState,
     layer: Array | int,
     groups: Array,
+    scores: Array,
     spec: FFNSpec,
     activation: Activation,
 ) -> Array:
@@ -258,6 +263,12 @@ def _own_hidden(
         precision=spec.precision,
         preferred_element_type=spec.up_dtype,
     )
+    if spec.selects:
+        return _selected(pre, groups, scores, state, layer, spec, activation)
+    if not state.vectors:  # nothing says which neuron is which
+        own = jnp.moveaxis(pre.reshape(tokens, c, spec.projections, spec.group), 2, 0)
+        h = activation(tuple(own.reshape(spec.projections, tokens, -1)), ())
+        return h.reshape(tokens, c, spec.group)
     # The activation takes the same neurons for all tokens, so every token is given everyone's,
     # with everyone's products, and keeps what it asked for itself.
     pre = jnp.moveaxis(pre.reshape(tokens, c, spec.projections, spec.group), 2, 0)
@@ -267,6 +278,29 @@ def _own_hidden(
     vectors = tuple(_gather(vector, layer, groups).reshape(-1) for vector in state.vectors)
     h = activation(tuple(pre), vectors).reshape(tokens, tokens, c, spec.group)
     return jnp.stack([h[token, token] for token in range(tokens)])
+
+
+def _selected(
+    pre: Array,
+    groups: Array,
+    scores: Array,
+    state: FFNState,
+    layer: Array | int,
+    spec: FFNSpec,
+    activation: Activation,
+) -> Array:
+    """h of each token's own groups where the activation looks at all neurons together."""
+    tokens, c = groups.shape
+    own = pre.reshape(tokens, c, spec.projections, spec.group)
+    guessed = scores.astype(spec.up_dtype).reshape(
+        tokens, spec.projections, spec.groups, spec.group
+    )
+    token = jnp.arange(tokens)[:, None]
+    full = jnp.moveaxis(guessed, 1, 2).at[token, groups].set(own, mode="promise_in_bounds")
+    every = jnp.moveaxis(full, 2, 0).reshape(spec.projections, tokens, spec.width)
+    h = activation(tuple(every), _vectors(state, layer))
+    h = h.reshape(tokens, spec.groups, spec.group)
+    return jnp.take_along_axis(h, groups[:, :, None], axis=1, mode="promise_in_bounds")
 
 
 def _all_hidden(

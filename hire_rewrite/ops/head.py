@@ -92,7 +92,9 @@ def hire_head(
     """
     guessed = predictor.score(state.predictor, x, layer).astype(spec.out_dtype)
     found = [_best(values, spec.candidates)[1] for values in endpoints(guessed)]
-    places = [own + start for own, start in zip(found, spec.starts or (0,) * len(found), strict=True)]
+    places = [
+        own + start for own, start in zip(found, spec.starts or (0,) * len(found), strict=True)
+    ]
     rows = places[0] if len(places) == 1 else jnp.concatenate(places, axis=-1)
     if rows.shape[-1] >= spec.width:
         return exact_head(_dense(x, state, layer, spec), spec=spec, endpoints=endpoints)

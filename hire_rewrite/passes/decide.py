@@ -12,6 +12,7 @@ from hire_rewrite.ops.ffn import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.passes.detect import Detection, Found, source_of
 from hire_rewrite.passes.estimate import dense_bytes, estimate
+from hire_rewrite.patterns.activation import Activation
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.plan import Plan, Site
@@ -69,7 +70,7 @@ def decide(detection: Detection, rules: Sequence[Rule]) -> tuple[Plan, tuple[Dec
             decisions.append(_without_rule(found))
             continue
         used.add(number)
-        decisions.append(_with_rule(found, rules[number]))
+        decisions.append(_with_rule(found, rules[number], default))
     unused = () if default else tuple(r for i, r in enumerate(rules) if i not in used)
     decisions = _sharing(decisions)
     plan = Plan(
@@ -114,11 +115,11 @@ def _without_rule(found: Found) -> Decision:
     return Decision(found, _site(found, None, "dense", reason), None, False, found.name)
 
 
-def _with_rule(found: Found, rule: Rule) -> Decision:
+def _with_rule(found: Found, rule: Rule, default: bool) -> Decision:
     if found.obstacle is not None:
         site = _site(found, rule, "dense", found.obstacle)
         return Decision(found, site, None, False, found.name)
-    spec = _spec(found, rule)
+    spec = _spec(found, rule, default)
     scored = _scored_rows(found)
     rule.predictor.check(*scored, site=found.name)
     now = estimate(found, spec, rule.predictor, found.tokens)
@@ -151,20 +152,26 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
     return f"{what}, guessed by {rule.predictor}{hint}"
 
 
-def _spec(found: Found, rule: Rule) -> FFNSpec | HeadSpec:
+def _spec(found: Found, rule: Rule, default: bool) -> FFNSpec | HeadSpec:
     if isinstance(found.match, FFNMatch):
         assert isinstance(rule, FFN)
-        return _ffn_spec(found.name, found.match, rule)
+        return _ffn_spec(found.name, found.match, rule, default)
     assert isinstance(rule, Head)
     return _head_spec(found.name, found.match, rule)
 
 
-def _ffn_spec(name: str, match: FFNMatch, rule: FFN) -> FFNSpec:
-    width = match.region.size
-    group = math.gcd(rule.group, width)
-    k = count(rule.k, width, f"{name}: k")
+def _own_k(activation: Activation, width: int) -> int:
+    """The k that a block's own selection asks for; a statistic selects about that many."""
+    assert activation.keeps is not None
+    return min(width, activation.keeps if activation.name == "topk" else 2 * activation.keeps)
+
+
+def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
+    width, up, activation = match.region.size, match.linears[0], match.activation
+    own = activation.keeps if default else None
+    group = math.gcd(rule.group, width) if own is None else 1
+    k = count(rule.k, width, f"{name}: k") if own is None else _own_k(activation, width)
     candidates = _candidates(name, rule, k, min(width, 2 * k), width)
-    up, activation = match.linears[0], match.activation
     return FFNSpec(
         width=width,
         group=group,
@@ -177,6 +184,7 @@ def _ffn_spec(name: str, match: FFNMatch, rule: FFN) -> FFNSpec:
         down_dtype=match.down.out.dtype,
         precision=up.node.params["precision"],
         compute_dtype=up.weight.dtype,
+        selects=activation.keeps is not None,
     )
 
 

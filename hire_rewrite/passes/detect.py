@@ -16,6 +16,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite import _compat
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
+from hire_rewrite.patterns.activation import Activation
 from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
 from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch, match_head
@@ -87,6 +88,7 @@ def detect(trace: Trace, min_width: int) -> Detection:
     matches: list[FFNMatch | HeadMatch] = []
     misses: dict[Node, Miss] = {}
     opaque = []
+    activations: dict[Hashable, Activation] = {}
     for scope in trace.scope.walk():
         linears: dict[Node, Linear] = {}
         for node in scope.nodes:
@@ -101,7 +103,7 @@ def detect(trace: Trace, min_width: int) -> Detection:
                 continue
             if linear is not None:
                 linears[node] = linear
-        matches += _match(trace, linears, min_width, misses)
+        matches += _match(trace, linears, min_width, misses, activations)
     names = _names(trace, matches)
     found = tuple(
         Found(name, match, _weights(trace, match))
@@ -111,7 +113,11 @@ def detect(trace: Trace, min_width: int) -> Detection:
 
 
 def _match(
-    trace: Trace, linears: dict[Node, Linear], min_width: int, misses: dict[Node, Miss]
+    trace: Trace,
+    linears: dict[Node, Linear],
+    min_width: int,
+    misses: dict[Node, Miss],
+    activations: dict[Hashable, Activation],
 ) -> list[FFNMatch | HeadMatch]:
     """The sites among the linear layers of one scope; `misses` gets the others."""
     matches: list[FFNMatch | HeadMatch] = []
@@ -119,7 +125,7 @@ def _match(
     heads: set[Node] = set()
     for node, linear in linears.items():
         try:
-            ffn = match_ffn(linear, linears, trace.provenance, trace.live)
+            ffn = match_ffn(linear, linears, trace.provenance, trace.live, activations)
             nodes = ffn.nodes | ffn.shared
             if nodes & taken:
                 raise Miss("a product of it belongs to the site before", node, len(nodes))
@@ -133,9 +139,7 @@ def _match(
             misses.pop(node, None)
             continue
         try:
-            head = match_head(
-                linear, min_width, linears, trace.provenance, trace.live, heads
-            )
+            head = match_head(linear, min_width, linears, trace.provenance, trace.live, heads)
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.
             widens = linear.out_dim > linear.in_dim
@@ -151,7 +155,8 @@ def _match(
 def name_stack(node: Node) -> str:
     """The named scopes around an equation, those around the calls and loops it is in included.
 
-    Names that transformations add (`vmap(mlp)`) are taken off, so that a site keeps its name.
+    What transformations and `einsum` add (`vmap(mlp)`, `td,df->tf`) is taken off, so that a site
+    keeps its name.
     """
     parts: list[str] = []
     here: Node | None = node
@@ -167,7 +172,7 @@ def name_stack(node: Node) -> str:
     changed = 1
     while changed:
         joined, changed = _TRANSFORMED.subn(r"\1", joined)
-    return "/".join(part for part in joined.split("/") if part)
+    return "/".join(part for part in joined.split("/") if part and "->" not in part)
 
 
 def source_of(node: Node) -> str:

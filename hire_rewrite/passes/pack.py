@@ -68,7 +68,7 @@ def pack(
             name, loops = decision.found.name, site_loops(trace, decision.found.match)
             states[name] = _state(decision, stacker, loops, moments.get(name), advance)
     swaps = [
-        swap for d in packing for swap in packed_replacements(trace, d, states[d.state], "hire")
+        swap for d in packing for swap in packed_replacements(trace, d, states[d.state], "hire", {})
     ]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
@@ -140,13 +140,12 @@ def _projected(projection: Projection, stacker: Stacker, loops: tuple[Scope, ...
     return rows.reshape(rows.shape[0], projection.window.size, linear.in_dim)
 
 
-def _vectors(
-    region: Region, stacker: Stacker, loops: tuple[Scope, ...]
-) -> tuple[jax.Array, ...]:
+def _vectors(region: Region, stacker: Stacker, loops: tuple[Scope, ...]) -> tuple[jax.Array, ...]:
     """The numbers of each position of a region, [layers, n]."""
     found = []
     for vector in region.vectors:
         window, array = vector.window, stacker.stack(vector.value, loops)
+        assert window.axis is not None
         for axis in (window.axis, *window.picked):
             start, stop, stride = window.cut(axis)
             array = lax.slice_in_dim(array, start, stop, stride, axis=axis + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch
 
-__all__ = ["SiteReplacement", "packed_replacements", "raw_replacement", "to_rows"]
+__all__ = ["Functions", "SiteReplacement", "packed_replacements", "raw_replacement", "to_rows"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,19 +65,24 @@ def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
     return layer
 
 
+Functions = dict[Hashable, Callable[..., Any]]
+"""Jitted functions of blocks, by what they compute: layers that are alike are traced once."""
+
+
 def packed_replacements(
-    trace: Trace, decision: Decision, state: Any, mode: str
+    trace: Trace, decision: Decision, state: Any, mode: str, functions: Functions
 ) -> list[SiteReplacement]:
     """The replacement of a packed site, and one of the parts of a product that it shares.
 
     Args:
       state: the site's entry of `Packed.sites`.
       mode: `"hire"`, `"exact"` or `"dense"`.
+      functions: those of sites before.
     """
     match = decision.found.match
     predict = mode == "hire" and decision.rewritten
     if isinstance(match, FFNMatch):
-        run = _ffn(match, decision, state, mode, predict)
+        run = _ffn(match, decision, state, mode, predict, functions)
     else:
         run = _head(match, decision, state, mode, predict)
     loops = site_loops(trace, match)
@@ -107,13 +112,16 @@ def _shared(
         return results
 
     outputs = tuple(sibling.value for sibling in siblings)
-    return SiteReplacement(
-        f"{name} (fused)", match.shared, (match.x, *sides), outputs, run, loops
-    )
+    return SiteReplacement(f"{name} (fused)", match.shared, (match.x, *sides), outputs, run, loops)
 
 
 def _ffn(
-    match: FFNMatch, decision: Decision, state: Any, mode: str, predict: bool
+    match: FFNMatch,
+    decision: Decision,
+    state: Any,
+    mode: str,
+    predict: bool,
+    functions: Functions,
 ) -> Callable[[Sequence[Any], Any], Sequence[Any]]:
     spec, rule, region = decision.spec, decision.site.rule, match.region
     assert isinstance(spec, ffn_ops.FFNSpec)
@@ -137,9 +145,12 @@ def _ffn(
             y = op(x, state, layer, spec=spec, activation=activation)
         return ffn_ops.add_joined(y, others, state, layer, spec=spec)
 
+    key = (region.signature, match.piece.axis, spec, rule.predictor, mode, predict)
+    jitted = functions.setdefault(key, jax.jit(hire_ffn))
+
     def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
         x, *rest = ins
-        y = jax.jit(hire_ffn)(to_rows(x, match.x_axes), rest, state, layer)
+        y = jitted(to_rows(x, match.x_axes), rest, state, layer)
         return [_from_rows(y, match.down.out.shape, match.down.out_axes)]
 
     return run

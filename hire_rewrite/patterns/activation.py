@@ -19,10 +19,13 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.axes import axis_rules, unsharded
 from hire_rewrite.patterns.graph import Value
+from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.one_hot import chooses, is_one_hot
 from hire_rewrite.patterns.region import Region, literal_array
 
 __all__ = ["Activation", "classify"]
 
+_TOP = frozenset({p.top_k_p, p.approx_top_k_p, p.sort_p})
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _erf = np.vectorize(math.erf)
@@ -63,12 +66,15 @@ class Activation:
       gate: the number of the projection that goes through the activation.
       sparse: whether a non-positive gate makes the result exactly zero (the ReLU family).
       gate_bias: the number of the vector that is added to the gate first, if there is one.
+      keeps: how many positions the region itself selects, if it does (at most, and by a count on
+        random numbers where a statistic selects).
     """
 
     name: str
     gate: int
     sparse: bool
     gate_bias: int | None
+    keeps: int | None = None
 
 
 def classify(region: Region) -> Activation:
@@ -77,7 +83,41 @@ def classify(region: Region) -> Activation:
         return _classify(region)
 
 
+def _selects(region: Region) -> Activation:
+    """What a region with a selection does: tried on random numbers.
+
+    Raises:
+      Miss: most positions are kept.
+    """
+    exact = any(node.primitive in _TOP for node in region.selection)
+    name = "topk" if exact else "statistical_topk"
+    sides = {v: _stand_in(v) for v in region.sides}
+    vectors = [jnp.zeros(v.window.tokens(v.value.shape) * region.size, v.value.dtype)
+               for v in region.vectors]  # fmt: skip
+    rng = np.random.default_rng(0)
+    count = len(region.projections)
+    most, gate = 0, 0
+    for varied in (*range(count), None):
+        pre = []
+        for i, projection in enumerate(region.projections):
+            out = projection.linear.out
+            shape = (projection.window.tokens(out.shape), region.size)
+            random = rng.normal(size=shape) if varied in (i, None) else np.ones(shape)
+            pre.append(jnp.asarray(random, out.dtype))
+        kept = np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max()
+        if varied is None:
+            most = int(kept)
+        elif 2 * kept <= region.size:
+            gate = varied
+    if not 0 < 2 * most <= region.size:
+        node = max(region.selection, key=lambda node: node.index)
+        raise Miss("it reads all hidden positions, but selects no few of them", node)
+    return Activation(name, gate, True, None, most)
+
+
 def _classify(region: Region) -> Activation:
+    if region.selection:
+        return _selects(region)
     dtype = region.projections[0].linear.out.dtype
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     fine = inexact and jnp.finfo(dtype).eps < 1e-5
@@ -171,8 +211,17 @@ def _lifted(numbers: Sequence[float], i: int) -> list[float]:
 
 
 def _stand_in(value: Value) -> Any:
-    """The value of a side input if it is computed from numbers alone, else ones."""
+    """The value of a side input if it is computed from numbers alone, else ones.
+
+    One-hot rows become weights that add up to one.
+    """
     known = _known(value)
+    if known is None and is_one_hot(value):
+        for user, position in value.users:
+            if chooses(user) == 1 - position:
+                axes = user.params["dimension_numbers"][0][position]
+                share = 1 / math.prod(value.shape[axis] for axis in axes)
+                return jnp.full(value.shape, share, value.dtype)
     return jnp.ones(value.shape, value.dtype) if known is None else known
 
 

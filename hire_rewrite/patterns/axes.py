@@ -14,7 +14,6 @@ To teach the matcher a new operation, register a rule for its primitive:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.one_hot import chooses
 from hire_rewrite.patterns.window import Window
 
 __all__ = [
@@ -96,8 +96,12 @@ def result_axis(node: Node, position: int, axis: int, output: int = 0) -> tuple[
     return None
 
 
-def keeps_tokens(node: Node, operand: Value, inner: Window, window: Window, output: int = 0) -> bool:
+def keeps_tokens(
+    node: Node, operand: Value, inner: Window, window: Window, output: int = 0
+) -> bool:
     """Whether the other axes of an operand are those of the result, in number and order."""
+    if node.primitive is p.dot_general_p:
+        return True
     old, new = operand.shape, node.outs[output].shape
     if inner.tokens(old) != window.tokens(new):
         return False
@@ -144,7 +148,7 @@ class _BroadcastInDim(AxisRule):
 
         def source(axis: int | None) -> int | None:
             """The operand's axis that varies along an axis of the result."""
-            if axis not in dims:
+            if axis is None or axis not in dims:
                 return None
             here = dims.index(axis)
             return here if old[here] == new[axis] else None
@@ -169,6 +173,32 @@ class _Transpose(AxisRule):
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         return lax.transpose(operands[0], node.params["permutation"])
+
+
+@register_axis_rule(p.dot_general_p)
+class _Choice(AxisRule):
+    """A product with one-hot rows, along an axis that only the other operand has."""
+
+    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
+        contracting, batch = node.params["dimension_numbers"]
+        chosen = chooses(node)
+        if chosen is None:
+            raise Blocked("comes from a product that is not linear in a weight along it")
+        frees = [
+            [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
+            for s, v in enumerate(node.ins)
+        ]
+        first = len(batch[0]) + (len(frees[0]) if chosen == 1 else 0)
+        places = {first + i: axis for i, axis in enumerate(frees[chosen])}
+        if window.axis not in places or window.picks:
+            raise Blocked("is chosen from")
+        inner = window.with_axis(places[window.axis])
+        return (inner, Window(None)) if chosen == 0 else (Window(None), inner)
+
+    def bind(
+        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
+    ) -> Any:
+        return node.primitive.bind(*operands, **unsharded(node.params))
 
 
 @register_axis_rule(p.squeeze_p)
@@ -275,7 +305,8 @@ class _Pad(AxisRule):
     def bind(
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        return lax.pad(*operands, node.params["padding_config"])
+        array, value = operands
+        return lax.pad(array, value, node.params["padding_config"])
 
 
 @register_axis_rule(p.gather_p)

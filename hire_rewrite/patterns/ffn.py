@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from jax.extend.core import primitives as p
 
@@ -108,8 +108,12 @@ def match_ffn(
     linears: Mapping[Node, Linear],
     provenance: Provenance,
     uses: Uses,
+    activations: dict[Hashable, Activation],
 ) -> FFNMatch:
     """The FFN block that ends in `down`.
+
+    Args:
+      activations: of regions that were seen before, by signature; layers are mostly alike.
 
     Raises:
       Miss: `down` does not end one.
@@ -118,7 +122,7 @@ def match_ffn(
     for axis in wide_axes(down.x.shape, down.x_axes) or down.x_axes[:1]:
         for piece in _pieces(down, axis, uses):
             try:
-                return _match_piece(piece, down, linears, provenance, uses)
+                return _match_piece(piece, down, linears, provenance, uses, activations)
             except Miss as miss:
                 if furthest is None or miss.matched > furthest.matched:
                     furthest = miss
@@ -151,6 +155,7 @@ def _match_piece(
     linears: Mapping[Node, Linear],
     provenance: Provenance,
     uses: Uses,
+    activations: dict[Hashable, Activation],
 ) -> FFNMatch:
     axis, end = piece.axis, piece.joint or down.node
     window = Window(axis, piece.value.shape[axis])
@@ -168,11 +173,19 @@ def _match_piece(
     parts = {sibling.value for sibling in region.siblings}
     if any(value in parts for value, _ in piece.others):
         raise Miss("its hidden positions are cut to pieces and joined anew", end, matched)
-    activation = classify(region)
+    if region.signature not in activations:
+        activations[region.signature] = classify(region)
+    activation = activations[region.signature]
     if activation.name == "linear":
         raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
     experts = {item.linear.experts(item.window) for item in region.projections}
-    experts.add(down.experts() * down.in_dim // down.x.shape[axis])
+    side_by_side = max(experts)
+    d_out = down.out_dim
+    if side_by_side > 1 and any(down.weight.shape[a] == side_by_side for a, _ in down.free):
+        d_out //= side_by_side  # every expert, of which some are chosen afterwards
+        experts.add(side_by_side)
+    else:
+        experts.add(down.experts() * down.in_dim // down.x.shape[axis])
     if len(experts) > 1:
         raise Miss(
             f"its products have different numbers of experts: {sorted(experts)}",
@@ -180,20 +193,22 @@ def _match_piece(
             matched,
         )
     count = experts.pop()
-    reason = _no_block(region, first, down, count, uses)
+    reason = _no_block(region, first, down, d_out, count, uses)
     if reason is not None:
         raise Miss(reason, down.node, matched)
     return FFNMatch(region, down, piece, activation, count, _obstacle(region, first, count))
 
 
-def _no_block(region: Region, first: Linear, down: Linear, experts: int, uses: Uses) -> str | None:
+def _no_block(
+    region: Region, first: Linear, down: Linear, d_out: int, experts: int, uses: Uses
+) -> str | None:
     """Why two layers in a row are no feed-forward block.
 
     A block returns to the size of its input, and what is not gated goes through more neurons than
     that. Classifiers, encoders and decoders, poolers, squeeze-and-excitation and adapters do not.
     (A gated block may read two inputs side by side, as where tokens are shifted.)
     """
-    d_in, d_out, width = first.in_dim, down.out_dim, region.size
+    d_in, width = first.in_dim, region.size
     gated = len(region.projections) > 1
     if d_in != d_out and not (gated and d_in == 2 * d_out):
         return f"two layers in a row, {d_in} → {width} → {d_out}: no block that returns to its size"

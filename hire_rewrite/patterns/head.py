@@ -113,9 +113,7 @@ def match_head(
     axis = max(linear.out_axes, key=lambda i: linear.out.shape[i], default=None)
     width = 1 if axis is None else linear.out.shape[axis]
     if axis is None or width < min_width:
-        raise Miss(
-            f"its width {width} is below min_width={min_width} of a vocabulary", linear.node
-        )
+        raise Miss(f"its width {width} is below min_width={min_width} of a vocabulary", linear.node)
     if width < 2 * linear.in_dim:
         raise Miss(
             f"its width {width} is less than twice its input's {linear.in_dim}: no vocabulary",
@@ -145,8 +143,8 @@ def _check_sums(
             if user.primitive not in (p.add_p, p.sub_p):
                 continue
             added = user.ins[1 - position]
-            other = made.get(added)
-            if other is not None and 2 * linear.in_dim <= other.in_dim:
+            sum_of = made.get(added)
+            if sum_of is not None and 2 * linear.in_dim <= sum_of.in_dim:
                 raise Miss(
                     f"a low-rank product of rank {linear.in_dim} (LoRA) that is added to another",
                     linear.node,
@@ -197,9 +195,7 @@ def _chain(linear: Linear, axis: int, uses: Uses, taken: Collection[Node]) -> He
     return _pruned(linear, axis, chain, places, uses)
 
 
-def _chain_place(
-    node: Node, places: Mapping[Value, Place], tainted: set[Value]
-) -> Place | None:
+def _chain_place(node: Node, places: Mapping[Value, Place], tainted: set[Value]) -> Place | None:
     """Where the vocabulary is in the node's result, if the node belongs to the chain."""
     if node.primitive not in _INCREASING or node.bodies:
         return None

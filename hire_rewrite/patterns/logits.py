@@ -15,6 +15,7 @@ from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, result_axis
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.one_hot import is_one_hot
 from hire_rewrite.patterns.region import Uses
 
 __all__ = ["follow"]
@@ -29,17 +30,15 @@ _SINKS = frozenset(
 )
 """Operations that consume logits if they run along the vocabulary."""
 
-_STORES = frozenset({p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p})
-
-
-_ALONG = frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p}) | _compat.collectives
-"""Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
-
-_LAYOUT = frozenset(
-    {p.convert_element_type_p, p.copy_p, p.reshape_p, p.transpose_p, p.broadcast_in_dim_p}
-    | {p.mul_p, p.add_p, p.sub_p, p.squeeze_p}
+_STORES = frozenset(
+    {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
 )
-"""What may be done to a one-hot matrix of labels (smoothing, say) before it is used."""
+
+
+_ALONG = (
+    frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p}) | _compat.collectives
+)
+"""Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
 
 
 def follow(origin: Node, axis: int, uses: Uses) -> None:
@@ -79,7 +78,7 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
     primitive = user.primitive
     if primitive is p.dot_general_p:
         contracted = user.params["dimension_numbers"][0][position]
-        if axis not in contracted or not _is_one_hot(user.ins[1 - position]):
+        if axis not in contracted or not is_one_hot(user.ins[1 - position]):
             raise Miss("the wide axis takes part in another product: no vocabulary", user, matched)
         return []
     if primitive in _SINKS:
@@ -125,9 +124,10 @@ def _merged(user: Node, axis: int) -> int | None:
 def _reduced(user: Node, axis: int) -> list[tuple[Value, int]]:
     """Behind a reduction, a sort or a scan along some axis: gone if it is the vocabulary's."""
     params = user.params
-    if "dimensions" in params or "axes" in params:
-        gone = params.get("axes", params.get("dimensions"))
-        return [] if axis in gone else [(out, axis - sum(i < axis for i in gone)) for out in user.outs]
+    gone = params.get("axes", params.get("dimensions"))
+    if gone is not None:
+        kept = axis - sum(i < axis for i in gone)
+        return [] if axis in gone else [(out, kept) for out in user.outs]
     rank = len(user.ins[0].shape)
     along = params.get("axis", params.get("dimension", params.get("reduction_dimension", rank - 1)))
     return [] if along % rank == axis else [(out, axis) for out in user.outs]
@@ -153,16 +153,6 @@ def _gathered(user: Node, position: int, axis: int) -> list[tuple[Value, int]]:
         return []
     kept = [i for i in range(len(sizes)) if i not in gone]
     return [(user.outs[0], numbers.offset_dims[kept.index(axis)])]
-
-
-def _is_one_hot(value: Value) -> bool:
-    """Whether a value is made of a comparison of labels with all numbers of the vocabulary."""
-    while value.node is not None and value.node.primitive in _LAYOUT:
-        inner = [v for v in value.node.ins if v.literal is None and v.shape]
-        if not inner:
-            return False
-        value = inner[0]
-    return value.node is not None and value.node.primitive is p.eq_p
 
 
 def _enter(user: Node, value: Value, axis: int) -> list[tuple[Value, int]]:

@@ -9,8 +9,9 @@ positions, which is exactly what predict-then-gather needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +27,18 @@ from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.window import Window
+
+_MASKS = frozenset({p.scatter_p, p.scatter_add_p, p.sort_p})
+"""Operations whose result may say which positions are kept."""
+
+_TOP = frozenset({p.top_k_p, p.approx_top_k_p, p.sort_p})
+
+_ALONG = ("axis", "dimension", "reduction_dimension")
+"""What the parameter is called that says along which axis."""
+
+_COMPARISONS = frozenset({p.ge_p, p.gt_p, p.le_p, p.lt_p, p.eq_p, p.ne_p})
+
+_REDUCTIONS = _TOP | {p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.argmax_p}
 
 __all__ = ["Projection", "Region", "Uses", "Vector", "grow", "literal_array"]
 
@@ -89,6 +102,7 @@ class Region:
     `projections`, `vectors` and `sides` (values that are the same for all positions) are what it
     reads; `nodes` are those that it replaces, linear layers included. `siblings` are other parts
     of what its linear layers return, cut out by its nodes and read elsewhere (fused products).
+    A region with a `selection` can be run on all of its positions only.
     """
 
     value: Value
@@ -98,6 +112,8 @@ class Region:
     sides: tuple[Value, ...]
     nodes: frozenset[Node]
     siblings: tuple[Region, ...] = ()
+    selection: frozenset[Node] = frozenset()
+    """Those of the nodes that look at all positions together, to select some (a top-k)."""
 
     @property
     def axis(self) -> int:
@@ -107,6 +123,32 @@ class Region:
     @property
     def size(self) -> int:
         return self.window.size
+
+    @functools.cached_property
+    def signature(self) -> Hashable:
+        """Equal for regions that compute alike, whatever weights and layer they belong to."""
+        names: dict[Value, Any] = {}
+        for kind, values in (
+            ("out", [item.linear.out for item in self.projections]),
+            ("vector", [item.value for item in self.vectors]),
+            ("side", self.sides),
+        ):
+            for i, value in enumerate(values):
+                names.setdefault(value, (kind, i, value.aval.str_short()))
+        windows = (
+            *(item.window for item in self.projections),
+            *(item.window for item in self.vectors),
+            self.window,
+        )
+        code = []
+        for node in sorted(self.nodes, key=lambda node: node.index):
+            if node.outs[0] in names:
+                continue
+            ins = tuple(names.get(value) or _constant(value) for value in node.ins)
+            params = tuple((name, repr(value)) for name, value in sorted(node.params.items()))
+            code.append((node.primitive, params, ins, node in self.selection))
+            names.update((v, (len(code), i, v.aval.str_short())) for i, v in enumerate(node.outs))
+        return windows, tuple(code), names[self.value]
 
     def run(
         self,
@@ -124,6 +166,8 @@ class Region:
         Returns:
           [tokens, n]; the tokens are in the order of the value's other axes.
         """
+        if self.selection:
+            return self._run_whole(pre, vectors, sides)
         n = pre[0].shape[-1]
         done: dict[Key, Any] = {}
         for projection, array in zip(self.projections, pre, strict=True):
@@ -151,7 +195,7 @@ class Region:
             if operand.literal is not None:
                 operands.append(literal_array(operand))
             elif inner.axis is None:
-                array = operand.const if operand.const is not None else sides.get(operand)
+                array: Any = operand.const if operand.const is not None else sides.get(operand)
                 for axis, position in inner.picks:
                     array = lax.slice_in_dim(array, position, position + 1, axis=axis)
                 operands.append(array)
@@ -159,6 +203,52 @@ class Region:
                 operands.append(self._run((operand, inner), n, sides, done))
         done[key] = rule.bind(node, window, n, operands, output)
         return done[key]
+
+    def _run_whole(
+        self, pre: Sequence[jax.Array], vectors: Sequence[jax.Array], sides: Mapping[Value, Any]
+    ) -> jax.Array:
+        """The value at all positions, by the function's own equations."""
+        env: dict[Value, Any] = dict(sides)
+        for projection, array in zip(self.projections, pre, strict=True):
+            out, window = projection.linear.out, projection.window
+            places = tuple(
+                slice(*window.cut(axis)) if axis == window.axis or axis in window.picked else
+                slice(None)
+                for axis in range(len(out.shape))
+            )  # fmt: skip
+            full = env.get(out, jnp.zeros(out.shape, out.dtype))
+            env[out] = full.at[places].set(_laid_out(array, out.shape, window))
+        for vector, array in zip(self.vectors, vectors, strict=True):
+            shape = vector.window.shape(vector.value.shape, self.size)
+            env[vector.value] = array.reshape(shape)
+        for node in sorted(self.nodes, key=lambda node: node.index):
+            if node.outs[0] in env:
+                continue
+            _compute(node, env)
+        return jnp.moveaxis(env[self.value], self.axis, -1).reshape(-1, self.size)
+
+
+def _constant(value: Value) -> Hashable:
+    if value.literal is not None:
+        return str(value.literal), value.aval.str_short(), getattr(value.aval, "weak_type", False)
+    return id(value.const if value.const is not None else value)
+
+
+def _compute(node: Node, env: dict[Value, Any]) -> None:
+    """Add the results of a node, and of what it reads that is made of side inputs alone."""
+    operands = []
+    for value in node.ins:
+        if value.literal is not None:
+            operands.append(literal_array(value))
+            continue
+        if value.const is None and value not in env:
+            assert value.node is not None
+            _compute(value.node, env)
+        operands.append(value.const if value.const is not None else env[value])
+    results = node.primitive.bind(*operands, **node.params)
+    env.update(
+        zip(node.outs, results if node.primitive.multiple_results else [results], strict=True)
+    )
 
 
 def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:
@@ -225,6 +315,7 @@ class _Walk:
         self.nodes: set[Node] = {end}
         self.reader = end
         self.siblings: dict[Value, Window] = {}
+        self.selection: dict[Node, None] = {}
         end_linear = linears.get(end)
         # Experts take runs of tokens that were sorted for them, and put them back afterwards.
         self._ordered = end_linear is None or end_linear.grouped is None
@@ -272,7 +363,14 @@ class _Walk:
     def region(self, value: Value, window: Window) -> Region:
         # Weights that were only passed on the way to a vector stay with the code that makes them.
         kept = {node for node in self.nodes if not self._is_weight(node)}
-        sides = (v for v in self._sides if v.const is None and v.node not in kept)
+        read = dict.fromkeys(v for node in self.selection for v in node.ins if v.literal is None)
+        known = {vector.value for vector in self._vectors}
+        sides = dict.fromkeys(
+            v
+            for v in (*self._sides, *read)
+            if v.const is None and v.node not in kept and v not in known
+        )
+        self._check_selection()
         return Region(
             value,
             window,
@@ -280,6 +378,7 @@ class _Walk:
             tuple(self._vectors),
             tuple(sides),
             frozenset(kept - {self._end}),
+            selection=frozenset(self.selection),
         )
 
     def _pass(self, node: Node, output: int, window: Window) -> None:
@@ -289,6 +388,9 @@ class _Walk:
             if any(linear.weight_axis(axis) is None for axis in window.picked):
                 raise self._miss("single tokens of its input are picked", node)
             self._projections.append(Projection(linear, window))
+            return
+        if node.primitive in _MASKS and self.within is None:
+            self._mask(node)
             return
         rule = axis_rules.get(node.primitive)
         if rule is None:
@@ -323,7 +425,8 @@ class _Walk:
                     continue
                 axes = {window.axis for window in self._windows[result]}
                 if not any(_cuts(user, axis) for axis in axes if axis is not None):
-                    raise self._miss(f"its input is also read by {self._reader(user)}", user)
+                    self._select(user)
+                    continue
                 self.nodes.add(user)
                 for part in range(len(user.outs)):
                     self._sibling(user, part)
@@ -336,6 +439,72 @@ class _Walk:
             if axis is None:
                 raise self._miss(f"its input is also read through {node.primitive}", node)
             self.siblings[part] = Window(axis, part.shape[axis])
+
+    def _select(self, user: Node) -> None:
+        """Take what a use leads to into the region, if all of it comes back (as a threshold)."""
+        miss = self._miss(f"its input is also read by {self._reader(user)}", user)
+        found, stack = {user}, [user]
+        while stack:
+            node = stack.pop()
+            if node.bodies or node.eqn.effects or node in self.linears or len(found) > 64:
+                raise miss
+            for result in node.outs:
+                if result in self.uses.results:
+                    raise miss
+                readers = {reader for reader, _ in self.uses.users(result)}
+                stack += readers - found - self.nodes
+                found |= readers - self.nodes
+        if self._end in found or self.linears.keys() & found:
+            raise miss
+        self.nodes |= found
+        self.selection.update(dict.fromkeys(sorted(found, key=lambda node: node.index)))
+
+    def _mask(self, node: Node) -> None:
+        """Back from a mask, or from selected values, to the hidden axis that they were found on."""
+        stack, found = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current.bodies or len(found) > 64:
+                raise self._miss(_mixed_by(node), node)
+            self.nodes.add(current)
+            self.selection[current] = None
+            if current.primitive in _TOP:
+                hidden = current.ins[0]
+                along = next((current.params[n] for n in _ALONG if n in current.params), -1)
+                axis = along % len(hidden.shape)
+                self.track(hidden, Window(axis, hidden.shape[axis]))
+                continue
+            makers = {v.node for v in current.ins if v.node and not self.provenance.is_weight(v)}
+            stack += makers - found - self.nodes
+            found |= makers
+
+    def _check_selection(self) -> None:
+        """What looks at all positions may only decide which of them are kept.
+
+        Raises:
+          Miss: it changes their values too, as a normalization does.
+        """
+        made = {result for node in self.selection for result in node.outs}
+        for value in made:
+            outside = {user for user, _ in self.uses.users(value)} - self.nodes
+            if outside or value in self.uses.results:
+                raise self._miss("what selects hidden positions is also read elsewhere", self._end)
+        reduced = [n for n in self.selection if n.primitive in _MASKS | _REDUCTIONS]
+        for node in self.nodes - self.selection.keys():
+            read = [i for i, value in enumerate(node.ins) if value in made]
+            masks = all(node.ins[i].node.primitive in _MASKS for i in read)  # type: ignore[union-attr]
+            if not read or node.primitive in _COMPARISONS or masks:
+                continue
+            kept = {user.primitive for user, _ in self.uses.users(node.outs[0])}
+            if node.primitive is p.sub_p and read == [1] and kept <= {p.max_p, *_COMPARISONS}:
+                continue
+            raise self._miss(
+                f"{node.primitive} changes each position by what {reduced[0].primitive} finds in "
+                "all of them (a normalization, say)"
+                if reduced
+                else f"its input is also read by {next(iter(self.selection)).primitive}",
+                reduced[0] if reduced else node,
+            )
 
     def _reader(self, user: Node) -> str:
         linear = self.linears.get(user)

@@ -11,10 +11,10 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import trace
-from tests.same import Same, chain, nodes_of, replaced, same
 from tests.cases import inputs, run
 from tests.cases_ffn import FFN_CASES
 from tests.cases_head import HEAD_CASES
+from tests.same import Same, chain, nodes_of, replaced, same
 
 X = inputs(3, 4)
 

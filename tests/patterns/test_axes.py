@@ -121,7 +121,11 @@ def test_chosen_rows():
 BLOCKED = {
     "reshape that splits": (lambda x: lax.reshape(x, (3, 2, 3)), X, 2, "split or merged"),
     "place that is computed": (
-        lambda x: lax.dynamic_slice(x, (x[0, 0].astype(int), 0), (1, N)), X, 1, "is computed"),
+        lambda x: lax.dynamic_slice(x, (x[0, 0].astype(int), 0), (1, N)),
+        X,
+        1,
+        "is computed",
+    ),
     "reshape that merges": (lambda x: lax.reshape(x, (18,)), X, 0, "split or merged"),
     "reshape that moves": (lambda x: lax.reshape(x, (N, 3)), X, 0, "split or merged"),
     "bits": (lambda x: lax.bitcast_convert_type(x, jnp.int16), X, 1, "of another width"),
@@ -144,11 +148,14 @@ def test_result_axis():
     assert result_axis(node_of(lambda x: lax.split(x, (2, 4), 1), X), 0, 1, 1) == (1, 2)
     assert result_axis(node_of(lambda x: lax.reshape(x, (3, 2, 3)), X), 0, 1) is None
     assert result_axis(node_of(lambda x: x.sum(0), X), 0, 1) is None
-    assert result_axis(node_of(lambda x: lax.broadcast_in_dim(x, (N, N), (1,)), X[0]), 0, 0) == (1, 0)
+    assert result_axis(node_of(lambda x: lax.broadcast_in_dim(x, (N, N), (1,)), X[0]), 0, 0) == (
+        1,
+        0,
+    )
 
 
 def test_mixing_primitives_have_no_rule():
-    mixing = (p.dot_general_p, p.reduce_sum_p, p.cumsum_p, p.sort_p, p.rev_p, p.concatenate_p)
+    mixing = (p.reduce_sum_p, p.cumsum_p, p.sort_p, p.rev_p, p.concatenate_p)
     mixing += (p.conv_general_dilated_p, p.random_bits_p)
     assert not set(mixing) & set(axis_rules)
 

@@ -109,11 +109,25 @@ NEAR = {
         (),
         "nothing non-linear",
     ),
-    "normed hidden": (_by_tokens(_normed), PLAIN, (), "also read by reduce_sum"),
-    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "also read by reduce_sum"),
+    "normed hidden": (_by_tokens(_normed), PLAIN, (), "changes each position by what reduce_sum"),
+    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "by what reduce_sum finds"),
+    "normed, then relu": (
+        lambda p, x: jax.nn.relu(_normed(x @ p["up"])) @ p["down"],
+        PLAIN,
+        (),
+        "changes each position by what reduce_sum",
+    ),
+    "above the mean": (
+        lambda p, x: (lambda h: jnp.where(h > 5 * h.min(-1, keepdims=True), h, 0) @ p["down"])(
+            x @ p["up"]
+        ),
+        PLAIN,
+        (),
+        "selects no few of them",
+    ),
     "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
     "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
-    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "cut to pieces and joined anew"),
+    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "joined anew"),
     "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
     "hidden cast to heads": (
         _by_tokens(lambda h: jnp.tanh(h.reshape(T, 4, F // 4)).reshape(T, F)),
@@ -140,7 +154,7 @@ NEAR = {
         (),
         "single tokens of its input are picked",
     ),
-    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "slice picks, reorders or mixes tokens"),
+    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "slice picks, reorders"),
     "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
     "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
     "weight made of an activation": (
@@ -167,7 +181,12 @@ NEAR = {
     "attention": (_attention, ATTENTION, (), "not linear in a weight"),
     "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
 }
-LAST = {"halves of different sizes": "p/out", "no first layer": "p/q", "attention": "p/o", "decode attention": "p/o"}
+LAST = {
+    "halves of different sizes": "p/out",
+    "no first layer": "p/q",
+    "attention": "p/o",
+    "decode attention": "p/o",
+}
 
 
 @pytest.mark.parametrize("name", NEAR)

@@ -251,7 +251,7 @@ MODELS = [
         head("proj:params/proj/w", D, V),
     )),
     Model("Haiku", "Grok", "decode", _grok, (
-        *(ffn(f"decoder_layer_{i}/moe_{i}:params/decoder_layer_{i}/moe_{i}/linear_1/w",
+        *(ffn(f"moe_{i}:params/decoder_layer_{i}/moe_{i}/linear_1/w",
               D, F, "gelu_tanh", gated=True, experts=4) for i in range(2)),
         head("params/in_out_embed/embeddings", D, V),
     )),

@@ -58,6 +58,7 @@ class Model:
       sites: those expected, in any order; empty for a model that must be left alone.
       discrete: whether the results are token ids alone, which rounding may change: then bf16 is
         compared where they agree in f32 only.
+      mapped: whether `jax.vmap` knows all operations of the model (it does not know `ragged_dot`).
     """
 
     library: str
@@ -66,6 +67,7 @@ class Model:
     build: Callable[[Any], Built]
     sites: tuple[Expected, ...] = ()
     discrete: bool = False
+    mapped: bool = True
 
     def __str__(self) -> str:
         return f"{self.library}/{self.name}/{self.form}"

@@ -212,7 +212,7 @@ def _gemma3(dtype: Any) -> Built:
     )
 
 
-_LM_HEAD = "BTD,DV->BTV:state/lm_head/kernel/value"
+_LM_HEAD = "state/lm_head/kernel/value"
 HEAD = head(_LM_HEAD, D, V)
 _FFNS = tuple(ffn(f"feed_forward:state/layers/{i}/mlp", D, F, "silu", gated=True) for i in (0, 1))
 

@@ -105,5 +105,5 @@ MODELS = [
         *(ffn(f"moe:state/layers/{i}/mlp/down_proj/value", D, F, "silu", gated=True, experts=4)
           for i in (0, 1)),
         HEAD,
-    )),
+    ), mapped=False),
 ]  # fmt: skip

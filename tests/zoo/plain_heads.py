@@ -105,7 +105,7 @@ MODELS = [
     Model("JAX", "translator with two heads", "forward", _translator, (
         ffn("params/encoder/w_down", D, F, "relu", repeats=3),
         ffn("params/decoder/w_down", D, F, "relu"),
-        head("btd,vd->btv:params/target", D, V), head("params/ctc/w", D, V),
+        head("params/target", D, V), head("params/ctc/w", D, V),
     )),
     Model("JAX", "cross-entropy", "forward", _evaluation, (_FFN, _HEAD)),
     Model("JAX", "training step", "forward", _training),

@@ -148,7 +148,7 @@ _FFNS = tuple(
 MODELS = [
     Model("JAX", "Mixtral by ragged_dot", "forward", lambda dtype: _mixture(dtype, _ragged), (
         ffn("params/layers/w_down", D, G, "silu", **_EXPERTS), _HEAD,
-    )),
+    ), mapped=False),
     # A scan over the experts is a repeated FFN, each with its own weights.
     Model("JAX", "Mixtral by a scan", "forward", lambda dtype: _mixture(dtype, _scanned), (
         ffn("params/layers/w_down", D, G, "silu", gated=True, repeats=3 * EXPERTS), _HEAD,
@@ -160,6 +160,6 @@ MODELS = [
         *(ffn(f"params/layers/{i}/w_down", D, G // 2, "silu", gated=True) for i in (0, 1)), _HEAD,
     )),
     Model("JAX", "explicit shardings", "forward", _explicit, (
-        *_FFNS, head("btd,dv->btv:params/lm_head", D, V),
+        *_FFNS, head("params/lm_head", D, V),
     )),
 ]  # fmt: skip

@@ -209,15 +209,17 @@ _INT8 = head("params/lm_head/q", D, V)
 
 MODELS = [
     # Its gate sees all neurons at once, yet the sparsity is what this package is for.
-    Model("JAX", "Gemma 3n", "forward", _statistical, (*_ffns("custom", gated=True), _HEAD)),
-    Model("JAX", "FFN trained with a top-k", "forward", _explicit, (*_ffns("relu", F), _HEAD)),
+    Model("JAX", "Gemma 3n", "forward", _statistical, (
+        *_ffns("statistical_topk", gated=True), _HEAD)),
+    Model("JAX", "FFN trained with a top-k", "forward", _explicit, (
+        *_ffns("topk", F), _HEAD)),
     Model("JAX", "int8 weights, dequantized", "forward",
           lambda dtype: _quantized(dtype, _dequantized), (*_SILU, _INT8)),
     Model("JAX", "int8 weights, scaled after", "forward",
           lambda dtype: _quantized(dtype, _scaled_after), (
-        *(ffn(f"...d,df->...f:params/layers/{i}/w_down/q", D, G, "silu", gated=True)
+        *(ffn(f"params/layers/{i}/w_down/q", D, G, "silu", gated=True)
           for i in (0, 1)),
-        head("...d,df->...f:params/lm_head/q", D, V),
+        head("params/lm_head/q", D, V),
     )),
     # Rounding to 8 bits is part of what happens to each neuron.
     Model("JAX", "int8 by int8, static ranges", "forward",

@@ -1,8 +1,8 @@
 """Call-like primitives: how to see through each, and how to write it again.
 
-One table for every pass. `inline` holds the calls that only group code; `scan`, `while_loop`, `cond`
-and `shard_map` have a file each. A primitive that is not in the table but holds a jaxpr is opaque: it is
-left as it is, and the plan names it. To add one, write a class and register it here.
+One table for every pass. `inline` holds the calls that only group code; `scan`, `while_loop`,
+`cond` and `shard_map` have a file each. A primitive that is not in the table but holds a jaxpr is
+opaque: it is left as it is, and the plan names it. To add one, write a class and register it here.
 """
 
 from jax.extend.core import primitives as p

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tests.same import chain, replaced, same
 from tests.cases import inputs, run
+from tests.same import chain, replaced, same
 
 X = inputs(3, 4)
 

@@ -1,0 +1,32 @@
+"""Products with one-hot rows: a choice, written as a sum."""
+
+from __future__ import annotations
+
+from jax.extend.core import primitives as p
+
+from hire_rewrite.patterns.graph import Node, Value
+
+__all__ = ["chooses", "is_one_hot"]
+
+_LAYOUT = frozenset(
+    {p.convert_element_type_p, p.copy_p, p.reshape_p, p.transpose_p, p.broadcast_in_dim_p}
+    | {p.mul_p, p.add_p, p.sub_p, p.squeeze_p}
+)
+"""What may be done to one-hot rows (label smoothing, say) before they are used."""
+
+
+def is_one_hot(value: Value) -> bool:
+    """Whether a value is made of a comparison of numbers with all numbers of a range."""
+    while value.node is not None and value.node.primitive in _LAYOUT:
+        inner = [v for v in value.node.ins if v.literal is None and v.shape]
+        if not inner:
+            return False
+        value = inner[0]
+    return value.node is not None and value.node.primitive is p.eq_p
+
+
+def chooses(node: Node) -> int | None:
+    """The operand of a product that a one-hot other one chooses from, or None."""
+    if node.primitive is not p.dot_general_p:
+        return None
+    return next((i for i in (0, 1) if is_one_hot(node.ins[1 - i])), None)
