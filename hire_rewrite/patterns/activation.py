@@ -115,9 +115,49 @@ def _selects(region: Region) -> Activation:
     return Activation(name, gate, True, None, most)
 
 
+def _rounded(region: Region) -> Activation:
+    """The activation of a region that ends in a rounding to integers, by steps of 1/16."""
+    count = len(region.projections)
+    grid = np.arange(-7, 8, dtype=np.float32)
+    ranges = {v for v in region.sides if _is_made_in(region, v)}
+    for gate in range(count):
+        for step, number in itertools.product((16.0, 1 / 16), (1.0, 0.0)):
+            sides = {
+                v: jnp.full(v.shape, step, v.dtype) if v in ranges else _stand_in(v)
+                for v in region.sides
+            }
+            pre = []
+            for i, projection in enumerate(region.projections):
+                out = projection.linear.out
+                row = jnp.asarray(grid if i == gate else np.ones_like(grid), out.dtype)
+                tokens = projection.window.tokens(out.shape)
+                pre.append(jnp.broadcast_to(row, (tokens, len(grid))))
+            vectors = [jnp.full(len(grid), number, v.value.dtype) for v in region.vectors]
+            values = np.asarray(region.run(pre, vectors, sides)[0], np.float32) / 16
+            if np.ptp(values) > 1:
+                name = _nearest(grid, values, 0.05, gated=count == 2)
+                if name not in ("custom", "bilinear"):
+                    return Activation(name, gate, False, None)
+    return Activation("custom", 0, False, None)
+
+
+def _is_made_in(region: Region, value: Value) -> bool:
+    """Whether a side input is computed from what the region itself computes."""
+    seen, stack = set[Value](), [value]
+    while stack and len(seen) < 64:
+        current = stack.pop()
+        seen.add(current)
+        if current.node in region.nodes:
+            return True
+        stack += [v for v in (current.node.ins if current.node else ()) if v not in seen]
+    return False
+
+
 def _classify(region: Region) -> Activation:
     if region.selection:
         return _selects(region)
+    if region.ranged:
+        return _rounded(region)
     dtype = region.projections[0].linear.out.dtype
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     fine = inexact and jnp.finfo(dtype).eps < 1e-5

@@ -246,6 +246,8 @@ def _obstacle(region: Region, first: Linear, experts: int) -> str | None:
         return f"which of its {experts} experts a token takes is known at run time (ragged_dot)"
     if experts > 1:
         return f"its {experts} experts lie side by side in one product"
+    if region.ranged:
+        return "its neurons are rounded to the range of the greatest of all (dynamic quantization)"
     if not all(vector.is_flat for part in (region, *region.siblings) for vector in part.vectors):
         return "a weight of it differs from token to token"
     return None

@@ -112,6 +112,8 @@ class Region:
     sides: tuple[Value, ...]
     nodes: frozenset[Node]
     siblings: tuple[Region, ...] = ()
+    ranged: bool = False
+    """Whether the positions are rounded to integers whose range is that of the greatest of them."""
     selection: frozenset[Node] = frozenset()
     """Those of the nodes that look at all positions together, to select some (a top-k)."""
 
@@ -316,6 +318,7 @@ class _Walk:
         self.reader = end
         self.siblings: dict[Value, Window] = {}
         self.selection: dict[Node, None] = {}
+        self.ranged = False
         end_linear = linears.get(end)
         # Experts take runs of tokens that were sorted for them, and put them back afterwards.
         self._ordered = end_linear is None or end_linear.grouped is None
@@ -378,6 +381,7 @@ class _Walk:
             tuple(self._vectors),
             tuple(sides),
             frozenset(kept - {self._end}),
+            ranged=self.ranged,
             selection=frozenset(self.selection),
         )
 
@@ -442,6 +446,12 @@ class _Walk:
 
     def _select(self, user: Node) -> None:
         """Take what a use leads to into the region, if all of it comes back (as a threshold)."""
+        if user.primitive is p.abs_p:
+            readers = {reader for reader, _ in self.uses.users(user.outs[0])}
+            if all(reader.primitive is p.reduce_max_p for reader in readers):
+                self.ranged = True
+                self.nodes |= {user, *readers}
+                return
         miss = self._miss(f"its input is also read by {self._reader(user)}", user)
         found, stack = {user}, [user]
         while stack:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -197,3 +198,68 @@ def test_near_miss(name):
     assert plan.sites == ()
     reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
     assert reason in reasons[LAST.get(name, "p/down")]
+
+
+def _dynamic(p, x):
+    """int8 by int8: both inputs are rounded to the range of their greatest entry."""
+
+    def linear(x, w, scale):
+        reach = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-6) / 127
+        x = jnp.clip(jnp.round(x / reach), -127, 127).astype(jnp.int8)
+        y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32) * reach * scale
+
+    return linear(jax.nn.silu(linear(x, p["up"], p["s"])), p["down"], 0.05)
+
+
+INT8 = {
+    "up": jnp.asarray(np.round(20 * UP), jnp.int8),
+    "down": jnp.asarray(np.round(20 * DOWN), jnp.int8),
+}
+OBSTACLES = {
+    "dynamic int8": (_dynamic, INT8 | {"s": jnp.full(F, 0.05)}, 1, "silu", "dynamic quantization"),
+    "experts in a batch": (
+        lambda p, x: jnp.einsum(
+            "eth,ehd->etd", jax.nn.relu(jnp.einsum("td,edh->eth", x, p["up"])), p["down"]
+        ),
+        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "relu",
+        "4 experts lie side by side",
+    ),
+    "experts, summed up": (
+        lambda p, x: jnp.einsum(
+            "teh,ehd->td", jax.nn.silu(jnp.einsum("td,edh->teh", x, p["up"])), p["down"]
+        ),
+        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "silu",
+        "4 experts lie side by side",
+    ),
+    "experts of sorted tokens": (
+        lambda p, x: lax.ragged_dot(
+            jax.nn.relu(lax.ragged_dot(x, p["up"], p["sizes"])), p["down"], p["sizes"]
+        ),
+        {"up": jnp.stack([UP] * 2), "down": jnp.stack([DOWN] * 2), "sizes": jnp.array([1, 2])},
+        2,
+        "relu",
+        "known at run time",
+    ),
+    "a weight for each token": (
+        lambda p, x: jax.nn.relu(x @ p["up"] + p["table"]) @ p["down"],
+        PLAIN | {"table": inputs(T, F)},
+        1,
+        "relu",
+        "differs from token to token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_found_but_dense(name):
+    """A block that cannot be rewritten is a site all the same, and says why."""
+    fn, params, experts, activation, reason = OBSTACLES[name]
+    (site,) = plan_of(fn, params, inputs(T, D)).sites
+    assert (site.kind, site.width, site.experts) == ("ffn", F, experts)
+    assert (site.activation, site.status) == (activation, "dense")
+    assert reason in site.reason
