@@ -21,7 +21,7 @@ from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
 from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch, match_head
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
-from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.plan import Rejection
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
@@ -143,8 +143,12 @@ def _match(
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.
             widens = linear.out_dim > linear.in_dim
-            if node not in misses or widens or miss.matched > misses[node].matched:
+            before = misses.get(node)
+            if before is None or widens or miss.matched > before.matched:
                 misses[node] = miss
+            elif before.matched <= 2:
+                reason = f"{before.reason}; and {miss.reason}"
+                misses[node] = Miss(reason, before.node, before.matched)
         else:
             matches.append(head)
             heads |= head.nodes
@@ -198,17 +202,27 @@ def _holds_product(node: Node) -> bool:
 
 def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]:
     """Near misses, closest first."""
+    weights = {node: _weight_of(trace, node) for node in misses}
     found = []
     for node, miss in misses.items():
-        weight, origin = next(
-            (value, stack)
-            for value in node.ins
-            for stack in (value, chosen_from(value, trace.provenance))
-            if stack is not None and trace.provenance.is_weight(stack)
-        )
-        name = _weight_path(trace, origin)
-        found.append(Rejection(name, weight.shape, miss.reason, miss.matched, source_of(miss.node)))
+        weight, name = weights[node]
+        if not trace.provenance.roots(weight) and trace.provenance.is_weight(weight):
+            continue  # numbers that the program makes itself: positions, masks
+        reason = miss.reason
+        if isinstance(miss, Contracted) and miss.node in misses:
+            other = weights[miss.node][1]
+            reason += f"; and {other} behind it ends no FFN: {misses[miss.node].reason}"
+        found.append(Rejection(name, weight.shape, reason, miss.matched, source_of(miss.node)))
     return tuple(sorted(found, key=lambda rejection: -rejection.matched))
+
+
+def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
+    """The weight of a product, and the path of what it was made of."""
+    for value in node.ins:
+        for origin in (value, chosen_from(value, trace.provenance)):
+            if origin is not None and trace.provenance.is_weight(origin):
+                return value, _weight_path(trace, origin)
+    raise AssertionError("a product that missed has a weight")
 
 
 def _weight_path(trace: Trace, weight: Value) -> str:

@@ -14,7 +14,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, result_axis
 from hire_rewrite.patterns.graph import Node, Value
-from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.patterns.one_hot import is_one_hot
 from hire_rewrite.patterns.region import Uses
 
@@ -79,7 +79,8 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
     if primitive is p.dot_general_p:
         contracted = user.params["dimension_numbers"][0][position]
         if axis not in contracted or not is_one_hot(user.ins[1 - position]):
-            raise Miss("the wide axis takes part in another product: no vocabulary", user, matched)
+            reason = "the wide axis takes part in another product: no vocabulary"
+            raise Contracted(reason, user, matched)
         return []
     if primitive in _SINKS:
         return _reduced(user, axis)

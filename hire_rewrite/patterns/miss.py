@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hire_rewrite.patterns.graph import Node
 
-__all__ = ["Miss"]
+__all__ = ["Contracted", "Miss"]
 
 
 class Miss(Exception):  # noqa: N818 (a finding, not an error)
@@ -15,3 +15,7 @@ class Miss(Exception):  # noqa: N818 (a finding, not an error)
         self.reason = reason
         self.node = node
         self.matched = matched
+
+
+class Contracted(Miss):
+    """What might have been logits goes into another product, the node."""
