@@ -23,6 +23,7 @@ test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(ARGS)
 
 bench: $(VENV)/.demo
+	$(RUN) -m benchmarks.passes
 	$(RUN) -m benchmarks.smollm2
 
 docs: $(VENV)/.test

@@ -83,7 +83,9 @@ def _inside(fun: Callable[..., Any]) -> set[Any]:
 
 
 shard_map_p = _manual(lambda x: x * 2).primitive
-sharding_casts = frozenset({reshard_p, *_inside(lambda x: x * 2.0)} - {p.mul_p})
+sharding_casts = frozenset(
+    {reshard_p, *_inside(lambda x: x * 2.0)} - {p.mul_p, p.convert_element_type_p}
+)
 """What changes the sharding in an array's type, and nothing else."""
 
 

@@ -9,11 +9,12 @@ from collections.abc import Hashable, Mapping
 from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.activation import Activation, classify
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.graph import Node, Uses, Value
+from hire_rewrite.patterns.grow import grow
 from hire_rewrite.patterns.linear import Linear, wide_axes
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
-from hire_rewrite.patterns.region import Region, Uses, grow
+from hire_rewrite.patterns.region import Region
 from hire_rewrite.patterns.window import Window
 
 _ACTIVATIONS = frozenset({p.max_p, p.tanh_p, p.logistic_p, p.erf_p, p.erfc_p, p.exp_p})
@@ -173,9 +174,14 @@ def _match_piece(
     parts = {sibling.value for sibling in region.siblings}
     if any(value in parts for value, _ in piece.others):
         raise Miss("its hidden positions are cut to pieces and joined anew", end, matched)
-    if region.signature not in activations:
-        activations[region.signature] = classify(region)
-    activation = activations[region.signature]
+    activation = activations.get(region.signature)
+    if activation is None:
+        try:
+            activation = classify(region)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            reason = f"its code does not run by itself: {(str(error).splitlines() or [''])[0]}"
+            raise Miss(reason, end, matched) from error
+        activations[region.signature] = activation
     if activation.name == "linear":
         raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
     experts = {item.linear.experts(item.window) for item in region.projections}
@@ -193,9 +199,9 @@ def _match_piece(
             matched,
         )
     count = experts.pop()
-    reason = _no_block(region, first, down, d_out, count, uses)
-    if reason is not None:
-        raise Miss(reason, down.node, matched)
+    no_block = _no_block(region, first, down, d_out, count, uses)
+    if no_block is not None:
+        raise Miss(no_block, down.node, matched)
     return FFNMatch(region, down, piece, activation, count, _obstacle(region, first, count))
 
 
@@ -260,22 +266,27 @@ def _different_inputs(linear: Linear, first: Linear) -> str:
     return "its projections read different inputs"
 
 
-def _same(a: Value, b: Value, known: dict[tuple[Value, Value], bool] | None = None) -> bool:
+def _same(a: Value, b: Value) -> bool:
     """Whether two values are equal because they are computed alike (a norm written twice)."""
-    known = {} if known is None else known
-    if a is b or (a.const is not None and a.const is b.const):
-        return True
-    if a.literal is not None and b.literal is not None:
-        return a.dtype == b.dtype and bool(a.literal == b.literal)
-    if a.node is None or b.node is None or a.node.primitive is not b.node.primitive:
-        return False
-    if a.node.bodies or a.node.eqn.effects or len(a.node.outs) != 1:
-        return False
-    if (a, b) not in known:
-        known[a, b] = a.node.params == b.node.params and all(
-            _same(v, w, known) for v, w in zip(a.node.ins, b.node.ins, strict=True)
-        )
-    return known[a, b]
+    seen, stack = {(a, b)}, [(a, b)]
+    while stack:
+        a, b = stack.pop()
+        if a is b or (a.const is not None and a.const is b.const):
+            continue
+        if a.literal is not None and b.literal is not None:
+            if a.dtype != b.dtype or not bool(a.literal == b.literal):
+                return False
+            continue
+        if a.node is None or b.node is None or a.node.primitive is not b.node.primitive:
+            return False
+        if a.node.bodies or a.node.eqn.effects or len(a.node.outs) != 1:
+            return False
+        if a.node.params != b.node.params:
+            return False
+        pairs = set(zip(a.node.ins, b.node.ins, strict=True)) - seen
+        seen |= pairs
+        stack += pairs
+    return True
 
 
 def _same_product(a: Node, b: Node) -> bool:

@@ -10,12 +10,12 @@ spread out are remembered as *frames*, so that the code can be emitted again as 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
 
 from jax.extend import core as jex_core
 
-__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Value"]
+__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value"]
 
 
 class Value:
@@ -169,3 +169,14 @@ class Body:
 def is_drop(var: Any) -> bool:
     """Whether an equation's result is thrown away (printed as `_`)."""
     return isinstance(var, jex_core.DropVar)
+
+
+class Uses(Protocol):
+    """Who reads a value (see `passes.liveness`)."""
+
+    @property
+    def results(self) -> Collection[Value]:
+        """Values that are results of their scope."""
+
+    def users(self, value: Value) -> list[tuple[Node, int]]:
+        """The nodes that read a value, with the operand's position."""

@@ -19,12 +19,11 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, keeps_tokens, result_axis
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.logits import follow
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
-from hire_rewrite.patterns.region import Uses
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["HeadMatch", "match_head"]

@@ -13,10 +13,9 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, result_axis
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.patterns.one_hot import is_one_hot
-from hire_rewrite.patterns.region import Uses
 
 __all__ = ["follow"]
 
