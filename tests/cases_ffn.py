@@ -41,7 +41,7 @@ def up_first(act: Callable[[Any], Any] = jax.nn.silu) -> Callable[..., Any]:
 
 def _case(title, fn, params=None, args=None, **expected):
     common = {"kind": "ffn", "d_model": D, "width": F, "gated": False, "activation": "relu"}
-    common |= {"repeats": 1, "tokens": T}
+    common |= {"repeats": 1, "experts": 1, "tokens": T}
     args = (inputs(T, D),) if args is None else args
     return Case(title, fn, PLAIN if params is None else params, args, common | expected)
 
@@ -269,6 +269,31 @@ def _statistical(h):
 SELECTIONS = {"top-k, threshold": _threshold, "top-k, scattered": _scattered, "sorted": _sorted}
 
 
+def _experts(up, down, act=jax.nn.relu):
+    return lambda p, x: jnp.einsum(down, act(jnp.einsum(up, x, p["up"])), p["down"])
+
+
+def _gated_experts(p, x):
+    hidden = jax.nn.silu(jnp.einsum("ecd,edh->ech", x, p["gate"]))
+    hidden = hidden * jnp.einsum("ecd,edh->ech", x, p["up"])
+    return jnp.einsum("ech,ehd->ecd", hidden, p["down"])
+
+
+def _weighted_experts(p, x, w):
+    """All experts on all tokens, weighted by a router between the products."""
+    hidden = jax.nn.relu(jnp.einsum("td,edh->teh", x, p["up"])) * w[..., None]
+    return jnp.einsum("teh,ehd->etd", hidden, p["down"])
+
+
+EXPERTS = {
+    "up": rand(4, D, F, seed=21), "gate": rand(4, D, F, seed=22), "down": rand(4, F, D, seed=23)
+}  # fmt: skip
+
+
+def _one_hot_mask(h):
+    return h * jax.nn.one_hot(lax.top_k(h, 8)[1], F).sum(-2)
+
+
 def _convolutions(p, x):
     def conv(x, w):
         kind = ("NWC", "WIO", "NWC")
@@ -465,6 +490,19 @@ FFN_CASES = [
     _case("top-k in a scan", lambda p, x: lax.scan(
         lambda c, w: (c + plain(_threshold)(w, c), None), x, p)[0], STACK, repeats=LAYERS,
         activation="topk"),
+    _case("experts in a batch", _experts("etd,edh->eth", "eth,ehd->etd"), EXPERTS,
+          (inputs(4, 2, D),), experts=4, tokens=2),
+    _case("gated experts", _gated_experts, EXPERTS, (inputs(4, 3, D),), experts=4, tokens=3,
+          gated=True, activation="silu"),
+    _case("all experts on all tokens", _experts("td,edh->teh", "teh,ehd->ted"), EXPERTS,
+          experts=4, tokens=T),
+    _case("weighted experts", _weighted_experts, EXPERTS,
+          args=(inputs(T, D), inputs(T, 4, seed=1)), experts=4, tokens=T),
+    _case("layers of experts", lambda p, x: lax.scan(lambda c, w: (c + _experts(
+        "etd,edh->eth", "eth,ehd->etd")(w, c), None), x, p)[0],
+        jax.tree.map(lambda w: jnp.stack([w, 2 * w]), EXPERTS), (inputs(4, 2, D),), experts=4,
+        tokens=2, repeats=2),
+    _case("top-k by one-hot rows", plain(_one_hot_mask), activation="topk"),
     _case("fused with attention at both ends", _joined, {"fused": rand(D, 3 * D + 2 * F),
           "out": rand(D + F, D, seed=4)}, gated=True, activation="silu"),
     _case("fused in a scan", lambda p, x: lax.scan(

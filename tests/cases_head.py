@@ -141,6 +141,12 @@ HEAD_CASES = [
     _head_case("one-hot einsum", _of_logits(lambda z, t: -jnp.einsum(
         "tv,tv->t", jax.nn.log_softmax(z), jax.nn.one_hot(t, V))),
         args=(inputs(T, D), jnp.arange(T))),
+    _head_case("one token forbidden", _of_logits(
+        lambda z, n: z.at[:, 3].set(jnp.where(n < 5, -jnp.inf, z[:, 3])).argmax(-1)),
+        args=(inputs(T, D), 2), chain=("slice",), endpoints=2),
+    _head_case("one token's probability", _of_logits(lambda z: jax.nn.softmax(z)[:, 3])),
+    _head_case("token chosen by one-hot rows", _of_logits(lambda z, i: jnp.einsum(
+        "tv,bt->bv", z, jax.nn.one_hot(i, T)).argmax(-1)), args=(inputs(T, D), jnp.array([1]))),
     _head_case("last token", _of_logits(lambda z: z[:, -1]), args=(LAYOUT,), tokens=2 * T),
     _head_case("some token", _of_logits(lambda z, i: lax.dynamic_index_in_dim(z, i, 0)),
                args=(inputs(T, D), 1)),

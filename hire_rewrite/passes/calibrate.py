@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.passes.detect import Found
-from hire_rewrite.passes.replace import to_rows
 from hire_rewrite.passes.rewrite import Rewritten, rewrite
+from hire_rewrite.passes.rows import to_rows
 from hire_rewrite.passes.trace import Trace, abstract
 from hire_rewrite.passes.view import evaluate
 from hire_rewrite.passes.weights import site_loops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from hire_rewrite.ops.ffn import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
@@ -29,7 +30,7 @@ class Bytes:
 def dense_bytes(found: Found) -> int:
     """Bytes of the weights of a site's linear layers, read once in each run."""
     return found.repeats * sum(
-        linear.in_dim * linear.out_dim * narrow(linear.weight).dtype.itemsize
+        math.prod(linear.weight.shape) * narrow(linear.weight).dtype.itemsize
         for linear in found.match.linears
     )
 
@@ -61,4 +62,4 @@ def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, token
         rows = min(spec.width, tokens * spec.candidates * len(match.endpoints))
         rows *= linear.in_dim * dtype.itemsize
         scoring = predictor.bytes(spec.width, linear.in_dim, dtype)
-    return Bytes(dense_bytes(found), found.repeats * (scoring + rows))
+    return Bytes(dense_bytes(found), found.repeats * found.experts * (scoring + rows))

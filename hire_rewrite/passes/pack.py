@@ -61,7 +61,7 @@ def pack(
     stacker = Stacker({trace.scope.inputs[i]: array for i, array in arrays.items()})
     packing = [decision for decision in decisions if decision.packs]
     firsts = [decision for decision in packing if decision.state == decision.found.name]
-    total = sum(layers(site_loops(trace, d.found.match)) for d in firsts)
+    total = sum(layers(site_loops(trace, d.found.match)) * d.found.experts for d in firsts)
     states: dict[str, Any] = {}
     with _progress(total) as advance:
         for decision in firsts:
@@ -91,11 +91,14 @@ def _state(
     spec = decision.spec
     assert isinstance(spec, FFNSpec)
     width, group = spec.width, spec.group
+    if moments is not None:  # experts are told apart by their weights alone
+        moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
     up = jnp.stack([_projected(item, stacker, loops) for item in match.region.projections], axis=1)
     count, projections, _, d_in = up.shape
     predictor = _fit(rule.predictor, up.reshape(count, projections * width, d_in), moments, advance)
     vectors = _vectors(match.region, stacker, loops)
-    down = jnp.swapaxes(_rows(match.down, stacker, loops), 1, 2)
+    expert = _expert(match.down.expert_axes())
+    down = jnp.swapaxes(_rows(match.down, stacker, loops, expert), 1, 2)
     others = [
         lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
         for value, start in match.piece.others
@@ -119,25 +122,40 @@ def _state(
     )
 
 
-def _rows(linear: Linear, stacker: Stacker, loops: tuple[Scope, ...]) -> jax.Array:
-    """A layer's weight as [layers, out, in], as narrow as the model stores it."""
+def _rows(
+    linear: Linear, stacker: Stacker, loops: tuple[Scope, ...], expert: int | None = None
+) -> jax.Array:
+    """A layer's weight as [layers · experts, out, in], as narrow as the model stores it.
+
+    Args:
+      expert: the weight's axis of experts, if it has one.
+    """
     weight = stacker.stack(narrow(linear.weight), loops)
-    order = (*(axis for axis, _ in linear.free), *linear.weight_in)
+    first = () if expert is None else (expert,)
+    order = (*first, *(a for a, _ in linear.free if a != expert), *linear.weight_in)
     unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
     rows = jnp.transpose(weight, (0, *(axis + 1 for axis in (*order, *unit))))
-    return rows.reshape(rows.shape[0], linear.out_dim, linear.in_dim)
+    experts = 1 if expert is None else linear.weight.shape[expert]
+    return rows.reshape(rows.shape[0] * experts, -1, linear.in_dim)
 
 
 def _projected(projection: Projection, stacker: Stacker, loops: tuple[Scope, ...]) -> jax.Array:
-    """The rows of a layer that a projection reads, [layers, n, in]."""
+    """The rows of a layer that a projection reads, [layers · experts, n, in]."""
     linear = projection.linear
-    rows = _rows(linear, stacker, loops)
-    rows = rows.reshape(rows.shape[0], *(linear.weight.shape[a] for a, _ in linear.free), -1)
-    for i, (axis, out) in enumerate(linear.free):
+    expert = _expert(linear.expert_axes(projection.window))
+    rows = _rows(linear, stacker, loops, expert)
+    free = [(axis, out) for axis, out in linear.free if axis != expert]
+    rows = rows.reshape(rows.shape[0], *(linear.weight.shape[axis] for axis, _ in free), -1)
+    for i, (axis, out) in enumerate(free):
         if axis == projection.weight_axis or axis in projection.weight_picks:
             start, stop, stride = projection.window.cut(out)
             rows = lax.slice_in_dim(rows, start, stop, stride, axis=i + 1)
     return rows.reshape(rows.shape[0], projection.window.size, linear.in_dim)
+
+
+def _expert(axes: tuple[int | None, int, int] | None) -> int | None:
+    """The weight's axis of experts."""
+    return None if axes is None else axes[1]
 
 
 def _vectors(region: Region, stacker: Stacker, loops: tuple[Scope, ...]) -> tuple[jax.Array, ...]:

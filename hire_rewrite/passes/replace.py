@@ -8,7 +8,6 @@ own, run again on the rows that were fetched.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +18,18 @@ import numpy as np
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import ffn as ffn_ops
 from hire_rewrite.ops import head as head_ops
+from hire_rewrite.passes.calls import CUSTOM_DERIVATIVES
 from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.experts import side_by_side
+from hire_rewrite.passes.rows import from_rows, to_rows
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import evaluate, look_up
 from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.graph import Node, Scope, Value
+from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
 from hire_rewrite.patterns.head import HeadMatch
 
-__all__ = ["Functions", "SiteReplacement", "packed_replacements", "raw_replacement", "to_rows"]
+__all__ = ["Functions", "SiteReplacement", "packed_replacements", "raw_replacement"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ def _shared(
         for sibling, part in zip(siblings, state.fused, strict=True):
             pre, vectors = ffn_ops.part_inputs(rows, part, layer, spec=spec)
             result = sibling.run(pre, vectors, known)
-            results.append(_from_rows(result, sibling.value.shape, (sibling.axis,)))
+            results.append(from_rows(result, sibling.value.shape, (sibling.axis,)))
         return results
 
     outputs = tuple(sibling.value for sibling in siblings)
@@ -129,29 +131,29 @@ def _ffn(
 
     count = len(region.sides)
 
+    def block(x: Any, state: Any, layer: Any, activation: ffn_ops.Activation) -> Any:
+        if predict:
+            return ffn_ops.hire_ffn(
+                x, state, layer, spec=spec, activation=activation, predictor=rule.predictor
+            )
+        op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
+        return op(x, state, layer, spec=spec, activation=activation)
+
     def hire_ffn(x: Any, ins: Sequence[Any], state: Any, layer: Any) -> Any:
         known = dict(zip(region.sides, ins[:count], strict=True))
         others = [to_rows(other, (match.piece.axis,)) for other in ins[count:]]
-
-        def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
-            return region.run(pre, vectors, known)
-
-        if predict:
-            y = ffn_ops.hire_ffn(
-                x, state, layer, spec=spec, activation=activation, predictor=rule.predictor
-            )
-        else:
-            op = ffn_ops.dense_ffn if mode == "dense" else ffn_ops.exact_ffn
-            y = op(x, state, layer, spec=spec, activation=activation)
+        y = block(x, state, layer, lambda pre, vectors: region.run(pre, vectors, known))
         return ffn_ops.add_joined(y, others, state, layer, spec=spec)
 
     key = (region.signature, match.piece.axis, spec, rule.predictor, mode, predict)
+    if match.experts > 1:
+        return side_by_side(match, state, block, functions, key)
     jitted = functions.setdefault(key, jax.jit(hire_ffn))
 
     def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
         x, *rest = ins
         y = jitted(to_rows(x, match.x_axes), rest, state, layer)
-        return [_from_rows(y, match.down.out.shape, match.down.out_axes)]
+        return [from_rows(y, match.down.out.shape, match.down.out_axes)]
 
     return run
 
@@ -195,13 +197,12 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
         assert isinstance(match, FFNMatch)
         assert isinstance(spec, ffn_ops.FFNSpec)
         env = dict(zip(inputs, ins, strict=True))
-        for node in nodes:
-            if node not in match.tail:
-                _step(node, env)
+        for step in _steps([n for n in nodes if n not in match.tail], {*inputs, *made}):
+            _step(step, env)
         region = match.region
         hidden = to_rows(env[region.value], (region.axis,))
         kept = jnp.where(ffn_ops.topk_mask(hidden, spec), hidden, jnp.zeros_like(hidden))
-        env[region.value] = _from_rows(kept, region.value.shape, (region.axis,))
+        env[region.value] = from_rows(kept, region.value.shape, (region.axis,))
         for node in match.tail:
             _step(node, env)
         return [env[match.down.out]]
@@ -226,7 +227,7 @@ def _endpoints(match: HeadMatch, sides: Mapping[Value, Any]) -> head_ops.Endpoin
 
     def run(raw: Any) -> tuple[Any, ...]:
         linear = match.linear
-        env = {**sides, linear.out: _from_rows(raw, linear.out.shape, (match.axis,))}
+        env = {**sides, linear.out: from_rows(raw, linear.out.shape, (match.axis,))}
         for node in match.chain:
             _step(node, env)
         return tuple(to_rows(env[v], match.places[v][:1]) for v in match.endpoints)
@@ -236,24 +237,27 @@ def _endpoints(match: HeadMatch, sides: Mapping[Value, Any]) -> head_ops.Endpoin
 
 def _endpoint_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
     return [
-        _from_rows(rows, value.shape, match.places[value][:1])
+        from_rows(rows, value.shape, match.places[value][:1])
         for value, rows in zip(match.endpoints, results, strict=True)
     ]
 
 
-def _step(node: Node, env: dict[Value, Any]) -> None:
+def _steps(nodes: Sequence[Node], known: set[Value]) -> list[Node | Frame]:
+    """Nodes in order, those of a call with a derivative of its own as that call."""
+    inside, steps = set(nodes), dict[Node | Frame, None]()
+    for node in nodes:
+        step: Node | Frame = node
+        frame: Frame | None = node.frame
+        while frame is not None and frame.eqn is not None:
+            reads = (v for v in frame.ins if v.literal is None and v.const is None)
+            whole = inside.issuperset(frame.nodes()) and known.issuperset(reads)
+            if whole and frame.eqn.primitive in CUSTOM_DERIVATIVES:
+                step = frame
+            frame = frame.parent
+        steps[step] = None
+    return list(steps)
+
+
+def _step(node: Node | Frame, env: dict[Value, Any]) -> None:
     results = evaluate(node, [look_up(value, env) for value in node.ins])
     env.update(zip(node.outs, results, strict=True))
-
-
-def to_rows(array: Any, axes: Sequence[int]) -> Any:
-    """[tokens, n] with `axes` merged to the last one and all others to the first."""
-    size = math.prod(array.shape[axis] for axis in axes)
-    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(-1, size)
-
-
-def _from_rows(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
-    """[tokens, n] laid out as `shape`, n on `axes` of it."""
-    others = [size for i, size in enumerate(shape) if i not in axes]
-    split = rows.reshape(*others, *(shape[axis] for axis in axes))
-    return jnp.moveaxis(split, range(-len(axes), 0), axes)

@@ -10,7 +10,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.activation import Activation, classify
 from hire_rewrite.patterns.graph import Node, Uses, Value
-from hire_rewrite.patterns.grow import grow
+from hire_rewrite.patterns.grow import grow, mixes_tokens
 from hire_rewrite.patterns.linear import Linear, wide_axes
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
@@ -165,6 +165,8 @@ def _match_piece(
     if not region.projections:
         raise Miss("no linear layer leads to it", down.node, matched)
     first = region.projections[0].linear
+    if not first.tokens:
+        raise Miss("there are no tokens", down.node, matched)
     for projection in (item for part in (region, *region.siblings) for item in part.projections):
         linear = projection.linear
         if not (_same(linear.x, first.x) and linear.x_axes == first.x_axes):
@@ -199,10 +201,12 @@ def _match_piece(
             matched,
         )
     count = experts.pop()
+    if region.reordered is not None and count == 1:
+        raise Miss(mixes_tokens(region.reordered), region.reordered, matched)
     no_block = _no_block(region, first, down, d_out, count, uses)
     if no_block is not None:
         raise Miss(no_block, down.node, matched)
-    return FFNMatch(region, down, piece, activation, count, _obstacle(region, first, count))
+    return FFNMatch(region, down, piece, activation, count, _obstacle(region, down, piece, count))
 
 
 def _no_block(
@@ -246,12 +250,18 @@ def _is_bias(node: Node) -> bool:
     return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in made)
 
 
-def _obstacle(region: Region, first: Linear, experts: int) -> str | None:
+def _obstacle(region: Region, down: Linear, piece: Piece, experts: int) -> str | None:
     """Why a block cannot be rewritten."""
-    if first.grouped is not None:
+    ups = [(item.linear, item.linear.expert_axes(item.window)) for item in region.projections]
+    if any(linear.grouped is not None for linear, _ in ups):
         return f"which of its {experts} experts a token takes is known at run time (ragged_dot)"
     if experts > 1:
-        return f"its {experts} experts lie side by side in one product"
+        if any(axes is None for _, axes in ups) or down.expert_axes() is None:
+            return f"what its {experts} experts compute is summed up or chosen from in its products"
+        if region.reordered is not None:
+            return f"the tokens of its {experts} experts are put into another order"
+        if region.vectors or region.siblings or region.selection or piece.joint is not None:
+            return f"its {experts} experts have biases, a top-k or a product in common with others"
     if region.ranged:
         return "its neurons are rounded to the range of the greatest of all (dynamic quantization)"
     if not all(vector.is_flat for part in (region, *region.siblings) for vector in part.vectors):

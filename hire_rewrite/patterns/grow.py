@@ -20,11 +20,12 @@ from hire_rewrite.patterns.axes import Blocked, axis_rules, keeps_tokens
 from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.one_hot import is_one_hot
 from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.region import Projection, Region, Vector
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["grow"]
+__all__ = ["grow", "mixes_tokens"]
 
 _MASKS = frozenset({p.scatter_p, p.scatter_add_p, p.sort_p})
 """Operations whose result may say which positions are kept."""
@@ -90,6 +91,7 @@ class _Walk:
         self.siblings: dict[Value, Window] = {}
         self.selection: dict[Node, None] = {}
         self.ranged = False
+        self.reordered: Node | None = None
         end_linear = linears.get(end)
         # Experts take runs of tokens that were sorted for them, and put them back afterwards.
         self._ordered = end_linear is None or end_linear.grouped is None
@@ -152,6 +154,7 @@ class _Walk:
             tuple(self._vectors),
             tuple(sides),
             frozenset(kept - {self._end}),
+            reordered=self.reordered,
             ranged=self.ranged,
             selection=frozenset(self.selection),
         )
@@ -164,7 +167,7 @@ class _Walk:
                 raise self._miss("single tokens of its input are picked", node)
             self._projections.append(Projection(linear, window))
             return
-        if node.primitive in _MASKS and self.within is None:
+        if _makes_mask(node) and self.within is None:
             self._mask(node)
             return
         rule = axis_rules.get(node.primitive)
@@ -182,7 +185,9 @@ class _Walk:
                 continue
             free = not self._ordered or self.provenance.is_weight(operand)
             if not (free or keeps_tokens(node, operand, inner, window, output)):
-                raise self._miss(f"{node.primitive} picks, reorders or mixes tokens", node)
+                if node.primitive is not p.transpose_p:
+                    raise self._miss(mixes_tokens(node), node)
+                self.reordered = node
             self.track(operand, inner)
 
     def _check_uses(self, node: Node) -> None:
@@ -273,7 +278,7 @@ class _Walk:
         reduced = [n for n in self.selection if n.primitive in _MASKS | _REDUCTIONS]
         for node in self.nodes - self.selection.keys():
             read = [i for i, value in enumerate(node.ins) if value in made]
-            masks = all(node.ins[i].node.primitive in _MASKS for i in read)  # type: ignore[union-attr]
+            masks = all(_makes_mask(node.ins[i].node) for i in read)
             if not read or node.primitive in _COMPARISONS or masks:
                 continue
             kept = {user.primitive for user, _ in self.uses.users(node.outs[0])}
@@ -298,6 +303,18 @@ class _Walk:
 
     def _miss(self, reason: str, node: Node) -> Miss:
         return Miss(reason, node, len(self.nodes))
+
+
+def mixes_tokens(node: Node) -> str:
+    """Why a node stops a walk whose tokens do not come out as they went in."""
+    return f"{node.primitive} picks, reorders or mixes tokens"
+
+
+def _makes_mask(node: Node | None) -> bool:
+    """Whether the result may say which positions are kept."""
+    if node is None or node.primitive in _MASKS:
+        return node is not None
+    return node.primitive in (p.reduce_sum_p, p.reduce_max_p) and is_one_hot(node.ins[0])
 
 
 def _traced_order(projection: Projection) -> tuple[int, Any]:

@@ -60,8 +60,9 @@ class Linear:
 
     @property
     def tokens(self) -> int:
-        """Positions of the result that read the same weight, for all experts together."""
-        return math.prod(self.out.shape) // self.out_dim
+        """Rows that are multiplied with the weight, or with each expert's."""
+        shared = math.prod(self.out.shape[axis] for _, _, axis in self.batch)
+        return math.prod(self.out.shape) // (self.out_dim * shared)
 
     def weight_axis(self, out_axis: int) -> int | None:
         """The axis of the weight that is an axis of the result."""
@@ -76,6 +77,15 @@ class Linear:
             read = {window.axis, *window.picked}
             axes += [axis for axis, out in self.free if out not in read]
         return math.prod(self.weight.shape[axis] for axis in axes)
+
+    def expert_axes(self, window: Window | None = None) -> tuple[int | None, int, int] | None:
+        """The only axis of experts: that of x (None if all read the same), weight and result."""
+        read = () if window is None else (window.axis, *window.picked)
+        free = [] if window is None else [(a, out) for a, out in self.free if out not in read]
+        wide = [(a, out) for a, out in free if self.weight.shape[a] > 1]
+        if self.grouped is None and len(self.batch) + len(wide) == 1:
+            return self.batch[0] if self.batch else (None, *wide[0])
+        return None
 
 
 def is_product(node: Node) -> bool:
@@ -94,12 +104,12 @@ def as_linear(node: Node, provenance: Provenance) -> Linear | None:
         return None
     is_weight = [provenance.is_weight(value) for value in node.ins[:2]]
     if is_weight[0] == is_weight[1]:
-        batched = node.primitive is p.dot_general_p and node.params["dimension_numbers"][1][0]
-        for value in () if batched or all(is_weight) else node.ins[:2]:
+        for value in () if all(is_weight) else node.ins[:2]:
             if chosen_from(value, provenance) is not None:
                 raise Miss(
                     "the weight is cut out at a place that is no weight and no counter of a loop "
-                    "of known length (scan, or fori_loop with fixed bounds)",
+                    "of known length (scan, fori_loop with fixed bounds): an expert, a task or a "
+                    "layer that is chosen at run time",
                     node,
                 )
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
@@ -28,6 +29,8 @@ _SINKS = frozenset(
     | {p.cummax_p, p.cumprod_p, p.cummin_p, p.reduce_prod_p, p.reduce_p}
 )
 """Operations that consume logits if they run along the vocabulary."""
+
+_VALUES = frozenset({p.top_k_p, p.approx_top_k_p})
 
 _STORES = frozenset(
     {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
@@ -61,9 +64,12 @@ def follow(origin: Node, axis: int, uses: Uses) -> None:
             if user.bodies:
                 stack += ((*there, part) for there in _enter(user, value, axis))
                 continue
-            found = _pass(user, position, axis, len(seen))
+            found = _pass(user, position, axis, len(seen), uses)
             whole = whole or (not found and not part)
             for out, there in found:
+                if out.shape[there] == 1 < value.shape[axis]:
+                    whole = True  # a single logit was looked up
+                    continue
                 cut = 2 * out.shape[there] <= value.shape[axis]
                 if cut:
                     parted = Miss(f"{user.primitive} cuts or mixes the wide axis", user, len(seen))
@@ -72,21 +78,32 @@ def follow(origin: Node, axis: int, uses: Uses) -> None:
         raise parted
 
 
-def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Value, int]]:
+def _pass(
+    user: Node, position: int, axis: int, matched: int, uses: Uses
+) -> list[tuple[Value, int]]:
     """Where the axis goes on behind one operation; nowhere if it is consumed there."""
     primitive = user.primitive
+    found: list[tuple[Value, int]] = []
     if primitive is p.dot_general_p:
-        contracted = user.params["dimension_numbers"][0][position]
-        if axis not in contracted or not is_one_hot(user.ins[1 - position]):
+        contracting, batch = user.params["dimension_numbers"]
+        if axis not in contracting[position] and axis not in batch[position]:
+            return [(user.outs[0], _free_axis(user, position, axis))]
+        if axis in batch[position] or not is_one_hot(user.ins[1 - position]):
             reason = "the wide axis takes part in another product: no vocabulary"
             raise Contracted(reason, user, matched)
         return []
     if primitive in _SINKS:
-        return _reduced(user, axis)
+        found = _reduced(user, axis)
+        if not found and primitive in _VALUES and _is_multiplied(user.outs[0], uses):
+            raise Contracted("what is looked up in it is multiplied: no vocabulary", user, matched)
+        return found
     if primitive in _STORES:
         return _stored(user, position, axis, matched)
     if primitive is p.gather_p:
-        return _gathered(user, position, axis)
+        found = _gathered(user, position, axis)
+        if not found and _is_multiplied(user.outs[0], uses):
+            raise Contracted("what is looked up in it is multiplied: no vocabulary", user, matched)
+        return found
     if primitive in _ALONG and len(user.outs[0].shape) == len(user.ins[position].shape):
         return [(out, axis) for out in user.outs]
     if primitive is _compat.stack_p:
@@ -101,7 +118,7 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
         merged = _merged(user, axis)
         if merged is not None:
             return [(user.outs[0], merged)]
-    found: list[tuple[Value, int]] = []
+    found = []
     for output, out in enumerate(user.outs):
         result = result_axis(user, position, axis, output)
         if result is not None:
@@ -109,6 +126,31 @@ def _pass(user: Node, position: int, axis: int, matched: int) -> list[tuple[Valu
     if not found:
         raise Miss(f"{primitive} cuts or mixes the wide axis", user, matched)
     return found
+
+
+def _free_axis(user: Node, position: int, axis: int) -> int:
+    """Where an axis of an operand of a product that is not contracted is in the result."""
+    contracting, batch = user.params["dimension_numbers"]
+    frees = [
+        [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
+        for s, v in enumerate(user.ins)
+    ]
+    first = len(batch[0]) + (len(frees[0]) if position == 1 else 0)
+    return first + frees[position].index(axis)
+
+
+def _is_multiplied(value: Value, uses: Uses) -> bool:
+    """Whether numbers that were looked up go into a product soon: scores of an attention."""
+    seen, stack = {value}, [value]
+    while stack and len(seen) < 64:
+        for user, _ in uses.users(stack.pop()):
+            if user.primitive is p.dot_general_p:
+                return True
+            for out in user.outs:
+                if out not in seen and not user.bodies and jnp.issubdtype(out.dtype, jnp.floating):
+                    seen.add(out)
+                    stack.append(out)
+    return False
 
 
 def _merged(user: Node, axis: int) -> int | None:

@@ -82,6 +82,8 @@ class Region:
     sides: tuple[Value, ...]
     nodes: frozenset[Node]
     siblings: tuple[Region, ...] = ()
+    reordered: Node | None = None
+    """A node that puts the tokens into another order."""
     ranged: bool = False
     """Whether the positions are rounded to integers whose range is that of the greatest of them."""
     selection: frozenset[Node] = frozenset()

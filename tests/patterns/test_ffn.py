@@ -128,6 +128,15 @@ NEAR = {
     ),
     "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
     "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
+    "a weight for each token": (
+        lambda p, x, i: jnp.einsum(
+            "tf,tfd->td", jax.nn.relu(jnp.einsum("td,tdf->tf", x, p["up"][i])), p["down"][i]
+        ),
+        STACK,
+        (jnp.array([0, 2, 1]),),
+        "an expert, a task or a layer that is chosen at run time",
+    ),
+    "no tokens": (lambda p, x: plain()(p, x[:0]), PLAIN, (), "there are no tokens"),
     "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "joined anew"),
     "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
     "hidden cast to heads": (
@@ -218,14 +227,27 @@ INT8 = {
 }
 OBSTACLES = {
     "dynamic int8": (_dynamic, INT8 | {"s": jnp.full(F, 0.05)}, 1, "silu", "dynamic quantization"),
-    "experts in a batch": (
+    "experts of groups": (
         lambda p, x: jnp.einsum(
-            "eth,ehd->etd", jax.nn.relu(jnp.einsum("td,edh->eth", x, p["up"])), p["down"]
+            "gech,ehd->gecd",
+            jax.nn.relu(jnp.einsum("gecd,edh->gech", jnp.stack([jnp.stack([x] * 4)] * 2), p["up"])),
+            p["down"],
         ),
         {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
         4,
         "relu",
-        "4 experts lie side by side",
+        "are put into another order",
+    ),
+    "experts with biases": (
+        lambda p, x: jnp.einsum(
+            "eth,ehd->etd",
+            jax.nn.relu(jnp.einsum("td,edh->eth", x, p["up"]) + p["b"][:, None]),
+            p["down"],
+        ),
+        {"up": jnp.stack([UP] * 4), "b": inputs(4, F), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "relu",
+        "4 experts have biases",
     ),
     "experts, summed up": (
         lambda p, x: jnp.einsum(
@@ -234,7 +256,7 @@ OBSTACLES = {
         {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
         4,
         "silu",
-        "4 experts lie side by side",
+        "4 experts compute is summed up",
     ),
     "experts of sorted tokens": (
         lambda p, x: lax.ragged_dot(

@@ -77,6 +77,23 @@ NEAR = {
         "p/head",
         "distances to the rows of a codebook",
     ),
+    "relative positions": (
+        lambda p, x: (
+            jax.nn.softmax(
+                jnp.take_along_axis(x @ p["head"], jnp.arange(T * T).reshape(T, T), -1) + x @ x.T
+            )
+            @ x
+        ),
+        "p/head",
+        "what is looked up in it is multiplied",
+    ),
+    "keys of a memory": (
+        lambda p, x: (lambda found: jnp.einsum("tk,tkd->td", found[0], p["back"][found[1]]))(
+            lax.top_k(x @ p["head"], 4)
+        ),
+        "p/head",
+        "what is looked up in it is multiplied",
+    ),
     "least of all": (lambda p, x: (x @ p["head"]).argmin(-1), "p/head", "argmin is not known"),
     "two axes": (
         lambda p, x: jnp.einsum("td,dhk->thk", x, p["heads"]),

@@ -23,7 +23,11 @@ from hire_rewrite.passes.calls.table import (
 )
 from hire_rewrite.passes.calls.while_loop import While
 
+CUSTOM_DERIVATIVES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
+"""Calls that bring a derivative of their own."""
+
 __all__ = [
+    "CUSTOM_DERIVATIVES",
     "BodyResult",
     "BodySpec",
     "BodyWriter",

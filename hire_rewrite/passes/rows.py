@@ -1,0 +1,24 @@
+"""Between the layout of a traced value and the [tokens, n] that the operations work on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+__all__ = ["from_rows", "to_rows"]
+
+
+def to_rows(array: Any, axes: Sequence[int]) -> Any:
+    """[tokens, n] with `axes` merged to the last one and all others to the first."""
+    size = math.prod(array.shape[axis] for axis in axes)
+    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(-1, size)
+
+
+def from_rows(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """[tokens, n] laid out as `shape`, n on `axes` of it."""
+    others = [size for i, size in enumerate(shape) if i not in axes]
+    split = rows.reshape(*others, *(shape[axis] for axis in axes))
+    return jnp.moveaxis(split, range(-len(axes), 0), axes)
