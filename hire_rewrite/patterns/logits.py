@@ -143,8 +143,8 @@ def _is_multiplied(value: Value, uses: Uses) -> bool:
     """Whether numbers that were looked up go into a product soon: scores of an attention."""
     seen, stack = {value}, [value]
     while stack and len(seen) < 64:
-        for user, _ in uses.users(stack.pop()):
-            if user.primitive is p.dot_general_p:
+        for user, position in uses.users(stack.pop()):
+            if user.primitive is p.dot_general_p and not is_one_hot(user.ins[1 - position]):
                 return True
             for out in user.outs:
                 if out not in seen and not user.bodies and jnp.issubdtype(out.dtype, jnp.floating):

@@ -270,3 +270,22 @@ def test_default_min_width():
     plan = hire.inspect(lambda p, x: x @ p["head"], {"head": rand(D, 4095)}, X)
     assert plan.sites == ()
     assert MIN_WIDTH < 4095
+
+
+def test_names_join_the_scopes_of_calls_and_loops():
+    """Down nested jaxprs, without what transformations and einsum add."""
+
+    @jax.named_call
+    def mlp(w, x):
+        hidden = jax.nn.relu(jnp.einsum("td,df->tf", x, w["up"]))
+        return hidden @ w["down"]
+
+    def fn(p, x):
+        def body(c, w):
+            with jax.named_scope("layer"):
+                return jax.vmap(jax.jit(mlp), in_axes=(None, 0))(w, c), None
+
+        with jax.named_scope("model"):
+            return lax.scan(body, x, p)[0]
+
+    assert names(fn, STACK, inputs(2, T, D)) == ["model/layer/mlp:p"]

@@ -199,3 +199,33 @@ def test_two_heads(name):
     result = packed(step, params, X)
     assert len(result.sites) == 2
     close(run(step, result, X), run(hire.transform(fn, *FEW, mode="exact"), params, X))
+
+
+def test_exact_mode_keeps_a_derivative_of_its_own():
+    """A straight-through estimator inside a block goes on to have the gradient that it says."""
+
+    @jax.custom_jvp
+    def rounded(h):
+        return jnp.round(jax.nn.relu(h) * 4) / 4
+
+    rounded.defjvp(lambda primals, tangents: (rounded(primals[0]), tangents[0]))
+    fn = plain(rounded)
+    exact = hire.transform(fn, *FULL, mode="exact")
+    got, want = (run(jax.grad(lambda p, f=f: f(p, X).sum()), PLAIN) for f in (exact, fn))
+    assert np.abs(want["up"]).max() > 1
+    close(got, want)
+
+
+def test_experts_with_a_fitted_predictor():
+    """All experts of a layer are fitted to the inputs of the layer, each to its own weights."""
+    up, down = rand(4, D, 64, seed=21), rand(4, 64, D, seed=23)
+
+    def fn(p, x):
+        hidden = jax.nn.relu(jnp.einsum("etd,edh->eth", x, p["up"]))
+        return jnp.einsum("eth,ehd->etd", hidden, p["down"])
+
+    rule = hire.FFN(k=0.5, candidates=0.75, predictor=hire.LowRank(D), max_tokens=None, force=True)
+    params, x = {"up": up, "down": down}, inputs(4, 2, D)
+    step = hire.transform(fn, rule)
+    weights = step.pack(params, x, calibration=[(inputs(4, 32, D, seed=i),) for i in range(2)])
+    close(step(weights, x), hire.transform(fn, rule, mode="exact")(params, x), 1e-3)
