@@ -94,7 +94,8 @@ def _selects(region: Region) -> Activation:
     sides = {v: _stand_in(v) for v in region.sides}
     vectors = [jnp.zeros(v.window.tokens(v.value.shape) * region.size, v.value.dtype)
                for v in region.vectors]  # fmt: skip
-    rng = np.random.default_rng(0)
+    # The same row for all tokens, so that the count does not depend on how many there are.
+    rows = np.random.default_rng(0).normal(size=(len(region.projections), region.size))
     count = len(region.projections)
     most, gate = 0, 0
     for varied in (*range(count), None):
@@ -102,8 +103,8 @@ def _selects(region: Region) -> Activation:
         for i, projection in enumerate(region.projections):
             out = projection.linear.out
             shape = (projection.window.tokens(out.shape), region.size)
-            random = rng.normal(size=shape) if varied in (i, None) else np.ones(shape)
-            pre.append(jnp.asarray(random, out.dtype))
+            row = rows[i] if varied in (i, None) else np.ones(region.size)
+            pre.append(jnp.broadcast_to(jnp.asarray(row, out.dtype), shape))
         kept = np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max()
         if varied is None:
             most = int(kept)

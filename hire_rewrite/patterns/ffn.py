@@ -145,7 +145,7 @@ def _pieces(down: Linear, axis: int, uses: Uses) -> list[Piece]:
     starts = itertools.accumulate((value.shape[axis] for value in node.ins), initial=0)
     placed = list(zip(node.ins, starts, strict=False))
     return [
-        Piece(value, axis, start, node, tuple(other for other in placed if other[0] is not value))
+        Piece(value, axis, start, node, tuple(other for other in placed if other[1] != start))
         for value, start in placed
     ]
 
@@ -165,6 +165,8 @@ def _match_piece(
     if not region.projections:
         raise Miss("no linear layer leads to it", down.node, matched)
     first = region.projections[0].linear
+    if region.ranged and not any(node.primitive is p.round_p for node in region.nodes):
+        raise Miss("its input is also read by abs", down.node, matched)
     if not first.tokens:
         raise Miss("there are no tokens", down.node, matched)
     for projection in (item for part in (region, *region.siblings) for item in part.projections):
@@ -173,8 +175,8 @@ def _match_piece(
             raise Miss(_different_inputs(linear, first), linear.node, matched)
         if not _same_product(linear.node, first.node):
             raise Miss("its projections differ in dtype or precision", linear.node, matched)
-    parts = {sibling.value for sibling in region.siblings}
-    if any(value in parts for value, _ in piece.others):
+    cut = {sibling.value for sibling in region.siblings}
+    if any(value in cut or value.node in region.nodes for value, _ in piece.others):
         raise Miss("its hidden positions are cut to pieces and joined anew", end, matched)
     activation = activations.get(region.signature)
     if activation is None:

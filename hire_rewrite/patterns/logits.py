@@ -31,11 +31,11 @@ _SINKS = frozenset(
 """Operations that consume logits if they run along the vocabulary."""
 
 _VALUES = frozenset({p.top_k_p, p.approx_top_k_p})
+"""Those that return some logits as they are, besides where they stood."""
 
 _STORES = frozenset(
     {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
 )
-
 
 _ALONG = (
     frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p}) | _compat.collectives

@@ -231,3 +231,24 @@ def test_bytes_of_a_rewritten_head():
         got = estimate(decision.found, decision.spec, rule.predictor, tokens)
         assert got.after == min(V, 16 * tokens) * D * 4
         assert got.pays == (16 * tokens < V)
+
+
+def test_a_block_that_selects_has_its_own_k():
+    """By default, and the same for any number of tokens, since prefill and decode share rows."""
+
+    def top_8(h):
+        return jnp.where(h >= jax.lax.top_k(h, 8)[0][..., -1:], h, 0)
+
+    def above(h):
+        return jax.nn.relu(h - (h.mean(-1, keepdims=True) + h.std(-1, keepdims=True)))
+
+    for select, least, most in ((top_8, 8, 8), (above, 10, 30)):
+        ks = set()
+        for tokens in (1, 2, 50):
+            traced = trace(plain(select), (PLAIN, inputs(tokens, D)), {}, (0,))
+            _, (decision,) = decide(detect(traced, 100), ())
+            assert decision.spec.selects
+            assert decision.spec.group == 1
+            ks.add(decision.spec.k_groups)
+        assert len(ks) == 1
+        assert least <= ks.pop() <= most

@@ -152,6 +152,18 @@ NEAR = {
         (),
         "also a result",
     ),
+    "hidden's range also returned": (
+        lambda p, x: (lambda h: (h @ p["down"], jnp.abs(h).max()))(jax.nn.relu(x @ p["up"])),
+        PLAIN,
+        (),
+        "also read by abs",
+    ),
+    "hidden joined with itself": (
+        lambda p, x: (lambda h: jnp.concatenate([h, h], -1) @ p["out"])(jax.nn.relu(x @ p["up"])),
+        PLAIN | {"out": rand(2 * F, D)},
+        (),
+        "cut to pieces and joined anew",
+    ),
     "gate also read": (_gate_read_elsewhere, GATED, (), "also read by reduce_max"),
     "dropout": (_dropout, PLAIN, (jax.random.key(0),), "random_bits is not known"),
     "no first layer": (lambda p, x: jax.nn.relu(x) @ p["q"], ATTENTION, (), "from outside"),
@@ -193,6 +205,7 @@ NEAR = {
 }
 LAST = {
     "halves of different sizes": "p/out",
+    "hidden joined with itself": "p/out",
     "no first layer": "p/q",
     "attention": "p/o",
     "decode attention": "p/o",
