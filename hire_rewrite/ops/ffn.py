@@ -178,13 +178,7 @@ def add_joined(
 ) -> Array:
     """`y` with what other inputs [tokens, n] of the last product add to it, computed whole."""
     for x, rows in zip(others, state.joined, strict=True):
-        y = y + lax.dot_general(
-            x,
-            lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(x.dtype),
-            (((1,), (0,)), ((), ())),
-            precision=spec.precision,
-            preferred_element_type=spec.down_dtype,
-        )
+        y = y + _down_product(x, lax.dynamic_index_in_dim(rows, layer, keepdims=False), spec)
     return y
 
 
@@ -193,13 +187,7 @@ def part_inputs(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The products of another part [tokens, n], and its vectors [n], for x: [tokens, d_in]."""
     products = tuple(
-        lax.dot_general(
-            x,
-            lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(spec.compute_dtype),
-            (((1,), (1,)), ((), ())),
-            precision=spec.precision,
-            preferred_element_type=spec.up_dtype,
-        )
+        _up_product(x, lax.dynamic_index_in_dim(rows, layer, keepdims=False), spec)
         for rows in state.rows
     )
     vectors = (lax.dynamic_index_in_dim(v, layer, keepdims=False) for v in state.vectors)
@@ -307,14 +295,8 @@ def _all_hidden(
     x: Array, state: FFNState, layer: Array | int, spec: FFNSpec, activation: Activation
 ) -> Array:
     """Exact h: [tokens, f]."""
-    rows = lax.dynamic_index_in_dim(state.up, layer, keepdims=False).astype(spec.compute_dtype)
-    pre = lax.dot_general(
-        x,
-        rows.reshape(-1, rows.shape[-1]),
-        (((1,), (1,)), ((), ())),
-        precision=spec.precision,
-        preferred_element_type=spec.up_dtype,
-    )
+    rows = lax.dynamic_index_in_dim(state.up, layer, keepdims=False)
+    pre = _up_product(x, rows.reshape(-1, rows.shape[-1]), spec)
     pre = pre.reshape(-1, spec.groups, spec.projections, spec.group)
     return activation(
         tuple(pre[:, :, p].reshape(-1, spec.width) for p in range(spec.projections)),
@@ -332,9 +314,25 @@ def _vectors(state: FFNState, layer: Array | int) -> tuple[Array, ...]:
 
 def _down(h: Array, state: FFNState, layer: Array | int, spec: FFNSpec) -> Array:
     rows = lax.dynamic_index_in_dim(state.down, layer, keepdims=False)
+    return _down_product(h, rows.reshape(spec.width, -1), spec)
+
+
+def _up_product(x: Array, rows: Array, spec: FFNSpec) -> Array:
+    """[tokens, n] of x: [tokens, d_in] and rows: [n, d_in]."""
+    return lax.dot_general(
+        x,
+        rows.astype(spec.compute_dtype),
+        (((1,), (1,)), ((), ())),
+        precision=spec.precision,
+        preferred_element_type=spec.up_dtype,
+    )
+
+
+def _down_product(h: Array, rows: Array, spec: FFNSpec) -> Array:
+    """[tokens, d_out] of h: [tokens, n] and rows: [n, d_out]."""
     return lax.dot_general(
         h,
-        rows.reshape(spec.width, -1).astype(h.dtype),
+        rows.astype(h.dtype),
         (((1,), (0,)), ((), ())),
         precision=spec.precision,
         preferred_element_type=spec.down_dtype,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_rewrite.passes.rows import to_rows
 from hire_rewrite.patterns.ffn import FFNMatch
 
 __all__ = ["side_by_side"]
@@ -83,9 +84,9 @@ def side_by_side(
 
 def _by_expert(x: Any, axis: int | None, contracted: Sequence[int], experts: int) -> Any:
     """x as [experts, tokens, d]; the same for all experts if it has no axis of theirs."""
-    size = math.prod(x.shape[i] for i in contracted)
     if axis is None:
-        rows = jnp.moveaxis(x, contracted, range(-len(contracted), 0)).reshape(-1, size)
+        rows = to_rows(x, contracted)
         return jnp.broadcast_to(rows, (experts, *rows.shape))
+    size = math.prod(x.shape[i] for i in contracted)
     last = range(x.ndim - len(contracted), x.ndim)
     return jnp.moveaxis(x, (axis, *contracted), (0, *last)).reshape(experts, -1, size)

@@ -19,13 +19,13 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.axes import axis_rules, unsharded
 from hire_rewrite.patterns.graph import Value
+from hire_rewrite.patterns.grow import TOP
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.one_hot import chooses, is_one_hot
 from hire_rewrite.patterns.region import Region, literal_array
 
 __all__ = ["Activation", "classify"]
 
-_TOP = frozenset({p.top_k_p, p.approx_top_k_p, p.sort_p})
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _erf = np.vectorize(math.erf)
@@ -89,7 +89,7 @@ def _selects(region: Region) -> Activation:
     Raises:
       Miss: most positions are kept.
     """
-    exact = any(node.primitive in _TOP for node in region.selection)
+    exact = any(node.primitive in TOP for node in region.selection)
     name = "topk" if exact else "statistical_topk"
     sides = {v: _stand_in(v) for v in region.sides}
     vectors = [jnp.zeros(v.window.tokens(v.value.shape) * region.size, v.value.dtype)
@@ -99,12 +99,8 @@ def _selects(region: Region) -> Activation:
     count = len(region.projections)
     most, gate = 0, 0
     for varied in (*range(count), None):
-        pre = []
-        for i, projection in enumerate(region.projections):
-            out = projection.linear.out
-            shape = (projection.window.tokens(out.shape), region.size)
-            row = rows[i] if varied in (i, None) else np.ones(region.size)
-            pre.append(jnp.broadcast_to(jnp.asarray(row, out.dtype), shape))
+        row_of = [rows[i] if varied in (i, None) else np.ones(region.size) for i in range(count)]
+        pre = _for_all_tokens(region, row_of)
         kept = np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max()
         if varied is None:
             most = int(kept)
@@ -127,12 +123,8 @@ def _rounded(region: Region) -> Activation:
                 v: jnp.full(v.shape, step, v.dtype) if v in ranges else _stand_in(v)
                 for v in region.sides
             }
-            pre = []
-            for i, projection in enumerate(region.projections):
-                out = projection.linear.out
-                row = jnp.asarray(grid if i == gate else np.ones_like(grid), out.dtype)
-                tokens = projection.window.tokens(out.shape)
-                pre.append(jnp.broadcast_to(row, (tokens, len(grid))))
+            row_of = [grid if i == gate else np.ones_like(grid) for i in range(count)]
+            pre = _for_all_tokens(region, row_of)
             vectors = [jnp.full(len(grid), number, v.value.dtype) for v in region.vectors]
             values = np.asarray(region.run(pre, vectors, sides)[0], np.float32) / 16
             if np.ptp(values) > 1:
@@ -140,6 +132,16 @@ def _rounded(region: Region) -> Activation:
                 if name not in ("custom", "bilinear"):
                     return Activation(name, gate, False, None)
     return Activation("custom", 0, False, None)
+
+
+def _for_all_tokens(region: Region, rows: Sequence[np.ndarray]) -> list[jax.Array]:
+    """For each projection of a region the same numbers [n] at every token: [tokens, n]."""
+    found = []
+    for row, projection in zip(rows, region.projections, strict=True):
+        out = projection.linear.out
+        shape = (projection.window.tokens(out.shape), len(row))
+        found.append(jnp.broadcast_to(jnp.asarray(row, out.dtype), shape))
+    return found
 
 
 def _is_made_in(region: Region, value: Value) -> bool:
@@ -167,11 +169,7 @@ def _classify(region: Region) -> Activation:
     sides: Mapping[Value, Any] = {v: _stand_in(v) for v in region.sides}
 
     def run(pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
-        arrays = []
-        for numbers, projection in zip(pre, region.projections, strict=True):
-            tokens = projection.window.tokens(projection.linear.out.shape)
-            row = jnp.asarray(numbers, projection.linear.out.dtype)
-            arrays.append(jnp.broadcast_to(row, (tokens, len(grid))))
+        arrays = _for_all_tokens(region, pre)
         numbers_of = zip(vectors, region.vectors, strict=True)
         full = [jnp.full(len(grid), number, v.value.dtype) for number, v in numbers_of]
         return np.asarray(region.run(arrays, full, sides)[0], np.float32)

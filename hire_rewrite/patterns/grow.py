@@ -25,19 +25,20 @@ from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.region import Projection, Region, Vector
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["grow", "mixes_tokens"]
+__all__ = ["TOP", "grow", "mixes_tokens"]
 
 _MASKS = frozenset({p.scatter_p, p.scatter_add_p, p.sort_p})
 """Operations whose result may say which positions are kept."""
 
-_TOP = frozenset({p.top_k_p, p.approx_top_k_p, p.sort_p})
+TOP = frozenset({p.top_k_p, p.approx_top_k_p, p.sort_p})
+"""Operations that order positions."""
 
 _ALONG = ("axis", "dimension", "reduction_dimension")
 """What the parameter is called that says along which axis."""
 
 _COMPARISONS = frozenset({p.ge_p, p.gt_p, p.le_p, p.lt_p, p.eq_p, p.ne_p})
 
-_REDUCTIONS = _TOP | {p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.argmax_p}
+_REDUCTIONS = TOP | {p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.argmax_p}
 
 
 def grow(
@@ -254,7 +255,7 @@ class _Walk:
                 raise self._miss(_mixed_by(node), node)
             self.nodes.add(current)
             self.selection[current] = None
-            if current.primitive in _TOP:
+            if current.primitive in TOP:
                 hidden = current.ins[0]
                 along = next((current.params[n] for n in _ALONG if n in current.params), -1)
                 axis = along % len(hidden.shape)

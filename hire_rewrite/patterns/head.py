@@ -1,9 +1,7 @@
 """Vocabulary heads: a linear layer onto a large axis that only logits' consumers read.
 
-The match has two halves. `_follow` goes wherever the vocabulary axis goes, through softmaxes,
-loops and branches, and demands that it ends where logits end: in a reduction, an arg max, a
-top-k, a lookup, or the function's results. If it is contracted with something or cut to pieces,
-it was no vocabulary. `_chain` collects the code that treats each logit separately (scale, bias,
+The match has two halves. `logits.follow` demands that the vocabulary axis ends where logits end.
+`_chain` collects the code that treats each logit separately (scale, bias,
 soft-cap, mask, noise), since candidates have to be chosen by what it returns.
 """
 

@@ -11,9 +11,9 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule, unsharded
+from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule
 from hire_rewrite.patterns.graph import Node
-from hire_rewrite.patterns.one_hot import chooses
+from hire_rewrite.patterns.one_hot import chooses, free_axes
 from hire_rewrite.patterns.window import Window
 
 
@@ -72,25 +72,14 @@ class _Choice(AxisRule):
     """A product with one-hot rows, along an axis that only the other operand has."""
 
     def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        contracting, batch = node.params["dimension_numbers"]
         chosen = chooses(node)
         if chosen is None:
             raise Blocked("comes from a product that is not linear in a weight along it")
-        frees = [
-            [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
-            for s, v in enumerate(node.ins)
-        ]
-        first = len(batch[0]) + (len(frees[0]) if chosen == 1 else 0)
-        places = {first + i: axis for i, axis in enumerate(frees[chosen])}
+        places = {out: axis for axis, out in free_axes(node, chosen).items()}
         if window.axis not in places or window.picks:
             raise Blocked("is chosen from")
         inner = window.with_axis(places[window.axis])
         return (inner, Window(None)) if chosen == 0 else (Window(None), inner)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return node.primitive.bind(*operands, **unsharded(node.params))
 
 
 @register_axis_rule(p.squeeze_p)
@@ -227,17 +216,12 @@ class _Gather(AxisRule):
 
 
 @register_axis_rule(_compat.split_p)
-class _Split(AxisRule):
+class _Split(_Slice):
     def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
         axis, sizes = node.params["axis"], node.params["sizes"]
         old, new = node.ins[0].shape, node.outs[output].shape
         starts = [sum(sizes[:output]) if i == axis else 0 for i in range(len(old))]
         return (_sliced(window, old, new, starts, (1,) * len(starts)),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return operands[0]
 
 
 @register_axis_rule(_compat.unstack_p)

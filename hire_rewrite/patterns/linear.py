@@ -11,6 +11,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite import _compat
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.one_hot import free_axes
 from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.window import Window
 
@@ -127,16 +128,13 @@ def _dot(node: Node, side: int) -> Linear | None:
     weight_in, shared = contracting[side], batch[side]
     if not weight_in:
         return None  # an outer product
-    free = [i for i in range(len(weight.shape)) if i not in weight_in and i not in shared]
-    others = len(x.shape) - len(weight_in) - len(shared)
-    first = len(shared) + (0 if side == 0 else others)
     return Linear(
         node,
         x,
         tuple(contracting[1 - side]),
         weight,
         tuple(weight_in),
-        tuple((axis, first + i) for i, axis in enumerate(free)),
+        tuple(free_axes(node, side).items()),
         tuple((b, a, i) for i, (a, b) in enumerate(zip(shared, batch[1 - side], strict=True))),
     )
 

@@ -16,7 +16,7 @@ from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, result_axis
 from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.miss import Contracted, Miss
-from hire_rewrite.patterns.one_hot import is_one_hot
+from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
 
 __all__ = ["follow"]
 
@@ -85,9 +85,10 @@ def _pass(
     primitive = user.primitive
     found: list[tuple[Value, int]] = []
     if primitive is p.dot_general_p:
-        contracting, batch = user.params["dimension_numbers"]
-        if axis not in contracting[position] and axis not in batch[position]:
-            return [(user.outs[0], _free_axis(user, position, axis))]
+        batch = user.params["dimension_numbers"][1]
+        free = free_axes(user, position)
+        if axis in free:
+            return [(user.outs[0], free[axis])]
         if axis in batch[position] or not is_one_hot(user.ins[1 - position]):
             reason = "the wide axis takes part in another product: no vocabulary"
             raise Contracted(reason, user, matched)
@@ -126,17 +127,6 @@ def _pass(
     if not found:
         raise Miss(f"{primitive} cuts or mixes the wide axis", user, matched)
     return found
-
-
-def _free_axis(user: Node, position: int, axis: int) -> int:
-    """Where an axis of an operand of a product that is not contracted is in the result."""
-    contracting, batch = user.params["dimension_numbers"]
-    frees = [
-        [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
-        for s, v in enumerate(user.ins)
-    ]
-    first = len(batch[0]) + (len(frees[0]) if position == 1 else 0)
-    return first + frees[position].index(axis)
 
 
 def _is_multiplied(value: Value, uses: Uses) -> bool:

@@ -6,7 +6,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.patterns.graph import Node, Value
 
-__all__ = ["chooses", "is_one_hot"]
+__all__ = ["chooses", "free_axes", "is_one_hot"]
 
 _LAYOUT = frozenset(
     {p.convert_element_type_p, p.copy_p, p.reshape_p, p.transpose_p, p.broadcast_in_dim_p}
@@ -30,3 +30,14 @@ def chooses(node: Node) -> int | None:
     if node.primitive is not p.dot_general_p:
         return None
     return next((i for i in (0, 1) if is_one_hot(node.ins[1 - i])), None)
+
+
+def free_axes(product: Node, position: int) -> dict[int, int]:
+    """The axes of an operand that a `dot_general` neither contracts nor shares, to the result's."""
+    contracting, batch = product.params["dimension_numbers"]
+    frees = [
+        [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
+        for s, v in enumerate(product.ins)
+    ]
+    first = len(batch[0]) + (len(frees[0]) if position == 1 else 0)
+    return {axis: first + i for i, axis in enumerate(frees[position])}

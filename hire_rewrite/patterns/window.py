@@ -30,10 +30,6 @@ class Window:
     def with_picks(self, picks: Sequence[tuple[int, int]]) -> Window:
         return dataclasses.replace(self, picks=tuple(sorted(picks)))
 
-    def is_whole(self, shape: Sequence[int]) -> bool:
-        """Whether it covers all positions of an array with an axis that varies."""
-        return self.axis is not None and not self.picks and self.size == shape[self.axis]
-
     @property
     def picked(self) -> dict[int, int]:
         return dict(self.picks)

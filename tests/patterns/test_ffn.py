@@ -298,3 +298,16 @@ def test_found_but_dense(name):
     assert (site.kind, site.width, site.experts) == ("ffn", F, experts)
     assert (site.activation, site.status) == (activation, "dense")
     assert reason in site.reason
+
+
+def test_code_that_does_not_run_by_itself(monkeypatch):
+    """It is a near miss with the error's text, not an exception out of `inspect`."""
+
+    def refuse(region):
+        raise NotImplementedError("no rule\nfor this")
+
+    monkeypatch.setattr("hire_rewrite.patterns.ffn.classify", refuse)
+    plan = plan_of(plain(), PLAIN, inputs(T, D))
+    assert plan.sites == ()
+    reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
+    assert reasons["p/down"].startswith("its code does not run by itself: no rule")

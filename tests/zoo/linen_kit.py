@@ -15,7 +15,7 @@ from jax import lax
 
 from tests.zoo.model import Built
 
-__all__ = ["Attention", "RMSNorm", "cache_of", "drawn", "filled", "forward", "params_of"]
+__all__ = ["Attention", "RMSNorm", "cache_of", "drawn", "filled", "forward", "params_of", "scanned"]
 
 
 class RMSNorm(nn.Module):
@@ -91,6 +91,17 @@ class Attention(nn.Module):
             values.value = lax.dynamic_update_slice(values.value, v, start)
             index.value = index.value + k.shape[1]
         return keys.value, values.value
+
+
+def scanned(layer: type[nn.Module]) -> Any:
+    """Three layers as T5X and MaxText scan them: recomputed for gradients, weights on axis 1."""
+    return nn.scan(
+        nn.remat(layer, prevent_cse=False),
+        variable_axes={"params": 1},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=3,
+    )
 
 
 def drawn(shapes: Any, dtype: Any) -> Any:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from tests.zoo.linen import POSITIONS, TOKENS, D, G, V
-from tests.zoo.linen_kit import Attention, RMSNorm, forward
+from tests.zoo.linen_kit import Attention, RMSNorm, forward, scanned
 from tests.zoo.linen_t5 import DenseGeneral
 from tests.zoo.model import Model, ffn, head
 
@@ -26,6 +26,13 @@ def routed(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return weights.astype(dtype), jax.nn.one_hot(chosen, EXPERTS, dtype=dtype)
 
 
+def expert_weights(module: nn.Module, dtype: Any) -> tuple[jax.Array, ...]:
+    """Gate, up and down projections of all experts, with the names that MaxText gives them."""
+    init = nn.initializers.lecun_normal(batch_axis=0)
+    shapes = {"wi_0": (EXPERTS, D, G), "wi_1": (EXPERTS, D, G), "wo": (EXPERTS, G, D)}
+    return tuple(module.param(n, init, shape).astype(dtype) for n, shape in shapes.items())
+
+
 class AllExperts(nn.Module):
     """Every expert for every token, weighted afterwards: MaxText's dense product."""
 
@@ -34,12 +41,7 @@ class AllExperts(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weights, chosen = routed(x, self.dtype)
-        init = nn.initializers.lecun_normal(batch_axis=0)
-        up = (EXPERTS, D, G)
-        wi_0, wi_1 = (
-            self.param(n, init, up).astype(self.dtype) for n in ("wi_0", "wi_1")
-        )  # fmt: skip
-        wo = self.param("wo", init, (EXPERTS, G, D)).astype(self.dtype)
+        wi_0, wi_1, wo = expert_weights(self, self.dtype)
         gate = jnp.einsum("BSM,EMH -> BSEH", x, wi_0)
         hidden = nn.silu(gate) * jnp.einsum("BSM,EMH -> BSEH", x, wi_1)
         y = jnp.einsum("BSEH,EHM -> BSEM", hidden, wo)
@@ -60,12 +62,7 @@ class Dispatched(nn.Module):
         mask = slot[..., 1:]
         combine = jnp.einsum("BSK,BSKEC -> BSEC", weights, mask)
         dispatch = (combine > 0).astype(self.dtype)
-        init = nn.initializers.lecun_normal(batch_axis=0)
-        up = (EXPERTS, D, G)
-        wi_0, wi_1 = (
-            self.param(n, init, up).astype(self.dtype) for n in ("wi_0", "wi_1")
-        )  # fmt: skip
-        wo = self.param("wo", init, (EXPERTS, G, D)).astype(self.dtype)
+        wi_0, wi_1, wo = expert_weights(self, self.dtype)
         x = jnp.einsum("BSM,BSEC -> EBCM", x, dispatch)
         hidden = nn.silu(jnp.einsum("EBCM,EMH -> EBCH", x, wi_0))
         hidden = hidden * jnp.einsum("EBCM,EMH -> EBCH", x, wi_1)
@@ -134,14 +131,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = nn.Embed(V, D, dtype=self.dtype, name="token_embedder")(tokens)
         if self.scanned:
-            layers = nn.scan(
-                nn.remat(Layer, prevent_cse=False),
-                variable_axes={"params": 1},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=3,
-            )
-            x, _ = layers(self.dtype, self.block, name="layers")(x, positions)
+            x, _ = scanned(Layer)(self.dtype, self.block, name="layers")(x, positions)
         else:
             for i in range(2):
                 x, _ = Layer(self.dtype, self.block, name=f"layers_{i}")(x, positions)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import lax
 
 from tests.zoo.linen import CACHE, POSITIONS, TOKENS, D, F, G, V
-from tests.zoo.linen_kit import RMSNorm, cache_of, filled, forward, params_of
+from tests.zoo.linen_kit import RMSNorm, cache_of, filled, forward, params_of, scanned
 from tests.zoo.model import Built, Model, ffn, head
 
 HEADS = 4
@@ -219,14 +219,7 @@ class T5X(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         embed = nn.Embed(V, D, dtype=self.dtype, name="token_embedder")
         x = embed(tokens)
-        scanned = nn.scan(
-            nn.remat(T5XLayer, prevent_cse=False),
-            variable_axes={"params": 1},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=3,
-        )
-        x, _ = scanned(self.dtype, name="decoder")(x, nn.make_causal_mask(tokens))
+        x, _ = scanned(T5XLayer)(self.dtype, name="decoder")(x, nn.make_causal_mask(tokens))
         x = RMSNorm(name="decoder_norm")(x)
         return embed.attend(x) / jnp.sqrt(D).astype(self.dtype)
 
