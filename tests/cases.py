@@ -25,21 +25,27 @@ MIN_WIDTH = 100
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """A predictor that computes what it should guess, so that few candidates suffice."""
+    """A predictor that computes what it should guess, so that few candidates suffice.
+
+    It errs by `noise` times a fixed random number for each row.
+    """
+
+    noise: float = 0.0
 
     wants_calibration = False
 
-    def check(self, n: int, d: int, *, site: str = "") -> None:
+    def check(self, n: int, d: int, *, site: str = "", tokens: int | None = None) -> None:
         pass
 
-    def fit(self, rows: Any, moments: Any = None) -> Any:
-        return {"rows": rows}
+    def fit(self, rows: Any, moments: Any = None, top: int | None = None) -> Any:
+        error = np.random.default_rng(7).standard_normal(rows.shape[0])
+        return {"rows": rows.astype(jnp.float32), "error": jnp.asarray(error, jnp.float32)}
 
-    def score(self, state: Any, x: Any, layer: Any) -> Any:
-        rows = state["rows"][layer].astype(jnp.float32)
-        return x.astype(jnp.float32) @ rows.T
+    def score(self, state: Any, x: Any, layer: Any, choose: Any = None) -> Any:
+        exact = jnp.matmul(x.astype(jnp.float32), state["rows"][layer].T)
+        return exact + self.noise * state["error"][layer]
 
-    def bytes(self, n: int, d: int, dtype: Any) -> int:
+    def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         return 0
 
 

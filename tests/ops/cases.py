@@ -1,6 +1,5 @@
 """Predictors and states that the tests of `ops` share."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,30 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_rewrite.ops.ffn import FFNSpec, FFNState
+from hire_rewrite.ops.block import FFNSpec, FFNState
 from hire_rewrite.ops.head import HeadSpec, HeadState
+from tests.cases import Oracle
 
-
-@dataclasses.dataclass(frozen=True)
-class Oracle:
-    """Scores without error, plus `noise` times a fixed random number for each row."""
-
-    noise: float = 0.0
-
-    wants_calibration = False
-
-    def check(self, n, d, *, site=""):
-        pass
-
-    def fit(self, rows, moments=None):
-        return {"rows": rows.astype(jnp.float32), "error": normal(7, rows.shape[0])}
-
-    def score(self, state, x, layer):
-        exact = jnp.matmul(x.astype(jnp.float32), state["rows"][layer].T)
-        return exact + self.noise * state["error"][layer]
-
-    def bytes(self, n, d, dtype):
-        return n * d * jnp.dtype(dtype).itemsize
+__all__ = ["Oracle", "ffn", "fitted", "head", "normal", "scaled", "stack"]
 
 
 def stack(states: list[Any]) -> Any:
@@ -85,11 +65,12 @@ def ffn(
     projections: int = 2,
     k_groups: int = 3,
     candidate_groups: int = 6,
-    gate: int | None = 0,
+    sparse: bool = True,
     gate_bias: int | None = None,
     vectors: int = 0,
     dtype: Any = jnp.float32,
     seed: int = 0,
+    **more: Any,
 ) -> tuple[FFNSpec, FFNState, tuple[jax.Array, ...]]:
     """A block, and its weights as a model has them: P first matrices [L, f, d], the second."""
     groups = width // group
@@ -103,18 +84,22 @@ def ffn(
         projections=projections,
         k_groups=k_groups,
         candidate_groups=candidate_groups,
-        gate=gate,
+        sparse=sparse,
         gate_bias=gate_bias,
         up_dtype=jnp.dtype(dtype),
         down_dtype=jnp.dtype(dtype),
         precision=None,
         compute_dtype=jnp.dtype(dtype),
+        **more,
     )
     stacked = np.stack(first, 1)
     up = jnp.asarray(stacked.reshape(layers, projections, groups, group, d).swapaxes(1, 2))
     extra = tuple(
         normal(seed + 100 + i, layers, groups, group, dtype=dtype) for i in range(vectors)
     )
-    scored = fitted(predictor, stacked.reshape(layers, projections * width, d))
-    state = FFNState(up, second.reshape(layers, groups, group, d), extra, scored)
+    scored = stacked[:, list(spec.scored), spec.common_groups * group :]
+    predicted = fitted(predictor, scored.reshape(layers, spec.scored_rows, d))
+    state = FFNState(up, second.reshape(layers, groups, group, d), extra, predicted)
+    if spec.criterion == "output":
+        state = state._replace(norms=jnp.linalg.norm(state.down, axis=-1))
     return spec, state, (*first, second)

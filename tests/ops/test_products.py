@@ -5,7 +5,15 @@ import pytest
 
 from hire_rewrite import _compat
 from hire_rewrite.ops import products
-from hire_rewrite.ops.products import product, quantize_rows
+from hire_rewrite.ops.products import (
+    block_product,
+    dequantize_blocks,
+    fetch,
+    product,
+    quantize_blocks,
+    quantize_rows,
+    unpack,
+)
 from tests.ops.cases import normal
 
 
@@ -16,17 +24,20 @@ def form(request, monkeypatch):
     monkeypatch.setattr(products, "_CHUNK", 100)
     if request.param == "other backends":
         monkeypatch.setattr(products, "_product_cpu", products._product_default)
+        monkeypatch.setattr(products, "_block_product_cpu", products._block_product_default)
     return request.param
 
 
-@pytest.mark.parametrize(("tokens", "dtype"), [(1, "int8"), (4, "float32"), (9, "int8")])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(1, "int8"), (4, "float32"), (9, "int8"), (2, "bfloat16")]
+)
 def test_equals_the_plain_product(form, tokens, dtype):
     x = normal(0, tokens, 12)
     rows = (normal(1, 3, 53, 12) * 40).astype(dtype)
     got = jax.jit(product)(x, rows, jnp.int32(2))
     want = np.asarray(x) @ np.asarray(rows[2], np.float32).T
     assert got.dtype == jnp.float32
-    tolerance = 1e-2 if form == "other backends" and dtype == "int8" else 1e-5
+    tolerance = 1e-2 if form == "other backends" and dtype != "float32" else 1e-5
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 40)
 
 
@@ -80,3 +91,63 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     assert np.isnan(scores[0, 1])
     assert not np.isfinite(scores[0, 2])
     assert scores[0, 3] == pytest.approx(3.0)
+
+
+def test_numbers_of_four_bits_come_back_half_a_row_apart():
+    packed = jnp.arange(-128, 128, dtype=jnp.int8).reshape(16, 16)
+    got = np.asarray(unpack(packed))
+    assert (got.min(), got.max()) == (-8, 7)
+    np.testing.assert_array_equal((got[:, :16] & 15) | (got[:, 16:] << 4), packed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_blocks_are_off_by_half_a_step_at_most(dtype):
+    sizes = 10.0 ** np.arange(-36.0, 37.0, 12.0)[:, None]
+    rows = jnp.asarray(np.asarray(normal(0, 7, 48)) * sizes, dtype)
+    packed, scale = jax.jit(lambda r: quantize_blocks(r, 12))(rows)
+    assert (packed.shape, scale.shape) == ((7, 24), (7, 4))
+    assert (packed.dtype, scale.dtype) == (jnp.int8, jnp.bfloat16)
+    off = np.abs(np.asarray(dequantize_blocks(packed, scale), np.float64) - np.asarray(rows, float))
+    step = np.asarray(scale, np.float64)[..., None]
+    # The scale was rounded, by 2⁻⁸ at most: of 7.5 steps, 0.03.
+    assert (off.reshape(7, 4, 12) <= 0.53 * step).all()
+    integers = np.asarray(unpack(packed)).reshape(7, 4, 12)
+    assert (np.abs(integers).max(-1) >= 7).all()
+
+
+def test_blocks_of_zeros_and_blocks_that_are_not_finite():
+    rows = jnp.ones((4, 4)).at[0].set(0.0).at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf)
+    packed, scale = jax.jit(lambda r: quantize_blocks(r, 2))(rows)
+    scores = block_product(jnp.ones((1, 4)), packed[None], scale[None], 0)
+    assert scores[0, 0] == 0.0
+    assert np.isnan(scores[0, 1])
+    assert not np.isfinite(scores[0, 2])
+    assert scores[0, 3] == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_product_with_blocks(form, tokens):
+    x, rows = normal(0, tokens, 24), normal(1, 3, 53, 24)
+    packed, scale = quantize_blocks(rows, 6)
+    got = jax.jit(block_product)(x, packed, scale, jnp.int32(2))
+    want = np.asarray(x) @ np.asarray(dequantize_blocks(packed, scale)[2]).T
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    _, layers = jax.lax.scan(lambda c, i: (c, block_product(x, packed, scale, i)), 0, jnp.arange(3))
+    np.testing.assert_allclose(layers[2], want, rtol=1e-5, atol=1e-4)
+
+
+def test_no_widened_copy_of_all_rows():
+    """On CPU a product reads what is stored; a copy in float32 would be eight times that."""
+    n, d = 1 << 15, 64
+    stored = jnp.ones((1, n, d // 2), jnp.int8), jnp.ones((1, n, 2), jnp.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_CHUNK", 1 << 14)
+        compiled = jax.jit(block_product).lower(jnp.ones((1, d)), *stored, 0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * d
+
+
+def test_rows_are_fetched_from_their_layer():
+    rows = normal(0, 3, 10, 4)
+    chosen = jnp.array([[9, 0], [3, 3]])
+    np.testing.assert_array_equal(fetch(rows, 2, chosen), np.asarray(rows)[2][np.asarray(chosen)])

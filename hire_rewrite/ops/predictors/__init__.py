@@ -3,8 +3,28 @@
 A predictor is a frozen dataclass with the methods of `Predictor`; another one is another file.
 """
 
+from hire_rewrite.ops.predictors.cascade import Cascade
 from hire_rewrite.ops.predictors.lowrank import LowRank
-from hire_rewrite.ops.predictors.protocol import Predictor, State
+from hire_rewrite.ops.predictors.protocol import (
+    Certifying,
+    Choose,
+    Predictor,
+    ScoresRows,
+    State,
+    certifies,
+    hopeful,
+)
 from hire_rewrite.ops.predictors.quantized import Quantized
 
-__all__ = ["LowRank", "Predictor", "Quantized", "State"]
+__all__ = [
+    "Cascade",
+    "Certifying",
+    "Choose",
+    "LowRank",
+    "Predictor",
+    "Quantized",
+    "ScoresRows",
+    "State",
+    "certifies",
+    "hopeful",
+]

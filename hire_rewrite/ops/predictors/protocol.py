@@ -1,15 +1,22 @@
-"""What a predictor has to offer."""
+"""What a predictor has to offer, and what it may offer besides."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jax import Array
+from jax import Array, lax
 
 from hire_rewrite.ops.moments import Moments
 
 State = dict[str, Array]
 """The arrays of a fitted predictor; in use all of them have a leading axis of layers."""
+
+Choose = Callable[[Array, int], Array]
+"""(scores: f32[tokens, n], count) to i32[tokens, m], the rows worth a closer look. What uses the
+scores ranks them by what comes out of the model's own code: biases, masks, activations, groups.
+m is at least 1 and about `count`."""
 
 
 @runtime_checkable
@@ -25,38 +32,113 @@ class Predictor(Protocol):
         """Whether moments of the activations make the fit much better."""
         ...
 
-    def check(self, n: int, d: int, *, site: str = "") -> None:
+    def check(self, n: int, d: int, *, site: str = "", tokens: int | None = None) -> None:
         """Check the settings against the size of the rows.
 
         Args:
           site: named in the message.
+          tokens: how many calibration tokens there are; None or 0 if none were given.
 
         Raises:
           HireRewriteError: they do not fit.
         """
         ...
 
-    def fit(self, rows: Array, moments: Moments | None = None) -> State:
+    def fit(self, rows: Array, moments: Moments | None = None, top: int | None = None) -> State:
         """The arrays that `score` reads, for the rows [n, d] of one layer.
 
-        Their shapes and dtypes depend on nothing but n and d. Traceable, with or without moments
-        of the vectors x that are to be scored.
+        Their shapes and dtypes depend on nothing but the shape and dtype of `rows` and whether
+        there is a `top`. Traceable.
+
+        Args:
+          moments: of the vectors x that are to be scored, if they are known.
+          top: how many of the greatest products are wanted; None where all matter alike. Then the
+            state may have a `bonus`: f32[n], which is added to scores where rows are chosen (see
+            `hopeful`), and is no part of what `score` returns.
         """
         ...
 
-    def score(self, state: State, x: Array, layer: Array | int) -> Array:
+    def score(
+        self, state: State, x: Array, layer: Array | int, choose: Choose | None = None
+    ) -> Array:
         """Approximately x @ rows[layer].T.
 
         Args:
           state: what `fit` returned for each layer, stacked on a leading axis.
           x: [tokens, d].
           layer: i32[].
+          choose: which rows compositions look at again; without it, those with the greatest
+            |score|, the choice that fits whatever becomes of the scores.
 
         Returns:
           f32[tokens, n]. NaN where x is.
         """
         ...
 
-    def bytes(self, n: int, d: int, dtype: Any) -> int:
-        """Bytes that one scoring reads, where the rows themselves are of `dtype`."""
+    def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
+        """Bytes that one scoring of so many tokens reads at most.
+
+        Args:
+          dtype: of the rows themselves.
+        """
         ...
+
+
+@runtime_checkable
+class ScoresRows(Protocol):
+    """A predictor that can score a few rows without reading the others."""
+
+    def score_rows(self, state: State, x: Array, layer: Array | int, rows: Array) -> Array:
+        """f32[tokens, m], approximately x @ rows[layer].T at rows: i32[tokens, m]."""
+        ...
+
+
+@runtime_checkable
+class Certifying(Protocol):
+    """A predictor that knows how wrong it can be (see `docs/certify.md`)."""
+
+    @property
+    def certifies(self) -> bool:
+        """Whether these settings have the bounds below."""
+        ...
+
+    def fit_bound(self, rows: Array, state: State) -> State:
+        """The arrays that `bound` reads, for the rows [n, d] of one layer, as the product has them
+        (after its cast), and what `fit` returned for them.
+
+        Among them `norm`: f32[n], no less than the rows' Euclidean norms.
+        """
+        ...
+
+    def bound(self, state: State, extra: State, x: Array, layer: Array | int) -> Array:
+        """f32[tokens, n], no less than |x · row − score| for exact products.
+
+        The score is what `score` returns, rounded as it is on the platform that runs it. NaN or
+        infinity where x or the row is not finite.
+
+        Args:
+          state, extra: what `fit` and `fit_bound` returned for each layer, stacked.
+          x: [tokens, d].
+          layer: i32[].
+        """
+        ...
+
+
+def hopeful(scores: Array, state: State, layer: Array | int) -> Array:
+    """Scores f32[tokens, n] by which rows are chosen: higher where a guess may be too low."""
+    if "bonus" not in state:
+        return scores
+    return scores + lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)
+
+
+def certifies(predictor: object) -> bool:
+    """Whether a predictor has bounds of its errors."""
+    return isinstance(predictor, Certifying) and predictor.certifies
+
+
+def written(predictor: Any) -> str:
+    """A predictor as a user writes it: its first field, and those that are not at their default."""
+    first, *others = dataclasses.fields(predictor)
+    shown = [first, *(f for f in others if getattr(predictor, f.name) != f.default)]
+    arguments = ", ".join(f"{f.name}={getattr(predictor, f.name)!r}" for f in shown)
+    return f"{type(predictor).__name__}({arguments})"

@@ -7,7 +7,7 @@ import pytest
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors import LowRank, Predictor
+from hire_rewrite.ops.predictors import LowRank, Predictor, certifies
 from tests.ops.cases import normal
 
 N, D = 400, 48
@@ -37,7 +37,9 @@ def test_it_is_a_predictor():
     assert isinstance(LowRank(), Predictor)
     assert LowRank().wants_calibration
     assert LowRank(8) == LowRank(rank=8)
+    assert not certifies(LowRank())
     assert repr(LowRank(8)) == "LowRank(rank=8)"
+    assert repr(LowRank(8, bits=None)) == "LowRank(rank=8, bits=None)"
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -102,10 +104,29 @@ def test_state_has_one_structure_with_and_without_calibration():
     assert plain["up"].dtype == jnp.int8
 
 
-def test_its_bytes_are_those_of_its_state():
-    state = jax.eval_shape(LowRank(8).fit, jax.ShapeDtypeStruct((N, D), jnp.float32))
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_its_bytes_are_those_of_its_state(bits, dtype):
+    predictor = LowRank(8, bits)
+    rows = jax.ShapeDtypeStruct((N, D), dtype)
+    state = jax.eval_shape(lambda rows: predictor.fit(rows, top=4), rows)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert LowRank(8).bytes(N, D, jnp.float32) == size
+    assert predictor.bytes(N, D, dtype, tokens=5) == size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+)
+def test_without_bits_the_factor_is_as_narrow_as_the_weight(dtype, stored):
+    rows, x = normal(0, N, D).astype(dtype), activations(1, 20)
+    moments = Moments.of(activations(2, 500))
+    state = jax.eval_shape(LowRank(8, None).fit, rows, moments)
+    assert state["up"].dtype == stored
+    assert "scale" not in state
+    exact = scored(LowRank(8, None), rows.astype(jnp.float32), moments, x)
+    got = scored(LowRank(8, None), rows, moments, x)
+    assert jnp.abs(got - exact).max() < 0.02 * jnp.abs(exact).max()
 
 
 @pytest.mark.parametrize(("n", "d", "rank"), [(4000, 576, 144), (4000, 20, 16), (7, 576, 7)])
@@ -149,3 +170,22 @@ def test_rank_above_the_size_names_site_and_remedy():
         LowRank(49).check(N, D, site="head")
     with pytest.raises(HireRewriteError, match="rank=49"):
         LowRank(49).fit(normal(0, N, D))
+
+
+@pytest.mark.parametrize("bits", [4, 16, True, "8"])
+def test_bits_are_eight_or_none(bits):
+    with pytest.raises(HireRewriteError, match=r"LowRank: bits=.*give bits=8, or None"):
+        LowRank(8, bits)
+
+
+def test_too_few_calibration_tokens_say_how_many_are_needed():
+    message = (
+        r"^head: LowRank: rank=8 needs at least 8 calibration tokens, got 7: give more batches, "
+        "or a lower rank"
+    )
+    with pytest.raises(HireRewriteError, match=message):
+        LowRank(8).check(N, D, site="head", tokens=7)
+    with pytest.raises(HireRewriteError, match="rank=16 needs at least 16"):
+        LowRank().check(N, D, tokens=1)
+    for enough in (None, 0, 8):
+        LowRank(8).check(N, D, tokens=enough)
