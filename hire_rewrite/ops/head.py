@@ -5,66 +5,38 @@ in vain. `hire_head` scores all rows with a predictor, fetches those of the best
 writes their exact logits over the guesses. Between logits and consumer a model may scale, bias,
 cap, mask or perturb them: the `endpoints`. Candidates are chosen by what comes out of them, for a
 bias or a mask changes the order.
+
+A head may be certified: then its greatest values are proved to be the dense head's, and tokens for
+which the proof fails are computed densely.
 """
 
 from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.predictors import Predictor, State
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops import certify, rounding
+from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product, scatter
+from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
+from hire_rewrite.ops.products import fetch
 
-Endpoints = Callable[[Array], tuple[Array, ...]]
-"""Raw logits [tokens, V] to the values that the model goes on with, each [tokens, V] and each
-pointwise along V."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadSpec:
-    """What is to be computed at a head.
-
-    Attributes:
-      width: V.
-      k: how many of the greatest values are certainly exact.
-      candidates: how many rows a token fetches for each endpoint, at least k.
-      tail: what values that are no candidates become, `"predicted"` or `"-inf"`.
-      out_dtype: of the raw logits.
-      precision: of the product, as in `lax.dot_general`.
-      compute_dtype: to which rows are cast after they were fetched.
-      starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
-        endpoint may have fewer than V values: padding of the vocabulary is cut off.)
-    """
-
-    width: int
-    k: int
-    candidates: int
-    tail: str
-    out_dtype: Any
-    precision: Any
-    compute_dtype: Any
-    starts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.candidates <= self.width:
-            raise HireRewriteError(
-                f"HeadSpec: k={self.k}, candidates={self.candidates}, width={self.width}: they "
-                "must be in that order, and k at least 1"
-            )
-        if self.tail not in ("predicted", "-inf"):
-            raise HireRewriteError(f'HeadSpec: tail={self.tail!r} must be "predicted" or "-inf"')
+__all__ = [
+    "Endpoints",
+    "HeadSpec",
+    "HeadState",
+    "candidates_of",
+    "certified",
+    "dense_head",
+    "dense_logits",
+    "exact_head",
+    "finished",
+    "hire_head",
+]
 
 
-class HeadState(NamedTuple):
-    """The arrays of a head: rows [L, V, d], and the predictor's with the same leading axis."""
-
-    rows: Array
-    predictor: State
+_TOGETHER = 16
+"""Tokens whose candidates are fetched at a time to be certified."""
 
 
 def hire_head(
@@ -80,7 +52,7 @@ def hire_head(
 
     The k greatest values of each endpoint are exact ones: the others are kept below the k-th
     greatest exact value, so a wrong guess cannot win. A row is missed only if the predictor does
-    not rank it among the candidates.
+    not rank it among the candidates; never of the `spec.certify` greatest (see `certified`).
 
     Args:
       x: [tokens, d].
@@ -90,17 +62,117 @@ def hire_head(
     Returns:
       For each endpoint [tokens, V], in its own dtype. NaN where x is.
     """
-    guessed = predictor.score(state.predictor, x, layer).astype(spec.out_dtype)
-    found = [_best(values, spec.candidates)[1] for values in endpoints(guessed)]
-    places = [
-        own + start for own, start in zip(found, spec.starts or (0,) * len(found), strict=True)
-    ]
-    rows = places[0] if len(places) == 1 else jnp.concatenate(places, axis=-1)
+    if spec.certify:
+        return certified(x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor)[0]
+    scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     if rows.shape[-1] >= spec.width:
-        return exact_head(_dense(x, state, layer, spec), spec=spec, endpoints=endpoints)
-    raw = _scatter(guessed, rows, _gathered(x, state, layer, rows, spec))
+        return exact_head(dense_logits(x, state, layer, spec), spec=spec, endpoints=endpoints)
+    exact = _gathered(x, state, layer, rows, spec)
+    return finished(scores, rows, exact, found, spec, endpoints)
+
+
+def certified(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    *,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+) -> tuple[tuple[Array, ...], Array]:
+    """`hire_head` where a token's result is proved, and `exact_head` where it is not.
+
+    In each endpoint's result the `spec.certify` greatest values stand where the dense head has its
+    own, in the same order, whatever order the dense head adds in. If the proof fails for one
+    token, the dense product is computed for all, and used for that one alone. (Under `vmap` it is
+    always computed.) `docs/certify.md` says what is proved and what is supposed.
+
+    Args: as of `hire_head`. The code of `endpoints` must be monotone in each logit.
+
+    Returns:
+      For each endpoint [tokens, V], and bool[tokens], which tokens were proved.
+
+    Raises:
+      HireRewriteError: the predictor has no bound, or the endpoints may not be monotone.
+    """
+    if not isinstance(predictor, Certifying) or not certifies(predictor):
+        raise HireRewriteError(
+            f"certify: {predictor} has no bound of its errors: give Quantized(), or leave certify "
+            "out"
+        )
+    check_product(x.dtype, spec.out_dtype, spec.precision)
+    scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
+    if rows.shape[-1] >= spec.width:
+        raw = dense_logits(x, state, layer, spec)
+        results = exact_head(raw, spec=spec, endpoints=endpoints)
+        return results, jnp.ones(x.shape[0], bool)
+    positive, negative, roundings = _signed_sums(x, state, layer, rows, spec)
+    results = finished(scores, rows, positive - negative, found, spec, endpoints)
+
+    proved = certify.proved(
+        *lax.stop_gradient((x, scores, positive, negative, results)),
+        state,
+        layer,
+        rows,
+        found,
+        spec=spec,
+        endpoints=endpoints,
+        predictor=predictor,
+        roundings=roundings,
+    )
+
+    def without_proof() -> tuple[Array, ...]:
+        dense = exact_head(dense_logits(x, state, layer, spec), spec=spec, endpoints=endpoints)
+        return tuple(jnp.where(proved[:, None], *both) for both in zip(results, dense, strict=True))
+
+    return lax.cond(proved.all(), lambda: results, without_proof), proved
+
+
+def candidates_of(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+) -> tuple[Array, list[Array], Array]:
+    """What is guessed, and the rows that are worth an exact product.
+
+    Returns:
+      Scores f32[tokens, V]; for each endpoint where its candidates stand in it, i32[tokens, c]; and
+      the rows that all of those belong to, i32[tokens, Σ c].
+    """
+
+    def greatest(scores: Array, count: int) -> list[Array]:
+        values = endpoints(scores.astype(spec.out_dtype))
+        return [best(value, count)[1] for value in values]
+
+    def rows_of(places: list[Array]) -> Array:
+        starts = spec.starts or (0,) * len(places)
+        rows = [own + start for own, start in zip(places, starts, strict=True)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
+
+    scores = predictor.score(
+        state.predictor, x, layer, lambda scores, count: rows_of(greatest(scores, count))
+    )
+    found = greatest(hopeful(scores, state.predictor, layer), spec.candidates)
+    return scores, found, rows_of(found)
+
+
+def finished(
+    scores: Array,
+    rows: Array,
+    exact: Array,
+    found: list[Array],
+    spec: HeadSpec,
+    endpoints: Endpoints,
+) -> tuple[Array, ...]:
+    """The endpoints, of exact logits [tokens, c] at `rows` and scores elsewhere, with the tail."""
+    guessed, exact = scores.astype(spec.out_dtype), exact.astype(spec.out_dtype)
+    guesses, values = endpoints(guessed), endpoints(scatter(guessed, rows, exact))
     return tuple(
-        _with_tail(values, own, spec) for values, own in zip(endpoints(raw), found, strict=True)
+        _with_tail(one, guess, own, spec)
+        for one, guess, own in zip(values, guesses, found, strict=True)
     )
 
 
@@ -109,7 +181,8 @@ def exact_head(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[Arr
     if spec.tail == "predicted":
         return endpoints(raw)
     return tuple(
-        _with_tail(values, _best(values, spec.candidates)[1], spec) for values in endpoints(raw)
+        _with_tail(values, values, best(values, spec.candidates)[1], spec)
+        for values in endpoints(raw)
     )
 
 
@@ -117,10 +190,10 @@ def dense_head(
     x: Array, state: HeadState, layer: Array | int, *, spec: HeadSpec, endpoints: Endpoints
 ) -> tuple[Array, ...]:
     """The endpoints of x @ rows.T as the model has them, for x: [tokens, d]."""
-    return endpoints(_dense(x, state, layer, spec))
+    return endpoints(dense_logits(x, state, layer, spec))
 
 
-def _dense(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
+def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
     rows = lax.dynamic_index_in_dim(state.rows, layer, keepdims=False)
     return lax.dot_general(
         x,
@@ -133,12 +206,8 @@ def _dense(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Ar
 
 def _gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
     """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
-    layers, width, d = state.rows.shape
-    # One flat index: slicing the layer first would copy it.
-    flat = state.rows.reshape(layers * width, d)
-    fetched = flat.at[rows + layer * width].get(mode="promise_in_bounds")
     return lax.dot_general(
-        fetched.astype(spec.compute_dtype),
+        fetch(state.rows, layer, rows).astype(spec.compute_dtype),
         x,
         (((2,), (1,)), ((0,), (0,))),
         precision=spec.precision,
@@ -146,18 +215,50 @@ def _gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec:
     )
 
 
-def _with_tail(values: Array, candidates: Array, spec: HeadSpec) -> Array:
-    """`values` [tokens, V] at the candidates, the spec's tail elsewhere."""
+def _signed_sums(
+    x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec
+) -> tuple[Array, Array, int]:
+    """`rounding.signed_sums` of the terms of each token's own products, f32[tokens, c] twice."""
+    roundings = 0
+
+    def sums(each: tuple[Array, Array]) -> tuple[Array, Array]:
+        nonlocal roundings
+        token, chosen = each
+        fetched = fetch(state.rows, layer, chosen[None])[0].astype(spec.compute_dtype)
+        products = fetched.astype(jnp.float32) * token.astype(jnp.float32)
+        positive, negative, roundings = rounding.signed_sums(products)
+        return positive, negative
+
+    # Rows of many tokens at a time would fill the memory.
+    batch = min(x.shape[0], _TOGETHER)
+    positive, negative = lax.map(sums, (x, rows), batch_size=batch)
+    return positive, negative, roundings
+
+
+def _with_tail(values: Array, guesses: Array, candidates: Array, spec: HeadSpec) -> Array:
+    """`values` [tokens, V] at the candidates, the spec's tail, made of `guesses`, elsewhere."""
     exact = jnp.take_along_axis(values, candidates, axis=-1, mode="promise_in_bounds")
     if spec.tail == "-inf":
-        return _scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
-    kth = lax.stop_gradient(_best(exact, spec.k)[0][:, -1:])
-    return _scatter(jnp.minimum(values, _below(kth)), candidates, exact)
+        return scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
+    guessed = jnp.take_along_axis(guesses, candidates, axis=-1, mode="promise_in_bounds")
+    tail = guesses + lax.stop_gradient(_shift(exact, guessed)).astype(guesses.dtype)
+    kth = lax.stop_gradient(best(exact, spec.k)[0][:, -1:])
+    return scatter(jnp.minimum(tail, _below(kth)), candidates, exact)
 
 
-def _best(values: Array, k: int) -> tuple[Array, Array]:
-    """`top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
-    return top_k(values, min(k, values.shape[-1]))
+def _shift(exact: Array, guessed: Array) -> Array:
+    """f32[tokens, 1], what the tail's guesses lack to have the right mass, as candidates show.
+
+    With errors r = exact − guess that are normal, E exp(exact) = exp(guess + E r + Var r / 2). The
+    errors are those of the half of the candidates that came last, which are nearest to the tail.
+    """
+    half = exact.shape[-1] // 2
+    error = (exact[:, half:] - guessed[:, half:]).astype(jnp.float32)
+    known = jnp.isfinite(error)
+    count = jnp.maximum(known.sum(-1, keepdims=True), 1)
+    mean = jnp.where(known, error, 0.0).sum(-1, keepdims=True) / count
+    spread = jnp.where(known, jnp.square(error - mean), 0.0).sum(-1, keepdims=True) / count
+    return mean + spread / 2
 
 
 def _below(values: Array) -> Array:
@@ -173,9 +274,3 @@ def _below(values: Array) -> Array:
         jnp.nextafter(values, jnp.full_like(values, -jnp.inf)),
     )
     return jnp.where(jnp.isnan(values), jnp.inf, below).astype(values.dtype)
-
-
-def _scatter(values: Array, indices: Array, updates: Array) -> Array:
-    """`values` [tokens, V] with updates [tokens, c] at each token's indices."""
-    token = jnp.arange(values.shape[0])[:, None]
-    return values.at[token, indices].set(updates, mode="promise_in_bounds")

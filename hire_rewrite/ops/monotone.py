@@ -1,0 +1,133 @@
+"""Whether a model's own code behind the logits keeps their order, and how exactly.
+
+A bound of a logit says something about what the model makes of it only if each value depends on its
+own logit alone, and rises or falls with it. Which of both may be unknown (a scale can be negative),
+and may differ from row to row. Code between is read as a jaxpr and each operation looked up here;
+what is not known to be monotone is taken for not monotone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+
+__all__ = ["Chain", "examine"]
+
+_LAYOUT = frozenset(
+    {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, p.slice_p, p.copy_p, p.name_p}
+    | {p.stop_gradient_p, p.sharding_constraint_p, _compat.optimization_barrier_p}
+    | _compat.sharding_casts
+)
+_CURVES = frozenset({p.neg_p, p.tanh_p, p.logistic_p, p.exp_p, p.reduce_precision_p})
+_ONE_SIDED = frozenset({p.add_p, p.sub_p, p.mul_p, p.max_p, p.min_p})
+"""Monotone in either operand, if the other one does not depend on the logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """What is known about code behind logits.
+
+    Attributes:
+      obstacle: why it may not be monotone; None if it is.
+      plain: whether it only moves, masks and widens logits, so that nothing is rounded.
+      unit: the coarsest rounding in it, relatively.
+    """
+
+    obstacle: str | None
+    plain: bool
+    unit: float
+
+
+def examine(code: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Chain:
+    """Read `code`, which is called with one array of logits of that shape and dtype."""
+    closed = jax.make_jaxpr(code)(jax.ShapeDtypeStruct(shape, dtype))
+    seen = _Seen(jnp.dtype(dtype))
+    found = seen.walk(_compat.open_jaxpr(closed)[0], [True])
+    reason = next((taint for taint in found if isinstance(taint, str)), None)
+    return Chain(reason, seen.plain, seen.unit)
+
+
+_Taint = str | bool
+"""How a value depends on the logits: False for not at all, True for monotonely, or the reason why
+perhaps not so."""
+
+
+@dataclasses.dataclass
+class _Seen:
+    raw: Any
+    plain: bool = True
+    unit: float = 2.0**-24
+
+    def walk(self, jaxpr: Any, taints: list[Any]) -> list[Any]:
+        """Taints of a jaxpr's results, for those of its inputs; `False` for no dependence."""
+        known = {
+            v: taint for v, taint in zip(jaxpr.invars, taints, strict=True) if taint is not False
+        }
+
+        def taint_of(atom: Any) -> Any:
+            return False if hasattr(atom, "val") else known.get(atom, False)
+
+        for eqn in jaxpr.eqns:
+            ins = [taint_of(atom) for atom in eqn.invars]
+            if not any(ins) or not eqn.outvars:
+                continue
+            body = _body(eqn)
+            if body is None:
+                outs = [self._step(eqn, ins)] * len(eqn.outvars)
+            else:
+                outs = self.walk(body, ins)
+            known.update(zip(eqn.outvars, outs, strict=True))
+        return [taint_of(atom) for atom in jaxpr.outvars]
+
+    def _step(self, eqn: Any, ins: list[_Taint]) -> _Taint:
+        primitive, out = eqn.primitive, eqn.outvars[0].aval
+        touched = [i for i, taint in enumerate(ins) if taint]
+        for taint in ins:
+            if isinstance(taint, str):
+                return taint
+        if primitive in _LAYOUT:
+            return True
+        if primitive is p.select_n_p and touched[0] > 0:
+            # A threshold in another type than the logits' may lie between a logit and its rounding.
+            self._use(out.dtype, plain=out.dtype == self.raw)
+            return True
+        if out.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+            # Small float16 numbers are not rounded relatively, and great ones overflow.
+            return f"{primitive} makes {out.dtype} of logits"
+        if primitive is p.convert_element_type_p:
+            source = eqn.invars[0].aval.dtype
+            self._use(out.dtype, plain=jnp.promote_types(source, out.dtype) == out.dtype)
+            return True
+        self._use(out.dtype, plain=False)
+        if primitive in _CURVES or (primitive in _ONE_SIDED and len(touched) == 1):
+            return True
+        if primitive is p.div_p and touched == [0]:
+            return True
+        if primitive is p.clamp_p and touched == [1]:
+            return True
+        return f"{primitive} of logits may not keep their order"
+
+    def _use(self, dtype: Any, *, plain: bool) -> None:
+        self.plain = self.plain and plain
+        if not plain:
+            mantissa = jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.floating) else 0
+            self.unit = max(self.unit, 2.0 ** -(int(mantissa) + 1))
+
+
+def _body(eqn: Any) -> Any:
+    """The jaxpr of a call that passes its operands on as they are."""
+    bodies = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
+    if len(bodies) != 1:
+        return None
+    body = _compat.open_jaxpr(bodies[0])[0]
+    calls = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
+    fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
+    named = eqn.primitive.name in (*calls, "custom_vjp_call", "custom_vjp_call_jaxpr")
+    return body if fits and named else None
