@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import select
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.select import threshold_mask, top_k
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "int16"]
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0]
@@ -122,3 +122,26 @@ def test_it_lowers_for_every_platform(platform):
     lowered = jax.jit(lambda s: top_k(s, 3)).trace(jnp.zeros((1, 9), jnp.bfloat16))
     text = lowered.lower(lowering_platforms=(platform,)).as_text()
     assert "top_k" in text
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 500, 999])
+@pytest.mark.parametrize("power", [1, 4])
+def test_a_threshold_takes_the_greatest_without_a_sort(k, power):
+    scores = np.random.default_rng(k).standard_normal((4, 1000)).astype(np.float32) ** power
+    mask = np.asarray(jax.jit(lambda s: threshold_mask(s, k))(scores))
+    assert (mask.sum(1) <= k).all()
+    assert (mask.sum(1) >= 0.99 * k - 1).all()
+    for row, taken in zip(scores, mask, strict=True):
+        assert row[taken].min() >= np.sort(row)[::-1][k - 1]
+        assert taken[row.argmax()]
+
+
+def test_a_threshold_among_equal_and_infinite_scores():
+    taken = jax.jit(lambda s: threshold_mask(s, 3))
+    equal = np.zeros((1, 50), np.float32)
+    np.testing.assert_array_equal(np.flatnonzero(taken(equal)[0]), [0, 1, 2])
+    spikes = equal.copy()
+    spikes[0, [7, 49]] = np.inf, 1e-30
+    np.testing.assert_array_equal(np.flatnonzero(taken(spikes)[0])[:1], [7])
+    assert taken(spikes)[0, 49]
+    assert threshold_mask(jnp.zeros((2, 5)), 5).all()

@@ -1,0 +1,154 @@
+"""A feed-forward block as the operations see it: sizes, what ranks its neurons, and its arrays.
+
+A neuron is a row of the first matrix (of two in a gated block) and a row of the second. Neurons
+are chosen and fetched in groups, whose rows lie together in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import State
+
+Activation = Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
+"""(pre: P arrays [tokens, n], vectors: arrays [n]) to h: [tokens, n], pointwise along n."""
+
+CRITERIA = ("hidden", "gate", "output")
+REDUCTIONS = ("l2", "max", "sum")
+SELECTIONS = ("sort", "threshold")
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNSpec:
+    """What is to be computed at a block.
+
+    Attributes:
+      width: f, the number of neurons.
+      group: neurons that are chosen and fetched together; divides the width.
+      projections: P, first matrices: 1 in a plain block, 2 in a gated one.
+      k_groups: how many of the G = f / group groups count.
+      candidate_groups: how many a token computes exactly, at least k_groups.
+      up_dtype, down_dtype: results of the two products.
+      precision: of both, as in `lax.dot_general`.
+      compute_dtype: to which rows are cast after they were fetched.
+      gate: the projection that goes through the activation.
+      sparse: whether a non-positive gate makes h exactly zero (ReLU family).
+      gate_bias: the vector that is added to the gate first, or None.
+      selects: whether the activation itself looks at all neurons together and zeroes most; then it
+        is given the guesses of those that were not fetched.
+      criterion: what a neuron is ranked by: |h| (`"hidden"`), |h| with the other projection taken
+        as one (`"gate"`), or |h| times the norm of the neuron's second row (`"output"`).
+      reduction: what ranks a group, of its members: `"l2"`, `"max"` or `"sum"`.
+      selection: how candidates are found, by a partial `"sort"` or by a `"threshold"`.
+      common_groups: the first so many groups are always computed, without prediction.
+    """
+
+    width: int
+    group: int
+    projections: int
+    k_groups: int
+    candidate_groups: int
+    up_dtype: Any
+    down_dtype: Any
+    precision: Any
+    compute_dtype: Any
+    gate: int = 0
+    sparse: bool = False
+    gate_bias: int | None = None
+    selects: bool = False
+    criterion: str = "hidden"
+    reduction: str = "l2"
+    selection: str = "sort"
+    common_groups: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.width % self.group:
+            raise HireRewriteError(
+                f"FFNSpec: group={self.group} must divide the width {self.width}"
+            )
+        if not 1 <= self.k_groups <= self.candidate_groups <= self.groups:
+            raise HireRewriteError(
+                f"FFNSpec: k_groups={self.k_groups}, candidate_groups={self.candidate_groups}, "
+                f"{self.groups} groups: they must be in that order, and k_groups at least 1"
+            )
+        if not 0 <= self.common_groups <= self.candidate_groups:
+            raise HireRewriteError(
+                f"FFNSpec: common_groups={self.common_groups} are among the candidates, so give "
+                f"at most candidate_groups={self.candidate_groups}"
+            )
+        if not 0 <= self.gate < self.projections:
+            raise HireRewriteError(
+                f"FFNSpec: gate={self.gate} is none of {self.projections} projections"
+            )
+        for name, choices in (
+            ("criterion", CRITERIA),
+            ("reduction", REDUCTIONS),
+            ("selection", SELECTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise HireRewriteError(
+                    f"FFNSpec: {name}={getattr(self, name)!r} must be one of {', '.join(choices)}"
+                )
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.width // self.group
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """The projections whose products the predictor guesses."""
+        if self.criterion == "gate" and not self.selects:
+            return (self.gate,)
+        return tuple(range(self.projections))
+
+    @property
+    def scored_rows(self) -> int:
+        """How many products it guesses."""
+        return len(self.scored) * (self.groups - self.common_groups) * self.group
+
+    def fetched_groups(self, tokens: int, budget: int | None = None) -> int:
+        """How many groups `tokens` tokens fetch together, at most; `budget` bounds it further."""
+        worst = self.common_groups + tokens * (self.candidate_groups - self.common_groups)
+        least = self.candidate_groups
+        return min(self.groups, worst, self.groups if budget is None else max(budget, least))
+
+
+class PartState(NamedTuple):
+    """A part of a product that is fused with the block's, but is read elsewhere.
+
+    Attributes:
+      rows: for each product [L, n, d_in], those of the part.
+      vectors: of [L, n], numbers that belong to them.
+    """
+
+    rows: tuple[Array, ...]
+    vectors: tuple[Array, ...]
+
+
+class FFNState(NamedTuple):
+    """The arrays of a block; neuron j is number j % group of group j // group.
+
+    Attributes:
+      up: [L, G, P, group, d_in], the rows of the first matrices.
+      down: [L, G, group, d_out], those of the second.
+      vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
+      predictor: for the rows of the projections `spec.scored`, all of the first projection, then
+        all of the next, without those of the common groups; with the same leading axis.
+      fused: parts of a product that the block shares with others, which are computed whole.
+      joined: of [L, n, d_out], rows of the last matrix that other inputs than h are for.
+      norms: f32[L, G, group], norms of the second rows, for the criterion `"output"` alone.
+    """
+
+    up: Array
+    down: Array
+    vectors: tuple[Array, ...]
+    predictor: State
+    fused: tuple[PartState, ...] = ()
+    joined: tuple[Array, ...] = ()
+    norms: Array | None = None
