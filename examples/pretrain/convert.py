@@ -1,0 +1,74 @@
+"""Convert a trained model for decoding, and measure what predicting costs it.
+
+`hire_rewrite.transform` takes the model's own `forward`; nothing of the training is needed but
+some of its text, to calibrate on.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import hire_rewrite as hire
+
+from . import batches, model
+from .train import RULE, K
+
+CANDIDATES = 0.1  # twice the k of the training
+PREDICTORS = (hire.LowRank(48), hire.Quantized(4), hire.Quantized(8))
+# The vocabulary is small, and its head stays dense; it is named to compare what comes out of it.
+HEAD = hire.Head(min_width=1024, path="nowhere")
+CALIBRATION, ROWS = 16, 16  # batches, and rows of a batch
+
+
+def converted(
+    config: model.Config,
+    params: model.Params,
+    training: np.ndarray,
+    validation: np.ndarray,
+    context: int,
+    predictors: Sequence[Any] = PREDICTORS,
+) -> list[dict[str, Any]]:
+    """For each predictor losses on the validation text, and what the blocks recall.
+
+    `losses` are nats per token: of all neurons, of the exact top-k, and rewritten.
+    """
+    calibration = [(rows[:, :-1],) for rows in _some(training, context)]
+    rows = list(batches.in_order(validation, context, ROWS))
+    found = []
+    for predictor in predictors:
+        rule = hire.FFN(k=K, candidates=CANDIDATES, group=RULE.group, predictor=predictor)
+        step = hire.transform(functools.partial(model.forward, config), rule, HEAD)
+        packed = step.pack(params, *calibration[0], calibration=calibration)
+        targets = iter([one[:, 1:] for one in rows])
+        report = step.evaluate(
+            packed, [(one[:, :-1],) for one in rows], targets=lambda _, t=targets: next(t)
+        )
+        (site,), whole = report.sites, report.model
+        assert whole is not None
+        assert whole.perplexity is not None
+        dense, exact, hired = map(math.log, whole.perplexity)
+        found.append(
+            {
+                "predictor": str(predictor),
+                "losses": {
+                    "dense": round(dense, 5),
+                    "exact": round(exact, 5),
+                    "rewritten": round(hired, 5),
+                },
+                "above_exact": round(hired / exact - 1, 5),
+                "recall": [round(recall, 4) for recall in site.recall],
+                "candidates": site.candidates * RULE.group,
+                "k": site.k * RULE.group,
+                "bytes": [site.bytes_dense, site.bytes_read],
+            }
+        )
+    return found
+
+
+def _some(tokens: np.ndarray, context: int) -> list[np.ndarray]:
+    """Batches from all over the text, i32[ROWS, context + 1] each."""
+    every = batches.Batches(tokens, context, ROWS)
+    return [every[i] for i in range(CALIBRATION)]
