@@ -1,13 +1,14 @@
-"""Text to measure on, of three kinds that every Python installation has.
+"""Text to measure on, of four kinds that every Python installation has.
 
-English prose (the help topics behind `help("if")`), Python code (modules of the standard library)
-and a table (the names of Unicode characters). No download, and the same tokens on every run with
-the same Python; another Python version has slightly different text.
+English prose (the help topics behind `help("if")`), Python code (modules of the standard library),
+licenses (of the installed packages) and a table (the names of Unicode characters). No download,
+and the same tokens on every run with the same Python and packages.
 """
 
+import importlib.metadata
 import importlib.util
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -57,6 +58,11 @@ def table_text(n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
     return _encode((_names(page) for page in pages), n_tokens, tokenizer)
 
 
+def license_text(n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
+    """The first tokens: i32[n_tokens] of the licenses of the installed packages, by name."""
+    return _encode(_licenses(), n_tokens, tokenizer)
+
+
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:
     """Cut tokens: i32[n] into as many rows of `length` as fit: i32[n // length, length]."""
     return tokens[: len(tokens) // length * length].reshape(-1, length)
@@ -95,6 +101,19 @@ def _source(module: str) -> str:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"the standard library here has no source of {module!r}")
     return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _licenses() -> Iterator[str]:
+    """Each license once, for many packages have the same."""
+    seen = set()
+    packages = {package.metadata["Name"]: package for package in importlib.metadata.distributions()}
+    for name in sorted(packages, key=str.lower):
+        for file in sorted(packages[name].files or ()):
+            if "license" in file.name.lower() and file.suffix in ("", ".txt", ".md", ".rst"):
+                text = Path(file.locate()).read_text(encoding="utf-8", errors="replace")
+                if text not in seen:
+                    seen.add(text)
+                    yield text
 
 
 def _names(codes: Iterable[int]) -> str:

@@ -1,0 +1,159 @@
+"""`docs/quality.md` from `results/quality.json` and `results/pretrain.json`."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import timing
+
+PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+
+
+def write() -> Path:
+    """Write the page and return its path."""
+    quality, trained = (
+        json.loads((timing.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("quality", "pretrain")
+    )
+    lines = [*_page(quality), *_trained(trained)]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def _page(result: Mapping[str, Any]) -> Iterable[str]:
+    kinds = list(result["heads"][0])[2:-1]
+    yield "# Quality on SmolLM2-135M"
+    yield ""
+    machine = result["machine"]
+    yield (
+        f"Written by `{result['command']}` (jax {machine['jax']}, Python {machine['python']}): "
+        f"predictors are fitted to {result['fitted_tokens']:,} tokens of Python's help topics, and "
+        f"measured on {result['measured_tokens']:,} other tokens of them and as many of each of "
+        "the other kinds: the standard library's code, licenses, and a table of Unicode names. "
+        "Whole text is read; nothing is generated unless it says so. The numbers are in "
+        "[quality.json](../benchmarks/results/quality.json)."
+    )
+    yield from _heads(result["heads"], kinds)
+    yield from _mixing(result["mixing"], kinds)
+    yield from _certified(result["certified"], result["heads"], kinds)
+    yield from _blocks(result["blocks"], kinds)
+    yield from _tuned(result["tuned"], kinds)
+
+
+def _heads(rows: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
+    yield "\n## The vocabulary head\n"
+    yield (
+        "For each kind of text: how often the dense arg max is among 256 candidates, the share of "
+        "the 64 greatest logits among 512, and the perplexity through the rewritten head "
+        '(`tail="predicted"`) over the dense one\'s.\n'
+    )
+    yield from _table(
+        ["predictor", "MB read", *kinds],
+        [
+            [f"`{row['rule']}`", f"{row['bytes'] / 1e6:.1f}", *(_cell(row[kind]) for kind in kinds)]
+            for row in rows
+        ],
+    )
+
+
+def _cell(values: Mapping[str, Any]) -> str:
+    dense, hire = values["perplexity"]
+    return f"{values['arg_max']:.2%} · {values['top_at_512']:.3f} · {hire / dense - 1:+.2%}"
+
+
+def _mixing(rows: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
+    yield "\n## What mixing gains\n"
+    yield (
+        "The same number of tokens, of one kind or half of each of two; what the model says is "
+        "sampled from it at temperature 1, after any first token.\n"
+    )
+    yield from _table(
+        ["fitted to", "predictor", *kinds],
+        [
+            [row["fitted_to"], f"`{row['rule']}`"]
+            + [f"{row[kind]['arg_max']:.2%} · {row[kind]['top_at_512']:.3f}" for kind in kinds]
+            for row in rows
+        ],
+    )
+
+
+def _certified(
+    result: Mapping[str, Any], heads: Sequence[Any], kinds: Sequence[str]
+) -> Iterable[str]:
+    proofs = heads[-1]
+    yield "\n## Certified\n"
+    shares = ", ".join(f"{kind} {proofs[kind]['proved']:.2%}" for kind in kinds)
+    yield (
+        f"`Head(certify=True)` with `{proofs['rule']}` proves the arg max of these shares of the "
+        f"tokens above: {shares}. The others are computed densely. Of {result['tokens']:,} greedy "
+        f"tokens ({result['streams']} streams at a time, each step on its own tokens before) "
+        f"{result['same']:,} are the dense model's. [How](certify.md)."
+    )
+
+
+def _blocks(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Iterable[str]:
+    yield "\n## FFN blocks\n"
+    yield (
+        f"`FFN(k=0.5, candidates=0.6)` with `{results[0]['rule']}`. This model was not trained "
+        "with a top-k: keeping half of its neurons makes it worse, whatever predicts them, and "
+        "groups of 8 make it much worse. What HiRE adds to that is the step from exact to "
+        "rewritten. At these sizes it hardly pays, and is only done because of `force`.\n"
+    )
+    rows = []
+    for result in results:
+        for kind in kinds:
+            dense, exact, hire = result[kind]["perplexity"]
+            mean, worst = result[kind]["recall"]
+            rows.append(
+                [str(result["group"]), kind, f"{dense:.2f}", f"{exact:.2f}", f"{hire:.2f}",
+                 f"{hire / exact - 1:+.2%}", f"{mean:.3f}", f"{worst:.3f}"]
+            )  # fmt: skip
+    header = ["group", "text", "dense", "exact top-k", "rewritten", "", "recall", "worst layer"]
+    yield from _table(header, rows)
+
+
+def _tuned(result: Mapping[str, Any], kinds: Sequence[str]) -> Iterable[str]:
+    yield "\n## Tuned\n"
+    yield "`step.tune(params, batches, recall=0.99)` on help texts alone chooses\n"
+    for rule in result["rules"]:
+        yield f"* `{rule}`"
+    yield "\nIt reads, and recalls in its worst layer on text that it did not see:\n"
+    rows = []
+    for name, (default, size) in result["bytes"].items():
+        recalls = [f"{result[kind][name]:.4f}" for kind in kinds]
+        rows.append([name, f"{default / 1e6:.1f}", f"{size / 1e6:.1f}", *recalls])
+    yield from _table(["site", "MB by default", "MB tuned", *kinds], rows)
+
+
+def _trained(result: Mapping[str, Any]) -> Iterable[str]:
+    yield "\n# Quality of models that were trained with a top-k\n"
+    sizes = next(iter(result["architectures"].values()))["topk"]
+    yield (
+        f"Written by `{result['command']}`: small language models ({sizes['parameters']:,} "
+        f"parameters, {sizes['tokens']:,} tokens of the {result['text']['name']}), trained dense "
+        f"and with `{result['rule']}` in mode `exact`, alike in all else; then converted for "
+        "decoding. Losses are nats per token of chapters that were held out.\n"
+    )
+    rows = []
+    for name, arms in result["architectures"].items():
+        dense = arms["dense"]["validation_loss"]
+        for row in arms["topk"]["converted"]:
+            exact, hire = row["losses"]["exact"], row["losses"]["rewritten"]
+            before, after = row["bytes"]
+            rows.append(
+                [name, f"{dense:.4f}", f"{exact:.4f} ({exact / dense - 1:+.2%})",
+                 f"`{row['predictor']}`", f"{row['k']} of {row['candidates']}",
+                 f"{hire:.4f} ({row['above_exact']:+.2%})", f"{min(row['recall']):.3f}",
+                 f"{before / 1e6:.2f} → {after / 1e6:.2f}"]
+            )  # fmt: skip
+    header = ["FFN", "trained dense", "trained with top-k", "predictor", "neurons", "rewritten",
+              "recall of the worst layer", "MB read"]  # fmt: skip
+    yield from _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
