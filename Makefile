@@ -6,15 +6,17 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test bench docs lint format matrix clean help
+.PHONY: demo test bench quality pretrain docs lint format matrix clean help
 
 help:
-	@echo "make demo    SmolLM2-135M dense and rewritten, side by side"
-	@echo "make test    the tests"
-	@echo "make bench   the benchmarks; results in benchmarks/results/"
-	@echo "make docs    the generated pages of docs/"
-	@echo "make lint    ruff and mypy"
-	@echo "make matrix  the tests on every interpreter of PYTHONS"
+	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
+	@echo "make test      the tests"
+	@echo "make bench     the benchmarks; results in benchmarks/results/"
+	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
+	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
+	@echo "make docs      the generated pages of docs/"
+	@echo "make lint      ruff and mypy"
+	@echo "make matrix    the tests on every interpreter of PYTHONS"
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.smollm2.demo
@@ -25,6 +27,12 @@ test: $(VENV)/.test
 bench: $(VENV)/.demo
 	$(RUN) -m benchmarks.passes
 	$(RUN) -m benchmarks.smollm2
+
+quality: $(VENV)/.demo
+	$(RUN) -m benchmarks.quality
+
+pretrain: $(VENV)/.pretrain
+	$(RUN) -m examples.pretrain
 
 docs: $(VENV)/.test
 	$(RUN) -m tests.zoo.coverage docs/coverage.md

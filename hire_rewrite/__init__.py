@@ -14,21 +14,31 @@ from hire_rewrite.api import diff, inspect, transform
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import Plan, Rejection, Site
-from hire_rewrite.rules import FFN, Head, LowRank, Quantized
+from hire_rewrite.report import ModelReport, Report, SiteReport
+from hire_rewrite.rules import FFN, Cascade, Head, LowRank, Quantized
+from hire_rewrite.saved import load_rules, save_rules
+from hire_rewrite.tune import Tuned
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FFN",
+    "Cascade",
     "Head",
     "HireRewriteError",
     "LowRank",
+    "ModelReport",
     "Packed",
     "Plan",
     "Quantized",
     "Rejection",
+    "Report",
     "Site",
+    "SiteReport",
+    "Tuned",
     "diff",
     "inspect",
+    "load_rules",
+    "save_rules",
     "transform",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.learned import Learned
 
 __all__ = ["Origin", "Packed"]
 
@@ -33,7 +34,7 @@ class Origin:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "sites"],
-    meta_fields=["fingerprint", "origin", "layout"],
+    meta_fields=["fingerprint", "origin", "layout", "learned"],
 )
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -46,6 +47,7 @@ class Packed:
       fingerprint: of the plan that it was made for.
       origin: what it was made from.
       layout: shapes and dtypes of all its arrays.
+      learned: what calibration told about sites, as pairs (name, static numbers).
     """
 
     weights: dict[str, jax.Array]
@@ -53,6 +55,7 @@ class Packed:
     fingerprint: str
     origin: Origin
     layout: tuple[jax.ShapeDtypeStruct, ...]
+    learned: tuple[tuple[str, Learned], ...] = ()
 
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""

@@ -12,9 +12,10 @@ import numbers
 import re
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized
+from hire_rewrite.ops.block import CRITERIA, REDUCTIONS, SELECTIONS
+from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized
 
-__all__ = ["FFN", "Head", "LowRank", "Quantized", "Rule", "count"]
+__all__ = ["FFN", "Cascade", "Head", "LowRank", "Quantized", "Rule", "count"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +23,28 @@ class FFN:
     """Run FFN blocks on the top k of their hidden neurons.
 
     Args:
-      k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int). All
-        others are zero: on a model that was not trained so, a small k gives another model.
+      k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int), rounded up
+        to whole groups. All others are zero: on a model that was not trained so, a small k gives
+        another model. `"auto"` lets calibration find the smallest k that keeps `keep`.
       candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
         fraction or a number like `k`. By default twice `k`.
       group: neurons that are chosen and fetched together. Where it does not divide the width,
         the greatest common divisor of both is taken.
       predictor: how the pre-activations of all neurons are guessed. `Quantized()` recalls nearly
         all and needs no calibration; `LowRank(rank)` reads less and recalls less.
+      criterion: what a neuron is ranked by: `"hidden"`, |h|, `"output"`, |h| times the norm of its
+        row of the last matrix, or `"gate"`, |h| with the other factor of a gated block taken as
+        one; then the gate alone is guessed, which reads half.
+      reduction: what ranks a group, of its members: `"l2"`, `"max"` or `"sum"`.
+      selection: how candidates are found: `"sort"`, or by a `"threshold"` without a sort (then
+        there may be a few less).
+      common: neurons that are always computed, without prediction: those that were among the k
+        most often in calibration. A fraction or a number; they are among the candidates.
+      budget: neurons that are fetched for all tokens of a call together, at most, a fraction or a
+        number; a call whose tokens ask for more reads all. None for as many as they may ask for.
+      keep: what `k="auto"` keeps, at least, on average over the calibration: of an activation
+        that zeroes neurons the share of non-zero ones, of any other 1 − relative error of the
+        block's output.
       max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
         their candidates together are most of the rows; None for no limit.
       path: a regular expression; only sites whose name contains a match are asked for.
@@ -39,16 +54,41 @@ class FFN:
       HireRewriteError: an argument is out of its range.
     """
 
-    k: float | int
+    k: float | int | str
     candidates: float | int | None = None
     group: int = 8
     predictor: Predictor = Quantized()
+    criterion: str = "hidden"
+    reduction: str = "l2"
+    selection: str = "sort"
+    common: float | int = 0
+    budget: float | int | None = None
+    keep: float = 0.95
     max_tokens: int | None = 8
     path: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
-        _check_amounts("FFN", self.k, self.candidates)
+        if isinstance(self.k, str):
+            if self.k != "auto":
+                raise HireRewriteError(f'FFN: k={self.k!r} must be an amount or "auto"')
+            _check_amount("FFN", "candidates", self.candidates)
+        else:
+            _check_amounts("FFN", self.k, self.candidates)
+        _check_amount("FFN", "budget", self.budget)
+        if self.common != 0:
+            _check_amount("FFN", "common", self.common)
+        if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
+            raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")
+        for name, choices in (
+            ("criterion", CRITERIA),
+            ("reduction", REDUCTIONS),
+            ("selection", SELECTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise HireRewriteError(
+                    f"FFN: {name}={getattr(self, name)!r} must be one of {', '.join(choices)}"
+                )
         if not _is_int(self.group) or self.group < 1:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
         _check_common("FFN", self.predictor, self.max_tokens, self.path)
@@ -66,6 +106,9 @@ class Head:
         calibration; `LowRank(rank)` reads less, but has to be calibrated.
       tail: what the logits outside the candidates hold where the function can see them:
         `"predicted"` (the predictor's scores, never above the k greatest exact ones) or `"-inf"`.
+      certify: how many of the greatest logits are proved to be those of the dense head (True for
+        1, the arg max); a token for which the proof fails is computed whole. Needs a predictor
+        with a bound, as `Quantized` has.
       min_width: a linear layer narrower than this is no vocabulary.
       max_tokens, path, force: as in `FFN`.
 
@@ -77,6 +120,7 @@ class Head:
     candidates: float | int | None = None
     predictor: Predictor = Quantized()
     tail: str = "predicted"
+    certify: bool | int = False
     min_width: int = 4096
     max_tokens: int | None = None
     path: str | None = None
@@ -86,6 +130,11 @@ class Head:
         _check_amounts("Head", self.k, self.candidates)
         if self.tail not in ("predicted", "-inf"):
             raise HireRewriteError(f'Head: tail={self.tail!r} must be "predicted" or "-inf"')
+        if not isinstance(self.certify, bool) and (not _is_int(self.certify) or self.certify < 0):
+            raise HireRewriteError(
+                f"Head: certify={self.certify!r} must be True, False or how many of the greatest "
+                "logits are to be proved"
+            )
         if not _is_int(self.min_width) or self.min_width < 1:
             raise HireRewriteError(f"Head: min_width={self.min_width!r} must be a positive int")
         _check_common("Head", self.predictor, self.max_tokens, self.path)
@@ -117,20 +166,24 @@ def _is_int(number: object) -> bool:
     return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
+def _check_amount(rule: str, name: str, amount: object) -> None:
+    if amount is None and name != "k":
+        return
+    if _is_int(amount):
+        valid = amount >= 1  # type: ignore[operator]
+    else:
+        valid = isinstance(amount, numbers.Real) and 0.0 < float(amount) <= 1.0
+        valid = valid and not isinstance(amount, bool)
+    if not valid:
+        raise HireRewriteError(
+            f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
+            "of rows (an int of at least 1)"
+        )
+
+
 def _check_amounts(rule: str, k: object, candidates: object) -> None:
-    for name, amount in (("k", k), ("candidates", candidates)):
-        if amount is None and name == "candidates":
-            continue
-        if _is_int(amount):
-            valid = amount >= 1  # type: ignore[operator]
-        else:
-            valid = isinstance(amount, numbers.Real) and 0.0 < float(amount) <= 1.0
-            valid = valid and not isinstance(amount, bool)
-        if not valid:
-            raise HireRewriteError(
-                f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
-                "of rows (an int of at least 1)"
-            )
+    _check_amount(rule, "k", k)
+    _check_amount(rule, "candidates", candidates)
     same_unit = candidates is not None and _is_int(k) == _is_int(candidates)
     if same_unit and candidates < k:  # type: ignore[operator]
         raise HireRewriteError(

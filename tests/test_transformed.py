@@ -467,3 +467,22 @@ def test_transform_arguments(arguments):
     fn = arguments.pop("fn", step)
     with pytest.raises(hire.HireRewriteError, match="transform: "):
         hire.transform(fn, *rules, **arguments)
+
+
+def test_exact_mode_selects_whether_it_pays_or_not():
+    """What is trained must not depend on what predicting would cost."""
+    random = np.random.default_rng(0)
+    shapes = {"up": (16, 64), "gate": (16, 64), "down": (64, 16)}
+    params = {name: jnp.asarray(random.normal(size=s), jnp.float32) for name, s in shapes.items()}
+
+    def block(p, x):
+        return (jax.nn.relu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+    rule, x = hire.FFN(k=0.5), jnp.asarray(random.normal(size=(3, 16)), jnp.float32)
+    (site,) = hire.inspect(block, params, x, rules=[rule]).sites
+    assert "would read" in site.reason
+    step = hire.transform(block, rule, mode="exact")
+    forced = hire.transform(block, hire.FFN(k=0.5, force=True), mode="exact")
+    np.testing.assert_allclose(step(params, x), forced(params, x), rtol=1e-5)
+    assert not np.allclose(step(params, x), block(params, x))
+    np.testing.assert_array_equal(hire.transform(block, rule)(params, x), jax.jit(block)(params, x))

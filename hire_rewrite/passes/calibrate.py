@@ -1,31 +1,42 @@
-"""Collect statistics of the sites' inputs by running the function's own code with taps.
+"""What calibration asks of a function's sites, and what is concluded from it.
 
-A tap stands in the place of a site's first product: it computes the product as it was, and
-reports the moments of its input. Loops stack the reports of sites that have weights of their own
-in each iteration, and sum all others.
+A tap stands in the place of a head's product: it computes the product as it was, and reports the
+moments of its input. A block reports besides which of its neurons were active. Loops stack the
+reports of sites that have weights of their own in each iteration, and sum all others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.learned import Learned
+from hire_rewrite.ops.activity import Activity, expected_union, smallest_k
+from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.passes.detect import Found
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.observe import by_layer
+from hire_rewrite.passes.pack import Calibration
+from hire_rewrite.passes.raw import observed
 from hire_rewrite.passes.rewrite import Rewritten, rewrite
 from hire_rewrite.passes.rows import to_rows
-from hire_rewrite.passes.trace import Trace, abstract
+from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import evaluate
-from hire_rewrite.passes.weights import site_loops
+from hire_rewrite.passes.weights import layers, site_loops
+from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.rules import FFN
 
-__all__ = ["collect", "tap"]
+__all__ = ["conclude", "tapped"]
+
+_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+"""For so many tokens in a call the rows that they share are estimated."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,90 +62,68 @@ class _Tap:
 
     def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
         x = ins[self.linear.node.ins.index(self.linear.x)]
-        return evaluate(self.linear.node, ins), Moments.of(to_rows(x, self.linear.x_axes))
+        moments = Moments.of(to_rows(x, self.linear.x_axes))
+        return evaluate(self.linear.node, ins), (moments, None)
 
 
-def tap(trace: Trace, sites: Sequence[Found]) -> Rewritten:
-    """The traced function with a tap at each of `sites`; its reports are `Moments`.
+def tapped(trace: Trace, decisions: Sequence[Decision]) -> Rewritten:
+    """The traced function with taps; its reports are `Moments` and, of blocks, their `Activity`.
 
-    Moments have leading axes for the scans over which the site's weights vary.
+    Both have leading axes for the scans over which the site's weights vary.
     """
-    taps = [_Tap(s.name, s.match.linears[0], site_loops(trace, s.match)) for s in sites]
-    return rewrite(trace, taps)
+    return rewrite(trace, [_tap(trace, decision) for decision in decisions])
 
 
-def _merged(moments: Moments, layers: int) -> Moments:
-    """Moments with their leading axes merged to one of `layers`."""
-
-    def merge(leaf: jax.Array, rank: int) -> jax.Array:
-        return jnp.reshape(leaf, (layers, *leaf.shape[leaf.ndim - rank :]))
-
-    return Moments(merge(moments.count, 0), merge(moments.total, 1), merge(moments.second, 2))
-
-
-def collect(
-    batches: Iterable[tuple[Any, ...]],
-    example: Sequence[Any],
-    sites: Mapping[str, tuple[str, int]],
-    call: Callable[[tuple[Any, ...]], tuple[Trace, Sequence[Found], Sequence[Any]]],
-) -> dict[str, Moments]:
-    """Moments of the sites' inputs over all batches, with one leading axis of layers, by state.
-
-    Args:
-      batches: tuples of the arguments after the weights.
-      example: those arguments in the call that is packed for.
-      sites: for each site the state that it uses (sites may share one), and its layers.
-      call: the trace, the sites and the input arrays of a call with a batch.
+def conclude(
+    trace: Trace, decisions: Sequence[Decision], reports: Mapping[str, Any] | None
+) -> Calibration:
+    """What the sum of all reports says about the sites that are packed, or yet undecided.
 
     Raises:
-      HireRewriteError: a batch has another structure than `example`, there is none, or a site's
-        inputs hold a NaN or an infinity.
+      HireRewriteError: no batch reached a site, or its inputs hold a NaN or an infinity.
     """
-    taps: dict[Trace, tuple[Rewritten, Any]] = {}
-    totals: dict[str, Moments] = {}
-    for number, batch in enumerate(batches):
-        _check(number, batch, example)
-        traced, found, inputs = call(batch)
-        if traced not in taps:
-            tapped = tap(traced, [site for site in found if site.name in sites])
-            taps[traced] = (tapped, jax.jit(lambda arrays, tapped=tapped: tapped(arrays)[1]))
-        tapped, run = taps[traced]
-        reports = run({i: inputs[i] for i in tapped.needs})
-        for name, report in reports.items():
-            state, layers = sites[name]
-            moments = _merged(report, layers)
-            totals[state] = totals[state] + moments if state in totals else moments
-    for name in {state for state, _ in sites.values()}:
-        if name not in totals or not bool(totals[name].count.all()):
-            raise HireRewriteError(
-                f"{name}: no calibration batch reached it: give batches of calls that run it"
-            )
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(totals[name])):
+    moments: dict[str, Moments] = {}
+    kept: dict[str, Any] = {}
+    learned: dict[str, Learned] = {}
+    for decision in decisions:
+        name, loops = decision.found.name, site_loops(trace, decision.found.match)
+        if reports is None or name not in reports:
+            raise _unreached(name)
+        seen, active = by_layer(reports[name], len(loops), layers(loops))
+        if not bool(seen.count.all()):
+            raise _unreached(name)
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(seen)):
             raise HireRewriteError(
                 f"{name}: its input holds a NaN or an infinity in the calibration batches: look "
                 "at the weights and the batches"
             )
-    return totals
+        before = moments.get(decision.state)
+        moments[decision.state] = seen if before is None else before + seen
+        if active is not None:
+            learned[name] = _learned(decision, active)
+            now = kept.get(decision.state)
+            kept[decision.state] = active.kept if now is None else now + active.kept
+    return Calibration(moments, kept, learned)
 
 
-def _check(number: int, batch: Any, example: Sequence[Any]) -> None:
-    if not isinstance(batch, tuple):
-        raise HireRewriteError(
-            f"calibration batch {number} is a {type(batch).__name__}: give tuples of the arguments "
-            "after the weights"
-        )
-    got: Any = jax.tree.structure(batch)
-    want: Any = jax.tree.structure(tuple(example))
-    if got != want:
-        raise HireRewriteError(
-            f"calibration batch {number} has the structure {got}, but the call has {want} after "
-            "the weights: give batches structured as in a call"
-        )
-    for a, b in zip(
-        map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True
-    ):
-        if a.dtype != b.dtype or len(a.shape) != len(b.shape):
-            raise HireRewriteError(
-                f"calibration batch {number} holds {a.dtype}{list(a.shape)} where the call has "
-                f"{b.dtype}{list(b.shape)}: only leading sizes may differ"
-            )
+def _learned(decision: Decision, active: Activity) -> Learned:
+    spec, rule = decision.spec, decision.site.rule
+    assert isinstance(spec, FFNSpec)
+    assert isinstance(rule, FFN)
+    if decision.undecided:
+        return Learned(k=smallest_k(active, rule.keep, spec.groups) * spec.group)
+    union = tuple(round(expected_union(active, n) * spec.group) for n in _TOKENS)
+    return Learned(k=spec.k_groups * spec.group if rule.k == "auto" else None, union=union)
+
+
+def _tap(trace: Trace, decision: Decision) -> Any:
+    match = decision.found.match
+    if isinstance(match, FFNMatch):
+        return observed(trace, decision, shares=decision.undecided)
+    return _Tap(decision.found.name, match.linear, site_loops(trace, match))
+
+
+def _unreached(name: str) -> HireRewriteError:
+    return HireRewriteError(
+        f"{name}: no calibration batch reached it: give batches of calls that run it"
+    )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.ffn import FFNSpec
+from hire_rewrite.learned import Learned
+from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.passes.detect import Detection, Found, source_of
 from hire_rewrite.passes.estimate import dense_bytes, estimate
-from hire_rewrite.patterns.activation import Activation
+from hire_rewrite.passes.sizes import Unfit, budget_of, scored_rows, spec_of
 from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.plan import Plan, Site
-from hire_rewrite.rules import FFN, Head, Rule, count
+from hire_rewrite.rules import FFN, Head, Rule
 
 __all__ = ["DEFAULT_RULES", "Decision", "decide", "min_width"]
 
@@ -33,6 +31,10 @@ class Decision:
         (Whether it is rewritten in a given call depends on that call's tokens as well.)
       state: the name under which they are packed: the first site's with the same weights, so
         that a weight that is used several times is packed once.
+      budget: groups that are fetched for all tokens together, at most; None for no limit.
+      asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
+        it, whether that pays or not, or it is packed.
+      undecided: whether its `k="auto"` has not been calibrated; the spec has all groups then.
     """
 
     found: Found
@@ -40,6 +42,9 @@ class Decision:
     spec: FFNSpec | HeadSpec | None
     packs: bool
     state: str
+    budget: int | None = None
+    asked: bool = False
+    undecided: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -51,11 +56,14 @@ def min_width(rules: Sequence[Rule]) -> int:
     return min((rule.min_width for rule in rules if isinstance(rule, Head)), default=Head.min_width)
 
 
-def decide(detection: Detection, rules: Sequence[Rule]) -> tuple[Plan, tuple[Decision, ...]]:
+def decide(
+    detection: Detection, rules: Sequence[Rule], learned: Mapping[str, Learned]
+) -> tuple[Plan, tuple[Decision, ...]]:
     """The plan of a function.
 
     Args:
       rules: the user's, in order; none stands for `DEFAULT_RULES`.
+      learned: what calibration told about sites, by name.
 
     Raises:
       HireRewriteError: a rule asks for more rows than a site has.
@@ -70,7 +78,7 @@ def decide(detection: Detection, rules: Sequence[Rule]) -> tuple[Plan, tuple[Dec
             decisions.append(_without_rule(found))
             continue
         used.add(number)
-        decisions.append(_with_rule(found, rules[number], default))
+        decisions.append(_with_rule(found, rules[number], default, learned.get(found.name)))
     unused = () if default else tuple(r for i, r in enumerate(rules) if i not in used)
     decisions = _sharing(decisions)
     plan = Plan(
@@ -115,15 +123,22 @@ def _without_rule(found: Found) -> Decision:
     return Decision(found, _site(found, None, "dense", reason), None, False, found.name)
 
 
-def _with_rule(found: Found, rule: Rule, default: bool) -> Decision:
+def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None) -> Decision:
     if found.obstacle is not None:
         site = _site(found, rule, "dense", found.obstacle)
         return Decision(found, site, None, False, found.name)
-    spec = _spec(found, rule, default)
-    scored = _scored_rows(found)
-    rule.predictor.check(*scored, site=found.name)
-    now = estimate(found, spec, rule.predictor, found.tokens)
-    single = estimate(found, spec, rule.predictor, 1)
+    if isinstance(rule, FFN) and rule.k == "auto" and (learned is None or learned.k is None):
+        probe = spec_of(found, dataclasses.replace(rule, k=1.0, candidates=None), default, None)
+        reason = 'k="auto" is found by calibration: pack(..., calibration=batches)'
+        site = _site(found, rule, "dense", reason)
+        return Decision(found, site, probe, False, found.name, undecided=True)
+    try:
+        spec = spec_of(found, rule, default, learned)
+    except Unfit as unfit:
+        return Decision(found, _site(found, rule, "dense", str(unfit)), None, False, found.name)
+    rule.predictor.check(scored_rows(spec), found.match.linears[0].in_dim, site=found.name)
+    now = estimate(found, spec, rule.predictor, found.tokens, learned)
+    single = estimate(found, spec, rule.predictor, 1, learned)
     packs = single.pays or rule.force
     if rule.max_tokens is not None and found.tokens > rule.max_tokens:
         status = "dense"
@@ -138,8 +153,24 @@ def _with_rule(found: Found, rule: Rule, default: bool) -> Decision:
         status, reason = "rewritten", _describe(spec, rule)
     if status == "dense" and packs:
         reason += "; the same top-k in dense arithmetic"
+    if status == "rewritten" and learned is not None:
+        reason += _until(found, spec, rule, learned)
     after = now.after if status == "rewritten" else None
-    return Decision(found, _site(found, rule, status, reason, after), spec, packs, found.name)
+    site = _site(found, rule, status, reason, after)
+    budget = budget_of(found, spec, rule)
+    return Decision(found, site, spec, packs, found.name, budget, asked=packs or not default)
+
+
+def _until(found: Found, spec: FFNSpec | HeadSpec, rule: Rule, learned: Learned) -> str:
+    """From how many tokens on a calibrated block reads as much as it would dense."""
+    if not isinstance(spec, FFNSpec) or not learned.union:
+        return ""
+    sizes = [2**i for i in range(len(learned.union))]
+    full = (n for n in sizes if not estimate(found, spec, rule.predictor, n, learned).pays)
+    first = next(full, None)
+    if first is None:
+        return f"; for up to {sizes[-1]} tokens it reads less than dense"
+    return f"; from {first} tokens on it reads as much as dense"
 
 
 def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
@@ -148,79 +179,9 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
         what = f"top {k} of {candidates} candidates of {spec.width}, in groups of {spec.group}"
     else:
         what = f"top {spec.k} of {spec.candidates} candidates of {spec.width}"
+        what += f", {spec.certify} proved" if spec.certify else ""
     hint = " (calibrate it in pack)" if rule.predictor.wants_calibration else ""
     return f"{what}, guessed by {rule.predictor}{hint}"
-
-
-def _spec(found: Found, rule: Rule, default: bool) -> FFNSpec | HeadSpec:
-    if isinstance(found.match, FFNMatch):
-        assert isinstance(rule, FFN)
-        return _ffn_spec(found.name, found.match, rule, default)
-    assert isinstance(rule, Head)
-    return _head_spec(found.name, found.match, rule)
-
-
-def _own_k(activation: Activation, width: int) -> int:
-    """The k that a block's own selection asks for; a statistic selects about that many."""
-    assert activation.keeps is not None
-    return min(width, activation.keeps if activation.name == "topk" else 2 * activation.keeps)
-
-
-def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
-    width, up, activation = match.region.size, match.linears[0], match.activation
-    own = activation.keeps if default else None
-    group = math.gcd(rule.group, width) if own is None else 1
-    k = count(rule.k, width, f"{name}: k") if own is None else _own_k(activation, width)
-    candidates = _candidates(name, rule, k, min(width, 2 * k), width)
-    return FFNSpec(
-        width=width,
-        group=group,
-        projections=len(match.region.projections),
-        k_groups=-(-k // group),
-        candidate_groups=-(-candidates // group),
-        gate=activation.gate if activation.sparse else None,
-        gate_bias=activation.gate_bias if activation.sparse else None,
-        up_dtype=up.out.dtype,
-        down_dtype=match.down.out.dtype,
-        precision=up.node.params["precision"],
-        compute_dtype=up.weight.dtype,
-        selects=activation.keeps is not None,
-    )
-
-
-def _head_spec(name: str, match: HeadMatch, rule: Head) -> HeadSpec:
-    linear, width = match.linear, match.width
-    k = count(rule.k, width, f"{name}: k")
-    return HeadSpec(
-        width=width,
-        k=k,
-        candidates=_candidates(name, rule, k, min(width, max(256, 4 * k)), width),
-        tail=rule.tail,
-        out_dtype=linear.out.dtype,
-        precision=linear.node.params["precision"],
-        compute_dtype=linear.weight.dtype,
-        starts=tuple(match.places[value][1] for value in match.endpoints),
-    )
-
-
-def _candidates(name: str, rule: Rule, k: int, default: int, width: int) -> int:
-    if rule.candidates is None:
-        return default
-    candidates = count(rule.candidates, width, f"{name}: candidates")
-    if candidates < k:
-        raise HireRewriteError(
-            f"{name}: candidates={rule.candidates} are {candidates} rows, less than the {k} of "
-            f"k={rule.k}: the k are chosen among the candidates, so give at least as many"
-        )
-    return candidates
-
-
-def _scored_rows(found: Found) -> tuple[int, int]:
-    """Rows and columns of the matrix whose products the predictor guesses."""
-    match = found.match
-    if isinstance(match, FFNMatch):
-        return len(match.region.projections) * match.region.size, match.linears[0].in_dim
-    return match.width, match.linear.in_dim
 
 
 def _site(

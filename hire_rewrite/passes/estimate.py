@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from hire_rewrite.ops.ffn import FFNSpec
+from hire_rewrite.learned import Learned
+from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.passes.detect import Found
@@ -35,10 +36,17 @@ def dense_bytes(found: Found) -> int:
     )
 
 
-def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, tokens: int) -> Bytes:
+def estimate(
+    found: Found,
+    spec: FFNSpec | HeadSpec,
+    predictor: Predictor,
+    tokens: int,
+    learned: Learned | None = None,
+) -> Bytes:
     """What rewriting a site saves with `tokens` in a call.
 
-    Rows of several tokens are counted as if they shared none, which is what is fetched at most.
+    Rows of several tokens are counted as calibration found them shared; without it as if they
+    shared none, which is what is fetched at most.
     """
     match = found.match
     if isinstance(match, FFNMatch):
@@ -46,7 +54,9 @@ def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, token
         up, down = match.linears[0], match.down
         up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
         candidates = min(spec.width, tokens * spec.candidate_groups * spec.group)
-        kept = min(spec.width, tokens * spec.k_groups * spec.group)
+        union = None if learned is None else learned.fetched(tokens)
+        candidates = candidates if union is None else min(candidates, union)
+        kept = min(candidates, tokens * spec.k_groups * spec.group)
         rows = candidates * spec.projections * up.in_dim * up_dtype.itemsize
         rows += kept * down.out_dim * down_dtype.itemsize
         rows += sum(value.shape[match.piece.axis] for value, _ in match.piece.others) * (
@@ -54,12 +64,14 @@ def estimate(found: Found, spec: FFNSpec | HeadSpec, predictor: Predictor, token
         )
         parts = (item for sibling in match.region.siblings for item in sibling.projections)
         rows += sum(part.window.size for part in parts) * up.in_dim * up_dtype.itemsize
-        scoring = predictor.bytes(spec.projections * spec.width, up.in_dim, up_dtype)
+        scoring = predictor.bytes(spec.scored_rows, up.in_dim, up_dtype, tokens)
     else:
         assert isinstance(spec, HeadSpec)
         linear = match.linear
         dtype = narrow(linear.weight).dtype
         rows = min(spec.width, tokens * spec.candidates * len(match.endpoints))
         rows *= linear.in_dim * dtype.itemsize
-        scoring = predictor.bytes(spec.width, linear.in_dim, dtype)
+        scoring = predictor.bytes(spec.width, linear.in_dim, dtype, tokens)
+        if spec.certify:  # two norms of each row, in float32
+            scoring += 8 * spec.width
     return Bytes(dense_bytes(found), found.repeats * found.experts * (scoring + rows))

@@ -20,7 +20,7 @@ from hire_rewrite.patterns.ffn import FFNMatch
 __all__ = ["side_by_side"]
 
 Block = Callable[[Any, Any, Any, Callable[..., Any]], Any]
-"""(x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out]."""
+"""(x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out], or that and a report."""
 
 
 def side_by_side(
@@ -29,8 +29,14 @@ def side_by_side(
     block: Block,
     functions: dict[Hashable, Callable[..., Any]],
     key: Hashable,
-) -> Callable[[Sequence[Any], Any], Sequence[Any]]:
-    """`block` for all experts of a match; `functions` remembers it under `key`."""
+    *,
+    reports: bool,
+) -> Callable[[Sequence[Any], Any], Any]:
+    """`block` for all experts of a match; `functions` remembers it under `key`.
+
+    With `reports` the block returns a report beside its result, and so does the function: one for
+    each expert, stacked.
+    """
     region, experts = match.region, match.experts
     first = region.projections[0]
     ins_axes = first.linear.expert_axes(first.window)
@@ -69,15 +75,17 @@ def side_by_side(
 
     jitted = functions.setdefault((key, place, experts), jax.jit(hire_ffn))
 
-    def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
+    def run(ins: Sequence[Any], layer: Any) -> Any:
         x, *sides = ins
-        y = jitted(_by_expert(x, ins_axes[0], match.x_axes, experts), sides, state, layer)
+        found = jitted(_by_expert(x, ins_axes[0], match.x_axes, experts), sides, state, layer)
+        y, report = found if reports else (found, None)
         out = match.down.out
         width = [out.shape[axis] for axis in match.down.out_axes]
         rest = [s for i, s in enumerate(out.shape) if i not in (out_axes[2], *match.down.out_axes)]
         y = y.reshape(experts, *rest, *width)
         last = range(y.ndim - len(width), y.ndim)
-        return [jnp.moveaxis(y, (0, *last), (out_axes[2], *match.down.out_axes))]
+        results = [jnp.moveaxis(y, (0, *last), (out_axes[2], *match.down.out_axes))]
+        return (results, report) if reports else results
 
     return run
 

@@ -6,6 +6,7 @@ Everything that depends on weights alone is computed here, once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import operator
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.ops.ffn import FFNSpec, FFNState, PartState
-from hire_rewrite.ops.head import HeadState
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.learned import Learned
+from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
+from hire_rewrite.ops.head import HeadSpec, HeadState
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.predictors import Certifying, Predictor
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.replace import packed_replacements
@@ -31,7 +34,22 @@ from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
 
-__all__ = ["fingerprint", "pack"]
+__all__ = ["Calibration", "fingerprint", "pack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What calibration saw, by the name of a site's packed state.
+
+    Attributes:
+      moments: of the sites' inputs, with one leading axis of layers.
+      kept: f32[layers, G] of blocks, how often each group was among the k greatest.
+      learned: static numbers, by the name of the site.
+    """
+
+    moments: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learned: Mapping[str, Learned] = dataclasses.field(default_factory=dict)
 
 
 def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
@@ -48,14 +66,17 @@ def pack(
     decisions: Sequence[Decision],
     origin: Origin,
     weights: Sequence[Any],
-    moments: Mapping[str, Moments],
+    calibration: Calibration,
 ) -> Packed:
     """Pack the weights of a traced function.
 
     Args:
       weights: its weight inputs, in order.
-      moments: of the inputs of sites, by state, with one leading axis (see `calibrate`); sites
-        without them have predictors fitted to the weights alone.
+      calibration: sites that it has no moments of have predictors fitted to the weights alone.
+
+    Raises:
+      HireRewriteError: a site's weights hold a NaN or an infinity, its calibration has too few
+        tokens for its predictor, or its rule needs calibration and there is none.
     """
     arrays = dict(zip(trace.weights, weights, strict=True))
     stacker = Stacker({trace.scope.inputs[i]: array for i, array in arrays.items()})
@@ -66,36 +87,53 @@ def pack(
     with _progress(total) as advance:
         for decision in firsts:
             name, loops = decision.found.name, site_loops(trace, decision.found.match)
-            states[name] = _state(decision, stacker, loops, moments.get(name), advance)
+            states[name] = _state(decision, stacker, loops, calibration, advance)
     swaps = [
         swap for d in packing for swap in packed_replacements(trace, d, states[d.state], "hire", {})
     ]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
-    return Packed(kept, states, fingerprint(decisions, origin), origin, layout)
+    learned = tuple(sorted(calibration.learned.items()))
+    return Packed(kept, states, fingerprint(decisions, origin), origin, layout, learned)
 
 
 def _state(
     decision: Decision,
     stacker: Stacker,
     loops: tuple[Scope, ...],
-    moments: Moments | None,
+    calibration: Calibration,
     advance: Callable[[], None],
 ) -> Any:
-    match, rule = decision.found.match, decision.site.rule
+    name, match, rule = decision.found.name, decision.found.match, decision.site.rule
     assert rule is not None
-    if isinstance(match, HeadMatch):
-        rows = _rows(match.linear, stacker, loops)
-        return HeadState(rows, _fit(rule.predictor, rows, moments, advance))
+    moments = calibration.moments.get(name)
     spec = decision.spec
+    if isinstance(match, HeadMatch):
+        assert isinstance(spec, HeadSpec)
+        rows = _rows(match.linear, stacker, loops)
+        fitted = _fit(name, rule.predictor, rows, moments, advance, spec.candidates)
+        return HeadState(rows, fitted, _bound(rule.predictor, spec, rows, fitted))
     assert isinstance(spec, FFNSpec)
     width, group = spec.width, spec.group
+    groups = width // group
     if moments is not None:  # experts are told apart by their weights alone
         moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
     up = jnp.stack([_projected(item, stacker, loops) for item in match.region.projections], axis=1)
     count, projections, _, d_in = up.shape
-    predictor = _fit(rule.predictor, up.reshape(count, projections * width, d_in), moments, advance)
+    order = _order(decision, calibration, count)
+
+    def grouped(rows: jax.Array) -> jax.Array:
+        """[layers, f, ...] as [layers, G, group, ...], the common groups first."""
+        split = rows.reshape(count, groups, group, *rows.shape[2:])
+        if order is None:
+            return split
+        places = order.reshape(order.shape + (1,) * (split.ndim - 2))
+        return jnp.take_along_axis(split, places, axis=1)
+
+    up = jnp.stack([grouped(up[:, i]) for i in range(projections)], axis=1)
+    scored = up[:, list(spec.scored), spec.common_groups :].reshape(count, spec.scored_rows, d_in)
+    predictor = _fit(name, rule.predictor, scored, moments, advance)
     vectors = _vectors(match.region, stacker, loops)
     expert = _expert(match.down.expert_axes())
     down = jnp.swapaxes(_rows(match.down, stacker, loops, expert), 1, 2)
@@ -104,7 +142,10 @@ def _state(
         for value, start in match.piece.others
     ]
     down = lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1)
-    groups = width // group
+    down = grouped(down)
+    norms = None
+    if spec.criterion == "output":
+        norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
     fused = tuple(
         PartState(
             tuple(_projected(item, stacker, loops) for item in sibling.projections),
@@ -113,13 +154,34 @@ def _state(
         for sibling in match.region.siblings
     )
     return FFNState(
-        up=jnp.swapaxes(up.reshape(count, projections, groups, group, d_in), 1, 2),
-        down=down.reshape(count, groups, group, -1),
-        vectors=tuple(vector.reshape(count, groups, group) for vector in vectors),
+        up=jnp.swapaxes(up, 1, 2),
+        down=down,
+        vectors=tuple(map(grouped, vectors)),
         predictor=predictor,
         fused=fused,
         joined=tuple(others),
+        norms=norms,
     )
+
+
+def _order(decision: Decision, calibration: Calibration, layers: int) -> jax.Array | None:
+    """i32[layers, G]: the groups with the most common ones first; None if they stay as they are.
+
+    Among the common ones and among the others they keep the order of the model.
+    """
+    name, spec = decision.found.name, decision.spec
+    assert isinstance(spec, FFNSpec)
+    if not spec.common_groups:
+        return None
+    if name not in calibration.kept:
+        raise HireRewriteError(
+            f"{name}: common neurons are those that calibration found most active: give "
+            "pack(..., calibration=batches), or common=0"
+        )
+    kept = jnp.repeat(calibration.kept[name], decision.found.experts, axis=0)
+    best = jnp.argsort(-kept, axis=1, stable=True)
+    common = jnp.sort(best[:, : spec.common_groups], axis=1)
+    return jnp.concatenate([common, jnp.sort(best[:, spec.common_groups :], axis=1)], axis=1)
 
 
 def _rows(
@@ -172,25 +234,51 @@ def _vectors(region: Region, stacker: Stacker, loops: tuple[Scope, ...]) -> tupl
 
 
 def _fit(
+    name: str,
     predictor: Predictor,
     rows: jax.Array,
     moments: Moments | None,
     advance: Callable[[], None],
+    top: int | None = None,
 ) -> Any:
     """The predictor's state for rows [layers, n, d], with a leading axis of layers."""
+    if not isinstance(rows, jax.core.Tracer):
+        if not bool(jnp.isfinite(rows).all()):
+            raise HireRewriteError(
+                f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
+                "predicted: look at the weights, or exclude the site with a rule's path="
+            )
+        if moments is not None:
+            tokens = int(moments.count.min())
+            predictor.check(rows.shape[1], rows.shape[2], site=name, tokens=tokens)
     states = []
     for layer in range(rows.shape[0]):
         one = operator.itemgetter(layer)
         here = None if moments is None else jax.tree.map(one, moments)
-        states.append(jax.block_until_ready(_fit_layer(predictor, rows[layer], here)))
+        states.append(jax.block_until_ready(_fit_layer(predictor, top, rows[layer], here)))
         advance()
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _fit_layer(predictor: Predictor, rows: jax.Array, moments: Moments | None) -> Any:
+def _bound(predictor: Predictor, spec: HeadSpec, rows: jax.Array, fitted: Any) -> Any:
+    """What a certified head knows about its predictor's errors, with a leading axis of layers."""
+    if not spec.certify:
+        return {}
+    assert isinstance(predictor, Certifying)
+    one = rows.astype(spec.compute_dtype)
+    layers = range(rows.shape[0])
+    bounds = [
+        predictor.fit_bound(one[i], jax.tree.map(operator.itemgetter(i), fitted)) for i in layers
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *bounds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit_layer(
+    predictor: Predictor, top: int | None, rows: jax.Array, moments: Moments | None
+) -> Any:
     """`predictor.fit`, compiled once for all layers and sites of a size."""
-    return predictor.fit(rows, moments)
+    return predictor.fit(rows, moments, top)
 
 
 def _leaves(origin: Origin) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:

@@ -13,7 +13,7 @@ from hire_rewrite.passes.calls import inline_calls, structured_calls
 from hire_rewrite.patterns.graph import Body, Frame, Node, Scope, Value, is_drop
 from hire_rewrite.patterns.region import literal_array
 
-__all__ = ["evaluate", "flatten", "inner_jaxprs", "look_up"]
+__all__ = ["evaluate", "flatten", "inner_jaxprs", "look_up", "run_node"]
 
 _EMPTY = _compat.open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
 
@@ -42,6 +42,12 @@ def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
     one = _EMPTY.replace(invars=list(bound), outvars=kept, eqns=[eqn], effects=eqn.effects)
     results = iter(jax.core.eval_jaxpr(one, (), *bound.values()))
     return [None if is_drop(var) else next(results) for var in eqn.outvars]
+
+
+def run_node(node: Node | Frame, env: dict[Value, Any]) -> None:
+    """Add the results of one equation to `env`."""
+    results = evaluate(node, [look_up(value, env) for value in node.ins])
+    env.update(zip(node.outs, results, strict=True))
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

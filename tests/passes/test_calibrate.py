@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hire_rewrite import HireRewriteError
-from hire_rewrite.passes.calibrate import collect, tap
+from hire_rewrite import FFN, Head, HireRewriteError
+from hire_rewrite.passes.calibrate import conclude, tapped
+from hire_rewrite.passes.decide import decide
+from hire_rewrite.passes.detect import Detection
+from hire_rewrite.passes.observe import add_up
 from tests.cases import D, T, found_in, inputs, run
 from tests.cases_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
 from tests.cases_head import EMBED
@@ -15,12 +18,24 @@ from tests.cases_head import EMBED
 X = inputs(T, D)
 
 
-def moments(fn, params, *args):
-    """What each site reports in one run, by name."""
+RULES = (FFN(k=0.5, group=1, force=True), Head(k=2, candidates=4, min_width=2, force=True))
+
+
+def decisions_of(fn, params, *args):
     trace, found = found_in(fn, params, *args)
-    tapped = tap(trace, found)
+    return trace, decide(Detection(tuple(found), (), ()), RULES, {})[1]
+
+
+def moments(fn, params, *args):
+    """The moments that each site reports in one run, by name."""
+    return {name: report[0] for name, report in reports_of(fn, params, *args).items()}
+
+
+def reports_of(fn, params, *args):
+    trace, decisions = decisions_of(fn, params, *args)
+    taps = tapped(trace, decisions)
     leaves = jax.tree.leaves((params, *args))
-    return run(lambda leaves: tapped({i: leaves[i] for i in tapped.needs})[1], leaves)
+    return run(lambda leaves: taps({i: leaves[i] for i in taps.needs})[1], leaves)
 
 
 def check(report, tokens):
@@ -156,27 +171,32 @@ def test_inside_calls():
 # Over batches
 
 
-def gather(fn, params, batches, example, sites):
-    traces = {}
+def gather(fn, params, batches, example):
+    """What several batches say about the sites of a function."""
+    kinds = {}
 
-    def call(batch):
-        shape = jax.tree.map(jnp.shape, batch)
-        if str(shape) not in traces:
-            traces[str(shape)] = found_in(fn, params, *batch)
-        trace, found = traces[str(shape)]
-        return trace, found, jax.tree.leaves((params, *batch))
+    def prepare(batch):
+        kind = str(jax.tree.map(jnp.shape, batch))
+        if kind not in kinds:
+            kinds[kind] = decisions_of(fn, params, *batch)
+        return kind, dict(enumerate(jax.tree.leaves((params, *batch))))
 
-    return collect(batches, example, sites, call)
+    def build(kind):
+        taps = tapped(*kinds[kind])
+        return lambda leaves: taps({i: leaves[i] for i in taps.needs})[1]
+
+    total = add_up("calibration batch", batches, example, prepare, build)
+    return conclude(*decisions_of(fn, params, *example), total)
 
 
 def test_batches_of_several_sizes_add_up():
     batches = [(inputs(n, D, seed=n),) for n in (1, 4, 2, 4)]
-    totals = gather(plain(), PLAIN, batches, (X,), {"p": ("p", 1)})
+    totals = gather(plain(), PLAIN, batches, (X,)).moments
     check(totals["p"], np.concatenate([batch[0] for batch in batches])[None])
 
 
 def test_batches_may_come_from_a_generator():
-    totals = gather(plain(), PLAIN, ((X * i,) for i in range(3)), (X,), {"p": ("p", 1)})
+    totals = gather(plain(), PLAIN, ((X * i,) for i in range(3)), (X,)).moments
     check(totals["p"], np.concatenate([X * i for i in range(3)])[None])
 
 
@@ -184,8 +204,31 @@ def test_sites_with_one_state_add_up():
     def fn(p, x):
         return plain()(p, x), plain()(p, 2 * x)
 
-    totals = gather(fn, PLAIN, [(X,)], (X,), {"p#1": ("p#1", 1), "p#2": ("p#1", 1)})
-    check(totals["p#1"], np.concatenate([X, 2 * X])[None])
+    totals = gather(fn, PLAIN, [(X,)], (X,))
+    check(totals.moments["p#1"], np.concatenate([X, 2 * X])[None])
+    assert totals.kept["p#1"].sum() == 2 * T * (PLAIN["up"].shape[1] // 2)
+
+
+def test_active_neurons_are_counted():
+    (report,) = reports_of(plain(), PLAIN, X).values()
+    active = report[1]
+    h = np.maximum(np.asarray(X) @ np.asarray(PLAIN["up"]), 0)
+    k = h.shape[1] // 2
+    best = np.argsort(-(h**2), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(active.kept, np.bincount(best.ravel(), minlength=h.shape[1]))
+    assert active.tokens == T
+
+
+def test_what_several_tokens_share():
+    """Each neuron is a candidate with its frequency, independently for each token."""
+    learned = gather(plain(), PLAIN, [(X,)], (X,)).learned["p"]
+    (report,) = reports_of(plain(), PLAIN, X).values()
+    chance = np.asarray(report[1].chosen) / T
+    for i, tokens in enumerate((1, 2, 4, 8)):
+        assert learned.union[i] == round((1 - (1 - chance) ** tokens).sum())
+    assert learned.fetched(1) == learned.union[0]
+    assert learned.union[1] <= learned.fetched(3) <= learned.union[2]
+    assert learned.fetched(10**6) == learned.union[-1]
 
 
 BAD = {
@@ -203,7 +246,7 @@ BAD = {
 def test_bad_batches(name):
     batches, message = BAD[name]
     with pytest.raises(HireRewriteError, match=message):
-        gather(plain(), PLAIN, batches, (X,), {"p": ("p", 1)})
+        gather(plain(), PLAIN, batches, (X,))
 
 
 def test_a_site_that_no_batch_reaches():
@@ -213,4 +256,4 @@ def test_a_site_that_no_batch_reaches():
         return lax.cond(x.sum() > 1e9, lambda x: plain()(p, x), lambda x: x, x)
 
     with pytest.raises(HireRewriteError, match="p: no calibration batch reached it"):
-        gather(fn, PLAIN, [(X,)], (X,), {"p": ("p", 1)})
+        gather(fn, PLAIN, [(X,)], (X,))

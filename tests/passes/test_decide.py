@@ -36,7 +36,7 @@ def sites(*rules, params=None, tokens=1, fn=model):
 def decisions(*rules, fn=model, params=None, tokens=1):
     args = (PARAMS if params is None else params, inputs(tokens, D))
     detection = detect(trace(fn, args, {}, (0,)), min_width(rules))
-    return decide(detection, rules)
+    return decide(detection, rules, {})
 
 
 def test_default_rules():
@@ -152,8 +152,8 @@ def test_bad_sizes_name_the_site(rule, message):
 
 def test_sparse_and_gate_reach_the_operations():
     relu, silu, _ = decisions(hire.FFN(k=1))[1]
-    assert (relu.spec.gate, relu.spec.projections) == (0, 1)
-    assert (silu.spec.gate, silu.spec.projections) == (None, 2)
+    assert (relu.spec.sparse, relu.spec.projections) == (True, 1)
+    assert (silu.spec.sparse, silu.spec.projections) == (False, 2)
 
 
 def test_dtypes_reach_the_operations():
@@ -246,7 +246,7 @@ def test_a_block_that_selects_has_its_own_k():
         ks = set()
         for tokens in (1, 2, 50):
             traced = trace(plain(select), (PLAIN, inputs(tokens, D)), {}, (0,))
-            _, (decision,) = decide(detect(traced, 100), ())
+            _, (decision,) = decide(detect(traced, 100), (), {})
             assert decision.spec.selects
             assert decision.spec.group == 1
             ks.add(decision.spec.k_groups)

@@ -1,0 +1,74 @@
+"""Run a function on batches of arguments and add up what its sites report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.passes.trace import abstract
+
+__all__ = ["add_up", "by_layer"]
+
+
+def add_up(
+    what: str,
+    batches: Iterable[tuple[Any, ...]],
+    example: Sequence[Any] | None,
+    prepare: Callable[[tuple[Any, ...]], tuple[Hashable, Any]],
+    build: Callable[[Any], Callable[[Any], Any]],
+) -> Any:
+    """The sum of the reports of all batches; None if there is no batch.
+
+    Args:
+      what: what the batches are, for messages.
+      batches: tuples of the arguments after the weights.
+      example: those arguments in a call, or None for those of the first batch.
+      prepare: a batch to the kind of call that it is, and what a function of that kind works on.
+      build: a kind of call to its function, which returns a pytree of sums. It is compiled.
+
+    Raises:
+      HireRewriteError: a batch has another structure than `example`.
+    """
+    compiled: dict[Hashable, Callable[[Any], Any]] = {}
+    total = None
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, tuple):
+            raise HireRewriteError(
+                f"{what} {number} is a {type(batch).__name__}: give tuples of the arguments "
+                "after the weights"
+            )
+        example = batch if example is None else example
+        _check(f"{what} {number}", batch, example)
+        kind, operands = prepare(batch)
+        if kind not in compiled:
+            compiled[kind] = jax.jit(build(kind))
+        report = compiled[kind](operands)
+        total = report if total is None else jax.tree.map(jnp.add, total, report)
+    return total
+
+
+def by_layer(report: Any, axes: int, layers: int) -> Any:
+    """A report whose first `axes` (for each scan around the site, for experts) are merged."""
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (layers, *leaf.shape[axes:])), report)
+
+
+def _check(what: str, batch: Any, example: Sequence[Any]) -> None:
+    got: Any = jax.tree.structure(batch)
+    want: Any = jax.tree.structure(tuple(example))
+    if got != want:
+        raise HireRewriteError(
+            f"{what} has the structure {got}, but the call has {want} after "
+            "the weights: give batches structured as in a call"
+        )
+    for a, b in zip(
+        map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True
+    ):
+        if a.dtype != b.dtype or len(a.shape) != len(b.shape):
+            raise HireRewriteError(
+                f"{what} holds {a.dtype}{list(a.shape)} where the call has "
+                f"{b.dtype}{list(b.shape)}: only leading sizes may differ"
+            )

@@ -1,0 +1,106 @@
+"""From sums over tokens to the figures that a user reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hire_rewrite.ops.block import FFNSpec
+from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.estimate import estimate
+from hire_rewrite.passes.observe import by_layer
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.weights import layers, site_loops
+from hire_rewrite.report import ModelReport, Report, SiteReport
+
+__all__ = ["summarize"]
+
+_CURVE = 40
+"""Points of a recall curve."""
+
+
+def summarize(trace: Trace, decisions: Sequence[Decision], total: Mapping[str, Any]) -> Report:
+    """The report of the sums of `evaluate`."""
+    sites = [
+        _site(trace, d, total["sites"][d.found.name])
+        for d in decisions
+        if d.found.name in total["sites"]
+    ]
+    return Report(tuple(sites), _model(total["model"]))
+
+
+def _site(trace: Trace, decision: Decision, sums: Any) -> SiteReport:
+    found, spec, rule = decision.found, decision.spec, decision.site.rule
+    assert spec is not None
+    assert rule is not None
+    loops = site_loops(trace, found.match)
+    axes = len(loops) + (found.experts > 1)
+    seen = by_layer(sums, axes, layers(loops) * found.experts)
+    seen = type(seen)(*(np.asarray(leaf, np.float64) for leaf in seen))
+    tokens = np.maximum(seen.tokens, 1.0)
+    k = spec.k_groups if isinstance(spec, FFNSpec) else spec.k
+    candidates = spec.candidate_groups if isinstance(spec, FFNSpec) else spec.candidates
+    found_units = seen.hits @ np.arange(k + 1) / (tokens * k)
+    percentile = (np.cumsum(seen.hits, 1) >= 0.01 * tokens[:, None]).argmax(1) / k
+    within = np.cumsum(seen.places, 1) / np.maximum(seen.places.sum(1, keepdims=True), 1.0)
+    curve = []
+    for count in _counts(k, candidates, within.shape[1]):
+        other: FFNSpec | HeadSpec
+        if isinstance(spec, FFNSpec):
+            other = dataclasses.replace(spec, candidate_groups=max(count, spec.common_groups))
+        else:
+            other = dataclasses.replace(spec, candidates=count)
+        size = estimate(found, other, rule.predictor, 1).after
+        curve.append((count, size, tuple(map(float, within[:, count - 1]))))
+    now = estimate(found, spec, rule.predictor, 1)
+    certified = getattr(spec, "certify", 0) > 0
+    return SiteReport(
+        name=found.name,
+        kind=found.kind,
+        tokens=int(seen.tokens.max()),
+        k=k,
+        candidates=candidates,
+        recall=tuple(map(float, found_units)),
+        recall_p1=tuple(map(float, percentile)),
+        best=float(seen.best.sum() / tokens.sum()),
+        mass=float(seen.mass.sum() / tokens.sum()),
+        error=float(seen.error.sum() / tokens.sum()),
+        cost=float(seen.cost.sum() / tokens.sum()),
+        proved=float(seen.proved.sum() / tokens.sum()) if certified else None,
+        bytes_dense=now.before,
+        bytes_read=now.after,
+        curve=tuple(curve),
+    )
+
+
+def _counts(k: int, candidates: int, units: int) -> list[int]:
+    """Numbers of candidates for a curve: the site's own, twice as many, and others around them."""
+    some = {round(float(count)) for count in np.geomspace(k, units, _CURVE)}
+    return sorted(some | {candidates, min(2 * candidates, units)})
+
+
+def _model(sums: Any) -> ModelReport | None:
+    if sums is None:
+        return None
+    tokens = max(float(sums.tokens), 1.0)
+    perplexity = None
+    if float(sums.targets) > 0:
+        dense, exact, hire = (_exp(float(x) / float(sums.targets)) for x in sums.nll)
+        perplexity = (dense, exact, hire)
+    return ModelReport(
+        tokens=int(sums.tokens),
+        agreement=float(sums.agree) / tokens,
+        agreement_exact=float(sums.agree_exact) / tokens,
+        kl=float(sums.kl) / tokens,
+        kl_exact=float(sums.kl_exact) / tokens,
+        perplexity=perplexity,
+    )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,140 @@
+"""How well a rewritten function does: what `evaluate` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.plan import table
+
+__all__ = ["ModelReport", "Report", "SiteReport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """What a site's predictor misses; a unit is a group of neurons or a row of the vocabulary.
+
+    Attributes:
+      name, kind: as in the plan.
+      tokens: how many were measured, in each layer.
+      k, candidates: units.
+      recall: for each layer the share of the true top k that was among the candidates.
+      recall_p1: for each layer the 1st percentile over tokens of that share.
+      best: share of tokens whose greatest unit was among the candidates, of all layers.
+      mass: share of the true top k's mass (of what ranks groups, or of probability) among them.
+      error: mean relative error of the output (of a head, of its probabilities) against the exact
+        top k.
+      cost: the same of the exact top k against dense: what k itself changes.
+      proved: share of tokens whose greatest logits were proved; None without `certify`.
+      bytes_dense, bytes_read: weight bytes for one token, in all layers.
+      curve: recall for other numbers of candidates, as (candidates, bytes, recall of each layer).
+    """
+
+    name: str
+    kind: str
+    tokens: int
+    k: int
+    candidates: int
+    recall: tuple[float, ...]
+    recall_p1: tuple[float, ...]
+    best: float
+    mass: float
+    error: float
+    cost: float
+    proved: float | None
+    bytes_dense: int
+    bytes_read: int
+    curve: tuple[tuple[int, int, tuple[float, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """The rewritten model beside the dense one and the one with the exact top k.
+
+    Attributes:
+      tokens: rows of logits that were compared.
+      agreement, agreement_exact: share of tokens with the dense, or exact, model's arg max.
+      kl, kl_exact: mean KL divergence of the rewritten model from either, in nats.
+      perplexity: dense, exact, rewritten; None without targets.
+    """
+
+    tokens: int
+    agreement: float
+    agreement_exact: float
+    kl: float
+    kl_exact: float
+    perplexity: tuple[float, float, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Sites in the order of the plan, and the model if it has a head outside all loops."""
+
+    sites: tuple[SiteReport, ...]
+    model: ModelReport | None
+
+    def __str__(self) -> str:
+        header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
+                  "greatest", "mass", "error", "proved", "MB read"]  # fmt: skip
+        parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
+        if self.model is not None:
+            model = self.model
+            parts.append(
+                f"model, {model.tokens} tokens: same arg max as dense {model.agreement:.2%}, as "
+                f"exact top-k {model.agreement_exact:.2%}; KL from dense {model.kl:.2e}, from "
+                f"exact {model.kl_exact:.2e} nats"
+            )
+            if model.perplexity is not None:
+                dense, exact, hire = model.perplexity
+                parts.append(
+                    f"perplexity: dense {dense:.3f}, exact top-k {exact:.3f}, rewritten {hire:.3f}"
+                )
+        return "\n".join(parts)
+
+    def to_json(self, path: str | None = None) -> str:
+        """The report as JSON, also written to `path` if it is given."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
+
+    def plot(self, path: str) -> None:
+        """Draw recall against bytes, a line for each layer, to an image file.
+
+        Raises:
+          HireRewriteError: matplotlib is not installed, or there is no site.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise HireRewriteError(
+                "Report.plot needs matplotlib: install hire_rewrite[plot]"
+            ) from None
+        if not self.sites:
+            raise HireRewriteError(
+                "Report.plot: no site was rewritten, so there is nothing to plot"
+            )
+        figure = Figure(figsize=(4.5 * len(self.sites), 3.5), layout="constrained")
+        for axes, site in zip(figure.subplots(1, len(self.sites), squeeze=False)[0], self.sites,
+                              strict=True):  # fmt: skip
+            megabytes = [size / 1e6 for _, size, _ in site.curve]
+            for layer in range(len(site.recall)):
+                recalls = [recall[layer] for _, _, recall in site.curve]
+                axes.plot(megabytes, recalls, alpha=0.6, linewidth=1)
+            axes.axvline(site.bytes_read / 1e6, linestyle=":", color="black")
+            axes.axvline(site.bytes_dense / 1e6, linestyle="-", color="black")
+            axes.set(title=site.name, xlabel="MB read for a token", ylabel=f"recall of {site.k}")
+        figure.savefig(path)
+
+
+def _row(site: SiteReport) -> list[str]:
+    mean = sum(site.recall) / len(site.recall)
+    return [
+        site.name, str(site.tokens), str(site.k), str(site.candidates), f"{mean:.4f}",
+        f"{min(site.recall):.4f}", f"{min(site.recall_p1):.3f}", f"{site.best:.4f}",
+        f"{site.mass:.4f}", f"{site.error:.4f}",
+        "" if site.proved is None else f"{site.proved:.2%}",
+        f"{site.bytes_dense / 1e6:.1f} → {site.bytes_read / 1e6:.1f}",
+    ]  # fmt: skip

@@ -1,0 +1,65 @@
+"""Rules in a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
+from hire_rewrite.rules import FFN, Head, Rule
+
+__all__ = ["load_rules", "save_rules"]
+
+_KINDS = {kind.__name__: kind for kind in (FFN, Head, LowRank, Quantized, Cascade)}
+
+
+def save_rules(rules: Iterable[Rule], path: str) -> None:
+    """Write rules to a JSON file, which `load_rules` reads.
+
+    Raises:
+      HireRewriteError: a predictor is none of this package's.
+    """
+    text = json.dumps([_plain(rule) for rule in rules], indent=1)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def load_rules(path: str) -> tuple[Rule, ...]:
+    """The rules in a file of `save_rules`.
+
+    Raises:
+      HireRewriteError: the file holds something else.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        found = json.loads(text)
+        rules = tuple(_built(item) for item in found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HireRewriteError(f"load_rules: {path} holds no rules: {error}") from error
+    for rule in rules:
+        if not isinstance(rule, FFN | Head):
+            raise HireRewriteError(f"load_rules: {path} holds {rule!r}, which is no rule")
+    return rules
+
+
+def _plain(item: Any) -> Any:
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        return item
+    name = type(item).__name__
+    if _KINDS.get(name) is not type(item):
+        raise HireRewriteError(
+            f"save_rules: {item!r} is none of {', '.join(_KINDS)}: write it in code instead"
+        )
+    fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
+    return {"type": name, **fields}
+
+
+def _built(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    fields = {name: _built(value) for name, value in item.items() if name != "type"}
+    return _KINDS[item["type"]](**fields)

@@ -1,0 +1,372 @@
+"""Reports, calibrated sizes and tuning, from the outside."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hire_rewrite as hire
+from hire_rewrite import HireRewriteError
+from tests.cases import Oracle, close, inputs
+
+V, D, F, L, T = 96, 16, 64, 3, 24
+PARAMS = {
+    "embed": inputs(V, D, seed=1),
+    "layers": {
+        "up": inputs(L, D, F, seed=2) / 4,
+        "gate": inputs(L, D, F, seed=3) / 4,
+        "down": inputs(L, F, D, seed=4) / 8,
+    },
+}
+FFN = hire.FFN(k=0.25, group=4, predictor=Oracle(), force=True)
+HEAD = hire.Head(k=4, candidates=12, min_width=64, predictor=Oracle(), force=True)
+
+
+def model(params, tokens):
+    def layer(x, w):
+        return x + (jax.nn.relu(x @ w["gate"]) * (x @ w["up"])) @ w["down"], None
+
+    x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True)) @ params["embed"].T / 4
+
+
+def batches(count, seed=0, length=T):
+    random = np.random.default_rng(seed)
+    return [(jnp.asarray(random.integers(0, V, length), jnp.int32),) for _ in range(count)]
+
+
+def report_of(*rules, targets=None, fn=model):
+    step = hire.transform(fn, *rules)
+    packed = step.pack(PARAMS, *batches(1)[0], calibration=batches(3))
+    return step, packed, step.evaluate(packed, batches(2, seed=9), targets=targets)
+
+
+def test_a_predictor_without_error_misses_nothing():
+    _, _, report = report_of(FFN, HEAD)
+    head, ffn = report.sites
+    assert (head.kind, ffn.kind) == ("head", "ffn")
+    assert (head.k, head.candidates, ffn.k, ffn.candidates) == (4, 12, 4, 8)
+    assert len(ffn.recall) == L
+    for site in report.sites:
+        assert site.tokens == 2 * T
+        assert min(site.recall) == min(site.recall_p1) == site.best == 1.0
+        assert site.mass == pytest.approx(1.0)
+        assert site.error < 0.01
+        assert site.proved is None
+    assert ffn.cost > 0.05
+    assert report.model.tokens == 2 * T
+    assert report.model.agreement_exact == 1.0
+    assert 0 <= report.model.kl_exact < 1e-4 < report.model.kl
+
+
+def test_everything_among_the_candidates_is_the_dense_model():
+    full = hire.FFN(k=1.0, group=4, predictor=Oracle(), force=True)
+    head = hire.Head(k=V, candidates=V, min_width=64, predictor=Oracle(), force=True)
+    _, _, report = report_of(full, head, targets=lambda tokens: tokens)
+    assert report.model.agreement == 1.0
+    assert report.model.kl == pytest.approx(0.0, abs=1e-5)
+    dense, exact, hire_ = report.model.perplexity
+    assert dense == pytest.approx(exact, rel=1e-5) == pytest.approx(hire_, rel=1e-5)
+
+
+def test_figures_equal_those_of_numpy():
+    """A head alone, with a predictor that errs."""
+
+    def head(params, x):
+        return x @ params["embed"].T
+
+    rule = hire.Head(k=4, candidates=8, min_width=64, predictor=Oracle(1.0), force=True)
+    step, xs = hire.transform(head, rule), [(inputs(T, D, seed=s),) for s in (5, 6)]
+    packed = step.pack(PARAMS, *xs[0])
+    targets = np.arange(T) % 7 - 1
+    report = step.evaluate(packed, xs, targets=lambda x: targets)
+    rows = np.concatenate([np.asarray(x) for (x,) in xs])
+    exact = rows @ np.asarray(PARAMS["embed"]).T
+    guessed = exact + np.asarray(packed.sites["params/embed"].predictor["error"])
+    top = np.argsort(-exact, 1)[:, :4]
+    candidates = np.argsort(-guessed, 1)[:, :8]
+    hits = (top[:, :, None] == candidates[:, None]).any(2)
+    (site,) = report.sites
+    assert hits.mean() < 0.99
+    assert site.recall == pytest.approx((hits.mean(),))
+    assert site.best == pytest.approx(hits[:, 0].mean())
+    assert site.recall_p1 == pytest.approx((np.sort(hits.mean(1))[0],))
+    place = (np.argsort(np.argsort(-guessed, 1), 1)[np.arange(2 * T)[:, None], top]).ravel()
+    for count, _, (recall,) in site.curve:
+        assert recall == pytest.approx((place < count).mean())
+    got = np.concatenate([np.asarray(step(packed, x)) for (x,) in xs])
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(z)) for z in (exact, got))
+    assert report.model.kl == pytest.approx(
+        (np.exp(log_p) * (log_p - log_q)).sum(1).mean(), rel=1e-3
+    )
+    same = exact.argmax(1) == got.argmax(1)
+    assert report.model.agreement == pytest.approx(same.mean())
+    known = np.tile(targets, 2) >= 0
+    nll = [-z[np.arange(2 * T), np.tile(targets, 2)][known].mean() for z in (log_p, log_p, log_q)]
+    np.testing.assert_allclose(report.model.perplexity, np.exp(nll), rtol=1e-3)
+
+
+def test_a_sequence_is_measured_as_its_tokens_alone():
+    """Whatever `max_tokens` says, and though all tokens together would ask for all rows."""
+    rules = (FFN, HEAD)
+    noisy = [hire.FFN(**vars(FFN) | {"predictor": Oracle(0.3)}), HEAD]
+    step, packed, report = report_of(*noisy)
+    assert report.sites[1].recall[0] < 0.99
+    tokens = jnp.concatenate([tokens for (tokens,) in batches(2, seed=9)])
+    one = jax.jit(lambda token: step(packed, token[None])[0])
+    exact = jax.jit(hire.transform(model, *rules, mode="exact"))(PARAMS, tokens)
+    got = jnp.stack([one(token) for token in tokens])
+    same = (got.argmax(-1) == exact.argmax(-1)).mean()
+    assert report.model.agreement_exact == pytest.approx(float(same))
+
+
+def test_head_in_a_loop_and_no_head():
+    def generate(params, tokens):
+        def one(token, _):
+            logits = model(params, token)
+            return logits.argmax(-1).astype(jnp.int32), logits.argmax(-1)
+
+        return jax.lax.scan(one, tokens, length=2)[1]
+
+    _, _, report = report_of(FFN, HEAD, fn=generate)
+    assert report.model is None
+    assert [site.tokens for site in report.sites] == [4 * T, 4 * T]
+
+    _, _, report = report_of(FFN, fn=lambda p, t: model(p, t)[..., :8])
+    assert [site.kind for site in report.sites] == ["ffn"]
+    assert "recall" in str(report)
+
+
+def test_a_head_that_stays_dense_is_compared_as_well():
+    _, _, report = report_of(FFN, hire.Head(path="nowhere", min_width=64))
+    assert [site.kind for site in report.sites] == ["ffn"]
+    assert report.model.agreement_exact == 1.0
+
+
+def test_experts_are_layers_of_their_own():
+    def experts(params, x):
+        h = jax.nn.relu(jnp.einsum("ecd,edf->ecf", x, params["up"]))
+        return jnp.einsum("ecf,efd->ecd", h, params["down"])
+
+    params = {"up": inputs(3, D, F), "down": inputs(3, F, D)}
+    rule = hire.FFN(k=0.25, group=4, predictor=Oracle(5.0), force=True)
+    step, x = hire.transform(experts, rule), inputs(3, 10, D)
+    packed = step.pack(params, x, calibration=[(x,)])
+    (site,) = step.evaluate(packed, [(x,)]).sites
+    assert len(site.recall) == 3
+    assert site.tokens == 10
+    assert 0.5 < min(site.recall) < 1.0
+
+
+def test_printed_saved_and_drawn(tmp_path):
+    _, _, report = report_of(FFN, HEAD, targets=lambda tokens: tokens)
+    assert "perplexity: dense" in str(report)
+    path = tmp_path / "report.json"
+    text = report.to_json(str(path))
+    found = json.loads(path.read_text())
+    assert json.loads(text) == found
+    assert found["sites"][1]["recall"] == list(report.sites[1].recall)
+    assert found["model"]["perplexity"] == list(report.model.perplexity)
+    pytest.importorskip("matplotlib")
+    report.plot(str(tmp_path / "report.png"))
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_bad_input_of_evaluate():
+    step, packed, _ = report_of(FFN)
+    with pytest.raises(HireRewriteError, match="evaluate needs a Packed, not dict"):
+        step.evaluate(PARAMS, batches(1))
+    with pytest.raises(HireRewriteError, match="no batches to evaluate on"):
+        step.evaluate(packed, [])
+    with pytest.raises(HireRewriteError, match="evaluation batch 0 is a list"):
+        step.evaluate(packed, [[batches(1)[0][0]]])
+
+
+# k="auto"
+
+
+def hidden_of(params, tokens):
+    """The activations of each layer in numpy, and the rows of its second matrix."""
+    x = np.asarray(params["embed"])[np.asarray(tokens)]
+    for i in range(L):
+        gate, up, down = (np.asarray(params["layers"][n][i]) for n in ("gate", "up", "down"))
+        h = np.maximum(x @ gate, 0) * (x @ up)
+        yield h, down
+        x = x + h @ down
+
+
+def kept_share(h, k, group=4):
+    """Of the non-zero neurons the share that the k best groups hold."""
+    groups = h.reshape(len(h), -1, group)
+    best = np.argsort(-np.square(groups).sum(2), axis=1, kind="stable")[:, : k // group]
+    kept = np.take_along_axis(groups != 0, best[:, :, None], axis=1).sum()
+    return kept / (h != 0).sum()
+
+
+def test_auto_keeps_what_it_was_asked_to_and_not_much_more():
+    rule = hire.FFN(k="auto", keep=0.8, group=4, predictor=Oracle(), force=True)
+    step, calibration = hire.transform(model, rule), batches(3)
+    packed = step.pack(PARAMS, *batches(1)[0], calibration=calibration)
+    ((_, learned),) = packed.learned
+    tokens = np.concatenate([np.asarray(b) for (b,) in calibration])
+    hidden = [h for h, _ in hidden_of(PARAMS, tokens)]
+    assert min(kept_share(h, learned.k) for h in hidden) >= 0.8
+    assert min(kept_share(h, learned.k - 8) for h in hidden) < 0.8
+    (site,) = step.plan(packed, tokens[:1]).sites
+    assert f"top {learned.k} of" in site.reason
+    want = hire.transform(model, hire.FFN(**vars(rule) | {"k": learned.k}), mode="exact")
+    close(step(packed, tokens[:2]), want(PARAMS, tokens[:2]))
+
+
+def test_auto_of_a_smooth_activation_bounds_the_error():
+    def smooth(params, tokens):
+        x = params["embed"][tokens]
+        w = jax.tree.map(lambda a: a[0], params["layers"])
+        return x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+
+    rule = hire.FFN(k="auto", keep=0.7, group=4, predictor=Oracle(), force=True)
+    step, calibration = hire.transform(smooth, rule), batches(3)
+    packed = step.pack(PARAMS, *batches(1)[0], calibration=calibration)
+    _, _, report = None, None, step.evaluate(packed, calibration)
+    assert report.sites[0].cost <= 0.3
+    smaller = hire.transform(smooth, hire.FFN(**vars(rule) | {"k": packed.learned[0][1].k - 8}))
+    less = smaller.evaluate(smaller.pack(PARAMS, *batches(1)[0]), calibration)
+    assert less.sites[0].cost > 0.3
+
+
+def test_auto_that_does_not_pay_stays_dense():
+    rule = hire.FFN(k="auto", keep=0.99, group=4, predictor=hire.Quantized())
+    step, (tokens,) = hire.transform(model, rule), batches(1)[0]
+    packed = step.pack(PARAMS, tokens, calibration=batches(2))
+    (site,) = step.plan(packed, tokens).sites
+    assert site.status == "dense"
+    close(step(packed, tokens), jax.jit(model)(PARAMS, tokens))
+
+
+def test_auto_without_calibration_says_so():
+    step = hire.transform(model, hire.FFN(k="auto", path="layers", force=True))
+    tokens = batches(1)[0][0]
+    (site,) = (site for site in step.plan(PARAMS, tokens).sites if site.kind == "ffn")
+    assert site.status == "dense"
+    assert "is found by calibration" in site.reason
+    for call in (step.pack, step, hire.transform(model, *step.rules, mode="exact")):
+        with pytest.raises(HireRewriteError, match='params/layers: k="auto" is found by'):
+            call(PARAMS, tokens)
+
+
+# Common neurons, unions
+
+
+def test_common_neurons_need_no_prediction():
+    """Neurons that are always active are computed though the predictor never ranks them."""
+    loud = jax.tree.map(jnp.copy, PARAMS)
+    loud["layers"]["up"] = loud["layers"]["up"].at[:, :, 20:28].multiply(30.0)
+    rule = hire.FFN(k=0.25, group=4, predictor=Oracle(), common=12, force=True)
+    step, (tokens,) = hire.transform(model, rule), batches(1)[0:1][0]
+    packed = step.pack(loud, tokens, calibration=batches(3))
+    assert packed.sites["params/layers"].predictor["rows"].shape == (L, 2 * (F - 12), D)
+    want = hire.transform(model, rule, mode="exact")
+    for size in (1, 2):
+        close(step(packed, tokens[:size]), want(loud, tokens[:size]), tolerance=1e-3)
+    report = step.evaluate(packed, batches(1, seed=3))
+    assert min(report.sites[0].recall) == 1.0
+    with pytest.raises(HireRewriteError, match="common neurons are those that calibration"):
+        step.pack(loud, tokens)
+
+
+def test_a_calibrated_plan_estimates_what_tokens_share():
+    step = hire.transform(model, FFN)
+    (tokens,) = batches(1)[0]
+    packed = step.pack(PARAMS, tokens, calibration=batches(3))
+    (known,) = step.plan(packed, tokens[:4]).sites
+    (unknown,) = step.plan(PARAMS, tokens[:4]).sites
+    assert known.bytes_after < unknown.bytes_after
+    assert "tokens on it reads as much as dense" in known.reason
+
+
+def test_a_budget_changes_no_result():
+    (tokens,) = batches(1)[0]
+    rule = hire.FFN(**vars(FFN) | {"predictor": Oracle(0.3)})
+    step = hire.transform(model, rule)
+    packed = step.pack(PARAMS, tokens)
+    want = jnp.concatenate([step(packed, tokens[i : i + 1]) for i in range(3)])
+    for budget in (16, 40):
+        tight = hire.transform(model, hire.FFN(**vars(rule) | {"budget": budget}))
+        again = tight.pack(PARAMS, tokens)
+        close(tight(again, tokens[:3]), want, tolerance=1e-3)
+
+
+# What calibration and weights must not hold
+
+
+def test_weights_of_nan_are_named():
+    step = hire.transform(model, FFN)
+    bad = jax.tree.map(jnp.copy, PARAMS)
+    bad["layers"]["up"] = bad["layers"]["up"].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(HireRewriteError, match="params/layers: its weights hold a NaN"):
+        step.pack(bad, *batches(1)[0])
+
+
+def test_too_few_tokens_for_a_rank():
+    rule = hire.Head(k=4, candidates=12, min_width=64, predictor=hire.LowRank(12), force=True)
+    step = hire.transform(model, rule)
+    with pytest.raises(HireRewriteError, match=r"params/embed: .*at least 12 calibration tokens"):
+        step.pack(PARAMS, *batches(1)[0], calibration=batches(1, length=10))
+    step.pack(PARAMS, *batches(1)[0], calibration=batches(2, length=10))
+
+
+def test_constant_and_dead_columns_of_the_input():
+    """A covariance without full rank: the fit stays finite and recalls what there is."""
+
+    def head(params, x):
+        return x @ params["embed"].T
+
+    x = inputs(200, D, seed=8).at[:, 3].set(0.0).at[:, 5].set(7.0)
+    rule = hire.Head(k=1, candidates=8, min_width=64, predictor=hire.LowRank(8), force=True)
+    step = hire.transform(head, rule)
+    packed = step.pack(PARAMS, x, calibration=[(x,)])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(packed.sites))
+    report = step.evaluate(packed, [(x[:50],)])
+    assert report.sites[0].best > 0.9
+
+
+# Tuning
+
+
+def test_tuning_reaches_its_target_on_other_batches_and_reads_less(tmp_path):
+    rules = (hire.FFN(k=0.25, group=4, force=True), hire.Head(k=4, min_width=64, force=True))
+    step = hire.transform(model, *rules)
+    tuned = step.tune(PARAMS, batches(8, length=64), recall=0.9)
+    assert [trial.name for trial in tuned.chosen] == ["params/embed", "params/layers"]
+    assert "params/layers" in str(tuned)
+    again = hire.transform(model, *tuned)
+    (tokens,) = batches(1)[0]
+    packed = again.pack(PARAMS, tokens, calibration=batches(8, length=64))
+    report = again.evaluate(packed, batches(4, seed=77, length=64))
+    for site, default in zip(report.sites, step.plan(PARAMS, tokens[:1]).sites, strict=True):
+        assert min(site.recall) >= 0.9
+        assert site.bytes_read < default.bytes_after
+    path = str(tmp_path / "rules.json")
+    tuned.save(path)
+    assert hire.load_rules(path) == tuple(tuned)
+
+
+def test_bad_input_of_tune(tmp_path):
+    step = hire.transform(model, FFN)
+    with pytest.raises(HireRewriteError, match="give at least 2"):
+        step.tune(PARAMS, batches(1))
+    with pytest.raises(HireRewriteError, match=r"recall=1.5 must be between 0 and 1"):
+        step.tune(PARAMS, batches(2), recall=1.5)
+    nothing = hire.transform(model, hire.FFN(k=4, path="nowhere"))
+    with pytest.raises(HireRewriteError, match="no rule asks for a site"):
+        nothing.tune(PARAMS, batches(2))
+    with pytest.raises(HireRewriteError, match="is none of FFN, Head"):
+        hire.save_rules((FFN,), str(tmp_path / "x.json"))
+    (tmp_path / "bad.json").write_text('[{"type": "LowRank", "rank": 4}]')
+    with pytest.raises(HireRewriteError, match="which is no rule"):
+        hire.load_rules(str(tmp_path / "bad.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(HireRewriteError, match="holds no rules"):
+        hire.load_rules(str(tmp_path / "bad.json"))
