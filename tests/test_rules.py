@@ -30,6 +30,12 @@ def test_fewer_candidates_than_k(k, candidates):
         ({"predictor": "svd"}, "predictor='svd'"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"path": "("}, "path='\\('"),
+        ({"criterion": "norm"}, "criterion='norm' must be one of hidden, gate, output"),
+        ({"reduction": "mean"}, "reduction='mean' must be one of l2, max, sum"),
+        ({"selection": "bucket"}, "selection='bucket' must be one of sort, threshold"),
+        ({"common": 1.5}, "common=1.5"),
+        ({"budget": 0}, "budget=0"),
+        ({"keep": 1.0}, "keep=1.0 must be between 0 and 1"),
     ],
 )
 def test_ffn_arguments(arguments, message):
@@ -39,7 +45,12 @@ def test_ffn_arguments(arguments, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"tail": "zero"}, "tail='zero'"), ({"min_width": 0}, "min_width=0")],
+    [
+        ({"tail": "zero"}, "tail='zero'"),
+        ({"min_width": 0}, "min_width=0"),
+        ({"certify": -1}, "certify=-1"),
+        ({"certify": 0.5}, "certify=0.5"),
+    ],
 )
 def test_head_arguments(arguments, message):
     with pytest.raises(hire.HireRewriteError, match=message):

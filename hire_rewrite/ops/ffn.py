@@ -28,8 +28,8 @@ from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.rows import (
     all_down,
     all_products,
-    down_product,
     fetch_groups,
+    fetched_down,
     fetched_products,
 )
 from hire_rewrite.ops.select import top_k
@@ -201,8 +201,7 @@ def _fetched(
             (some,) = jnp.nonzero(mask.any(0), size=tokens * spec.k_groups, fill_value=0)
             valid = jnp.arange(some.size) < mask.any(0).sum()
             h, kept = jnp.where(valid[:, None], h[:, some], jnp.zeros_like(h[:, some])), kept[some]
-    rows = fetch_groups(state.down, layer, kept)
-    return down_product(h.reshape(tokens, -1), rows.reshape(-1, rows.shape[-1]), spec)
+    return fetched_down(h, state, layer, kept, spec)
 
 
 def masked(

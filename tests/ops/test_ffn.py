@@ -421,3 +421,18 @@ def test_common_groups_are_computed_whatever_the_predictor_says(name, tokens):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     masked = run(masked_ffn, x, spec, state, activation, predictor=predictor)
     np.testing.assert_allclose(masked, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["reglu", "biased_gelu"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_rows_fetched_in_pieces(name, tokens, monkeypatch):
+    """Groups that do not fill the last piece are filled up, and counted once."""
+    activation, sizes = BLOCKS[name]
+    predictor = Oracle()
+    spec, state, _ = ffn(predictor, k_groups=5, candidate_groups=7, **sizes)
+    x = normal(5, tokens, 16)
+    whole = run(hire_ffn, x, spec, state, activation, predictor=predictor)
+    monkeypatch.setattr("hire_rewrite.ops.rows._PIECE", 3 * 4 * 2 * 16 * 4)
+    pieces = run(hire_ffn, x, spec, state, activation, predictor=predictor)
+    np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
+    assert np.abs(whole).max() > 0.1
