@@ -19,6 +19,7 @@ from hire_rewrite.passes.observe import add_up
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.summarize import summarize
 from hire_rewrite.report import Report
+from hire_rewrite.rules import FFN
 
 __all__ = ["calibrate", "measure"]
 
@@ -85,6 +86,7 @@ def measure(
     packed: Packed,
     batches: Iterable[tuple[Any, ...]],
     targets: Callable[..., Any] | None,
+    kwargs: Mapping[str, Any],
     *,
     sites_only: bool,
 ) -> Report:
@@ -98,9 +100,9 @@ def measure(
 
     def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
         args = analyses.joined(given, batch)
-        analysis = analyses.of(packed, args, {})
+        analysis = analyses.of(packed, args, kwargs)
         kinds.append(analysis)
-        known = analysis.inputs(packed, analyses.without_weights(tuple(args), packed), {})
+        known = analysis.inputs(packed, analyses.without_weights(tuple(args), packed), kwargs)
         wanted = None if targets is None else jnp.asarray(targets(*batch)).reshape(-1)
         return analysis, (packed, known, wanted)
 
@@ -116,8 +118,8 @@ def measure(
 
 
 def _is_calibrated(decision: Decision) -> bool:
-    """Whether calibration tells anything that a site needs."""
+    """Whether calibration tells anything about a site."""
     rule = decision.site.rule
     if rule is None or not decision.packs:
         return False
-    return decision.found.kind == "ffn" or rule.predictor.wants_calibration
+    return isinstance(rule, FFN) or rule.predictor.wants_calibration

@@ -23,9 +23,9 @@ class Learned:
 
     def fetched(self, tokens: int) -> int | None:
         """Neurons that so many tokens fetch together; None if it was not measured."""
-        if not self.union:
+        place = math.log2(max(tokens, 1))
+        if place > len(self.union) - 1:
             return None
-        place = min(math.log2(max(tokens, 1)), len(self.union) - 1)
         low = self.union[math.floor(place)]
         high = self.union[math.ceil(place)]
         return math.ceil(low + (high - low) * (place - math.floor(place)))

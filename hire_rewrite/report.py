@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.plan import table
@@ -93,8 +95,8 @@ class Report:
         return "\n".join(parts)
 
     def to_json(self, path: str | None = None) -> str:
-        """The report as JSON, also written to `path` if it is given."""
-        text = json.dumps(dataclasses.asdict(self), indent=1)
+        """The report as JSON, null for what is not finite; written to `path` if it is given."""
+        text = json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False)
         if path is not None:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
@@ -127,6 +129,14 @@ class Report:
             axes.axvline(site.bytes_dense / 1e6, linestyle="-", color="black")
             axes.set(title=site.name, xlabel="MB read for a token", ylabel=f"recall of {site.k}")
         figure.savefig(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(site: SiteReport) -> list[str]:

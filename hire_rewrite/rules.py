@@ -13,12 +13,12 @@ import re
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.block import CRITERIA, REDUCTIONS, SELECTIONS
-from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized
+from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, written
 
 __all__ = ["FFN", "Cascade", "Head", "LowRank", "Quantized", "Rule", "count"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FFN:
     """Run FFN blocks on the top k of their hidden neurons.
 
@@ -41,7 +41,8 @@ class FFN:
       common: neurons that are always computed, without prediction: those that were among the k
         most often in calibration. A fraction or a number; they are among the candidates.
       budget: neurons that are fetched for all tokens of a call together, at most, a fraction or a
-        number; a call whose tokens ask for more reads all. None for as many as they may ask for.
+        number, but never less than one token's candidates; a call whose tokens ask for more reads
+        all. None for as many as they may ask for.
       keep: what `k="auto"` keeps, at least, on average over the calibration: of an activation
         that zeroes neurons the share of non-zero ones, of any other 1 − relative error of the
         block's output.
@@ -93,8 +94,11 @@ class FFN:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
         _check_common("FFN", self.predictor, self.max_tokens, self.path)
 
+    def __repr__(self) -> str:
+        return written(self)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Head:
     """Compute exactly only those logits of a vocabulary head that may be among the greatest.
 
@@ -138,6 +142,9 @@ class Head:
         if not _is_int(self.min_width) or self.min_width < 1:
             raise HireRewriteError(f"Head: min_width={self.min_width!r} must be a positive int")
         _check_common("Head", self.predictor, self.max_tokens, self.path)
+
+    def __repr__(self) -> str:
+        return written(self)
 
 
 Rule = FFN | Head

@@ -117,6 +117,7 @@ class Transformed:
         batches: Iterable[tuple[Any, ...]],
         *,
         targets: Callable[..., Any] | None = None,
+        **kwargs: Any,
     ) -> Report:
         """Measure what rewriting misses: each site, and the model beside the dense and exact one.
 
@@ -127,22 +128,28 @@ class Transformed:
           batches: tuples of the arguments after the weights, as in `pack`.
           targets: a batch's arguments to the true class of each row of logits, integers of any
             shape in the order of the logits; negative where there is none. For perplexity.
+          kwargs: the call's keyword arguments.
 
         Returns:
           A `Report`; `print` it, or see `to_json` and `plot`.
 
         Raises:
-          HireRewriteError: `packed` is no `Packed`, or there is no batch.
+          HireRewriteError: `packed` is no `Packed`, there is no batch, or targets do not fit.
         """
         if not isinstance(packed, Packed):
             raise HireRewriteError(
                 f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}: make it with "
                 ".pack(...)"
             )
-        return measure(self._analyses, packed, batches, targets, sites_only=False)
+        return measure(self._analyses, packed, batches, targets, kwargs, sites_only=False)
 
     def tune(
-        self, weights: Any, batches: Iterable[tuple[Any, ...]], *, recall: float = 0.99
+        self,
+        weights: Any,
+        batches: Iterable[tuple[Any, ...]],
+        *,
+        recall: float = 0.99,
+        **kwargs: Any,
     ) -> Tuned:
         """Choose for each site the predictor and candidates that read least and recall enough.
 
@@ -156,6 +163,7 @@ class Transformed:
           recall: the share of the true top k that is to be found, on average over tokens, in each
             layer of each site. On the held-out batches half of the misses allowed are left, for
             other text.
+          kwargs: the call's keyword arguments.
 
         Returns:
           The rules as a tuple, for `transform(fn, *rules)`; `print` them, or `save` them.
@@ -163,7 +171,7 @@ class Transformed:
         Raises:
           HireRewriteError: there are fewer than two batches, or no site that a rule asks for.
         """
-        return tune(self._analyses, weights, batches, recall)
+        return tune(self._analyses, weights, batches, recall, kwargs)
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ from hire_rewrite.analysis import Analyses
 from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized
-from hire_rewrite.passes.decide import DEFAULT_RULES, Decision
+from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, certifies
+from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.sizes import scored_rows
 from hire_rewrite.plan import table
 from hire_rewrite.report import SiteReport
-from hire_rewrite.rules import FFN, Rule
+from hire_rewrite.rules import FFN, Head, Rule
 from hire_rewrite.saved import save_rules
 
 __all__ = ["Trial", "Tunable", "Tuned", "choose", "held_out", "predictors_for", "tunable", "tune"]
@@ -45,6 +45,12 @@ class Tunable:
     unit: int
     rows: int
     d: int
+
+    def probe(self) -> Rule:
+        """A rule for this site alone that calibration tells everything about."""
+        rule = self.trial(Quantized())
+        certified = isinstance(rule, Head) and rule.certify
+        return rule if certified else dataclasses.replace(rule, predictor=LowRank())
 
     def trial(self, predictor: Predictor) -> Rule:
         """The rule for this site alone with another predictor."""
@@ -112,6 +118,8 @@ def predictors_for(site: Tunable, tokens: int) -> list[Predictor]:
     if not isinstance(site.rule, FFN):
         keep = max(1024, n // 24)
         found += [Cascade(LowRank(rank), Quantized(), keep) for rank in ranks if 4 * keep <= n]
+    if isinstance(site.rule, Head) and site.rule.certify:
+        found = [predictor for predictor in found if certifies(predictor)]
     return found
 
 
@@ -127,7 +135,10 @@ def tunable(decisions: Sequence[Decision]) -> list[Tunable]:
             unit = spec.group
             if not decision.undecided:
                 assert isinstance(rule, FFN)
-                rule = dataclasses.replace(rule, k=spec.k_groups * unit, group=unit)
+                candidates = spec.candidate_groups * unit
+                rule = dataclasses.replace(
+                    rule, k=spec.k_groups * unit, candidates=candidates, group=unit
+                )
         d = decision.found.match.linears[0].in_dim
         found.append(Tunable(decision.found.name, rule, unit, scored_rows(spec), d))
     return found
@@ -185,7 +196,11 @@ def held_out(batches: Iterable[tuple[object, ...]]) -> tuple[list, list]:  # typ
 
 
 def tune(
-    analyses: Analyses, weights: Any, batches: Iterable[tuple[Any, ...]], recall: float
+    analyses: Analyses,
+    weights: Any,
+    batches: Iterable[tuple[Any, ...]],
+    recall: float,
+    kwargs: Mapping[str, Any],
 ) -> Tuned:
     """The rules that `Transformed.tune` returns."""
     if not 0.0 < recall < 1.0:
@@ -193,26 +208,26 @@ def tune(
     fitting, other = held_out(batches)
     given = dict(zip(analyses.weights, _as_arguments(weights, analyses.weights), strict=True))
     args = analyses.joined(given, fitting[0])
-    sites = tunable(analyses.of(None, args, {}).decisions)
+    sites = tunable(analyses.of(None, args, kwargs).decisions)
     if not sites:
         raise HireRewriteError(
             f"tune: no rule asks for a site of {analyses.name}: look at .plan(...)"
         )
-    counts = (analyses.of(None, analyses.joined(given, b), {}).decisions for b in fitting)
+    counts = (analyses.of(None, analyses.joined(given, b), kwargs).decisions for b in fitting)
     tokens = sum(min(decision.found.tokens for decision in found) for found in counts)
 
-    probe = analyses.again(tuple(site.trial(LowRank()) for site in sites))
-    _, seen = calibrate(probe, args, {}, fitting)
+    probe = analyses.again(tuple(site.probe() for site in sites))
+    _, seen = calibrate(probe, args, kwargs, fitting)
 
     def measured(rules: Sequence[Rule]) -> Sequence[SiteReport]:
         own = analyses.again(tuple(rules))
-        analysis = own.of(None, args, {}, tuple(sorted(seen.learned.items())))
+        analysis = own.of(None, args, kwargs, tuple(sorted(seen.learned.items())))
         packed = analysis.pack(jax.tree.leaves([args[i] for i in analyses.weights]), seen)
-        return measure(own, packed, other, None, sites_only=True).sites
+        return measure(own, packed, other, None, kwargs, sites_only=True).sites
 
     chosen, trials = choose(sites, recall, tokens, measured)
-    rest = analyses.rules or DEFAULT_RULES
-    return Tuned((*(trial.rule for trial in chosen), *rest), chosen, trials)
+    # Default rules spare blocks that are not sparse; written out they would not.
+    return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)
 
 
 def _as_arguments(weights: Any, positions: Sequence[int]) -> tuple[Any, ...]:

@@ -277,7 +277,7 @@ def test_common_neurons_need_no_prediction():
 
 
 def test_a_calibrated_plan_estimates_what_tokens_share():
-    step = hire.transform(model, FFN)
+    step = hire.transform(model, hire.FFN(**vars(FFN) | {"k": 4}))
     (tokens,) = batches(1)[0]
     packed = step.pack(PARAMS, tokens, calibration=batches(3))
     (known,) = step.plan(packed, tokens[:4]).sites
@@ -370,3 +370,110 @@ def test_bad_input_of_tune(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(HireRewriteError, match="holds no rules"):
         hire.load_rules(str(tmp_path / "bad.json"))
+
+
+def test_tuning_leaves_alone_what_default_rules_do():
+    """A block that is not sparse stays dense, though rules are written out."""
+
+    def smooth(params, tokens):
+        x = params["embed"][tokens]
+        w = jax.tree.map(lambda a: a[0], params["layers"])
+        x = x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+        y = x + jax.nn.relu(x @ w["up"]) @ w["down"]
+        return y
+
+    tuned = hire.transform(smooth).tune(PARAMS, batches(4), recall=0.9)
+    sites = hire.inspect(smooth, PARAMS, batches(1)[0][0][:1], rules=tuned).sites
+    assert [site.rule is None for site in sites] == [True, False]
+
+
+def test_tuning_a_certified_head_and_an_odd_k():
+    head = hire.Head(k=4, min_width=64, certify=True, force=True)
+    step = hire.transform(model, hire.FFN(k=10, candidates=10, group=8, force=True), head)
+    tuned = step.tune(PARAMS, batches(4, length=64), recall=0.9)
+    rules = {trial.name: trial.rule for trial in tuned.chosen}
+    assert isinstance(rules["params/embed"].predictor, hire.Quantized)
+    assert rules["params/layers"].k == 16
+
+
+def test_the_curve_at_the_own_candidates_is_the_recall():
+    """With a bonus for badly guessed rows too, and with fewer positive neurons than k."""
+    head = hire.Head(k=4, candidates=12, min_width=64, predictor=hire.LowRank(6), force=True)
+    ffn = hire.FFN(k=0.75, candidates=0.8, group=1, predictor=hire.LowRank(8), force=True)
+    step = hire.transform(model, ffn, head)
+    packed = step.pack(PARAMS, *batches(1)[0], calibration=batches(3))
+    for site in step.evaluate(packed, batches(3, seed=5)).sites:
+        (own,) = (recall for count, _, recall in site.curve if count == site.candidates)
+        assert max(site.recall) < 1.0
+        assert own == pytest.approx(site.recall)
+
+
+def test_no_bonus_without_calibration():
+    """Its scale would not be known."""
+    rows = np.random.default_rng(0).normal(size=(1000, 16)) * 0.7 ** np.arange(16)
+    state = hire.LowRank(8).fit(jnp.asarray(rows, jnp.float32), top=8)
+    assert not state["bonus"].any()
+
+
+def test_a_vocabulary_cut_to_fewer_rows_than_candidates():
+    def cut(params, x):
+        return (x @ params["embed"].T)[:, :80]
+
+    rule = hire.Head(k=90, candidates=1.0, min_width=64, predictor=Oracle(), force=True)
+    step, x = hire.transform(cut, rule), inputs(5, D)
+    packed = step.pack(PARAMS, x)
+    (site,) = step.evaluate(packed, [(x,)]).sites
+    assert site.recall == (1.0,)
+    assert site.candidates == 80
+
+
+def test_targets_that_do_not_fit():
+    step, packed, _ = report_of(FFN, HEAD)
+    with pytest.raises(HireRewriteError, match="1 classes for 24 rows of logits"):
+        step.evaluate(packed, batches(1), targets=lambda tokens: np.array([3]))
+    step, packed, _ = report_of(FFN)
+    with pytest.raises(HireRewriteError, match="there is no vocabulary head"):
+        step.evaluate(packed, batches(1), targets=lambda tokens: tokens)
+
+
+def test_keyword_arguments_of_the_call():
+    def scaled(params, tokens, *, scale):
+        return scale * model(params, tokens)
+
+    step, scale = hire.transform(scaled, FFN, HEAD), jnp.float32(2.0)
+    packed = step.pack(PARAMS, *batches(1)[0], calibration=batches(2), scale=scale)
+    assert step.evaluate(packed, batches(1), scale=scale).sites[0].best == 1.0
+    assert step.tune(PARAMS, batches(2), scale=scale)
+
+
+def test_a_site_that_was_not_reached():
+    def sometimes(params, x):
+        w = jax.tree.map(lambda a: a[0], params["layers"])
+        block = lambda x: jax.nn.relu(x @ w["up"]) @ w["down"]  # noqa: E731
+        return jax.lax.cond(x.sum() > 1e9, block, lambda x: x, x)
+
+    x = inputs(4, D)
+    step = hire.transform(sometimes, FFN)
+    packed = step.pack(PARAMS, x, calibration=[(x,)])  # needs no calibration
+    with pytest.raises(HireRewriteError, match="no evaluation batch reached it"):
+        step.evaluate(packed, [(x,)])
+
+
+def test_an_infinite_divergence_is_null_in_json():
+    head = hire.Head(**vars(HEAD) | {"tail": "-inf"})
+    _, _, report = report_of(FFN, head)
+    assert report.model.kl == np.inf
+    assert json.loads(report.to_json())["model"]["kl"] is None
+
+
+def test_a_plan_counts_what_is_read():
+    """Where the tokens may ask for everything, everything is read, whatever they share."""
+    step = hire.transform(model, FFN)
+    tokens = jnp.repeat(batches(1)[0][0][:1], 64)
+    packed = step.pack(PARAMS, tokens[:1], calibration=[(tokens,)])
+    rule = hire.FFN(**vars(FFN) | {"max_tokens": None, "budget": 20})
+    (all_read,) = step.plan(packed, tokens[:8]).sites
+    tight = hire.transform(model, rule)
+    again = tight.pack(PARAMS, tokens[:1], calibration=[(tokens,)])
+    (shared,) = tight.plan(again, tokens[:8]).sites
+    assert shared.bytes_after < all_read.bytes_before <= all_read.bytes_after

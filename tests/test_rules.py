@@ -73,3 +73,11 @@ def test_count_above_the_width_names_the_site():
 def test_rules_are_values():
     assert hire.Head(k=4) == hire.Head(k=4)
     assert len({hire.FFN(k=0.1), hire.FFN(k=0.1), hire.FFN(k=0.2)}) == 2
+
+
+def test_rules_print_what_was_asked_for():
+    """Without what is at its default, and as code that makes them again."""
+    rule = hire.Head(k=8, predictor=hire.LowRank(16), path="embed")
+    assert repr(rule) == "Head(k=8, predictor=LowRank(rank=16), path='embed')"
+    assert eval(repr(rule), vars(hire)) == rule
+    assert repr(hire.FFN(k=0.05)) == "FFN(k=0.05)"

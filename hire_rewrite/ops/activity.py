@@ -87,8 +87,10 @@ def activity(
 
 def smallest_k(seen: Activity, keep: float, groups: int) -> int:
     """The least of `tried_groups` that keeps `keep` in every layer; `seen` has a layer axis."""
-    share = np.asarray(seen.share) / np.maximum(np.asarray(seen.whole)[:, None], 1e-30)
-    enough = (share >= keep).all(0)
+    whole = np.asarray(seen.whole)[:, None]
+    # A layer without any active neuron loses nothing.
+    share = np.where(whole > 0, np.asarray(seen.share) / np.maximum(whole, 1e-30), 1.0)
+    enough = np.min(share, axis=0) >= keep
     tried = tried_groups(groups)
     return next((count for count, fits in zip(tried, enough, strict=True) if fits), groups)
 

@@ -103,7 +103,7 @@ class FFNSpec:
     @property
     def scored(self) -> tuple[int, ...]:
         """The projections whose products the predictor guesses."""
-        if self.criterion == "gate" and not self.selects:
+        if self.criterion == "gate":
             return (self.gate,)
         return tuple(range(self.projections))
 

@@ -20,10 +20,11 @@ from hire_rewrite.ops.head import (
     candidates_of,
     certified,
     dense_logits,
+    exact_head,
     finished,
 )
 from hire_rewrite.ops.importance import best_mask, importance, norms_of, vectors_of
-from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.predictors import Predictor, hopeful
 from hire_rewrite.ops.rows import all_down, all_products
 from hire_rewrite.ops.select import top_k
 
@@ -90,12 +91,13 @@ def measured_head(
     spec: HeadSpec,
     endpoints: Endpoints,
     predictor: Predictor,
+    follow: str,
 ) -> tuple[tuple[Array, ...], Quality]:
-    """What `hire_head` returns, and what it misses of its last endpoint."""
+    """`hire_head` or `exact_head` (by `follow`), and what it misses of its last endpoint."""
     tokens = x.shape[0]
     scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     raw = dense_logits(x, state, layer, spec)
-    dense = endpoints(raw)
+    dense, wanted = endpoints(raw), exact_head(raw, spec=spec, endpoints=endpoints)
     exact = jnp.take_along_axis(raw, rows, axis=-1, mode="promise_in_bounds")
     values = finished(scores, rows, exact, found, spec, endpoints)
     proved = jnp.zeros(())
@@ -105,12 +107,16 @@ def measured_head(
         )
         proved = sure.sum().astype(jnp.float32)
     last = dense[-1].astype(jnp.float32)
-    guessed = endpoints(scores.astype(spec.out_dtype))[-1].astype(jnp.float32)
+    order = hopeful(scores, state.predictor, layer).astype(spec.out_dtype)
+    guessed = endpoints(order)[-1].astype(jnp.float32)
     mask = jnp.zeros(last.shape, bool).at[jnp.arange(tokens)[:, None], found[-1]].set(True)
     chance = jax.nn.softmax(last, axis=-1)
     quality = compared(last, guessed, mask, min(spec.k, last.shape[-1]), chance, -jnp.inf)
-    error = _distance(jax.nn.softmax(values[-1].astype(jnp.float32), axis=-1), chance)
-    return values, quality._replace(error=error, proved=proved)
+    got, best = (jax.nn.softmax(z[-1].astype(jnp.float32), axis=-1) for z in (values, wanted))
+    quality = quality._replace(
+        error=_distance(got, best), cost=_distance(best, chance), proved=proved
+    )
+    return values if follow == "hire" else wanted, quality
 
 
 def compared(

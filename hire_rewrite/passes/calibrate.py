@@ -87,10 +87,16 @@ def conclude(
     learned: dict[str, Learned] = {}
     for decision in decisions:
         name, loops = decision.found.name, site_loops(trace, decision.found.match)
-        if reports is None or name not in reports:
+        if reports is None:
+            raise _unreached(name)
+        if name not in reports:
+            if not _needs(decision):
+                continue
             raise _unreached(name)
         seen, active = by_layer(reports[name], len(loops), layers(loops))
         if not bool(seen.count.all()):
+            if not _needs(decision):
+                continue
             raise _unreached(name)
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(seen)):
             raise HireRewriteError(
@@ -121,6 +127,14 @@ def _tap(trace: Trace, decision: Decision) -> Any:
     if isinstance(match, FFNMatch):
         return observed(trace, decision, shares=decision.undecided)
     return _Tap(decision.found.name, match.linear, site_loops(trace, match))
+
+
+def _needs(decision: Decision) -> bool:
+    """Whether a site cannot be packed as its rule says without having been seen."""
+    rule = decision.site.rule
+    assert rule is not None
+    auto = isinstance(rule, FFN) and (rule.k == "auto" or bool(rule.common))
+    return auto or rule.predictor.wants_calibration
 
 
 def _unreached(name: str) -> HireRewriteError:

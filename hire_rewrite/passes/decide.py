@@ -127,17 +127,19 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
     if found.obstacle is not None:
         site = _site(found, rule, "dense", found.obstacle)
         return Decision(found, site, None, False, found.name)
-    if isinstance(rule, FFN) and rule.k == "auto" and (learned is None or learned.k is None):
-        probe = spec_of(found, dataclasses.replace(rule, k=1.0, candidates=None), default, None)
-        reason = 'k="auto" is found by calibration: pack(..., calibration=batches)'
-        site = _site(found, rule, "dense", reason)
-        return Decision(found, site, probe, False, found.name, undecided=True)
+    undecided = isinstance(rule, FFN) and rule.k == "auto" and not (learned and learned.k)
+    wanted = dataclasses.replace(rule, k=1.0, candidates=None) if undecided else rule
     try:
-        spec = spec_of(found, rule, default, learned)
+        spec = spec_of(found, wanted, default, learned)
     except Unfit as unfit:
         return Decision(found, _site(found, rule, "dense", str(unfit)), None, False, found.name)
+    if undecided:
+        reason = 'k="auto" is found by calibration: pack(..., calibration=batches)'
+        site = _site(found, rule, "dense", reason)
+        return Decision(found, site, spec, False, found.name, undecided=True)
     rule.predictor.check(scored_rows(spec), found.match.linears[0].in_dim, site=found.name)
-    now = estimate(found, spec, rule.predictor, found.tokens, learned)
+    budget = budget_of(found, spec, rule)
+    now = estimate(found, spec, rule.predictor, found.tokens, learned, budget)
     single = estimate(found, spec, rule.predictor, 1, learned)
     packs = single.pays or rule.force
     if rule.max_tokens is not None and found.tokens > rule.max_tokens:
@@ -153,20 +155,23 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
         status, reason = "rewritten", _describe(spec, rule)
     if status == "dense" and packs:
         reason += "; the same top-k in dense arithmetic"
+    elif status == "dense" and isinstance(spec, FFNSpec):
+        reason += "; without a top-k, which mode exact has on raw weights all the same"
     if status == "rewritten" and learned is not None:
-        reason += _until(found, spec, rule, learned)
+        reason += _until(found, spec, rule, learned, budget)
     after = now.after if status == "rewritten" else None
     site = _site(found, rule, status, reason, after)
-    budget = budget_of(found, spec, rule)
     return Decision(found, site, spec, packs, found.name, budget, asked=packs or not default)
 
 
-def _until(found: Found, spec: FFNSpec | HeadSpec, rule: Rule, learned: Learned) -> str:
+def _until(
+    found: Found, spec: FFNSpec | HeadSpec, rule: Rule, learned: Learned, budget: int | None
+) -> str:
     """From how many tokens on a calibrated block reads as much as it would dense."""
     if not isinstance(spec, FFNSpec) or not learned.union:
         return ""
     sizes = [2**i for i in range(len(learned.union))]
-    full = (n for n in sizes if not estimate(found, spec, rule.predictor, n, learned).pays)
+    full = (n for n in sizes if not estimate(found, spec, rule.predictor, n, learned, budget).pays)
     first = next(full, None)
     if first is None:
         return f"; for up to {sizes[-1]} tokens it reads less than dense"

@@ -42,20 +42,28 @@ def estimate(
     predictor: Predictor,
     tokens: int,
     learned: Learned | None = None,
+    budget: int | None = None,
 ) -> Bytes:
     """What rewriting a site saves with `tokens` in a call.
 
     Rows of several tokens are counted as calibration found them shared; without it as if they
-    shared none, which is what is fetched at most.
+    shared none, which is what is fetched at most. Where that may be all of a block's rows, or is
+    likely to be more than its budget (in groups), it is computed whole.
     """
     match = found.match
     if isinstance(match, FFNMatch):
         assert isinstance(spec, FFNSpec)
         up, down = match.linears[0], match.down
         up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
-        candidates = min(spec.width, tokens * spec.candidate_groups * spec.group)
+        fetched = spec.fetched_groups(tokens, budget)
         union = None if learned is None else learned.fetched(tokens)
-        candidates = candidates if union is None else min(candidates, union)
+        whole = fetched >= spec.groups
+        candidates = fetched * spec.group
+        if union is not None and not whole:
+            whole = union > candidates
+            candidates = min(candidates, max(union, spec.candidate_groups * spec.group))
+        if whole:
+            candidates = spec.width
         kept = min(candidates, tokens * spec.k_groups * spec.group)
         rows = candidates * spec.projections * up.in_dim * up_dtype.itemsize
         rows += kept * down.out_dim * down_dtype.itemsize

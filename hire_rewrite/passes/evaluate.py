@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.rewrite import rewrite
@@ -71,6 +72,11 @@ def evaluation(
 
     def run(operands: Any) -> dict[str, Any]:
         packed, inputs, classes = operands
+        if classes is not None and head is None:
+            raise HireRewriteError(
+                "evaluate: targets are given, but there is no vocabulary head outside of loops to "
+                "compare them with: leave targets out"
+            )
         sites: dict[str, Any] = {}
         logits: list[Array] = []
         for mode in modes:
@@ -154,6 +160,11 @@ def _compare(logits: Sequence[Array], classes: Array | None, first: int) -> Mode
     tokens, width = dense.shape
     nll, count = jnp.zeros(3), jnp.zeros(())
     if classes is not None:
+        if classes.shape != (tokens,):
+            raise HireRewriteError(
+                f"evaluate: targets gives {classes.size} classes for {tokens} rows of logits: give "
+                "one for each, negative where there is none"
+            )
         place = classes.astype(jnp.int32) - first
         known = (place >= 0) & (place < width)
         place = jnp.clip(place, 0, width - 1)[:, None]

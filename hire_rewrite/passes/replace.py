@@ -146,8 +146,15 @@ def _head(
                 x, state, layer, spec=spec, endpoints=endpoints, predictor=rule.predictor
             )
         if mode in _MEASURED:
+            follow = "hire" if mode == "measure" else "exact"
             return measured_head(
-                x, state, layer, spec=spec, endpoints=endpoints, predictor=rule.predictor
+                x,
+                state,
+                layer,
+                spec=spec,
+                endpoints=endpoints,
+                predictor=rule.predictor,
+                follow=follow,
             )
         if mode == "dense":
             return head_ops.dense_head(x, state, layer, spec=spec, endpoints=endpoints)

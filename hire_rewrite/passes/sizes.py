@@ -67,11 +67,14 @@ def _check_fits(rule: FFN, match: FFNMatch) -> None:
         raise Unfit(
             f'criterion="gate", but no projection of {activation.name} is known to be the gate'
         )
+    if rule.criterion == "gate" and activation.keeps is not None:
+        raise Unfit('criterion="gate" is not supported where the function itself selects')
     if rule.criterion == "output" and match.experts > 1:
         raise Unfit('criterion="output" is not supported for experts; give "hidden" or "gate"')
-    if rule.common and activation.keeps is not None:
+    if rule.common and (activation.keeps is not None or match.experts > 1):
         raise Unfit(
-            "common neurons are not supported where the function itself selects; give common=0"
+            "common neurons are not supported where the function itself selects, or for experts; "
+            "give common=0"
         )
 
 
@@ -111,7 +114,7 @@ def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
         criterion=rule.criterion,
         reduction=rule.reduction,
         selection=rule.selection,
-        common_groups=common // group,
+        common_groups=min(-(-common // group), -(-candidates // group)),
     )
 
 

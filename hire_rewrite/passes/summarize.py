@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.passes.decide import Decision
@@ -42,19 +43,28 @@ def _site(trace: Trace, decision: Decision, sums: Any) -> SiteReport:
     axes = len(loops) + (found.experts > 1)
     seen = by_layer(sums, axes, layers(loops) * found.experts)
     seen = type(seen)(*(np.asarray(leaf, np.float64) for leaf in seen))
-    tokens = np.maximum(seen.tokens, 1.0)
-    k = spec.k_groups if isinstance(spec, FFNSpec) else spec.k
+    if not seen.tokens.all():
+        raise HireRewriteError(
+            f"{found.name}: no evaluation batch reached it: give batches of calls that run it"
+        )
+    tokens = seen.tokens
+    # A vocabulary may be cut to fewer rows than are asked for.
+    k, units = seen.hits.shape[1] - 1, seen.places.shape[1]
     candidates = spec.candidate_groups if isinstance(spec, FFNSpec) else spec.candidates
+    candidates = min(candidates, units)
     found_units = seen.hits @ np.arange(k + 1) / (tokens * k)
     percentile = (np.cumsum(seen.hits, 1) >= 0.01 * tokens[:, None]).argmax(1) / k
-    within = np.cumsum(seen.places, 1) / np.maximum(seen.places.sum(1, keepdims=True), 1.0)
+    # Slots of the top k that hold nothing are never missed.
+    empty = tokens[:, None] * k - seen.places.sum(1, keepdims=True)
+    within = (np.cumsum(seen.places, 1) + empty) / (tokens[:, None] * k)
     curve = []
-    for count in _counts(k, candidates, within.shape[1]):
+    least = max(k, spec.common_groups if isinstance(spec, FFNSpec) else 1)
+    for count in _counts(least, candidates, units):
         other: FFNSpec | HeadSpec
         if isinstance(spec, FFNSpec):
-            other = dataclasses.replace(spec, candidate_groups=max(count, spec.common_groups))
+            other = dataclasses.replace(spec, candidate_groups=count)
         else:
-            other = dataclasses.replace(spec, candidates=count)
+            other = dataclasses.replace(spec, k=min(spec.k, count), candidates=count)
         size = estimate(found, other, rule.predictor, 1).after
         curve.append((count, size, tuple(map(float, within[:, count - 1]))))
     now = estimate(found, spec, rule.predictor, 1)
@@ -78,9 +88,9 @@ def _site(trace: Trace, decision: Decision, sums: Any) -> SiteReport:
     )
 
 
-def _counts(k: int, candidates: int, units: int) -> list[int]:
+def _counts(least: int, candidates: int, units: int) -> list[int]:
     """Numbers of candidates for a curve: the site's own, twice as many, and others around them."""
-    some = {round(float(count)) for count in np.geomspace(k, units, _CURVE)}
+    some = {round(float(count)) for count in np.geomspace(least, units, _CURVE)}
     return sorted(some | {candidates, min(2 * candidates, units)})
 
 

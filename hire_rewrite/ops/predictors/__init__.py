@@ -13,6 +13,7 @@ from hire_rewrite.ops.predictors.protocol import (
     State,
     certifies,
     hopeful,
+    written,
 )
 from hire_rewrite.ops.predictors.quantized import Quantized
 
@@ -27,4 +28,5 @@ __all__ = [
     "State",
     "certifies",
     "hopeful",
+    "written",
 ]

@@ -168,7 +168,9 @@ class LowRank:
                 offset = w @ mean - (integers.astype(jnp.float32) @ (down @ mean)) * scale
                 state |= {"up": integers, "scale": scale, "offset": offset}
             if top is not None:
-                state["bonus"] = _BONUS * _spread(seen - (seen @ right) @ down, covariance)
+                # Without moments the scale of the errors is not known.
+                error = _spread(seen - (seen @ right) @ down, covariance)
+                state["bonus"] = jnp.zeros(n) if moments is None else _BONUS * error
         return state
 
     def score(

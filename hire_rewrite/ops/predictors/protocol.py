@@ -136,9 +136,9 @@ def certifies(predictor: object) -> bool:
     return isinstance(predictor, Certifying) and predictor.certifies
 
 
-def written(predictor: Any) -> str:
-    """A predictor as a user writes it: its first field, and those that are not at their default."""
-    first, *others = dataclasses.fields(predictor)
-    shown = [first, *(f for f in others if getattr(predictor, f.name) != f.default)]
-    arguments = ", ".join(f"{f.name}={getattr(predictor, f.name)!r}" for f in shown)
-    return f"{type(predictor).__name__}({arguments})"
+def written(value: Any) -> str:
+    """A predictor or rule as a user writes it: the first field, and others not at their default."""
+    first, *others = dataclasses.fields(value)
+    shown = [first, *(f for f in others if getattr(value, f.name) != f.default)]
+    arguments = ", ".join(f"{f.name}={getattr(value, f.name)!r}" for f in shown)
+    return f"{type(value).__name__}({arguments})"
