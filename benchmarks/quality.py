@@ -8,12 +8,11 @@
 * blocks: the FFNs at half their neurons, with a fitted predictor, beside the exact top-k;
 * tuned: what `tune` chooses for 99 % recall, and what that recalls on text it did not see.
 
-`--only heads` (or another) runs a part and writes nothing.
+Each part is written as soon as it is measured; `--parts heads tuned` measures some of them again.
 """
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,27 +46,28 @@ BLOCKS = tuple(
     hire.FFN(k=0.5, candidates=0.6, group=group, predictor=hire.LowRank(384), force=True)
     for group in (1, 8)
 )
-STREAMS, STEPS = 8, 1250
-PARTS = ("heads", "mixing", "certified", "blocks", "tuned")
+STREAMS, STEPS = 32, 320
+PARTS = ("certified", "blocks", "tuned", "heads", "mixing")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--only", choices=PARTS, help="run one part, and write nothing")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which (all)")
     asked = parser.parse_args()
     bench = Quality()
-    parts = PARTS if asked.only is None else (asked.only,)
     result: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, float32",
         "fitted_tokens": FITTED,
         "measured_tokens": MEASURED,
     }
-    for part in parts:
+    if len(asked.parts) < len(PARTS):  # the others stay as they were measured
+        result |= timing.read("quality")
+    for part in asked.parts:
         print(f"\n{part}", flush=True)
         result[part] = getattr(bench, part)()
-    if asked.only is None:
-        command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
-        print(f"\nwritten to {timing.write('quality', result, command)} and {quality_page.write()}")
+        timing.write("quality", result, "python -m benchmarks.quality")
+    if result.keys() >= set(PARTS):
+        print(f"\nwritten to {quality_page.write()}")
 
 
 class Quality:
@@ -96,12 +96,11 @@ class Quality:
         return found
 
     def mixing(self) -> list[dict[str, Any]]:
-        """What the calibration of a small predictor gains from other text."""
+        """What a small predictor gains from other text than help texts alone (see `heads`)."""
         said = self._said()
         share = len(self.fitting) // 2
         code = text.windows(text.code_text(MEASURED + FITTED, self.words), LENGTH)[-share:]
         mixes = {
-            "help": self.fitting,
             "help and code": np.concatenate([self.fitting[:share], code]),
             "help and what the model says": np.concatenate([self.fitting[:share], said[:share]]),
         }
@@ -127,23 +126,18 @@ class Quality:
         dense = jax.jit(decode_step, donate_argnums=2)
         proved = jax.jit(step, donate_argnums=2)
         prefill = jax.jit(functools.partial(model.prefill, self.config))
-        same, total, turns = 0, 0, LENGTH - 64
-        starts = np.concatenate([rows[:, :32] for rows in self.rows.values()])
-        for begin in range(0, -(-STEPS // turns)):
-            prompts = jnp.asarray(starts[begin * STREAMS : (begin + 1) * STREAMS])
-            steps = min(turns, STEPS - begin * turns)
-            said = []
-            for run, read in ((dense, self.params), (proved, packed)):
-                logits, state = prefill(self.params, prompts, cache())
-                token, tokens = logits.argmax(-1).astype(jnp.int32), []
-                for _ in range(steps):
-                    logits, state = run(read, token, state)
-                    token = logits.argmax(-1).astype(jnp.int32)
-                    tokens.append(token)
-                said.append(np.stack(tokens))
-            same += int((said[0] == said[1]).sum())
-            total += said[0].size
-            print(f"{same} of {total} greedy tokens the same", flush=True)
+        starts = np.concatenate([text.windows(r.ravel(), 256)[:, :32] for r in self.rows.values()])
+        prompts, said = jnp.asarray(starts[:STREAMS]), []
+        for run, read in ((dense, self.params), (proved, packed)):
+            logits, state = prefill(self.params, prompts, cache())
+            token, tokens = logits.argmax(-1).astype(jnp.int32), []
+            for _ in range(STEPS):
+                logits, state = run(read, token, state)
+                token = logits.argmax(-1).astype(jnp.int32)
+                tokens.append(token)
+            said.append(np.stack(tokens))
+        same, total = int((said[0] == said[1]).sum()), said[0].size
+        print(f"{same} of {total} greedy tokens the same", flush=True)
         return {"tokens": total, "same": same, "streams": STREAMS}
 
     def blocks(self) -> list[dict[str, Any]]:

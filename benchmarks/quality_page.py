@@ -22,7 +22,7 @@ def write() -> Path:
 
 
 def _page(result: Mapping[str, Any]) -> Iterable[str]:
-    kinds = list(result["heads"][0])[2:-1]
+    kinds = [kind for kind, row in result["heads"][0].items() if isinstance(row, dict)]
     yield "# Quality on SmolLM2-135M"
     yield ""
     machine = result["machine"]
@@ -35,7 +35,8 @@ def _page(result: Mapping[str, Any]) -> Iterable[str]:
         "[quality.json](../benchmarks/results/quality.json)."
     )
     yield from _heads(result["heads"], kinds)
-    yield from _mixing(result["mixing"], kinds)
+    alone = [{"fitted_to": "help"} | row for row in result["heads"][:2]]
+    yield from _mixing([*alone, *result["mixing"]], kinds)
     yield from _certified(result["certified"], result["heads"], kinds)
     yield from _blocks(result["blocks"], kinds)
     yield from _tuned(result["tuned"], kinds)

@@ -126,6 +126,12 @@ def write(name: str, result: Mapping[str, Any], command: str) -> Path:
     return path
 
 
+def read(name: str) -> dict[str, Any]:
+    """What `write` wrote, without the command and the machine."""
+    whole = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in whole.items() if key not in ("command", "machine")}
+
+
 # Not a product of NumPy's: its threads go on to wait busily, and would slow down what is measured.
 _greatest = jax.jit(jnp.max)
 
