@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
@@ -23,6 +23,9 @@ from hire_rewrite.ops.predictors.protocol import (
     hopeful,
 )
 from hire_rewrite.ops.select import top_k
+
+_TOGETHER = 8
+"""Tokens whose rows are scored again at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +101,17 @@ class Cascade:
         scores = self.first.score(first, x, layer, choose)
         kept, better = self._kept(scores.shape[-1]), hopeful(scores, first, layer)
         rows = _greatest(better, kept) if choose is None else choose(better, kept)
-        assert isinstance(self.second, ScoresRows)
-        better = self.second.score_rows(_part(state, "second"), x, layer, rows)
+        second, state = self.second, _part(state, "second")
+        assert isinstance(second, ScoresRows)
+
+        def again(each: tuple[Array, Array]) -> Array:
+            token, chosen = each
+            return second.score_rows(state, token[None], layer, chosen[None])[0]
+
+        if x.shape[0] <= _TOGETHER:
+            better = second.score_rows(state, x, layer, rows)
+        else:  # the rows of many tokens at a time would fill the memory
+            better = lax.map(again, (x, rows), batch_size=_TOGETHER)
         token = jnp.arange(x.shape[0])[:, None]
         return scores.at[token, rows].set(better, mode="promise_in_bounds")
 

@@ -126,3 +126,13 @@ def test_the_parts_are_checked():
 
 def _part(state, prefix):
     return {k.removeprefix(prefix): a for k, a in state.items() if k.startswith(prefix)}
+
+
+def test_many_tokens_are_scored_a_few_at_a_time():
+    predictor = Cascade(LowRank(4), Quantized(), 20)
+    rows = normal(1, 1, 300, 16)
+    state = fitted(predictor, rows)
+    x = normal(2, 21, 16)
+    together = predictor.score(state, x, 0)
+    alone = jnp.concatenate([predictor.score(state, row[None], 0) for row in x])
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
