@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.learned import Learned
+from hire_rewrite.learned import Learnings
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Detection, detect
@@ -22,10 +22,7 @@ from hire_rewrite.passes.trace import Trace, abstract, trace
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 
-__all__ = ["Analyses", "Analysis", "Learnings"]
-
-Learnings = tuple[tuple[str, Learned], ...]
-"""What calibration told about sites, by name."""
+__all__ = ["Analyses", "Analysis"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

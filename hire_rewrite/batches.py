@@ -9,8 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hire_rewrite.analysis import Analyses, Analysis, Learnings
+from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.learned import Learnings
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.calibrate import conclude, tapped
 from hire_rewrite.passes.decide import Decision
@@ -40,10 +41,10 @@ def calibrate(
     if analyses.of(None, args, kwargs).undecided:
         batches = list(batches)  # the sizes first, then what depends on them
         found = _watch(analyses, args, kwargs, batches, learned, lambda d: d.undecided)
-        learned = tuple(sorted(found.learned.items()))
+        learned = found.learnings
     found = _watch(analyses, args, kwargs, batches, learned, _is_calibrated)
     found = dataclasses.replace(found, learned=dict(learned) | dict(found.learned))
-    analysis = analyses.of(None, args, kwargs, tuple(sorted(found.learned.items())))
+    analysis = analyses.of(None, args, kwargs, found.learnings)
     return analysis, found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["Learned"]
+__all__ = ["Learned", "Learnings"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +29,7 @@ class Learned:
         low = self.union[math.floor(place)]
         high = self.union[math.ceil(place)]
         return math.ceil(low + (high - low) * (place - math.floor(place)))
+
+
+Learnings = tuple[tuple[str, Learned], ...]
+"""What calibration told about sites, by name."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.learned import Learned
+from hire_rewrite.learned import Learnings
 
 __all__ = ["Origin", "Packed"]
 
@@ -55,7 +55,7 @@ class Packed:
     fingerprint: str
     origin: Origin
     layout: tuple[jax.ShapeDtypeStruct, ...]
-    learned: tuple[tuple[str, Learned], ...] = ()
+    learned: Learnings = ()
 
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""

@@ -12,7 +12,7 @@ import numbers
 import re
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.block import CRITERIA, REDUCTIONS, SELECTIONS
+from hire_rewrite.ops.block import check_choices
 from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, written
 
 __all__ = ["FFN", "Cascade", "Head", "LowRank", "Quantized", "Rule", "count"]
@@ -81,15 +81,7 @@ class FFN:
             _check_amount("FFN", "common", self.common)
         if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
             raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")
-        for name, choices in (
-            ("criterion", CRITERIA),
-            ("reduction", REDUCTIONS),
-            ("selection", SELECTIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise HireRewriteError(
-                    f"FFN: {name}={getattr(self, name)!r} must be one of {', '.join(choices)}"
-                )
+        check_choices(self)
         if not _is_int(self.group) or self.group < 1:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
         _check_common("FFN", self.predictor, self.max_tokens, self.path)

@@ -221,7 +221,7 @@ def tune(
 
     def measured(rules: Sequence[Rule]) -> Sequence[SiteReport]:
         own = analyses.again(tuple(rules))
-        analysis = own.of(None, args, kwargs, tuple(sorted(seen.learned.items())))
+        analysis = own.of(None, args, kwargs, seen.learnings)
         packed = analysis.pack(jax.tree.leaves([args[i] for i in analyses.weights]), seen)
         return measure(own, packed, other, None, kwargs, sites_only=True).sites
 

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..layers import rms_norm, rotate
+
 Params = dict[str, Any]
 Cache = dict[str, Array]
 ARCHITECTURES = ("relu2", "gated")
@@ -98,7 +100,7 @@ def forward(config: Config, params: Params, tokens: Array) -> Array:
         return x + _ffn(config, layer, x), None
 
     x, _ = lax.scan(block, params["embed"][tokens], params["layers"])
-    return _norm(x, params["final_norm"], config.norm_eps) @ params["head"]
+    return rms_norm(x, params["final_norm"], config.norm_eps) @ params["head"]
 
 
 def prefill(config: Config, params: Params, tokens: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -130,28 +132,18 @@ def _read(config: Config, params: Params, tokens: Array, cache: Cache) -> tuple[
     carry = (params["embed"][tokens], cache["k"], cache["v"])
     scanned = (params["layers"], jnp.arange(config.layers))
     (x, keys, values), _ = lax.scan(block, carry, scanned)
-    x = _norm(x, params["final_norm"], config.norm_eps)
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
     return x, {"k": keys, "v": values, "pos": pos + tokens.shape[1]}
 
 
 def _qkv(config: Config, layer: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """Queries, keys and values [b, n, s, h] of x: [b, s, d_model]."""
     batch, seq, _ = x.shape
-    x = _norm(x, layer["attn_norm"], config.norm_eps)
+    x = rms_norm(x, layer["attn_norm"], config.norm_eps)
     fused = jnp.einsum("bsd,dke->kbse", x, layer["wqkv"])
     heads = fused.reshape(3, batch, seq, config.heads, config.head_dim)
     q, k, v = jnp.einsum("kbsnh->kbnsh", heads)
-    return _rotate(q, positions, config.rope_base), _rotate(k, positions, config.rope_base), v
-
-
-def _rotate(x: Array, positions: Array, base: float) -> Array:
-    """RoPE over x: [..., s, h]: the pair (x[i], x[i + h/2]) turns by position * base^(-2i/h)."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * base ** (-jnp.arange(half) / half)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate(
-        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
-    )
+    return rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base), v
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -167,12 +159,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 def _ffn(config: Config, layer: Params, x: Array) -> Array:
     """The FFN of x: [b, s, d_model]."""
-    x = _norm(x, layer["ffn_norm"], config.norm_eps)
+    x = rms_norm(x, layer["ffn_norm"], config.norm_eps)
     if config.architecture == "gated":
         return (jax.nn.relu(x @ layer["w_gate"]) * (x @ layer["w_up"])) @ layer["w_down"]
     return jnp.square(jax.nn.relu(x @ layer["w_up"])) @ layer["w_down"]
-
-
-def _norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMS norm over the last axis."""
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale

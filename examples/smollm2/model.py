@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from ..layers import rms_norm, rotate
+
 Params = dict[str, Any]
 Cache = dict[str, Array]
 
@@ -94,7 +96,7 @@ def forward(config: Config, params: Params, tokens: Array) -> Array:
         return x + _ffn(config, layer, x), None
 
     x, _ = lax.scan(block, params["embed"][tokens], params["layers"])
-    return _norm(x, params["final_norm"], config.norm_eps) @ params["embed"].T
+    return rms_norm(x, params["final_norm"], config.norm_eps) @ params["embed"].T
 
 
 def _read(
@@ -122,29 +124,20 @@ def _read(
     carry = (params["embed"][tokens], cache["k"], cache["v"])
     scanned = (params["layers"], jnp.arange(config.layers))
     (x, keys, values), _ = lax.scan(block, carry, scanned)
-    x = _norm(x, params["final_norm"], config.norm_eps)
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
     return x, {"k": keys, "v": values, "pos": pos + length}
 
 
 def _qkv(config: Config, layer: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
     """Queries [b, k, g, s, h], keys and values [b, k, s, h] of x: [b, s, d_model]."""
     batch, seq, _ = x.shape
-    x = _norm(x, layer["attn_norm"], config.norm_eps)
+    x = rms_norm(x, layer["attn_norm"], config.norm_eps)
     q = (x @ layer["wq"]).reshape(batch, seq, config.kv_heads, config.group, config.head_dim)
     k = (x @ layer["wk"]).reshape(batch, seq, config.kv_heads, config.head_dim)
     v = (x @ layer["wv"]).reshape(batch, seq, config.kv_heads, config.head_dim)
-    q = _rotate(jnp.einsum("bskgh->bkgsh", q), positions, config.rope_base)
-    k = _rotate(jnp.einsum("bskh->bksh", k), positions, config.rope_base)
+    q = rotate(jnp.einsum("bskgh->bkgsh", q), positions, config.rope_base)
+    k = rotate(jnp.einsum("bskh->bksh", k), positions, config.rope_base)
     return q, k, jnp.einsum("bskh->bksh", v)
-
-
-def _rotate(x: Array, positions: Array, base: float) -> Array:
-    """RoPE over x: [..., s, h]: the pair (x[i], x[i + h/2]) turns by position * base^(-2i/h)."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -162,12 +155,5 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 def _ffn(config: Config, layer: Params, x: Array) -> Array:
     """SwiGLU of x: [b, s, d_model]."""
-    x = _norm(x, layer["ffn_norm"], config.norm_eps)
+    x = rms_norm(x, layer["ffn_norm"], config.norm_eps)
     return (jax.nn.silu(x @ layer["w_gate"]) * (x @ layer["w_up"])) @ layer["w_down"]
-
-
-def _norm(x: Array, scale: Array, eps: float) -> Array:
-    """RMS norm over the last axis, computed in float32."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale

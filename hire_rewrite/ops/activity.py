@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.select import scatter, top_k
 
 _STEPS = 33
 """Values of k that are tried, from 1/64 of the groups to all of them."""
@@ -57,8 +57,7 @@ def activity(
     """
     tokens, groups = rank.shape
     order = top_k(rank, groups)[1]
-    place = jnp.zeros(rank.shape, jnp.int32)
-    place = place.at[jnp.arange(tokens)[:, None], order].set(jnp.arange(groups))
+    place = scatter(jnp.zeros(rank.shape, jnp.int32), order, jnp.arange(groups))
     tried = tried_groups(groups)
     share, whole = jnp.zeros(len(tried)), jnp.float32(tokens)
     if shares and spec.sparse:
@@ -66,14 +65,12 @@ def activity(
         share = jnp.stack([jnp.where(place < count, active, 0.0).sum() for count in tried])
         whole = active.sum()
     elif shares:
-        wanted = down(h).astype(jnp.float32)
-        size = jnp.sqrt(jnp.square(wanted).sum(-1))
+        wanted = down(h)
 
         def kept_by(count: Array) -> Array:
             mask = jnp.repeat(place < count, spec.group, axis=1)
-            got = down(jnp.where(mask, h, jnp.zeros_like(h))).astype(jnp.float32)
-            error = jnp.sqrt(jnp.square(got - wanted).sum(-1))
-            return (1.0 - error / jnp.where(size == 0, 1.0, size)).sum()
+            got = down(jnp.where(mask, h, jnp.zeros_like(h)))
+            return (1.0 - relative_error(got, wanted)).sum()
 
         share = lax.map(kept_by, jnp.asarray(tried))
     return Activity(
@@ -83,6 +80,13 @@ def activity(
         share=share,
         whole=jnp.asarray(whole, jnp.float32),
     )
+
+
+def relative_error(got: Array, wanted: Array) -> Array:
+    """f32[tokens], ‖got − wanted‖ / ‖wanted‖ of vectors: [tokens, n]."""
+    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+    size = jnp.sqrt(jnp.square(wanted).sum(-1))
+    return jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)
 
 
 def smallest_k(seen: Activity, keep: float, groups: int) -> int:

@@ -18,9 +18,21 @@ from hire_rewrite.ops.predictors import State
 Activation = Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
 """(pre: P arrays [tokens, n], vectors: arrays [n]) to h: [tokens, n], pointwise along n."""
 
-CRITERIA = ("hidden", "gate", "output")
-REDUCTIONS = ("l2", "max", "sum")
-SELECTIONS = ("sort", "threshold")
+_CHOICES = {
+    "criterion": ("hidden", "gate", "output"),
+    "reduction": ("l2", "max", "sum"),
+    "selection": ("sort", "threshold"),
+}
+
+
+def check_choices(asked: Any) -> None:
+    """Raise HireRewriteError if the criterion, reduction or selection of a spec or rule is none."""
+    for name, choices in _CHOICES.items():
+        if getattr(asked, name) not in choices:
+            raise HireRewriteError(
+                f"{type(asked).__name__}: {name}={getattr(asked, name)!r} must be one of "
+                f"{', '.join(choices)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +97,7 @@ class FFNSpec:
             raise HireRewriteError(
                 f"FFNSpec: gate={self.gate} is none of {self.projections} projections"
             )
-        for name, choices in (
-            ("criterion", CRITERIA),
-            ("reduction", REDUCTIONS),
-            ("selection", SELECTIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise HireRewriteError(
-                    f"FFNSpec: {name}={getattr(self, name)!r} must be one of {', '.join(choices)}"
-                )
+        check_choices(self)
 
     @property
     def groups(self) -> int:

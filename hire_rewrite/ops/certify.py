@@ -14,9 +14,10 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import rounding
-from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, scatter
+from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best
 from hire_rewrite.ops.monotone import Chain, examine
 from hire_rewrite.ops.predictors import Certifying
+from hire_rewrite.ops.select import scatter
 
 __all__ = ["DenseError", "chain_of", "dense_error", "enclose", "ordered", "proved", "widen"]
 

@@ -23,6 +23,7 @@ from hire_rewrite.ops.importance import (
     importance,
     norms_of,
     vectors_of,
+    with_common,
 )
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.rows import (
@@ -32,7 +33,7 @@ from hire_rewrite.ops.rows import (
     fetched_down,
     fetched_products,
 )
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.select import marked, top_k
 
 
 def hire_ffn(
@@ -78,11 +79,12 @@ def hire_ffn(
     own = mask[:, places] & (jnp.arange(room) < wanted)
     if room >= min(tokens * count, spec.groups - common):
         return fetched(places, own)
-    return lax.cond(
-        wanted > room,
-        lambda: masked(x, state, layer, scores, mask, spec, activation),
-        lambda: fetched(places, own),
-    )
+
+    def whole() -> Array:
+        pre = all_products(x, state, layer, spec)
+        return masked(pre, state, layer, scores, mask, spec, activation)
+
+    return lax.cond(wanted > room, whole, lambda: fetched(places, own))
 
 
 def dense_ffn(
@@ -100,11 +102,8 @@ def exact_ffn(
 
     Differentiable: which groups are kept counts as constant.
     """
-    pre, vectors = all_products(x, state, layer, spec), vectors_of(state, layer)
-    h = activation(pre, vectors)
-    rank = importance(h, pre, vectors, norms_of(state, layer), spec, activation)
-    kept = topk_mask(rank, spec)
-    return all_down(jnp.where(kept, h, jnp.zeros_like(h)), state, layer, spec)
+    h, rank = ranked(all_products(x, state, layer, spec), state, layer, spec, activation)
+    return kept_down(h, topk_mask(rank, spec), state, layer, spec)
 
 
 def masked_ffn(
@@ -119,18 +118,34 @@ def masked_ffn(
     """What `hire_ffn` computes for any number of tokens x: [tokens, d_in], in dense arithmetic."""
     scores, rank = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
     mask = best_mask(rank, spec.candidate_groups - spec.common_groups, spec)
-    return masked(x, state, layer, scores, mask, spec, activation)
+    pre = all_products(x, state, layer, spec)
+    return masked(pre, state, layer, scores, mask, spec, activation)
 
 
 def topk_mask(rank: Array, spec: FFNSpec) -> Array:
     """bool[tokens, f]: the neurons of the k_groups groups of greatest rank: [tokens, G]."""
-    tokens = rank.shape[0]
     if spec.k_groups == spec.groups:
-        return jnp.ones((tokens, spec.width), bool)
-    _, kept = top_k(rank, spec.k_groups)
-    mask = jnp.zeros((tokens, spec.groups), bool)
-    mask = mask.at[jnp.arange(tokens)[:, None], kept].set(True, mode="promise_in_bounds")
-    return jnp.repeat(mask, spec.group, axis=1)
+        return jnp.ones((rank.shape[0], spec.width), bool)
+    kept = marked(top_k(rank, spec.k_groups)[1], spec.groups)
+    return jnp.repeat(kept, spec.group, axis=1)
+
+
+def ranked(
+    pre: tuple[Array, ...],
+    state: FFNState,
+    layer: Array | int,
+    spec: FFNSpec,
+    activation: Activation,
+) -> tuple[Array, Array]:
+    """h: [tokens, f] of the products of all neurons, and what ranks its groups: f32[tokens, G]."""
+    vectors = vectors_of(state, layer)
+    h = activation(pre, vectors)
+    return h, importance(h, pre, vectors, norms_of(state, layer), spec, activation)
+
+
+def kept_down(h: Array, kept: Array, state: FFNState, layer: Array | int, spec: FFNSpec) -> Array:
+    """The block's result of those of h: [tokens, f] that are kept: bool[tokens, f]."""
+    return all_down(jnp.where(kept, h, jnp.zeros_like(h)), state, layer, spec)
 
 
 def guess(
@@ -178,7 +193,7 @@ def _fetched(
     tokens, common = x.shape[0], spec.common_groups
     groups = jnp.concatenate([jnp.arange(common, dtype=places.dtype), places + common])
     if own is not None:
-        own = jnp.concatenate([jnp.ones((tokens, common), bool), own], axis=1)
+        own = with_common(own, spec)
     pre = fetched_products(x, state, layer, groups, spec)
     vectors = tuple(fetch_groups(vector, layer, groups).reshape(-1) for vector in state.vectors)
     norms = None if state.norms is None else fetch_groups(state.norms, layer, groups).reshape(-1)
@@ -194,8 +209,7 @@ def _fetched(
     if tokens == 1:
         kept, h = groups[best[0]], h[:, best[0]]
     else:
-        mask = jnp.zeros(rank.shape, bool)
-        mask = mask.at[jnp.arange(tokens)[:, None], best].set(True, mode="promise_in_bounds")
+        mask = marked(best, rank.shape[1])
         h, kept = jnp.where(mask[:, :, None], h, jnp.zeros_like(h)), groups
         if tokens * spec.k_groups < groups.size:
             (some,) = jnp.nonzero(mask.any(0), size=tokens * spec.k_groups, fill_value=0)
@@ -205,7 +219,7 @@ def _fetched(
 
 
 def masked(
-    x: Array,
+    pre: tuple[Array, ...],
     state: FFNState,
     layer: Array | int,
     scores: Array,
@@ -213,20 +227,23 @@ def masked(
     spec: FFNSpec,
     activation: Activation,
 ) -> Array:
-    """`_fetched` in dense arithmetic; mask: bool[tokens, G - common], each token's candidates."""
-    tokens, vectors = x.shape[0], vectors_of(state, layer)
-    own = jnp.concatenate([jnp.ones((tokens, spec.common_groups), bool), mask], axis=1)
+    """`_fetched` in dense arithmetic.
+
+    Args:
+      pre: the products of all neurons, [tokens, f] for each projection.
+      scores: those that were predicted.
+      mask: bool[tokens, G - common], each token's candidates.
+    """
+    own = with_common(mask, spec)
     neurons = jnp.repeat(own, spec.group, axis=1)
-    pre = all_products(x, state, layer, spec)
     if spec.selects:
         guesses = jnp.split(scores.astype(spec.up_dtype), spec.projections, axis=1)
         pre = tuple(
             jnp.where(neurons, exact, guess) for exact, guess in zip(pre, guesses, strict=True)
         )
-    h = activation(pre, vectors)
-    rank = importance(h, pre, vectors, norms_of(state, layer), spec, activation)
+    h, rank = ranked(pre, state, layer, spec, activation)
     kept = topk_mask(jnp.where(own, rank, -1.0), spec) & neurons
-    return all_down(jnp.where(kept, h, jnp.zeros_like(h)), state, layer, spec)
+    return kept_down(h, kept, state, layer, spec)
 
 
 def _selected(

@@ -17,9 +17,10 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import certify, rounding
-from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product, scatter
+from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
 from hire_rewrite.ops.products import fetch
+from hire_rewrite.ops.select import scatter
 
 __all__ = [
     "Endpoints",

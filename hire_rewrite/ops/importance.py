@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.select import threshold_mask, top_k
+from hire_rewrite.ops.select import marked, threshold_mask, top_k
 
 
 def vectors_of(state: FFNState, layer: Array | int, first: int = 0) -> tuple[Array, ...]:
@@ -107,7 +107,10 @@ def best_mask(rank: Array, count: int, spec: FFNSpec) -> Array:
     """bool[tokens, groups]: the `count` groups of the greatest rank (or fewer, by a threshold)."""
     if spec.selection == "threshold":
         return threshold_mask(rank, count)
-    tokens = rank.shape[0]
-    mask = jnp.zeros(rank.shape, bool)
-    places = top_k(rank, count)[1]
-    return mask.at[jnp.arange(tokens)[:, None], places].set(True, mode="promise_in_bounds")
+    return marked(top_k(rank, count)[1], rank.shape[1])
+
+
+def with_common(mask: Array, spec: FFNSpec) -> Array:
+    """bool[tokens, common_groups + n] of mask: [tokens, n]: the common groups are everyone's."""
+    common = jnp.ones((mask.shape[0], spec.common_groups), bool)
+    return jnp.concatenate([common, mask], axis=1)

@@ -93,9 +93,3 @@ def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
 def best(values: Array, k: int) -> tuple[Array, Array]:
     """`top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
     return top_k(values, min(k, values.shape[-1]))
-
-
-def scatter(values: Array, indices: Array, updates: Array) -> Array:
-    """`values` [tokens, V] with updates [tokens, c] at each token's indices."""
-    token = jnp.arange(values.shape[0])[:, None]
-    return values.at[token, indices].set(updates, mode="promise_in_bounds")

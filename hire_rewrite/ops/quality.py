@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite.ops.activity import relative_error
 from hire_rewrite.ops.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn import guess, masked, topk_mask
+from hire_rewrite.ops.ffn import guess, kept_down, masked, ranked, topk_mask
 from hire_rewrite.ops.head import (
     Endpoints,
     HeadSpec,
@@ -23,10 +24,10 @@ from hire_rewrite.ops.head import (
     exact_head,
     finished,
 )
-from hire_rewrite.ops.importance import best_mask, importance, norms_of, vectors_of
+from hire_rewrite.ops.importance import best_mask, with_common
 from hire_rewrite.ops.predictors import Predictor, hopeful
 from hire_rewrite.ops.rows import all_down, all_products
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.select import marked, top_k
 
 
 class Quality(NamedTuple):
@@ -66,19 +67,17 @@ def measured_ffn(
 ) -> tuple[Array, Quality]:
     """`masked_ffn` or `exact_ffn` (as `follow` is "hire" or "exact"), and what it misses."""
     scores, guessed = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
-    tokens, common = x.shape[0], spec.common_groups
+    common = spec.common_groups
     mask = best_mask(guessed, spec.candidate_groups - common, spec)
-    own = jnp.concatenate([jnp.ones((tokens, common), bool), mask], axis=1)
-    guessed = jnp.concatenate([jnp.full((tokens, common), jnp.inf), guessed], axis=1)
-    got = masked(x, state, layer, scores, mask, spec, activation)
-    pre, vectors = all_products(x, state, layer, spec), vectors_of(state, layer)
-    h = activation(pre, vectors)
-    rank = importance(h, pre, vectors, norms_of(state, layer), spec, activation)
-    kept = topk_mask(rank, spec)
-    exact = all_down(jnp.where(kept, h, jnp.zeros_like(h)), state, layer, spec)
+    guessed = jnp.pad(guessed, ((0, 0), (common, 0)), constant_values=jnp.inf)
+    pre = all_products(x, state, layer, spec)
+    got = masked(pre, state, layer, scores, mask, spec, activation)
+    h, rank = ranked(pre, state, layer, spec, activation)
+    exact = kept_down(h, topk_mask(rank, spec), state, layer, spec)
     dense = all_down(h, state, layer, spec)
-    quality = compared(rank, guessed, own, spec.k_groups, rank, 0.0)._replace(
-        error=_distance(got, exact), cost=_distance(exact, dense)
+    quality = compared(rank, guessed, with_common(mask, spec), spec.k_groups, rank, 0.0)
+    quality = quality._replace(
+        error=relative_error(got, exact).sum(), cost=relative_error(exact, dense).sum()
     )
     return got if follow == "hire" else exact, quality
 
@@ -94,7 +93,6 @@ def measured_head(
     follow: str,
 ) -> tuple[tuple[Array, ...], Quality]:
     """`hire_head` or `exact_head` (by `follow`), and what it misses of its last endpoint."""
-    tokens = x.shape[0]
     scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     raw = dense_logits(x, state, layer, spec)
     dense, wanted = endpoints(raw), exact_head(raw, spec=spec, endpoints=endpoints)
@@ -109,12 +107,14 @@ def measured_head(
     last = dense[-1].astype(jnp.float32)
     order = hopeful(scores, state.predictor, layer).astype(spec.out_dtype)
     guessed = endpoints(order)[-1].astype(jnp.float32)
-    mask = jnp.zeros(last.shape, bool).at[jnp.arange(tokens)[:, None], found[-1]].set(True)
+    mask = marked(found[-1], last.shape[-1])
     chance = jax.nn.softmax(last, axis=-1)
     quality = compared(last, guessed, mask, min(spec.k, last.shape[-1]), chance, -jnp.inf)
     got, best = (jax.nn.softmax(z[-1].astype(jnp.float32), axis=-1) for z in (values, wanted))
     quality = quality._replace(
-        error=_distance(got, best), cost=_distance(best, chance), proved=proved
+        error=relative_error(got, best).sum(),
+        cost=relative_error(best, chance).sum(),
+        proved=proved,
     )
     return values if follow == "hire" else wanted, quality
 
@@ -144,22 +144,14 @@ def compared(
 
     places = lax.map(place, (guessed, best))
     places = jnp.zeros(units).at[places].add(real.astype(jnp.float32))
-    mass = held
     zero = jnp.zeros(())
     return Quality(
         tokens=jnp.float32(tokens),
         places=places,
         hits=jnp.zeros(k + 1).at[found.sum(1)].add(1.0),
         best=found[:, 0].sum().astype(jnp.float32),
-        mass=((mass * found).sum(1) / jnp.maximum(mass.sum(1), 1e-30)).sum(),
+        mass=((held * found).sum(1) / jnp.maximum(held.sum(1), 1e-30)).sum(),
         error=zero,
         cost=zero,
         proved=zero,
     )
-
-
-def _distance(got: Array, wanted: Array) -> Array:
-    """Σ over tokens of ‖got − wanted‖ / ‖wanted‖."""
-    got, wanted = got.astype(jnp.float32), lax.stop_gradient(wanted).astype(jnp.float32)
-    size = jnp.sqrt(jnp.square(wanted).sum(-1))
-    return (jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)).sum()

@@ -85,6 +85,17 @@ def threshold_mask(scores: Array, k: int) -> Array:
     return mask & (jnp.cumsum(mask, axis=-1) <= k)
 
 
+def scatter(values: Array, indices: Array, updates: Array | bool) -> Array:
+    """`values` [tokens, n] with updates [tokens, c] at each token's indices."""
+    token = jnp.arange(values.shape[0])[:, None]
+    return values.at[token, indices].set(updates, mode="promise_in_bounds")
+
+
+def marked(indices: Array, n: int) -> Array:
+    """bool[tokens, n], true at each token's indices: i32[tokens, c]."""
+    return scatter(jnp.zeros((indices.shape[0], n), bool), indices, True)
+
+
 def _plain(scores: Array, k: int) -> tuple[Array, Array]:
     values, indices = lax.top_k(scores, k)
     return values, indices

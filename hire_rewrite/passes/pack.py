@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.learned import Learned
+from hire_rewrite.learned import Learned, Learnings
 from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
 from hire_rewrite.ops.head import HeadSpec, HeadState
 from hire_rewrite.ops.moments import Moments
@@ -27,6 +27,7 @@ from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.replace import packed_replacements
 from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.rows import cut_out
 from hire_rewrite.passes.trace import Trace, abstract
 from hire_rewrite.passes.weights import Stacker, layers, narrow, site_loops
 from hire_rewrite.patterns.graph import Scope
@@ -50,6 +51,11 @@ class Calibration:
     moments: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learned: Mapping[str, Learned] = dataclasses.field(default_factory=dict)
+
+    @property
+    def learnings(self) -> Learnings:
+        """`learned` as a part of a `Packed`'s type."""
+        return tuple(sorted(self.learned.items()))
 
 
 def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
@@ -94,8 +100,8 @@ def pack(
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
-    learned = tuple(sorted(calibration.learned.items()))
-    return Packed(kept, states, fingerprint(decisions, origin), origin, layout, learned)
+    name = fingerprint(decisions, origin)
+    return Packed(kept, states, name, origin, layout, calibration.learnings)
 
 
 def _state(
@@ -225,10 +231,7 @@ def _vectors(region: Region, stacker: Stacker, loops: tuple[Scope, ...]) -> tupl
     found = []
     for vector in region.vectors:
         window, array = vector.window, stacker.stack(vector.value, loops)
-        assert window.axis is not None
-        for axis in (window.axis, *window.picked):
-            start, stop, stride = window.cut(axis)
-            array = lax.slice_in_dim(array, start, stop, stride, axis=axis + 1)
+        array = cut_out(array, window, leading=1)
         found.append(array.reshape(array.shape[0], window.size))
     return tuple(found)
 
@@ -251,13 +254,13 @@ def _fit(
         if moments is not None:
             tokens = int(moments.count.min())
             predictor.check(rows.shape[1], rows.shape[2], site=name, tokens=tokens)
-    states = []
-    for layer in range(rows.shape[0]):
-        one = operator.itemgetter(layer)
-        here = None if moments is None else jax.tree.map(one, moments)
-        states.append(jax.block_until_ready(_fit_layer(predictor, top, rows[layer], here)))
+
+    def one(rows: jax.Array, moments: Moments | None) -> Any:
+        state = jax.block_until_ready(_fit_layer(predictor, top, rows, moments))
         advance()
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return state
+
+    return _each_layer(one, rows, moments)
 
 
 def _bound(predictor: Predictor, spec: HeadSpec, rows: jax.Array, fitted: Any) -> Any:
@@ -265,12 +268,15 @@ def _bound(predictor: Predictor, spec: HeadSpec, rows: jax.Array, fitted: Any) -
     if not spec.certify:
         return {}
     assert isinstance(predictor, Certifying)
-    one = rows.astype(spec.compute_dtype)
-    layers = range(rows.shape[0])
-    bounds = [
-        predictor.fit_bound(one[i], jax.tree.map(operator.itemgetter(i), fitted)) for i in layers
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *bounds)
+    return _each_layer(predictor.fit_bound, rows.astype(spec.compute_dtype), fitted)
+
+
+def _each_layer(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
+    """The results of `function` for each layer of rows and of another pytree, stacked."""
+    results = []
+    for layer in range(rows.shape[0]):
+        results.append(function(rows[layer], jax.tree.map(operator.itemgetter(layer), more)))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -23,7 +23,7 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.passes.calls import CUSTOM_DERIVATIVES
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
-from hire_rewrite.passes.rows import from_rows, to_rows
+from hire_rewrite.passes.rows import cut_out, from_rows, to_rows
 from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import look_up, run_node
@@ -156,10 +156,7 @@ def observed(trace: Trace, decision: Decision, *, shares: bool) -> SiteReplaceme
 def _taken(array: Any, window: Window) -> Any:
     """[tokens, n]: an array in a window."""
     assert window.axis is not None
-    for axis in (window.axis, *window.picked):
-        start, stop, stride = window.cut(axis)
-        array = lax.slice_in_dim(array, start, stop, stride, axis=axis)
-    return to_rows(array, (window.axis,))
+    return to_rows(cut_out(array, window), (window.axis,))
 
 
 def _norms(match: FFNMatch, env: Mapping[Value, Any]) -> Any:

@@ -59,7 +59,7 @@ def packed_replacements(
     match = decision.found.match
     if mode == "hire" and not decision.rewritten:
         mode = "exact"
-    reports = mode.startswith("measure")
+    reports = mode in _MEASURED
     if isinstance(match, FFNMatch):
         run = _ffn(match, decision, state, mode, functions)
     else:

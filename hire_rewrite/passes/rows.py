@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
-__all__ = ["from_rows", "to_rows"]
+from hire_rewrite.patterns.window import Window
+
+__all__ = ["cut_out", "from_rows", "to_rows"]
 
 
 def to_rows(array: Any, axes: Sequence[int]) -> Any:
@@ -22,3 +25,12 @@ def from_rows(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
     others = [size for i, size in enumerate(shape) if i not in axes]
     split = rows.reshape(*others, *(shape[axis] for axis in axes))
     return jnp.moveaxis(split, range(-len(axes), 0), axes)
+
+
+def cut_out(array: Any, window: Window, leading: int = 0) -> Any:
+    """The positions of a window, of an array that has some leading axes more than the window."""
+    for axis in (window.axis, *window.picked):
+        assert axis is not None
+        start, stop, stride = window.cut(axis)
+        array = lax.slice_in_dim(array, start, stop, stride, axis=axis + leading)
+    return array
