@@ -95,6 +95,22 @@ def is_sharded_by_type(aval: Any) -> bool:
     return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
+def invariant_over(aval: Any, axes: Sequence[str]) -> Any:
+    """The type of an array inside `shard_map`, if it is the same all along the mesh's `axes`."""
+    return aval.update_manual_axis_type(
+        aval.manual_axis_type.update(varying=aval.manual_axis_type.varying - set(axes))
+    )
+
+
+def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """x inside `shard_map`, typed as if it differed along the mesh's `axes` (those of a `vmap`
+    have no such type)."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    same = set(manual) - set(jax.typeof(x).manual_axis_type.varying)
+    more = tuple(axis for axis in axes if axis in same)
+    return lax.pcast(x, more, to="varying") if more else x
+
+
 collectives = frozenset(
     _inside(lambda x: lax.psum(x, "x") + lax.pmax(x, "x") + lax.all_gather(x, "x", tiled=True))
     | {p.psum_p, p.pmax_p, p.all_gather_p}

@@ -143,8 +143,10 @@ def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
 
 
 def _runtime_top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    # The barrier makes both results used: otherwise XLA may turn this into a full sort.
-    values, indices = lax.optimization_barrier(lax.top_k(scores, k))
+    # The barrier makes both results used: otherwise XLA may turn this into a full sort. In their
+    # own order they would be one tuple, at which XLA's pass for partitioned programs crashes.
+    values, indices = lax.top_k(scores, k)
+    indices, values = lax.optimization_barrier((indices, values))
     return values, indices
 
 

@@ -1,0 +1,402 @@
+"""DA-TOP-k (arXiv 2402.09360): the k greatest of values that are spread over devices.
+
+Each shard selects its own greatest few, and only those are merged: with s shards s · keep pairs of
+a value and an index travel in place of all values.
+
+How few is a matter of recall. Under random placement its expectation has a closed form (`recall`).
+Placement need not be random, so the misses are counted: each shard counts its values that come
+before the last one of the result. That costs one pass over values that are at hand and one number
+for each row, and where a row misses more than the target allows, the call merges whole lists of k.
+So the recall of every row is at least the target, whatever the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from hire_rewrite._compat import invariant_over, varying_over
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.buckets import bucket_top_k
+from hire_rewrite.ops.keys import from_keys, lowest, to_keys
+from hire_rewrite.ops.merge import MERGES, Merge, cheapest, first, merged
+from hire_rewrite.ops.recall import allowed_misses, kept_per_shard
+from hire_rewrite.ops.select import top_k as local_top_k
+
+__all__ = ["da_top_k", "da_top_k_p"]
+
+
+def da_top_k(
+    x: Array,
+    k: int,
+    *,
+    axis_name: str | Sequence[str] | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    spec: PartitionSpec | None = None,
+    recall_target: float = 0.99,
+    keep: int | None = None,
+    merge: str | None = None,
+    indices: Array | None = None,
+) -> tuple[Array, Array]:
+    """The k greatest values along the last axis and their global indices, like `lax.top_k`.
+
+    The last axis may be spread over one or several axes of a mesh. Inside `shard_map`, x is a
+    shard and `axis_name` says over which; elsewhere x is whole, and `spec` says how it lies on
+    `mesh`. Nothing but few values and indices travels between devices.
+
+    The order is that of `lax.top_k`: descending, NaN first, and of equal values the one with the
+    lowest index. With `recall_target=1` (or k values kept) the result is equal to `lax.top_k`'s.
+    Otherwise each row has at least that share of its k greatest values, the greatest among them.
+
+    Differentiable in x, as `lax.top_k` is; works under `vmap` (also with `axis_name`), `jit`,
+    `scan` and `jax.export`.
+
+    Args:
+      x: [..., m], a shard, or [..., n]; floating point or integers.
+      k: between 1 and n.
+      axis_name: axes of a mesh that `shard_map` makes known here, the major one first.
+      mesh, spec: how x lies on a mesh. Any other axes of x may be spread too. n need not be
+        divisible by the shards.
+      recall_target: in (0, 1], the smallest share of the true k greatest in each row.
+      keep: how many values each shard hands on, in place of what the target asks for; then
+        misses are not counted.
+      merge: `"gather"` or `"butterfly"` (see `merge`); by default whichever should be faster.
+      indices: i32[m], with `axis_name` only: the global index of each place of the shard, if that
+        is not `axis_index · m + place`. Different in all shards, ascending, and −1 for padding at
+        the end. If there are fewer than k values, padding comes last in the result, as −1.
+
+    Returns:
+      Values [..., k] in the dtype of x, and indices i32[..., k], the same on all shards.
+
+    Raises:
+      HireRewriteError: an argument does not fit; it says which and what would.
+    """
+    x = jnp.asarray(x)
+    wanted = _Wanted(k, recall_target, keep, merge)
+    wanted.check(x)
+    if (axis_name is None) == (mesh is None):
+        raise HireRewriteError(
+            "da_top_k: give either axis_name, inside shard_map, or mesh and spec"
+        )
+    if mesh is not None:
+        if spec is None or indices is not None:
+            raise HireRewriteError(
+                "da_top_k: mesh= goes with spec=, and indices= with axis_name= alone"
+            )
+        return _on_mesh(x, wanted, mesh, spec)
+    if spec is not None:
+        raise HireRewriteError("da_top_k: spec= goes with mesh=; inside shard_map leave it out")
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    sizes = tuple(map(_axis_size, axes))
+    m = x.shape[-1]
+    if indices is None:
+        start = lax.axis_index(axes) * m if axes else 0
+        indices = start + jnp.arange(m, dtype=jnp.int32)
+    elif indices.shape != (m,) or indices.dtype != jnp.int32:
+        raise HireRewriteError(
+            f"da_top_k: indices are {indices.dtype}{list(indices.shape)} and must be i32[{m}], "
+            "one for each place of the shard"
+        )
+    return _sharded(x, indices, wanted, axes, sizes, m * math.prod(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """The arguments of a call that are no arrays; `slow` are axes between hosts."""
+
+    k: int
+    recall_target: float
+    keep: int | None
+    merge: str | None
+    slow: tuple[str, ...] = ()
+
+    def check(self, x: Array) -> None:
+        kind = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+        if x.ndim < 1 or not kind:
+            raise HireRewriteError(
+                f"da_top_k: x is {x.dtype}{list(x.shape)}: give floating-point numbers or integers "
+                "along at least one axis"
+            )
+        if self.k < 1:
+            raise HireRewriteError(f"da_top_k: k={self.k} must be at least 1")
+        if not 0.0 < self.recall_target <= 1.0:
+            raise HireRewriteError(
+                f"da_top_k: recall_target={self.recall_target} must be in (0, 1]"
+            )
+        if self.keep is not None and self.keep < 1:
+            raise HireRewriteError(f"da_top_k: keep={self.keep} must be at least 1")
+        if self.merge not in (None, *MERGES):
+            raise HireRewriteError(
+                f"da_top_k: merge={self.merge!r} must be one of {', '.join(MERGES)}"
+            )
+
+    def kept(self, n: int, shards: int, whole: int) -> int:
+        """How many values each shard hands on, of the `whole` that may count."""
+        if self.k > n:
+            raise HireRewriteError(
+                f"da_top_k: k={self.k} of {n} values in {shards} shard(s): give a smaller k"
+            )
+        formula = whole if shards == 1 else kept_per_shard(n, self.k, shards, self.recall_target)
+        kept = min(whole, self.keep or formula)
+        if kept * shards < self.k:
+            raise HireRewriteError(
+                f"da_top_k: keep={self.keep} values in each of {shards} shards are fewer than "
+                f"k={self.k}: give keep at least {-(-self.k // shards)}"
+            )
+        return kept
+
+
+def _sharded(
+    x: Array,
+    indices: Array,
+    wanted: _Wanted,
+    axes: tuple[str, ...],
+    sizes: tuple[int, ...],
+    n: int,
+) -> tuple[Array, Array]:
+    """`da_top_k` of a shard x: [..., m] of n real values in all."""
+    k, whole = wanted.k, min(wanted.k, x.shape[-1])
+    kept = wanted.kept(n, math.prod(sizes), whole)
+    counted = wanted.keep is None and kept < whole
+    allowed = allowed_misses(k, wanted.recall_target) if counted else None
+    merges = _merges(x, k, (kept, whole), axes, sizes, wanted.slow, wanted.merge)
+    if axes:
+        x, indices = (varying_over(array, axes) for array in (x, indices))
+    values, found = _bind(x, indices, k, axes, kept, allowed, merges)
+    return values, found
+
+
+def _merges(
+    x: Array,
+    k: int,
+    counts: tuple[int, int],
+    axes: tuple[str, ...],
+    sizes: tuple[int, ...],
+    slow: tuple[str, ...] = (),
+    how: str | None = None,
+) -> tuple[Merge, Merge]:
+    """The merges of shorter and longer lists of the rows of x."""
+    rows, pair = math.prod(x.shape[:-1]), 16 if x.dtype.itemsize > 4 else 8
+    few, whole = (
+        cheapest(axes, sizes, count, k, rows=rows, pair_bytes=pair, slow=slow, how=how)
+        for count in counts
+    )
+    return few, whole
+
+
+def _bind(
+    x: Array,
+    indices: Array,
+    k: int,
+    axes: tuple[str, ...],
+    kept: int,
+    allowed: int | None,
+    merges: tuple[Merge, Merge],
+) -> list[Array]:
+    few, whole = merges
+    return da_top_k_p.bind(
+        x, indices, k=k, axes=axes, kept=kept, allowed=allowed, few=few, whole=whole
+    )
+
+
+def _on_mesh(
+    x: Array, wanted: _Wanted, mesh: Mesh | AbstractMesh, spec: PartitionSpec
+) -> tuple[Array, Array]:
+    """`da_top_k` of a whole array, in a `shard_map` over `mesh`."""
+    parts = tuple(spec) + (None,) * (x.ndim - len(spec))
+    names = [(part,) if isinstance(part, str) else tuple(part or ()) for part in parts]
+    unknown = [name for part in names for name in part if name not in mesh.shape]
+    if len(parts) > x.ndim or unknown:
+        wrong = f"names {unknown[0]!r}" if unknown else f"has {len(parts)} parts"
+        raise HireRewriteError(
+            f"da_top_k: spec={spec} {wrong}, but x is {x.dtype}{list(x.shape)} and the mesh has "
+            f"the axes {', '.join(map(str, mesh.shape))}: name those, a part for each axis of x"
+        )
+    axes, n = names[-1], x.shape[-1]
+    sizes = tuple(mesh.shape[name] for name in axes)
+    for axis, part in enumerate(names[:-1]):
+        if x.shape[axis] % math.prod(mesh.shape[name] for name in part):
+            raise HireRewriteError(
+                f"da_top_k: axis {axis} of x, of size {x.shape[axis]}, cannot be spread over "
+                f"{part}: only the last axis may be uneven; leave it out of the spec, or pad x"
+            )
+    wanted = dataclasses.replace(wanted, slow=_across_hosts(mesh))
+    m = -(-n // math.prod(sizes))
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, m * math.prod(sizes) - n)]
+
+    def local(shard: Array) -> tuple[Array, Array]:
+        places = (lax.axis_index(axes) * m if axes else 0) + jnp.arange(m, dtype=jnp.int32)
+        indices = jnp.where(places < n, places, -1)
+        return _sharded(shard, indices, wanted, axes, sizes, n)
+
+    lead = PartitionSpec(*parts[:-1], None)
+    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(*parts), out_specs=(lead, lead))
+    return run(jnp.pad(x, padding))
+
+
+def _across_hosts(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of a mesh along which the process changes."""
+    if isinstance(mesh, AbstractMesh):
+        return ()
+    hosts = np.array([device.process_index for device in mesh.devices.flat])
+    hosts = hosts.reshape(mesh.devices.shape)
+    return tuple(
+        name for axis, name in enumerate(mesh.axis_names) if (hosts.take([0], axis) != hosts).any()
+    )
+
+
+def _axis_size(name: str) -> int:
+    try:
+        return lax.axis_size(name)
+    except NameError:
+        raise HireRewriteError(
+            f"da_top_k: no axis {name!r} is bound here: call it inside shard_map over a mesh with "
+            "that axis, or give mesh and spec in place of axis_name"
+        ) from None
+
+
+# The primitive. Its parameters:
+#   k         how many values are wanted
+#   axes      names of the mesh's axes that the last axis is spread over
+#   kept      how many values a shard hands on
+#   allowed   how many of the k greatest a row may miss; None if they need no counting
+#   few       the merge of lists of `kept`
+#   whole     the merge of lists of k (or of all that a shard has)
+
+
+def _abstract(x: Any, indices: Any, *, k: int, axes: tuple[str, ...], **_: Any) -> tuple[Any, Any]:
+    if x.sharding.spec[x.ndim - 1] is not None:
+        raise HireRewriteError(
+            f"da_top_k: the last axis of {x.str_short()} is spread by its type: give mesh and "
+            "spec, or call it inside shard_map with axis_name"
+        )
+    if indices.shape[-1] != x.shape[-1]:
+        raise HireRewriteError(
+            f"da_top_k: indices of shape {indices.shape} for values of shape {x.shape}"
+        )
+    values = invariant_over(x.update(shape=(*x.shape[:-1], k), weak_type=False), axes)
+    return values, values.update(dtype=np.dtype(np.int32))
+
+
+def _select(
+    x: Array,
+    indices: Array,
+    *,
+    k: int,
+    axes: tuple[str, ...],
+    kept: int,
+    allowed: int | None,
+    few: Merge,
+    whole: Merge,
+    select: Callable[[Array, int], tuple[Array, Array]],
+) -> tuple[Array, Array]:
+    """What the primitive computes, in other operations; `select` finds a shard's greatest few."""
+    x = jnp.where(indices < 0, lowest(x.dtype), x)
+    indices = jnp.broadcast_to(indices, x.shape)
+
+    def best(
+        count: int, select: Callable[[Array, int], tuple[Array, Array]], merge: Merge
+    ) -> tuple[Array, Array]:
+        values, places = select(x, count)
+        own = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
+        return first(*merged(to_keys(values), own, merge), k)
+
+    if allowed is None:
+        keys, found = best(kept, local_top_k, few)
+    else:
+        keys, found = best(kept, select, few)
+        missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - (k - 1)
+        keys, found = lax.cond(
+            (missed > allowed).any(),
+            lambda: best(min(k, x.shape[-1]), local_top_k, whole),
+            lambda: (keys, found),
+        )
+    return from_keys(keys, x.dtype), found
+
+
+def _before(keys: Array, indices: Array, found_keys: Array, found: Array) -> Array:
+    """i32[...], how many pairs of a shard come before the last one that was found."""
+    key, index = found_keys[..., -1:], found[..., -1:]
+    unsigned = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    tied = (keys == key) & (unsigned(indices) < unsigned(index))
+    return ((keys < key) | tied).sum(-1, dtype=jnp.int32)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    (x, indices), (tangent, _) = primals, tangents
+    values, found = da_top_k_p.bind(x, indices, **params)
+    moved: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
+    if type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0:
+        moved = _taken(tangent, indices, found, params["axes"])
+    return (values, found), (moved, ad.Zero(jax.typeof(found).to_tangent_aval()))
+
+
+def _taken(array: Array, indices: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
+    """The entries of a spread array: [..., m] at the global indices wanted: i32[..., k]."""
+    own, theirs = (array.astype(jnp.uint32) for array in (indices, wanted))
+    own = jnp.broadcast_to(own, (*wanted.shape[:-1], own.shape[-1]))
+    search = jnp.vectorize(jnp.searchsorted, signature="(m),(k)->(k)")
+    places = jnp.minimum(search(own, theirs), own.shape[-1] - 1)
+    at = functools.partial(jnp.take_along_axis, indices=places, axis=-1, mode="promise_in_bounds")
+    here = (at(own) == theirs) & (wanted >= 0)
+    return lax.psum(jnp.where(here, at(array), jnp.zeros((), array.dtype)), axes)
+
+
+def _batch(
+    axis: Any, operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Any, tuple[int | None, int | None]]:
+    """Of one more axis of rows; or, if `axis` is one of the mesh's, of its shards side by side."""
+    outside = axis.name not in params["axes"]
+    if outside and all(dim is None for dim in dims):
+        return da_top_k_p.bind(*operands, **params), (None, None)
+    rows = [
+        jnp.broadcast_to(operand, (axis.size, *operand.shape))
+        if dim is None
+        else jnp.moveaxis(operand, dim, 0)
+        for operand, dim in zip(operands, dims, strict=True)
+    ]
+    x, indices = rows
+    if outside:
+        x, indices = rows
+        lead = (1,) * (x.ndim - indices.ndim)
+        indices = indices.reshape(axis.size, *lead, *indices.shape[1:])
+        return da_top_k_p.bind(x, indices, **params), (0, 0)
+    x, indices = (jnp.moveaxis(one, 0, -2).reshape(*one.shape[1:-1], -1) for one in rows)
+    axes = tuple(name for name in params["axes"] if name != axis.name)
+    k, whole = params["k"], min(params["k"], x.shape[-1])
+    kept = min(k, axis.size * params["kept"]) if axes else whole
+    allowed = params["allowed"] if kept < whole else None
+    merges = _merges(x, k, (kept, whole), axes, tuple(map(_axis_size, axes)))
+    return _bind(x, indices, k, axes, kept, allowed, merges), (None, None)
+
+
+da_top_k_p = Primitive("da_top_k")
+da_top_k_p.multiple_results = True
+da_top_k_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[da_top_k_p] = _jvp
+batching.fancy_primitive_batchers[da_top_k_p] = _batch
+for platform, select in ((None, local_top_k), ("tpu", bucket_top_k)):
+    mlir.register_lowering(
+        da_top_k_p,
+        mlir.lower_fun(functools.partial(_select, select=select), multiple_results=True),
+        platform=platform,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("k", "axes", "kept", "allowed", "few", "whole"))
+def _compiled(x: Array, indices: Array, **params: Any) -> list[Array]:
+    return da_top_k_p.bind(x, indices, **params)
+
+
+da_top_k_p.def_impl(_compiled)

@@ -1,0 +1,50 @@
+"""Two processes with four CPU devices each, under jax.distributed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_two(module: str) -> list[dict]:
+    """The JSON that each of two processes prints."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), port],
+            env=os.environ | flags,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err[-3000:]
+            results.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def test_both_know_the_greatest_of_all():
+    for result in run_two("tests.processes.program"):
+        assert result["devices"] == 8
+        assert len(result["found"]) == 6
+        assert all(result["found"].values()), result
