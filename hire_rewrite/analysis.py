@@ -18,7 +18,7 @@ from hire_rewrite.passes.pack import Calibration, fingerprint, pack
 from hire_rewrite.passes.raw import raw_replacement
 from hire_rewrite.passes.replace import Functions, packed_replacements
 from hire_rewrite.passes.site import SiteReplacement
-from hire_rewrite.passes.trace import Trace, abstract, trace
+from hire_rewrite.passes.trace import Trace, abstract, placed, trace
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 
@@ -150,13 +150,17 @@ class Analyses:
                 )
             for position, original in zip(self.weights, originals, strict=True):
                 full[position] = original
-        leaves, tree = jax.tree.flatten((tuple(full), dict(kwargs)))
         try:
-            specs = tuple(map(abstract, leaves))
+            typed = [
+                jax.tree.map(placed if i in self.weights else abstract, arg)
+                for i, arg in enumerate(full)
+            ]
+            leaves, tree = jax.tree.flatten((tuple(typed), jax.tree.map(abstract, dict(kwargs))))
         except TypeError:
             trace(self.fn, full, kwargs, self.weights)  # raises the error that names the leaf
             raise
         learned = learned if packed is None else packed.learned
+        specs = tuple(leaves)
         key = (tree, specs, learned)
         if key not in self._known:
             try:

@@ -46,6 +46,9 @@ class FFN:
       keep: what `k="auto"` keeps, at least, on average over the calibration: of an activation
         that zeroes neurons the share of non-zero ones, of any other 1 − relative error of the
         block's output.
+      parts: the neurons are taken as so many equal parts, and the top k is that of each part
+        together. None for 1, and where weights are packed that are spread over a mesh, one for
+        each device. Give it on one device, or in training, to compute what several will.
       max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
         their candidates together are most of the rows; None for no limit.
       path: a regular expression; only sites whose name contains a match are asked for.
@@ -65,6 +68,7 @@ class FFN:
     common: float | int = 0
     budget: float | int | None = None
     keep: float = 0.95
+    parts: int | None = None
     max_tokens: int | None = 8
     path: str | None = None
     force: bool = False
@@ -82,6 +86,8 @@ class FFN:
         if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
             raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")
         check_choices(self)
+        if self.parts is not None and (not _is_int(self.parts) or self.parts < 1):
+            raise HireRewriteError(f"FFN: parts={self.parts!r} must be a positive int or None")
         if not _is_int(self.group) or self.group < 1:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
         _check_common("FFN", self.predictor, self.max_tokens, self.path)

@@ -58,6 +58,8 @@ class FFNSpec:
       reduction: what ranks a group, of its members: `"l2"`, `"max"` or `"sum"`.
       selection: how candidates are found, by a partial `"sort"` or by a `"threshold"`.
       common_groups: the first so many groups are always computed, without prediction.
+      parts: the neurons are taken as so many equal parts, one behind the other, and of each part
+        the same number are candidates and are kept: one part for each device that has some.
     """
 
     width: int
@@ -77,6 +79,7 @@ class FFNSpec:
     reduction: str = "l2"
     selection: str = "sort"
     common_groups: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.width % self.group:
@@ -97,7 +100,29 @@ class FFNSpec:
             raise HireRewriteError(
                 f"FFNSpec: gate={self.gate} is none of {self.projections} projections"
             )
+        shared = (self.groups, self.k_groups, self.candidate_groups)
+        if any(count % self.parts for count in shared):
+            raise HireRewriteError(
+                f"FFNSpec: parts={self.parts} must divide the {self.groups} groups, "
+                f"k_groups={self.k_groups} and candidate_groups={self.candidate_groups}"
+            )
+        if self.parts > 1 and (self.common_groups or self.selects):
+            raise HireRewriteError(
+                f"FFNSpec: parts={self.parts} with common groups, or with an activation that "
+                "selects, are not supported: give parts=1"
+            )
         check_choices(self)
+
+    @property
+    def part(self) -> FFNSpec:
+        """What is to be computed of one part."""
+        return dataclasses.replace(
+            self,
+            width=self.width // self.parts,
+            k_groups=self.k_groups // self.parts,
+            candidate_groups=self.candidate_groups // self.parts,
+            parts=1,
+        )
 
     @property
     def groups(self) -> int:
@@ -142,8 +167,8 @@ class FFNState(NamedTuple):
       up: [L, G, P, group, d_in], the rows of the first matrices.
       down: [L, G, group, d_out], those of the second.
       vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
-      predictor: for the rows of the projections `spec.scored`, all of the first projection, then
-        all of the next, without those of the common groups; with the same leading axis.
+      predictor: for the rows of the projections `spec.scored`, without those of the common groups:
+        part by part, all of the first projection, then all of the next; with the same leading axis.
       fused: parts of a product that the block shares with others, which are computed whole.
       joined: of [L, n, d_out], rows of the last matrix that other inputs than h are for.
       norms: f32[L, G, group], norms of the second rows, for the criterion `"output"` alone.

@@ -33,7 +33,7 @@ from hire_rewrite.ops.rows import (
     fetched_down,
     fetched_products,
 )
-from hire_rewrite.ops.select import marked, top_k
+from hire_rewrite.ops.select import marked, part_top_k
 
 
 def hire_ffn(
@@ -71,7 +71,7 @@ def hire_ffn(
     scores, rank = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
     fetched = functools.partial(_fetched, x, state, layer, scores, spec=spec, activation=activation)
     if tokens == 1 and spec.selection == "sort":
-        return fetched(best_places(rank, count)[0], None)
+        return fetched(best_places(rank, count, spec)[0], None)
     mask = best_mask(rank, count, spec)
     union = mask.any(0)
     (places,) = jnp.nonzero(union, size=room, fill_value=0)
@@ -126,7 +126,7 @@ def topk_mask(rank: Array, spec: FFNSpec) -> Array:
     """bool[tokens, f]: the neurons of the k_groups groups of greatest rank: [tokens, G]."""
     if spec.k_groups == spec.groups:
         return jnp.ones((rank.shape[0], spec.width), bool)
-    kept = marked(top_k(rank, spec.k_groups)[1], spec.groups)
+    kept = marked(part_top_k(rank, spec.k_groups, spec.parts)[1], spec.groups)
     return jnp.repeat(kept, spec.group, axis=1)
 
 
@@ -159,16 +159,25 @@ def guess(
 ) -> tuple[Array, Array]:
     """Predicted products [tokens, spec.scored_rows], and what they rank: [tokens, G - common]."""
 
+    projections = len(spec.scored)
+
+    def in_order(scores: Array) -> Array:
+        """From part by part to projection by projection."""
+        split = scores.reshape(scores.shape[0], spec.parts, projections, -1)
+        return jnp.swapaxes(split, 1, 2).reshape(scores.shape)
+
     def choose(scores: Array, count: int) -> Array:
         """The rows of the best groups, about `count` of them, i32[tokens, ...]."""
-        rank = guessed_importance(scores, state, layer, spec, activation)
-        parts, groups = len(spec.scored), rank.shape[1]
-        best = top_k(rank, min(groups, -(-count // (parts * spec.group))))[1]
-        first = jnp.arange(parts) * groups
-        rows = (first[:, None, None] + best[:, None, :, None]) * spec.group
-        return (rows + jnp.arange(spec.group)).reshape(best.shape[0], -1)
+        rank = guessed_importance(in_order(scores), state, layer, spec, activation)
+        groups = rank.shape[1] // spec.parts
+        many = min(groups, -(-count // (projections * spec.group * spec.parts)))
+        best = part_top_k(rank, many * spec.parts, spec.parts)[1]
+        first = (best // groups * projections + jnp.arange(projections)[:, None, None]) * groups
+        rows = (first + best % groups)[..., None] * spec.group + jnp.arange(spec.group)
+        return jnp.moveaxis(rows, 0, 1).reshape(best.shape[0], -1)
 
     scores = lax.stop_gradient(predictor.score(state.predictor, x, layer, choose))
+    scores = in_order(scores)
     return scores, guessed_importance(scores, state, layer, spec, activation)
 
 
@@ -205,17 +214,27 @@ def _fetched(
     h = h.reshape(tokens, -1, spec.group)
     if own is not None:
         rank, h = jnp.where(own, rank, -1.0), jnp.where(own[:, :, None], h, jnp.zeros_like(h))
-    _, best = top_k(rank, spec.k_groups)
-    if tokens == 1:
+    if tokens == 1 and (own is None or spec.parts == 1):
+        best = part_top_k(rank, spec.k_groups, spec.parts)[1]
         kept, h = groups[best[0]], h[:, best[0]]
     else:
-        mask = marked(best, rank.shape[1])
+        mask = _best_fetched(rank, groups, own, spec)
         h, kept = jnp.where(mask[:, :, None], h, jnp.zeros_like(h)), groups
         if tokens * spec.k_groups < groups.size:
             (some,) = jnp.nonzero(mask.any(0), size=tokens * spec.k_groups, fill_value=0)
             valid = jnp.arange(some.size) < mask.any(0).sum()
             h, kept = jnp.where(valid[:, None], h[:, some], jnp.zeros_like(h[:, some])), kept[some]
     return fetched_down(h, state, layer, kept, spec)
+
+
+def _best_fetched(rank: Array, groups: Array, own: Array | None, spec: FFNSpec) -> Array:
+    """bool[tokens, U]: of the groups that were fetched, each token's k_groups of greatest rank."""
+    if spec.parts == 1 or own is None:
+        return marked(part_top_k(rank, spec.k_groups, spec.parts)[1], rank.shape[1])
+    nobodys = jnp.where(own.any(0), groups, spec.groups)
+    full = jnp.full((rank.shape[0], spec.groups), -1.0).at[:, nobodys].set(rank, mode="drop")
+    kept = marked(part_top_k(full, spec.k_groups, spec.parts)[1], spec.groups)
+    return kept[:, groups] & own
 
 
 def masked(

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import certify, rounding
+from hire_rewrite.ops.da_top_k import da_top_k
 from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
 from hire_rewrite.ops.products import fetch
@@ -68,7 +69,7 @@ def hire_head(
     scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     if rows.shape[-1] >= spec.width:
         return exact_head(dense_logits(x, state, layer, spec), spec=spec, endpoints=endpoints)
-    exact = _gathered(x, state, layer, rows, spec)
+    exact = gathered(x, state, layer, rows, spec)
     return finished(scores, rows, exact, found, spec, endpoints)
 
 
@@ -146,18 +147,20 @@ def candidates_of(
 
     def greatest(scores: Array, count: int) -> list[Array]:
         values = endpoints(scores.astype(spec.out_dtype))
-        return [best(value, count)[1] for value in values]
+        return [best(value, count, spec.parts)[1] for value in values]
 
     def rows_of(places: list[Array]) -> Array:
         starts = spec.starts or (0,) * len(places)
         rows = [own + start for own, start in zip(places, starts, strict=True)]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
 
-    scores = predictor.score(
-        state.predictor, x, layer, lambda scores, count: rows_of(greatest(scores, count))
-    )
-    found = greatest(hopeful(scores, state.predictor, layer), spec.candidates)
-    return scores, found, rows_of(found)
+    def choose(scores: Array, count: int) -> Array:
+        return rows_of(greatest(scores[:, : spec.width], -(-count // spec.parts) * spec.parts))
+
+    scores = predictor.score(state.predictor, x, layer, choose)
+    better = hopeful(scores, state.predictor, layer)[:, : spec.width]
+    found = greatest(better, spec.candidates)
+    return scores[:, : spec.width], found, rows_of(found)
 
 
 def finished(
@@ -172,7 +175,7 @@ def finished(
     guessed, exact = scores.astype(spec.out_dtype), exact.astype(spec.out_dtype)
     guesses, values = endpoints(guessed), endpoints(scatter(guessed, rows, exact))
     return tuple(
-        _with_tail(one, guess, own, spec)
+        with_tail(one, guess, own, spec)
         for one, guess, own in zip(values, guesses, found, strict=True)
     )
 
@@ -182,7 +185,7 @@ def exact_head(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[Arr
     if spec.tail == "predicted":
         return endpoints(raw)
     return tuple(
-        _with_tail(values, values, best(values, spec.candidates)[1], spec)
+        with_tail(values, values, best(values, spec.candidates, spec.parts)[1], spec)
         for values in endpoints(raw)
     )
 
@@ -195,7 +198,7 @@ def dense_head(
 
 
 def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
-    rows = lax.dynamic_index_in_dim(state.rows, layer, keepdims=False)
+    rows = lax.dynamic_index_in_dim(state.rows, layer, keepdims=False)[: spec.width]
     return lax.dot_general(
         x,
         rows.astype(spec.compute_dtype),
@@ -205,7 +208,7 @@ def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec)
     )
 
 
-def _gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
+def gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
     """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
     return lax.dot_general(
         fetch(state.rows, layer, rows).astype(spec.compute_dtype),
@@ -236,30 +239,51 @@ def _signed_sums(
     return positive, negative, roundings
 
 
-def _with_tail(values: Array, guesses: Array, candidates: Array, spec: HeadSpec) -> Array:
-    """`values` [tokens, V] at the candidates, the spec's tail, made of `guesses`, elsewhere."""
+def with_tail(
+    values: Array,
+    guesses: Array,
+    candidates: Array,
+    spec: HeadSpec,
+    axes: tuple[str, ...] = (),
+) -> Array:
+    """`values` [tokens, V] at the candidates, the spec's tail, made of `guesses`, elsewhere.
+
+    With `axes`, inside `shard_map` over them: each device has its own values and candidates.
+    """
     exact = jnp.take_along_axis(values, candidates, axis=-1, mode="promise_in_bounds")
     if spec.tail == "-inf":
         return scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
     guessed = jnp.take_along_axis(guesses, candidates, axis=-1, mode="promise_in_bounds")
-    tail = guesses + lax.stop_gradient(_shift(exact, guessed)).astype(guesses.dtype)
-    kth = lax.stop_gradient(best(exact, spec.k)[0][:, -1:])
-    return scatter(jnp.minimum(tail, _below(kth)), candidates, exact)
+    shift = _shift(exact, guessed, 1 if axes else spec.parts, axes)
+    tail = guesses + lax.stop_gradient(shift).astype(guesses.dtype)
+    known = lax.stop_gradient(exact)
+    kth = (
+        da_top_k(known, spec.k, axis_name=axes, recall_target=1.0) if axes else best(known, spec.k)
+    )
+    return scatter(jnp.minimum(tail, _below(kth[0][:, -1:])), candidates, exact)
 
 
-def _shift(exact: Array, guessed: Array) -> Array:
+def _shift(exact: Array, guessed: Array, parts: int, axes: tuple[str, ...]) -> Array:
     """f32[tokens, 1], what the tail's guesses lack to have the right mass, as candidates show.
 
     With errors r = exact − guess that are normal, E exp(exact) = exp(guess + E r + Var r / 2). The
     errors are those of the half of the candidates that came last, which are nearest to the tail.
     """
-    half = exact.shape[-1] // 2
-    error = (exact[:, half:] - guessed[:, half:]).astype(jnp.float32)
+
+    def last(array: Array) -> Array:
+        by_part = array.reshape(array.shape[0], parts, -1)
+        return by_part[..., by_part.shape[-1] // 2 :].astype(jnp.float32)
+
+    def total(array: Array) -> Array:
+        here = array.sum((-2, -1))
+        return lax.psum(here, axes) if axes else here
+
+    error = last(exact) - last(guessed)
     known = jnp.isfinite(error)
-    count = jnp.maximum(known.sum(-1, keepdims=True), 1)
-    mean = jnp.where(known, error, 0.0).sum(-1, keepdims=True) / count
-    spread = jnp.where(known, jnp.square(error - mean), 0.0).sum(-1, keepdims=True) / count
-    return mean + spread / 2
+    count = jnp.maximum(total(known), 1)
+    mean = total(jnp.where(known, error, 0.0)) / count
+    spread = total(jnp.where(known, jnp.square(error - mean[:, None, None]), 0.0)) / count
+    return (mean + spread / 2)[:, None]
 
 
 def _below(values: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.select import marked, threshold_mask, top_k
+from hire_rewrite.ops.select import marked, part_top_k, threshold_mask
 
 
 def vectors_of(state: FFNState, layer: Array | int, first: int = 0) -> tuple[Array, ...]:
@@ -95,19 +95,20 @@ def guessed_importance(
     return rank
 
 
-def best_places(rank: Array, count: int) -> Array:
+def best_places(rank: Array, count: int, spec: FFNSpec) -> Array:
     """i32[tokens, count], ascending: the groups of the greatest rank, by a partial sort.
 
     In the order of their places, so that equal ranks are decided as `exact_ffn` does.
     """
-    return jnp.sort(top_k(rank, count)[1], axis=1)
+    return jnp.sort(part_top_k(rank, count, spec.parts)[1], axis=1)
 
 
 def best_mask(rank: Array, count: int, spec: FFNSpec) -> Array:
     """bool[tokens, groups]: the `count` groups of the greatest rank (or fewer, by a threshold)."""
     if spec.selection == "threshold":
-        return threshold_mask(rank, count)
-    return marked(top_k(rank, count)[1], rank.shape[1])
+        parts = rank.reshape(rank.shape[0], spec.parts, -1)
+        return threshold_mask(parts, count // spec.parts).reshape(rank.shape)
+    return marked(part_top_k(rank, count, spec.parts)[1], rank.shape[1])
 
 
 def with_common(mask: Array, spec: FFNSpec) -> Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.keys import lowest
 from hire_rewrite.ops.predictors import State
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.select import part_top_k
 
 Endpoints = Callable[[Array], tuple[Array, ...]]
 """Raw logits [tokens, V] to the values that the model goes on with, each [tokens, V] and each
@@ -33,6 +34,8 @@ class HeadSpec:
       starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
         endpoint may have fewer than V values: padding of the vocabulary is cut off.)
       certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.
+      parts: the rows are taken as so many equal parts, one behind the other, and of each part the
+        same number are candidates: one part for each device that has some.
     """
 
     width: int
@@ -44,6 +47,7 @@ class HeadSpec:
     compute_dtype: Any
     starts: tuple[int, ...] = ()
     certify: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates <= self.width:
@@ -53,6 +57,13 @@ class HeadSpec:
             )
         if self.tail not in ("predicted", "-inf"):
             raise HireRewriteError(f'HeadSpec: tail={self.tail!r} must be "predicted" or "-inf"')
+        each = self.candidates // self.parts
+        if self.candidates % self.parts or each > self.width - (self.parts - 1) * self.part_rows:
+            raise HireRewriteError(
+                f"HeadSpec: candidates={self.candidates} cannot be taken alike from parts="
+                f"{self.parts} of {self.part_rows} rows, {self.width} in all: give a multiple, "
+                "and no more of each than the last part has"
+            )
         if not 0 <= self.certify <= self.k:
             raise HireRewriteError(
                 f"HeadSpec: certify={self.certify} of k={self.k}: only the k greatest values are "
@@ -61,9 +72,19 @@ class HeadSpec:
         if self.certify:
             check_product(self.compute_dtype, self.out_dtype, self.precision)
 
+    @property
+    def part_rows(self) -> int:
+        """The rows of a part; those behind the last row of the vocabulary are zero."""
+        return -(-self.width // self.parts)
+
+    @property
+    def rows(self) -> int:
+        """The rows of all parts together."""
+        return self.parts * self.part_rows
+
 
 class HeadState(NamedTuple):
-    """The arrays of a head: rows [L, V, d], and the predictor's with the same leading axis.
+    """The arrays of a head: rows [L, spec.rows, d], and the predictor's with the same leading axis.
 
     `bound` are those of `Certifying.fit_bound`, if the head is certified.
     """
@@ -90,6 +111,9 @@ def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
             )
 
 
-def best(values: Array, k: int) -> tuple[Array, Array]:
-    """`top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
-    return top_k(values, min(k, values.shape[-1]))
+def best(values: Array, k: int, parts: int = 1) -> tuple[Array, Array]:
+    """`part_top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
+    short = -values.shape[-1] % parts
+    if short:
+        values = jnp.pad(values, ((0, 0), (0, short)), constant_values=lowest(values.dtype))
+    return part_top_k(values, min(k, values.shape[-1]), parts)

@@ -54,6 +54,20 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
     )
 
 
+def part_top_k(scores: Array, k: int, parts: int) -> tuple[Array, Array]:
+    """The k / parts greatest scores of each of `parts` equal parts of the last axis.
+
+    Part after part, each as `top_k` has it; indices are those in the whole axis. k is divisible by
+    `parts`, and so is the axis.
+    """
+    if parts == 1:
+        return top_k(scores, k)
+    *lead, n = scores.shape
+    values, places = top_k(scores.reshape(*lead, parts, n // parts), k // parts)
+    places += jnp.arange(parts, dtype=places.dtype)[:, None] * (n // parts)
+    return values.reshape(*lead, k), places.reshape(*lead, k)
+
+
 def threshold_mask(scores: Array, k: int) -> Array:
     """Up to k of the greatest scores along the last axis, without a sort.
 

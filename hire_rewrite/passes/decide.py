@@ -152,7 +152,7 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
             "candidates or a smaller predictor, or give force=True"
         )
     else:
-        status, reason = "rewritten", _describe(spec, rule)
+        status, reason = "rewritten", _describe(spec, rule, found)
     if status == "dense" and packs:
         reason += "; the same top-k in dense arithmetic"
     elif status == "dense" and isinstance(spec, FFNSpec):
@@ -178,7 +178,7 @@ def _until(
     return f"; from {first} tokens on it reads as much as dense"
 
 
-def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
+def _describe(spec: FFNSpec | HeadSpec, rule: Rule, found: Found) -> str:
     if isinstance(spec, FFNSpec):
         k, candidates = spec.k_groups * spec.group, spec.candidate_groups * spec.group
         what = f"top {k} of {candidates} candidates of {spec.width}, in groups of {spec.group}"
@@ -186,7 +186,8 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule) -> str:
         what = f"top {spec.k} of {spec.candidates} candidates of {spec.width}"
         what += f", {spec.certify} proved" if spec.certify else ""
     hint = " (calibrate it in pack)" if rule.predictor.wants_calibration else ""
-    return f"{what}, guessed by {rule.predictor}{hint}"
+    where = "" if found.spread is None else f", spread over {found.spread}"
+    return f"{what}, guessed by {rule.predictor}{hint}{where}"
 
 
 def _site(

@@ -14,6 +14,8 @@ from jax.extend import source_info_util
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
+from hire_rewrite.ops.spread import Spread
+from hire_rewrite.passes.placement import spread_obstacle, spread_of
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.activation import Activation
@@ -32,11 +34,17 @@ __all__ = ["Detection", "Found", "detect", "name_stack", "source_of"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """A match with what a user calls it; sites with equal `weights` can share one packed copy."""
+    """A match with what a user calls it; sites with equal `weights` can share one packed copy.
+
+    `spread` says over which devices its rows are spread, and `spread_obstacle` why it has to stay
+    dense for that, if it has to.
+    """
 
     name: str
     match: FFNMatch | HeadMatch
     weights: Hashable
+    spread: Spread | None = None
+    spread_obstacle: str | None = None
 
     @property
     def kind(self) -> str:
@@ -56,7 +64,7 @@ class Found:
                 return f"inside shard_map over {axes}, its weights are shards"
         if any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights):
             return "its weights are sharded by their types (a mesh with explicit axes)"
-        return self.match.obstacle
+        return self.match.obstacle or self.spread_obstacle
 
     @property
     def scope(self) -> Scope:
@@ -106,7 +114,13 @@ def detect(trace: Trace, min_width: int) -> Detection:
         matches += _match(trace, linears, min_width, misses, activations)
     names = _names(trace, matches)
     found = tuple(
-        Found(name, match, _weights(trace, match))
+        Found(
+            name,
+            match,
+            _weights(trace, match),
+            spread_of(trace, match),
+            spread_obstacle(trace, match),
+        )
         for name, match in zip(names, matches, strict=True)
     )
     return Detection(found, _rejections(trace, misses), tuple(opaque))

@@ -29,9 +29,9 @@ class Bytes:
 
 
 def dense_bytes(found: Found) -> int:
-    """Bytes of the weights of a site's linear layers, read once in each run."""
+    """Bytes of the weights of a site's linear layers, read once in each run, on one device."""
     return found.repeats * sum(
-        math.prod(linear.weight.shape) * narrow(linear.weight).dtype.itemsize
+        math.prod(linear.weight.shape) * narrow(linear.weight).dtype.itemsize // _devices(found)
         for linear in found.match.linears
     )
 
@@ -44,19 +44,23 @@ def estimate(
     learned: Learned | None = None,
     budget: int | None = None,
 ) -> Bytes:
-    """What rewriting a site saves with `tokens` in a call.
+    """What rewriting a site saves with `tokens` in a call, on one of its devices.
 
     Rows of several tokens are counted as calibration found them shared; without it as if they
     shared none, which is what is fetched at most. Where that may be all of a block's rows, or is
     likely to be more than its budget (in groups), it is computed whole.
     """
-    match = found.match
+    match, devices = found.match, _devices(found)
     if isinstance(match, FFNMatch):
         assert isinstance(spec, FFNSpec)
+        if devices > 1:
+            budget = None if budget is None else -(-budget // devices)
+            spec = spec.part
         up, down = match.linears[0], match.down
         up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
         fetched = spec.fetched_groups(tokens, budget)
         union = None if learned is None else learned.fetched(tokens)
+        union = None if union is None else -(-union // devices)
         whole = fetched >= spec.groups
         candidates = fetched * spec.group
         if union is not None and not whole:
@@ -77,9 +81,15 @@ def estimate(
         assert isinstance(spec, HeadSpec)
         linear = match.linear
         dtype = narrow(linear.weight).dtype
-        rows = min(spec.width, tokens * spec.candidates * len(match.endpoints))
+        each = spec.candidates // spec.parts
+        rows = min(spec.part_rows, tokens * each * len(match.endpoints))
         rows *= linear.in_dim * dtype.itemsize
-        scoring = predictor.bytes(spec.width, linear.in_dim, dtype, tokens)
+        scoring = predictor.bytes(spec.part_rows, linear.in_dim, dtype, tokens)
         if spec.certify:  # two norms of each row, in float32
             scoring += 8 * spec.width
     return Bytes(dense_bytes(found), found.repeats * found.experts * (scoring + rows))
+
+
+def _devices(found: Found) -> int:
+    """How many devices share a site's rows."""
+    return 1 if found.spread is None else found.spread.parts

@@ -23,8 +23,10 @@ from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
 from hire_rewrite.ops.head import HeadSpec, HeadState
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Certifying, Predictor
+from hire_rewrite.ops.spread import state_specs
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.placement import put
 from hire_rewrite.passes.replace import packed_replacements
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.rows import cut_out
@@ -118,14 +120,18 @@ def _state(
     if isinstance(match, HeadMatch):
         assert isinstance(spec, HeadSpec)
         rows = _rows(match.linear, stacker, loops)
+        rows = jnp.pad(rows, ((0, 0), (0, spec.rows - spec.width), (0, 0)))
+        rows = _laid_out(rows, decision, 1)
         fitted = _fit(name, rule.predictor, rows, moments, advance, spec.candidates)
-        return HeadState(rows, fitted, _bound(rule.predictor, spec, rows, fitted))
+        head = HeadState(rows, fitted, _bound(rule.predictor, spec, rows, fitted))
+        return _spread_out(head, decision)
     assert isinstance(spec, FFNSpec)
     width, group = spec.width, spec.group
     groups = width // group
     if moments is not None:  # experts are told apart by their weights alone
         moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
     up = jnp.stack([_projected(item, stacker, loops) for item in match.region.projections], axis=1)
+    up = _laid_out(up, decision, 2)
     count, projections, _, d_in = up.shape
     order = _order(decision, calibration, count)
 
@@ -138,11 +144,15 @@ def _state(
         return jnp.take_along_axis(split, places, axis=1)
 
     up = jnp.stack([grouped(up[:, i]) for i in range(projections)], axis=1)
-    scored = up[:, list(spec.scored), spec.common_groups :].reshape(count, spec.scored_rows, d_in)
+    scored = up[:, list(spec.scored), spec.common_groups :]
+    scored = scored.reshape(count, len(spec.scored), spec.parts, -1, d_in)
+    scored = jnp.swapaxes(scored, 1, 2).reshape(count, spec.scored_rows, d_in)
+    scored = _laid_out(scored, decision, 1)
     predictor = _fit(name, rule.predictor, scored, moments, advance)
     vectors = _vectors(match.region, stacker, loops)
     expert = _expert(match.down.expert_axes())
     down = jnp.swapaxes(_rows(match.down, stacker, loops, expert), 1, 2)
+    down = _laid_out(down, decision, 1)
     others = [
         lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
         for value, start in match.piece.others
@@ -159,7 +169,7 @@ def _state(
         )
         for sibling in match.region.siblings
     )
-    return FFNState(
+    state = FFNState(
         up=jnp.swapaxes(up, 1, 2),
         down=down,
         vectors=tuple(map(grouped, vectors)),
@@ -168,6 +178,24 @@ def _state(
         joined=tuple(others),
         norms=norms,
     )
+    return _spread_out(state, decision)
+
+
+def _laid_out(array: Any, decision: Decision, axis: int) -> Any:
+    """Rows along an axis, on the devices that are to have them."""
+    spread = decision.found.spread
+    return array if spread is None else put(array, spread, spread.along(axis))
+
+
+def _spread_out(state: Any, decision: Decision) -> Any:
+    """All arrays of a site on the devices that are to have them."""
+    spread, rule, spec = decision.found.spread, decision.site.rule, decision.spec
+    if spread is None:
+        return state
+    assert rule is not None
+    assert spec is not None
+    specs = state_specs(state, spec, rule.predictor, spread)
+    return jax.tree.map(lambda array, one: put(array, spread, one), state, specs)
 
 
 def _order(decision: Decision, calibration: Calibration, layers: int) -> jax.Array | None:

@@ -18,6 +18,8 @@ from hire_rewrite.ops import head as head_ops
 from hire_rewrite.ops.block import Activation, FFNSpec
 from hire_rewrite.ops.quality import measured_ffn, measured_head
 from hire_rewrite.ops.rows import add_joined, part_inputs
+from hire_rewrite.ops.spread import spread_ffn
+from hire_rewrite.ops.spread_head import spread_head
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.experts import side_by_side
 from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
@@ -100,8 +102,10 @@ def _ffn(
     spec, rule, region = decision.spec, decision.site.rule, match.region
     assert isinstance(spec, FFNSpec)
     assert rule is not None
-    op = _FFN_OPS[mode]
+    op, spread = _FFN_OPS[mode], decision.found.spread
     settings: dict[str, Any] = {"spec": spec}
+    if mode == "hire" and spread is not None:
+        op = functools.partial(spread_ffn, spread=spread, together=bool(region.sides))
     if mode not in ("dense", "exact"):
         settings["predictor"] = rule.predictor
     if mode == "hire":
@@ -118,7 +122,7 @@ def _ffn(
         y, report = y if mode in _MEASURED else (y, None)
         return add_joined(y, others, state, layer, spec=spec), report
 
-    key = (region.signature, match.piece.axis, spec, rule.predictor, mode, decision.budget)
+    key = (region.signature, match.piece.axis, spec, rule.predictor, mode, decision.budget, spread)
     if match.experts > 1:
         return side_by_side(match, state, block, functions, key, reports=mode in _MEASURED)
     jitted = functions.setdefault(key, jax.jit(hire_ffn))
@@ -135,16 +139,17 @@ def _ffn(
 def _head(
     match: HeadMatch, decision: Decision, state: Any, mode: str
 ) -> Callable[[Sequence[Any], Any], Any]:
-    spec, rule = decision.spec, decision.site.rule
+    spec, rule, spread = decision.spec, decision.site.rule, decision.found.spread
     assert isinstance(spec, head_ops.HeadSpec)
     assert rule is not None
 
     def hire_head(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
         endpoints = endpoints_of(match, dict(zip(match.sides, sides, strict=True)))
         if mode == "hire":
-            return head_ops.hire_head(
-                x, state, layer, spec=spec, endpoints=endpoints, predictor=rule.predictor
-            )
+            op = head_ops.hire_head
+            if spread is not None:
+                op = functools.partial(spread_head, spread=spread)
+            return op(x, state, layer, spec=spec, endpoints=endpoints, predictor=rule.predictor)
         if mode in _MEASURED:
             follow = "hire" if mode == "measure" else "exact"
             return measured_head(

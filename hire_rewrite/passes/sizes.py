@@ -13,7 +13,8 @@ from hire_rewrite.learned import Learned
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.certify import chain_of
 from hire_rewrite.ops.head import HeadSpec
-from hire_rewrite.ops.predictors import certifies
+from hire_rewrite.ops.predictors import Cascade, certifies
+from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.detect import Found
 from hire_rewrite.passes.head_code import endpoints_of
 from hire_rewrite.patterns.activation import Activation
@@ -45,9 +46,9 @@ def spec_of(found: Found, rule: Rule, default: bool, learned: Learned | None) ->
         _check_fits(rule, match)
         if learned is not None and learned.k is not None:
             rule = _with_k(found.name, rule, learned.k, match.region.size)
-        return _ffn_spec(found.name, match, rule, default)
+        return _ffn_spec(found.name, match, rule, default, found.spread)
     assert isinstance(rule, Head)
-    spec = _head_spec(found.name, match, rule)
+    spec = _head_spec(found.name, match, rule, found.spread)
     return _certified(found, rule, spec) if rule.certify else spec
 
 
@@ -84,11 +85,19 @@ def _own_k(activation: Activation, width: int) -> int:
     return min(width, activation.keeps if activation.name == "topk" else 2 * activation.keeps)
 
 
-def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
+def _ffn_spec(
+    name: str, match: FFNMatch, rule: FFN, default: bool, spread: Spread | None
+) -> FFNSpec:
     assert not isinstance(rule.k, str)
     width, up, activation = match.region.size, match.linears[0], match.activation
     own = activation.keeps if default else None
-    group = math.gcd(rule.group, width) if own is None else 1
+    parts = _parts(name, width, rule.parts, spread)
+    if parts > 1 and (rule.common or activation.keeps is not None):
+        raise Unfit(
+            f"{parts} parts are not supported with common neurons, or where the function itself "
+            "selects"
+        )
+    group = math.gcd(rule.group, width // parts) if own is None else 1
     k = count(rule.k, width, f"{name}: k") if own is None else _own_k(activation, width)
     candidates = _candidates(name, rule, k, min(width, 2 * k), width)
     common = count(rule.common, width, f"{name}: common") if rule.common else 0
@@ -101,8 +110,8 @@ def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
         width=width,
         group=group,
         projections=len(match.region.projections),
-        k_groups=-(-k // group),
-        candidate_groups=-(-candidates // group),
+        k_groups=-(-k // (group * parts)) * parts,
+        candidate_groups=-(-candidates // (group * parts)) * parts,
         up_dtype=up.out.dtype,
         down_dtype=match.down.out.dtype,
         precision=up.node.params["precision"],
@@ -115,21 +124,52 @@ def _ffn_spec(name: str, match: FFNMatch, rule: FFN, default: bool) -> FFNSpec:
         reduction=rule.reduction,
         selection=rule.selection,
         common_groups=min(-(-common // group), -(-candidates // group)),
+        parts=parts,
     )
 
 
-def _head_spec(name: str, match: HeadMatch, rule: Head) -> HeadSpec:
+def _parts(name: str, width: int, asked: int | None, spread: Spread | None) -> int:
+    """Into how many parts neurons are divided: those of the devices, unless the rule says."""
+    devices = 1 if spread is None else spread.parts
+    parts = asked or devices
+    if parts % devices:
+        raise HireRewriteError(
+            f"{name}: parts={parts}, but its rows are spread over {devices} devices: give that "
+            "number, or None"
+        )
+    if parts != devices and devices > 1:
+        raise Unfit(f"parts={parts} on {devices} devices are not supported; give parts={devices}")
+    if width % parts and asked:
+        raise HireRewriteError(
+            f"{name}: parts={parts} does not divide the width {width}: give a divisor"
+        )
+    if width % parts:
+        raise Unfit(f"its {width} neurons cannot be divided among {parts} devices alike")
+    return parts
+
+
+def _head_spec(name: str, match: HeadMatch, rule: Head, spread: Spread | None) -> HeadSpec:
     linear, width = match.linear, match.width
     k = count(rule.k, width, f"{name}: k")
+    candidates = _candidates(name, rule, k, min(width, max(256, 4 * k)), width)
+    parts = 1 if spread is None else spread.parts
+    if parts > 1:
+        last = width - (parts - 1) * -(-width // parts)
+        if rule.certify or isinstance(rule.predictor, Cascade) or last < 1:
+            what = "proofs are" if rule.certify else f"{rule.predictor} is"
+            raise Unfit(f"its rows are spread over {spread}, where {what} not supported")
+        # Each device takes as many as one device would take of all: nothing is lost.
+        candidates = min(candidates, last) * parts
     return HeadSpec(
         width=width,
         k=k,
-        candidates=_candidates(name, rule, k, min(width, max(256, 4 * k)), width),
+        candidates=candidates,
         tail=rule.tail,
         out_dtype=linear.out.dtype,
         precision=linear.node.params["precision"],
         compute_dtype=linear.weight.dtype,
         starts=tuple(match.places[value][1] for value in match.endpoints),
+        parts=parts,
     )
 
 
@@ -180,7 +220,7 @@ def _candidates(name: str, rule: Rule, k: int, default: int, width: int) -> int:
 
 def scored_rows(spec: FFNSpec | HeadSpec) -> int:
     """Rows of the matrix whose products the predictor guesses."""
-    return spec.scored_rows if isinstance(spec, FFNSpec) else spec.width
+    return spec.scored_rows if isinstance(spec, FFNSpec) else spec.rows
 
 
 def budget_of(found: Found, spec: FFNSpec | HeadSpec, rule: Rule) -> int | None:

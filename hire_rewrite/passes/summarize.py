@@ -61,10 +61,11 @@ def _site(trace: Trace, decision: Decision, sums: Any) -> SiteReport:
     least = max(k, spec.common_groups if isinstance(spec, FFNSpec) else 1)
     for count in _counts(least, candidates, units):
         other: FFNSpec | HeadSpec
+        each = -(-count // spec.parts) * spec.parts
         if isinstance(spec, FFNSpec):
-            other = dataclasses.replace(spec, candidate_groups=count)
+            other = dataclasses.replace(spec, candidate_groups=each)
         else:
-            other = dataclasses.replace(spec, k=min(spec.k, count), candidates=count)
+            other = dataclasses.replace(spec, k=min(spec.k, count), candidates=each)
         size = estimate(found, other, rule.predictor, 1).after
         curve.append((count, size, tuple(map(float, within[:, count - 1]))))
     now = estimate(found, spec, rule.predictor, 1)

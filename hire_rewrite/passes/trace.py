@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
@@ -17,7 +18,7 @@ from hire_rewrite.passes.view import flatten
 from hire_rewrite.patterns.graph import Scope, Value
 from hire_rewrite.patterns.provenance import Provenance
 
-__all__ = ["Trace", "abstract", "trace"]
+__all__ = ["Trace", "abstract", "placed", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Trace:
       weights: numbers of the inputs that hold weights.
       paths: the path of each input, as `params/layers/w_up`.
       out_tree: the structure of its results.
+      shardings: of the inputs that are weights and spread over a mesh.
     """
 
     closed: Any
@@ -39,6 +41,7 @@ class Trace:
     out_tree: Any
     provenance: Provenance
     live: Liveness
+    shardings: Mapping[Value, NamedSharding]
 
     def path(self, root: Value) -> str:
         """The name of an input or of a closed-over array."""
@@ -93,6 +96,11 @@ def trace(
         out_tree=jax.tree_util.tree_structure(shapes),
         provenance=Provenance(scope, holds_weights),
         live=liveness(scope),
+        shardings={
+            scope.inputs[i]: sharding
+            for i in holds_weights
+            if (sharding := _spread(leaves[i][1])) is not None
+        },
     )
 
 
@@ -103,6 +111,25 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     aval = jax.typeof(leaf)
     sharding = aval.sharding if _compat.is_sharded_by_type(aval) else None
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+
+
+def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The type of a weight: `abstract`, and how it lies on a mesh."""
+    found = abstract(leaf)
+    sharding = found.sharding or _spread(leaf)
+    return jax.ShapeDtypeStruct(
+        found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding
+    )
+
+
+def _spread(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array, or of a shape, that is spread over a mesh."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return None
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return None
+    return sharding
 
 
 def _check_leaf(path: str, leaf: Any) -> None:

@@ -128,7 +128,8 @@ def hopeful(scores: Array, state: State, layer: Array | int) -> Array:
     """Scores f32[tokens, n] by which rows are chosen: higher where a guess may be too low."""
     if "bonus" not in state:
         return scores
-    return scores + lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)
+    bonus = lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)
+    return scores + bonus[: scores.shape[-1]]
 
 
 def certifies(predictor: object) -> bool:

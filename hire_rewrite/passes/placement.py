@@ -1,0 +1,72 @@
+"""How a site's rows lie on a mesh: read from its weights, and kept when they are packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hire_rewrite.ops.spread import Spread
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.patterns.ffn import FFNMatch
+from hire_rewrite.patterns.head import HeadMatch
+
+__all__ = ["put", "spread_obstacle", "spread_of"]
+
+
+def spread_of(trace: Trace, match: FFNMatch | HeadMatch) -> Spread | None:
+    """All axes of the mesh over which a site's matrices are spread, in whichever direction.
+
+    A matrix that is spread along its inputs (fully sharded storage) is packed spread along its
+    rows: then each device still holds as much of it, and no row has to be gathered.
+    """
+    shardings = _shardings(trace, match)
+    used = {name for sharding in shardings for name in _names(sharding.spec)}
+    if not used:
+        return None
+    mesh = shardings[0].mesh
+    axes = tuple(str(name) for name in mesh.axis_names if name in used and mesh.shape[name] > 1)
+    spread = Spread(mesh, axes)
+    return spread if spread.parts > 1 else None
+
+
+def spread_obstacle(trace: Trace, match: FFNMatch | HeadMatch) -> str | None:
+    """Why a site whose rows are spread has to stay dense, if it has to."""
+    spread = spread_of(trace, match)
+    if spread is None:
+        return None
+    if len({sharding.mesh for sharding in _shardings(trace, match)}) > 1:
+        return "its weights are spread over several meshes"
+    if isinstance(match, HeadMatch):
+        places = ((value.shape, match.places[value]) for value in match.endpoints)
+        if any((shape[axis], start) != (match.width, 0) for shape, (axis, start) in places):
+            return f"its rows are spread over {spread}, and only a part of its logits is read"
+        return None
+    if match.experts > 1:
+        return f"its experts are spread over {spread}"
+    if match.region.siblings or match.piece.others:
+        return f"its rows are spread over {spread}, and it shares a product with other layers"
+    if match.activation.keeps is not None:
+        return f"its rows are spread over {spread}, and it selects among all of them itself"
+    return None
+
+
+def put(array: Any, spread: Spread, spec: PartitionSpec) -> Any:
+    """An array laid out on the mesh, a traced one too."""
+    sharding = NamedSharding(spread.mesh, spec)
+    if isinstance(array, jax.core.Tracer):
+        return lax.with_sharding_constraint(array, sharding)
+    return jax.device_put(array, sharding)
+
+
+def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]:
+    """Of the inputs that a site's matrices come from, as far as they are spread."""
+    roots = (root for li in match.linears for root in trace.provenance.roots(li.weight))
+    return [trace.shardings[root] for root in dict.fromkeys(roots) if root in trace.shardings]
+
+
+def _names(spec: PartitionSpec) -> list[Any]:
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return [name for part in parts for name in part if name is not None]

@@ -1,0 +1,307 @@
+"""Models whose weights are spread over a mesh: the same results, and little between devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hire_rewrite as hire
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.passes.pack import Calibration
+from tests.hlo import collectives
+
+QUANTIZED = hire.Quantized()
+LAYERS, D, WIDTH, VOCABULARY, TOKENS = 3, 64, 512, 4104, 4
+
+
+def step(params, token):
+    """Logits of a gated model without attention, its layers under a scan."""
+
+    def layer(x, w):
+        h = jax.nn.relu(x @ w["gate"]) * (x @ w["up"] + w["bias"])
+        return x + h @ w["down"], None
+
+    x, _ = lax.scan(layer, params["embed"][token], params["layers"])
+    return x @ params["head"]
+
+
+@functools.cache
+def weights(vocabulary: int = VOCABULARY):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return np.asarray(rng.normal(size=shape) / math.sqrt(shape[-2]), np.float32)
+
+    layers = {
+        "gate": normal(LAYERS, D, WIDTH),
+        "up": normal(LAYERS, D, WIDTH),
+        "bias": normal(LAYERS, 1, WIDTH)[:, 0] * 0.1,
+        "down": normal(LAYERS, WIDTH, D),
+    }
+    embed = np.asarray(rng.normal(size=(vocabulary, D)), np.float32)
+    return {"embed": embed, "layers": layers, "head": normal(D, vocabulary)}
+
+
+TOKEN = np.arange(TOKENS, dtype=np.int32) * 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and which of its axes inputs, neurons, rows of the vocabulary and tokens are on."""
+
+    mesh: dict[str, int]
+    d: str | None = None
+    f: str | None = None
+    v: str | None = None
+    d_of_head: str | None = None
+    tokens: str | None = None
+    parts: int = 8
+
+    def put(self, params):
+        up, down = P(None, self.d, self.f), P(None, self.f, self.d)
+        layers = {"gate": up, "up": up, "bias": P(None, self.f), "down": down}
+        embed, head = P(None, self.d_of_head), P(self.d_of_head, self.v)
+        return self._put(params, {"embed": embed, "layers": layers, "head": head})
+
+    def token(self):
+        return self._put(TOKEN, P(self.tokens))
+
+    def _put(self, tree, specs):
+        count = math.prod(self.mesh.values())
+        devices = np.array(jax.devices()[:count]).reshape(tuple(self.mesh.values()))
+        mesh = Mesh(devices, tuple(self.mesh))
+        return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
+
+
+LAYOUTS = {
+    "tensor": Layout({"model": 8}, f="model", v="model"),
+    "data and tensor": Layout(
+        {"data": 2, "model": 4}, f="model", v="model", tokens="data", parts=4
+    ),
+    "stored in shards": Layout({"data": 8}, d="data", d_of_head="data"),
+    "stored in shards and tensor": Layout(
+        {"data": 2, "model": 4}, d="data", f="model", v="model", d_of_head="data", tokens="data"
+    ),
+    "three axes": Layout(
+        {"data": 2, "host": 2, "chip": 2},
+        f=("host", "chip"),
+        v=("host", "chip"),
+        tokens="data",
+        parts=4,
+    ),
+    "one device": Layout({"model": 1}, f="model", v="model", parts=1),
+}
+
+
+def rules(
+    predictor: Predictor = QUANTIZED, parts: int | None = None, **settings
+) -> tuple[hire.FFN, hire.Head]:
+    settings = {"force": True, "predictor": predictor} | settings
+    return (
+        hire.FFN(k=0.25, candidates=0.5, parts=parts, **settings),
+        hire.Head(k=16, candidates=64, **settings),
+    )
+
+
+def batches():
+    rng = np.random.default_rng(1)
+    return [(rng.integers(0, VOCABULARY, 64).astype(np.int32),) for _ in range(3)]
+
+
+@functools.cache
+def alone(rule: hire.FFN | hire.Head, mode: str = "hire"):
+    """What one device computes."""
+    run = hire.transform(step, rule, mode=mode)
+    return np.asarray(run(_packed(run, weights(), TOKEN, rule), TOKEN))
+
+
+def _packed(run, params, token, rule):
+    calibration = batches() if rule.predictor.wants_calibration else None
+    return run.pack(params, token, calibration=calibration)
+
+
+def together(layout: Layout, rule: hire.FFN | hire.Head):
+    """What the devices of a mesh compute, under one jit."""
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, rule)
+    return jax.jit(run)(_packed(run, params, token, rule), token)
+
+
+CASES = [
+    *((name, hire.Quantized()) for name in LAYOUTS),
+    ("data and tensor", hire.Quantized(4)),
+    ("data and tensor", hire.LowRank(48)),
+    ("stored in shards", hire.LowRank(48)),
+]
+
+
+@pytest.mark.parametrize(("name", "predictor"), CASES)
+def test_a_block_computes_what_it_does_in_parts(name, predictor):
+    layout = LAYOUTS[name]
+    logits = together(layout, rules(predictor)[0])
+    np.testing.assert_allclose(logits, alone(rules(predictor, layout.parts)[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "predictor"), CASES)
+def test_a_head_knows_no_less_than_on_one_device(name, predictor):
+    layout, rule = LAYOUTS[name], rules(predictor)[1]
+    logits, one = np.asarray(together(layout, rule)), alone(rule)
+    dense = np.asarray(jax.jit(step)(weights(), TOKEN))
+    # Each device has as many candidates as the one had.
+    computed, before = np.isclose(logits, dense, atol=1e-5), np.isclose(one, dense, atol=1e-5)
+    assert (computed.sum(-1) >= np.minimum(before.sum(-1), 64 * layout.parts)).all()
+    values, best = map(np.asarray, lax.top_k(logits, 16))
+    np.testing.assert_allclose(values, np.take_along_axis(dense, best, -1), atol=1e-5)
+    assert (values >= lax.top_k(one, 16)[0] - 1e-5).all()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("mode", ["exact", "dense"])
+def test_the_other_modes(name, mode):
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    packed = hire.transform(step, *rules()).pack(params, token)
+    run = hire.transform(step, *rules(), mode=mode)
+    in_parts = rules(parts=layout.parts)
+    wanted = hire.transform(step, *in_parts, mode=mode)
+    wanted = wanted(wanted.pack(weights(), TOKEN), TOKEN)
+    np.testing.assert_allclose(jax.jit(run)(packed, token), wanted, atol=1e-5)
+    if mode == "exact":  # and on raw weights, of which a jit does not know where they are
+        run = hire.transform(step, *in_parts, mode=mode)
+        np.testing.assert_allclose(jax.jit(run)(params, token), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
+def test_little_goes_between_devices(name):
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules())
+    packed = run.pack(params, token)
+    shard = LAYERS * D * WIDTH * 4 // 8 // LAYERS
+    found = collectives(jax.jit(run).lower(packed, token).compile().as_text())
+    assert found
+    assert max(one.bytes for one in found) < shard / 2, found
+    for leaf in jax.tree.leaves(packed.sites):
+        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // layout.parts
+
+
+@pytest.mark.parametrize(("name", "predictor"), [case for case in CASES if case[0] != "one device"])
+def test_packing_gathers_no_weight(name, predictor):
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules(predictor))
+    analysis = run._analyses.of(None, (params, token), {})
+    leaves = jax.tree.leaves(params)
+    pack = jax.jit(lambda leaves: analysis.pack(leaves, Calibration()))
+    found = collectives(pack.lower(leaves).compile().as_text())
+    stack = LAYERS * D * WIDTH * 4 // 8
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert all(one.bytes <= stack for one in gathers), gathers
+
+
+def test_an_uneven_vocabulary():
+    params = weights(4105)
+    layout = LAYOUTS["stored in shards"]
+    run = hire.transform(step, *rules())
+    packed = run.pack(layout.put(params), layout.token())
+    assert packed.sites["params/head"].rows.shape == (1, 8 * 514, D)
+    logits = jax.jit(run)(packed, layout.token())
+    reference = hire.transform(step, *rules(parts=8))
+    wanted = reference(reference.pack(params, TOKEN), TOKEN)
+    assert logits.shape == (TOKENS, 4105)
+    np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
+    np.testing.assert_allclose(lax.top_k(logits, 8)[0], lax.top_k(wanted, 8)[0], atol=1e-5)
+
+
+def test_the_plan_counts_one_device():
+    layout = LAYOUTS["tensor"]
+    plan = hire.transform(step, *rules()).plan(layout.put(weights()), layout.token())
+    head, ffn = plan.sites
+    assert head.bytes_before == D * VOCABULARY * 4 // 8
+    assert ffn.bytes_before == LAYERS * 3 * D * WIDTH * 4 // 8
+    assert "top 16 of 512 candidates of 4104" in head.reason
+    assert head.reason.endswith("spread over model=8")
+
+
+def test_shapes_say_how_they_are_spread():
+    layout = LAYOUTS["data and tensor"]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules())
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
+    )
+    assert str(run.plan(shapes, token)) == str(run.plan(params, token))
+    abstract = jax.eval_shape(lambda: run.pack(params, token))
+    assert abstract.fingerprint == run.pack(params, token).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ((hire.Head(certify=True),), "where proofs are not supported"),
+        ((hire.Head(predictor=hire.Cascade(hire.LowRank(8), hire.Quantized(), 500)),), "Cascade"),
+        ((hire.FFN(k=0.25, common=0.1),), "8 parts are not supported with common neurons"),
+    ],
+)
+def test_what_cannot_be_spread_stays_dense(settings, reason):
+    layout = LAYOUTS["tensor"]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *settings)
+    plan = run.plan(params, token)
+    kind = "head" if isinstance(settings[0], hire.Head) else "ffn"
+    (site,) = (site for site in plan.sites if site.kind == kind)
+    assert site.status == "dense"
+    assert reason in site.reason
+    np.testing.assert_allclose(
+        run(run.pack(params, token), token), step(weights(), TOKEN), atol=1e-5
+    )
+
+
+def test_parts_that_do_not_fit():
+    layout = LAYOUTS["tensor"]
+    run = hire.transform(step, hire.FFN(k=0.25, parts=3))
+    with pytest.raises(hire.HireRewriteError, match="spread over 8 devices"):
+        run.plan(layout.put(weights()), layout.token())
+    with pytest.raises(hire.HireRewriteError, match="parts=3 does not divide the width 512"):
+        run.plan(weights(), TOKEN)
+    with pytest.raises(hire.HireRewriteError, match="parts=0"):
+        hire.FFN(k=0.25, parts=0)
+
+
+@pytest.mark.parametrize("name", ["tensor", "data and tensor"])
+def test_it_is_measured_as_on_one_device(name):
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules(hire.LowRank(48)))
+    report = run.evaluate(run.pack(params, token, calibration=batches()), batches())
+    one = hire.transform(step, *rules(hire.LowRank(48), layout.parts))
+    wanted = one.evaluate(one.pack(weights(), TOKEN, calibration=batches()), batches())
+    mine, theirs = (next(site for site in r.sites if site.kind == "ffn") for r in (report, wanted))
+    assert mine.recall == pytest.approx(theirs.recall, abs=0.01)
+    assert mine.error == pytest.approx(theirs.error, abs=0.01)
+
+
+def test_a_loop_of_steps():
+    """Greedy decoding under one scan, with the packed weights as arguments."""
+    layout = LAYOUTS["data and tensor"]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules())
+    one = hire.transform(step, *rules(parts=4))
+
+    def decode(step, packed, token):
+        def body(token, _):
+            token = step(packed, token).argmax(-1).astype(jnp.int32)
+            return token, token
+
+        return lax.scan(body, token, length=6)[1]
+
+    mine = jax.jit(functools.partial(decode, run))(run.pack(params, token), token)
+    theirs = jax.jit(functools.partial(decode, one))(one.pack(weights(), TOKEN), TOKEN)
+    np.testing.assert_array_equal(mine, theirs)
