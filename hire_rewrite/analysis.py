@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.learned import Learnings
 from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.passes.ahead import pack_shapes
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.pack import Calibration, fingerprint, pack
@@ -70,6 +72,9 @@ class Analysis:
     def pack(self, weights: Sequence[Any], calibration: Calibration) -> Packed:
         return pack(self.trace, self.decisions, self.origin, weights, calibration)
 
+    def pack_shapes(self, weights: Sequence[Any]) -> Packed:
+        return pack_shapes(self.trace, self.decisions, self.origin, weights)
+
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[int, Any]:
@@ -102,6 +107,7 @@ class Analyses:
 
     Args:
       weights: the positions of the arguments that hold weights.
+      mesh: where to spread the rows of sites whose weights are not spread.
       on_miss, warn: what to do when a rule fits no site, and how.
     """
 
@@ -111,17 +117,18 @@ class Analyses:
         name: str,
         rules: tuple[Rule, ...],
         weights: tuple[int, ...],
+        mesh: Mesh | None,
         on_miss: str,
         warn: Callable[[str], None],
     ) -> None:
         self.fn, self.name, self.rules, self.weights = fn, name, rules, weights
-        self.on_miss, self._warn = on_miss, warn
+        self.mesh, self.on_miss, self._warn = mesh, on_miss, warn
         self._known: dict[Any, Analysis] = {}
         self._detections: dict[Any, tuple[Trace, Detection]] = {}
 
     def again(self, rules: tuple[Rule, ...]) -> Analyses:
         """Those of the same function with other rules."""
-        return Analyses(self.fn, self.name, rules, self.weights, "ignore", self._warn)
+        return Analyses(self.fn, self.name, rules, self.weights, self.mesh, "ignore", self._warn)
 
     def of(
         self,
@@ -194,7 +201,8 @@ class Analyses:
         args, kwargs = jax.tree.unflatten(tree, specs)
         if (tree, specs) not in self._detections:
             traced = trace(self.fn, args, kwargs, self.weights)
-            self._detections[tree, specs] = traced, detect(traced, min_width(self.rules))
+            detection = detect(traced, min_width(self.rules), self.mesh)
+            self._detections[tree, specs] = traced, detection
         traced, detection = self._detections[tree, specs]
         plan, decisions = decide(detection, self.rules, dict(learned))
         if plan.unused_rules and self.on_miss != "ignore":

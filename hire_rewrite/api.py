@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.plan import Plan
@@ -22,6 +24,7 @@ def transform(
     fn: Any = None,
     *rules: Rule,
     weights: int | Sequence[int] = 0,
+    mesh: Mesh | None = None,
     mode: str = "hire",
     on_miss: str = "ignore",
 ) -> Any:
@@ -36,6 +39,9 @@ def transform(
         for every head, and `FFN(k=0.05)` for FFN blocks that are sparse by construction.
       weights: the positions of the arguments that hold weights, as `argnums` in `jax.grad`.
         Arrays that `fn` closes over are weights too; `()` if there are no others.
+      mesh: spread the rows of sites over all devices of this mesh, where their weights are not
+        spread over one already. (How weights lie on a mesh is read from the arrays, or from the
+        shardings of shapes.)
       mode: `"hire"` predicts and gathers; `"exact"` has the same meaning (the same top-k) in dense
         arithmetic on the weights as they are, and is differentiable; `"dense"` is the original.
       on_miss: what to do when a rule fits no site: `"ignore"`, `"warn"` or `"raise"`.
@@ -49,15 +55,16 @@ def transform(
     if fn is None or isinstance(fn, FFN | Head):
         given = rules if fn is None else (fn, *rules)
         return functools.partial(
-            _transform, rules=given, weights=weights, mode=mode, on_miss=on_miss
+            _transform, rules=given, weights=weights, mesh=mesh, mode=mode, on_miss=on_miss
         )
-    return _transform(fn, rules, weights, mode, on_miss)
+    return _transform(fn, rules, weights, mesh, mode, on_miss)
 
 
 def _transform(
     fn: Callable[..., Any],
     rules: tuple[Rule, ...],
     weights: int | Sequence[int],
+    mesh: Mesh | None,
     mode: str,
     on_miss: str,
 ) -> Transformed:
@@ -77,7 +84,11 @@ def _transform(
         raise HireRewriteError(
             f"transform: weights={weights!r} must be positions of arguments, counted from 0"
         )
-    return Transformed(fn, rules, tuple(sorted(set(positions))), mode, on_miss)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise HireRewriteError(
+            f"transform: mesh={mesh!r} is no jax.sharding.Mesh: give one, or None"
+        )
+    return Transformed(fn, rules, tuple(sorted(set(positions))), mesh, mode, on_miss)
 
 
 def inspect(

@@ -111,6 +111,9 @@ class Head:
       certify: how many of the greatest logits are proved to be those of the dense head (True for
         1, the arg max); a token for which the proof fails is computed whole. Needs a predictor
         with a bound, as `Quantized` has.
+      recall_target: where the vocabulary is spread over a mesh: 1 lets each device take as many
+        candidates as one device would take of all, and compares enough of them to find the very
+        greatest. Less saves both: that share of them is found, the greatest always (`da_top_k`).
       min_width: a linear layer narrower than this is no vocabulary.
       max_tokens, path, force: as in `FFN`.
 
@@ -123,6 +126,7 @@ class Head:
     predictor: Predictor = Quantized()
     tail: str = "predicted"
     certify: bool | int = False
+    recall_target: float = 1.0
     min_width: int = 4096
     max_tokens: int | None = None
     path: str | None = None
@@ -137,6 +141,9 @@ class Head:
                 f"Head: certify={self.certify!r} must be True, False or how many of the greatest "
                 "logits are to be proved"
             )
+        target = self.recall_target
+        if not isinstance(target, numbers.Real) or not 0.0 < float(target) <= 1.0:
+            raise HireRewriteError(f"Head: recall_target={target!r} must be in (0, 1]")
         if not _is_int(self.min_width) or self.min_width < 1:
             raise HireRewriteError(f"Head: min_width={self.min_width!r} must be a positive int")
         _check_common("Head", self.predictor, self.max_tokens, self.path)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from hire_rewrite.analysis import Analyses
 from hire_rewrite.batches import calibrate, measure
@@ -17,7 +18,7 @@ from hire_rewrite.packed import Packed
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.trace import abstract
+from hire_rewrite.passes.trace import abstract, placed
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
@@ -43,6 +44,7 @@ class Transformed:
         fn: Callable[..., Any],
         rules: tuple[Rule, ...],
         weights: tuple[int, ...],
+        mesh: Mesh | None,
         mode: str,
         on_miss: str,
     ) -> None:
@@ -53,7 +55,7 @@ class Transformed:
         self.weights = weights
         self.mode = mode
         self.on_miss = on_miss
-        self._analyses = Analyses(fn, self.name, rules, weights, on_miss, self._warn)
+        self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
         self._seen: tuple[tuple[Any, ...], Packed] | None = None
         self._warned: set[str] = set()
         self._compiled = jax.jit(self._run)
@@ -81,7 +83,9 @@ class Transformed:
         """Pack the weights: lay out the rows of the sites and fit their predictors.
 
         Args:
-          args, kwargs: a call's arguments: the weights, and arrays or shapes for the rest.
+          args, kwargs: a call's arguments: the weights, and arrays or shapes for the rest. If
+            weights are shapes too, so is the `Packed`, with shardings if theirs have some: for
+            compiling ahead of time, or to restore a checkpoint.
           calibration: tuples of the arguments after the weights, on which the predictors are
             fitted; leading sizes (batch, sequence) may differ from call to call. Without it a
             `LowRank` predictor is the plain SVD of the weights, which recalls badly.
@@ -106,7 +110,10 @@ class Transformed:
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
             )
-        packed = analysis.pack(self._weight_leaves(args), calibrated)
+        leaves = self._weight_leaves(args)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            return analysis.pack_shapes(list(map(placed, leaves)))
+        packed = analysis.pack(leaves, calibrated)
         if not self.weights:
             self._seen = ((), packed)
         return packed
@@ -178,8 +185,7 @@ class Transformed:
         packed, args = self._split(args)
         analysis = self._analyses.of(packed, args, kwargs)
         if packed is None and self.mode == "hire" and analysis.packing:
-            leaves = list(map(abstract, self._weight_leaves(args)))
-            packed = jax.eval_shape(lambda arrays: analysis.pack(arrays, Calibration()), leaves)
+            packed = analysis.pack_shapes(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(args, packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         return Diff(analysis.trace.closed, jax.make_jaxpr(self._run)(*specs))

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from hire_rewrite.ops.predictors import Predictor
-from hire_rewrite.passes.pack import Calibration
+from hire_rewrite.ops.spread import Spread
+from hire_rewrite.passes import placement
 from tests.hlo import collectives
 
 QUANTIZED = hire.Quantized()
@@ -192,18 +193,32 @@ def test_little_goes_between_devices(name):
         assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // layout.parts
 
 
-@pytest.mark.parametrize(("name", "predictor"), [case for case in CASES if case[0] != "one device"])
-def test_packing_gathers_no_weight(name, predictor):
-    layout = LAYOUTS[name]
-    params, token = layout.put(weights()), layout.token()
-    run = hire.transform(step, *rules(predictor))
-    analysis = run._analyses.of(None, (params, token), {})
-    leaves = jax.tree.leaves(params)
-    pack = jax.jit(lambda leaves: analysis.pack(leaves, Calibration()))
-    found = collectives(pack.lower(leaves).compile().as_text())
-    stack = LAYERS * D * WIDTH * 4 // 8
-    gathers = [one for one in found if one.kind == "all-gather"]
-    assert all(one.bytes <= stack for one in gathers), gathers
+@pytest.mark.parametrize(
+    ("mesh", "spec"),
+    [
+        ({"a": 8}, P(None, None, "a")),
+        ({"a": 8}, P(None, "a")),
+        ({"a": 2, "b": 4}, P(None, "b", "a")),
+        ({"a": 2, "b": 4}, P(None, "a", "b")),
+        ({"a": 2, "b": 4}, P(None, None, ("a", "b"))),
+        ({"a": 2, "b": 4}, P("a", "b")),
+    ],
+)
+def test_rows_are_exchanged_and_not_gathered(mesh, spec, monkeypatch):
+    devices = np.array(jax.devices()).reshape(tuple(mesh.values()))
+    spread = Spread(Mesh(devices, tuple(mesh)), tuple(mesh))
+    array = np.random.default_rng(0).normal(size=(2, 128, 64)).astype(np.float32)
+    seen = []
+    put = placement.put
+    monkeypatch.setattr(placement, "put", lambda *args: seen.append(args[0]) or put(*args))
+    there = placement.put_rows(
+        jax.device_put(array, NamedSharding(spread.mesh, spec)), spread, axis=1
+    )
+    np.testing.assert_array_equal(there, array)
+    assert there.sharding.spec == P(None, tuple(mesh))
+    # What is left to the compiler moves whole pieces from one device to another.
+    text = jax.jit(lambda x: x, out_shardings=there.sharding).lower(seen[0]).compile().as_text()
+    assert {one.kind for one in collectives(text)} <= {"collective-permute"}
 
 
 def test_an_uneven_vocabulary():
@@ -227,7 +242,8 @@ def test_the_plan_counts_one_device():
     assert head.bytes_before == D * VOCABULARY * 4 // 8
     assert ffn.bytes_before == LAYERS * 3 * D * WIDTH * 4 // 8
     assert "top 16 of 512 candidates of 4104" in head.reason
-    assert head.reason.endswith("spread over model=8")
+    # 7 others send 16 pairs of 8 bytes for each of 4 tokens.
+    assert head.reason.endswith("spread over model=8, compared by gather over model (3.6 kB)")
 
 
 def test_shapes_say_how_they_are_spread():
@@ -238,8 +254,18 @@ def test_shapes_say_how_they_are_spread():
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
     )
     assert str(run.plan(shapes, token)) == str(run.plan(params, token))
-    abstract = jax.eval_shape(lambda: run.pack(params, token))
-    assert abstract.fingerprint == run.pack(params, token).fingerprint
+    packed, ahead = run.pack(params, token), run.pack(shapes, token)
+    assert ahead.fingerprint == packed.fingerprint
+    same = jax.tree.map(
+        lambda a, b: (
+            (a.shape, a.dtype) == (b.shape, b.dtype)
+            and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        ),
+        *((one.weights, one.sites) for one in (packed, ahead)),
+    )
+    assert all(jax.tree.leaves(same))
+    compiled = jax.jit(run).lower(ahead, token).compile()
+    np.testing.assert_array_equal(compiled(packed, token), jax.jit(run)(packed, token))
 
 
 @pytest.mark.parametrize(
@@ -305,3 +331,62 @@ def test_a_loop_of_steps():
     mine = jax.jit(functools.partial(decode, run))(run.pack(params, token), token)
     theirs = jax.jit(functools.partial(decode, one))(one.pack(weights(), TOKEN), TOKEN)
     np.testing.assert_array_equal(mine, theirs)
+
+
+def sampled(params, token):
+    """The ten most probable tokens, and the first of them."""
+    probability = jax.nn.softmax(step(params, token) / 0.7, axis=-1)
+    values, indices = lax.top_k(probability, 10)
+    return values, indices, jnp.argmax(probability, axis=-1), lax.approx_max_k(probability, 3)[1]
+
+
+@pytest.mark.parametrize("name", ["tensor", "data and tensor", "stored in shards"])
+@pytest.mark.parametrize("target", [1.0, 0.9])
+def test_searches_for_the_greatest_gather_no_logits(name, target):
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    rule = dataclasses.replace(rules()[1], recall_target=target)
+    run = hire.transform(sampled, rule)
+    packed = run.pack(params, token)
+    compiled = jax.jit(run).lower(packed, token).compile()
+    found = collectives(compiled.as_text())
+    assert max(one.bytes for one in found) <= 8 * 8 * TOKENS * 64, found
+    one = hire.transform(sampled, rules()[1])
+    wanted = one(one.pack(weights(), TOKEN), TOKEN)
+    values, indices, best, few = compiled(packed, token)
+    assert indices.dtype == wanted[1].dtype
+    np.testing.assert_array_equal(best, wanted[2])
+    np.testing.assert_array_equal(best, indices[:, 0])
+    np.testing.assert_array_equal(few[:, 0], best)
+    if target == 1.0:
+        np.testing.assert_array_equal(indices, wanted[1])
+        np.testing.assert_allclose(values, wanted[0], rtol=2e-3)  # of other guesses
+        np.testing.assert_array_equal(few, wanted[3])
+    else:
+        pairs = zip(np.asarray(indices), np.asarray(wanted[1]), strict=True)
+        assert min(len(set(a) & set(b)) for a, b in pairs) >= 9
+
+
+def test_a_smaller_recall_target_takes_fewer_candidates():
+    layout = LAYOUTS["tensor"]
+    taken = []
+    for target in (1.0, 0.99, 0.5):
+        rule = dataclasses.replace(rules()[1], recall_target=target)
+        plan = hire.transform(step, rule).plan(layout.put(weights()), layout.token())
+        taken.append(int(plan.sites[0].reason.split("of ")[1].split()[0]))
+    assert taken == sorted(taken, reverse=True)
+    assert taken[0] == 8 * 64
+    assert taken[1] < taken[0]
+
+
+def test_a_mesh_for_weights_that_lie_on_one_device():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    run = hire.transform(step, *rules(), mesh=mesh)
+    one = hire.transform(step, *rules(parts=8))
+    packed = run.pack(weights(), TOKEN)
+    assert packed.sites["params/head"].rows.sharding.spec == P(None, ("a", "b"))
+    assert packed.weights["params/embed"].sharding.is_fully_replicated
+    mine, theirs = run(packed, TOKEN), one(one.pack(weights(), TOKEN), TOKEN)
+    np.testing.assert_array_equal(mine.argmax(-1), theirs.argmax(-1))
+    with pytest.raises(hire.HireRewriteError, match="mesh='x' is no"):
+        hire.transform(step, mesh="x")

@@ -36,6 +36,7 @@ class HeadSpec:
       certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.
       parts: the rows are taken as so many equal parts, one behind the other, and of each part the
         same number are candidates: one part for each device that has some.
+      recall_target: of searches for the greatest values of all devices (see `da_top_k`).
     """
 
     width: int
@@ -48,6 +49,7 @@ class HeadSpec:
     starts: tuple[int, ...] = ()
     certify: int = 0
     parts: int = 1
+    recall_target: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates <= self.width:

@@ -22,7 +22,7 @@ from collections.abc import Collection, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["MERGES", "Level", "Merge", "cheapest", "first", "merged"]
+__all__ = ["MERGES", "Level", "Merge", "cheapest", "described", "first", "merged"]
 
 MERGES = ("gather", "butterfly")
 
@@ -130,6 +130,16 @@ def _merge(
         size, far = math.prod(size for _, size in axes), any(axis in slow for axis in names)
         levels.append(Level(names, size, how, levels[-1].results if levels else kept, k, far))
     return tuple(levels)
+
+
+def described(merge: Merge, rows: int, pair_bytes: int = 8) -> str:
+    """What a merge of `rows` rows of values sends, for a reader."""
+    found = []
+    for level in merge:
+        size, rounds = rows * pair_bytes * level.pairs / 1e3, len(level.lists)
+        many = f" in {rounds} rounds" if rounds > 1 else ""
+        found.append(f"{level.how} over {' × '.join(level.axes)} ({size:.1f} kB{many})")
+    return ", then ".join(found)
 
 
 def merged(keys: Array, indices: Array, merge: Merge) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from hire_rewrite.learned import Learned
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.ops.merge import cheapest, described
 from hire_rewrite.passes.detect import Detection, Found, source_of
 from hire_rewrite.passes.estimate import dense_bytes, estimate
 from hire_rewrite.passes.sizes import Unfit, budget_of, scored_rows, spec_of
@@ -186,8 +187,19 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule, found: Found) -> str:
         what = f"top {spec.k} of {spec.candidates} candidates of {spec.width}"
         what += f", {spec.certify} proved" if spec.certify else ""
     hint = " (calibrate it in pack)" if rule.predictor.wants_calibration else ""
-    where = "" if found.spread is None else f", spread over {found.spread}"
-    return f"{what}, guessed by {rule.predictor}{hint}{where}"
+    return f"{what}, guessed by {rule.predictor}{hint}{_described_spread(spec, found)}"
+
+
+def _described_spread(spec: FFNSpec | HeadSpec, found: Found) -> str:
+    """Over which devices a site is spread, and what they send each other."""
+    spread = found.spread
+    if spread is None:
+        return ""
+    if isinstance(spec, FFNSpec):
+        return f", spread over {spread}"
+    sizes, each = [spread.mesh.shape[axis] for axis in spread.axes], spec.candidates // spec.parts
+    merge = cheapest(spread.axes, sizes, min(spec.k, each), spec.k, rows=found.tokens)
+    return f", spread over {spread}, compared by {described(merge, found.tokens)}"
 
 
 def _site(

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 
 from jax.extend import source_info_util
 from jax.extend.core import primitives as p
+from jax.sharding import Mesh
 
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
@@ -87,11 +88,12 @@ class Detection:
     opaque: tuple[str, ...]
 
 
-def detect(trace: Trace, min_width: int) -> Detection:
+def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
     """Match every linear layer of the function, in all scopes.
 
     Args:
       min_width: linear layers narrower than this are no vocabulary.
+      mesh: where to spread the rows of sites whose weights are not spread.
     """
     matches: list[FFNMatch | HeadMatch] = []
     misses: dict[Node, Miss] = {}
@@ -118,8 +120,8 @@ def detect(trace: Trace, min_width: int) -> Detection:
             name,
             match,
             _weights(trace, match),
-            spread_of(trace, match),
-            spread_obstacle(trace, match),
+            spread := spread_of(trace, match, mesh),
+            spread_obstacle(trace, match, spread),
         )
         for name, match in zip(names, matches, strict=True)
     )

@@ -26,7 +26,7 @@ from hire_rewrite.ops.predictors import Certifying, Predictor
 from hire_rewrite.ops.spread import state_specs
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.placement import put
+from hire_rewrite.passes.placement import on_mesh, put, put_rows
 from hire_rewrite.passes.replace import packed_replacements
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.rows import cut_out
@@ -101,6 +101,9 @@ def pack(
     ]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
+    spreads = [decision.found.spread for decision in packing if decision.found.spread]
+    if spreads:  # all on the same devices
+        kept = {path: on_mesh(array, spreads[0]) for path, array in kept.items()}
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
     name = fingerprint(decisions, origin)
     return Packed(kept, states, name, origin, layout, calibration.learnings)
@@ -184,7 +187,7 @@ def _state(
 def _laid_out(array: Any, decision: Decision, axis: int) -> Any:
     """Rows along an axis, on the devices that are to have them."""
     spread = decision.found.spread
-    return array if spread is None else put(array, spread, spread.along(axis))
+    return array if spread is None else put_rows(array, spread, axis)
 
 
 def _spread_out(state: Any, decision: Decision) -> Any:

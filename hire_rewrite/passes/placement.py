@@ -6,35 +6,36 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.head import HeadMatch
 
-__all__ = ["put", "spread_obstacle", "spread_of"]
+__all__ = ["on_mesh", "put", "put_rows", "spread_obstacle", "spread_of"]
 
 
-def spread_of(trace: Trace, match: FFNMatch | HeadMatch) -> Spread | None:
+def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -> Spread | None:
     """All axes of the mesh over which a site's matrices are spread, in whichever direction.
 
     A matrix that is spread along its inputs (fully sharded storage) is packed spread along its
-    rows: then each device still holds as much of it, and no row has to be gathered.
+    rows: then each device still holds as much of it, and no row has to be gathered. Matrices that
+    are not spread are over all of the mesh `default`, if there is one.
     """
     shardings = _shardings(trace, match)
     used = {name for sharding in shardings for name in _names(sharding.spec)}
-    if not used:
+    mesh = shardings[0].mesh if used else default
+    if mesh is None:
         return None
-    mesh = shardings[0].mesh
+    used = used or set(mesh.axis_names)
     axes = tuple(str(name) for name in mesh.axis_names if name in used and mesh.shape[name] > 1)
     spread = Spread(mesh, axes)
     return spread if spread.parts > 1 else None
 
 
-def spread_obstacle(trace: Trace, match: FFNMatch | HeadMatch) -> str | None:
+def spread_obstacle(trace: Trace, match: FFNMatch | HeadMatch, spread: Spread | None) -> str | None:
     """Why a site whose rows are spread has to stay dense, if it has to."""
-    spread = spread_of(trace, match)
     if spread is None:
         return None
     if len({sharding.mesh for sharding in _shardings(trace, match)}) > 1:
@@ -59,6 +60,44 @@ def put(array: Any, spread: Spread, spec: PartitionSpec) -> Any:
     if isinstance(array, jax.core.Tracer):
         return lax.with_sharding_constraint(array, sharding)
     return jax.device_put(array, sharding)
+
+
+def put_rows(array: Any, spread: Spread, axis: int) -> Any:
+    """An array with its rows, which lie along `axis`, on the devices that are to have them.
+
+    Where other axes of it are spread, each device sends every other one its piece of their rows.
+    The compiler's own way would be to gather the whole array on all devices first.
+    """
+    here = getattr(array, "sharding", None)
+    if not isinstance(array, jax.core.Tracer) and isinstance(here, NamedSharding):
+        parts = [*here.spec, *(None,) * (array.ndim - len(here.spec))]
+        for other, names in enumerate(parts):
+            if names is not None and other != axis:
+                array = _exchanged(array, here.mesh, parts, other, axis)
+                parts[axis] = (*_names(PartitionSpec(parts[axis])), *_names(PartitionSpec(names)))
+                parts[other] = None
+    return put(array, spread, spread.along(axis))
+
+
+def _exchanged(array: Any, mesh: Any, parts: list[Any], other: int, axis: int) -> Any:
+    """An array whose axis `other` was spread, with `axis` spread over those devices instead."""
+    names = tuple(_names(PartitionSpec(parts[other])))
+    after = list(parts)
+    after[other], after[axis] = None, (*_names(PartitionSpec(parts[axis])), *names)
+
+    def exchange(piece: Any) -> Any:
+        return lax.all_to_all(piece, names, axis, other, tiled=True)
+
+    mapped = jax.shard_map(
+        exchange, mesh=mesh, in_specs=PartitionSpec(*parts), out_specs=PartitionSpec(*after)
+    )
+    return jax.jit(mapped)(array)
+
+
+def on_mesh(array: Any, spread: Spread) -> Any:
+    """An array that may lie on one device alone, on all of a mesh."""
+    here = not isinstance(array, jax.core.Tracer) and isinstance(array.sharding, NamedSharding)
+    return array if here else put(array, spread, PartitionSpec())
 
 
 def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]:

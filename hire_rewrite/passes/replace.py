@@ -24,6 +24,7 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.experts import side_by_side
 from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
 from hire_rewrite.passes.rows import from_rows, to_rows
+from hire_rewrite.passes.searches import spread_searches
 from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.weights import site_loops
@@ -50,7 +51,8 @@ Functions = dict[Hashable, Callable[..., Any]]
 def packed_replacements(
     trace: Trace, decision: Decision, state: Any, mode: str, functions: Functions
 ) -> list[SiteReplacement]:
-    """The replacement of a packed site, and one of the parts of a product that it shares.
+    """The replacement of a packed site, and those of what belongs to it: the parts of a product
+    that a block shares, and what looks for a head's greatest logits.
 
     Args:
       state: the site's entry of `Packed.sites`.
@@ -71,6 +73,10 @@ def packed_replacements(
     found = [SiteReplacement(name, match.nodes, match.inputs, match.outputs, run, loops, reports)]
     if isinstance(match, FFNMatch) and match.shared:
         found.append(_shared(name, match, decision, state, loops))
+    spread, spec = decision.found.spread, decision.spec
+    if mode == "hire" and spread is not None and isinstance(match, HeadMatch):
+        assert isinstance(spec, head_ops.HeadSpec)
+        found += spread_searches(name, match, spread, spec.recall_target)
     return found
 
 

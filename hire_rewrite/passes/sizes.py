@@ -14,6 +14,7 @@ from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.certify import chain_of
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.ops.predictors import Cascade, certifies
+from hire_rewrite.ops.recall import kept_per_shard
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.detect import Found
 from hire_rewrite.passes.head_code import endpoints_of
@@ -158,8 +159,9 @@ def _head_spec(name: str, match: HeadMatch, rule: Head, spread: Spread | None) -
         if rule.certify or isinstance(rule.predictor, Cascade) or last < 1:
             what = "proofs are" if rule.certify else f"{rule.predictor} is"
             raise Unfit(f"its rows are spread over {spread}, where {what} not supported")
-        # Each device takes as many as one device would take of all: nothing is lost.
-        candidates = min(candidates, last) * parts
+        each = kept_per_shard(width, candidates, parts, rule.recall_target)
+        candidates = min(each, last) * parts
+        k = min(k, candidates)
     return HeadSpec(
         width=width,
         k=k,
@@ -170,6 +172,7 @@ def _head_spec(name: str, match: HeadMatch, rule: Head, spread: Spread | None) -
         compute_dtype=linear.weight.dtype,
         starts=tuple(match.places[value][1] for value in match.endpoints),
         parts=parts,
+        recall_target=rule.recall_target,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
@@ -116,7 +116,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
     found = abstract(leaf)
-    sharding = found.sharding or _spread(leaf)
+    sharding = _spread(leaf) or (None if leaf is found else found.sharding)
     return jax.ShapeDtypeStruct(
         found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding
     )
@@ -129,7 +129,10 @@ def _spread(leaf: Any) -> NamedSharding | None:
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return None
-    return sharding
+    parts = list(sharding.spec)
+    while parts[-1] is None:  # equal layouts are to be written alike
+        parts.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
 def _check_leaf(path: str, leaf: Any) -> None:

@@ -47,7 +47,8 @@ class HeadMatch:
 
     `chain` are the nodes behind the product that treat each logit separately, in order; `places`
     the vocabulary in each value between: its axis, and the row that position 0 of it belongs to;
-    `endpoints` the values that others read. `obstacle` says why it cannot be rewritten, if so.
+    `endpoints` the values that others read; `searches` the operations behind them that look for the
+    greatest of the whole vocabulary. `obstacle` says why it cannot be rewritten, if so.
     """
 
     linear: Linear
@@ -55,6 +56,7 @@ class HeadMatch:
     chain: tuple[Node, ...]
     places: Mapping[Value, Place]
     endpoints: tuple[Value, ...]
+    searches: tuple[Node, ...] = ()
 
     @property
     def width(self) -> int:
@@ -122,8 +124,8 @@ def match_head(
             linear.node,
         )
     _check_sums(linear, linears, provenance, uses)
-    follow(linear.node, axis, uses)
-    return _chain(linear, axis, uses, taken)
+    searches = follow(linear.node, axis, uses)
+    return dataclasses.replace(_chain(linear, axis, uses, taken), searches=searches)
 
 
 def _check_sums(

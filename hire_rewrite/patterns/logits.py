@@ -43,9 +43,15 @@ _ALONG = (
 """Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
 
 
-def follow(origin: Node, axis: int, uses: Uses) -> None:
-    """Raise `Miss` unless an axis of a node's result ends where logits end."""
+def follow(origin: Node, axis: int, uses: Uses) -> tuple[Node, ...]:
+    """Where the greatest of all along an axis of a node's result are looked for, by `top_k`.
+
+    Raises:
+      Miss: the axis does not end where logits end.
+    """
     seen: set[Track] = set()
+    searches: dict[Node, None] = {}
+    width = origin.outs[0].shape[axis]
     stack: list[Track] = [(origin.outs[0], axis, False)]
     parted: Miss | None = None
     whole = False
@@ -66,6 +72,8 @@ def follow(origin: Node, axis: int, uses: Uses) -> None:
                 continue
             found = _pass(user, position, axis, len(seen), uses)
             whole = whole or (not found and not part)
+            if not found and user.primitive in _VALUES and value.shape[axis] == width:
+                searches[user] = None
             for out, there in found:
                 if out.shape[there] == 1 < value.shape[axis]:
                     whole = True  # a single logit was looked up
@@ -76,6 +84,7 @@ def follow(origin: Node, axis: int, uses: Uses) -> None:
                 stack.append((out, there, part or cut))
     if parted is not None and not whole:
         raise parted
+    return tuple(searches)
 
 
 def _pass(

@@ -1,0 +1,56 @@
+"""Packing ahead of time: shapes and shardings in place of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hire_rewrite.ops.spread import state_specs
+from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.pack import Calibration, pack
+from hire_rewrite.passes.trace import Trace
+
+__all__ = ["pack_shapes"]
+
+
+def pack_shapes(
+    trace: Trace,
+    decisions: Sequence[Decision],
+    origin: Origin,
+    weights: Sequence[jax.ShapeDtypeStruct],
+) -> Packed:
+    """`pack` of shapes: a `Packed` of shapes, with shardings where weights are spread."""
+    packed = jax.eval_shape(
+        lambda arrays: pack(trace, decisions, origin, arrays, Calibration()), list(weights)
+    )
+    placed = [decision for decision in decisions if decision.packs and decision.found.spread]
+    if not placed:
+        return packed
+
+    def laid(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    sites: dict[str, Any] = dict(packed.sites)
+    whole: NamedSharding | None = None
+    for decision in placed:
+        spread, rule, spec = decision.found.spread, decision.site.rule, decision.spec
+        assert spread is not None
+        whole = whole or NamedSharding(spread.mesh, PartitionSpec())
+        assert rule is not None
+        assert spec is not None
+        specs = state_specs(sites[decision.state], spec, rule.predictor, spread)
+        sites[decision.state] = jax.tree.map(
+            lambda shape, one, mesh=spread.mesh: laid(shape, NamedSharding(mesh, one)),
+            packed.sites[decision.state],
+            specs,
+        )
+    known = dict(zip(origin.paths, origin.specs, strict=True))
+    kept = {
+        path: laid(shape, known[path].sharding or whole) for path, shape in packed.weights.items()
+    }
+    return dataclasses.replace(packed, weights=kept, sites=sites)
