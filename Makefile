@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test bench quality pretrain docs lint format matrix clean help
+.PHONY: demo test bench mesh quality pretrain tpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench     the benchmarks; results in benchmarks/results/"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
+	@echo "make mesh      the zoo and SmolLM2 on several host devices"
+	@echo "make tpu       compile for TPU (none is needed) and read what goes between chips"
 	@echo "make docs      the generated pages of docs/"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
@@ -34,8 +36,19 @@ quality: $(VENV)/.demo
 pretrain: $(VENV)/.pretrain
 	$(RUN) -m examples.pretrain
 
+mesh: $(VENV)/.test
+	$(RUN) -m pytest -n auto -m mesh tests/zoo
+	$(RUN) -m benchmarks.mesh
+
+# In an environment of its own: with libtpu installed, jax looks for a TPU.
+tpu:
+	$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
+	.venv-tpu/bin/python -m pytest tests/tpu
+	.venv-tpu/bin/python -m benchmarks.tpu
+
 docs: $(VENV)/.test
 	$(RUN) -m tests.zoo.coverage docs/coverage.md
+	$(RUN) -m benchmarks.da_top_k
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

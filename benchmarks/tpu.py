@@ -8,9 +8,15 @@ Programs are compiled for topologies, not run. Written to benchmarks/results/tpu
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu would look for a TPU, and for its host
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+import argparse
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +28,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
-from hire_rewrite.plan import table
-from tests.hlo import Collective, collectives
+from benchmarks import timing
+from benchmarks.hlo import collectives
 
-RESULT = Path(__file__).parent / "results" / "tpu.json"
 TOPOLOGIES = {"v5e:2x2": (4,), "v5e:4x4": (4, 4), "v5p:2x2x1": (4,)}
 VOCABULARY, BATCH, K = 262_144, 8, 64
 
@@ -114,7 +119,7 @@ def step(mesh: Mesh, dtype: Any = jnp.bfloat16, layers: int = 4) -> tuple[Any, A
             q, k, v = jnp.einsum("bd,dcnh->cbnh", x, w["qkv"])
             new = jnp.stack([k, v])[:, :, None].astype(own.dtype)
             own = lax.dynamic_update_slice_in_dim(own, new, position, axis=2)
-            scores = jnp.einsum("bnh,btnh->bnt", q, own[0].astype(q.dtype)) / np.sqrt(size)
+            scores = jnp.einsum("bnh,btnh->bnt", q, own[0].astype(q.dtype)) / math.sqrt(size)
             mixed = jnp.einsum("bnt,btnh->bnh", jax.nn.softmax(scores), own[1].astype(q.dtype))
             x = x + jnp.einsum("bnh,nhd->bd", mixed, w["out"])
             x = x + (jax.nn.relu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
@@ -134,25 +139,41 @@ def rewritten(function: Any, args: Sequence[Any]) -> tuple[Any, list[Any]]:
     return run, [run.pack(*args), *args[1:]]
 
 
-def _row(name: str, topology: str, found: Sequence[Collective]) -> dict[str, Any]:
+def programs(topology: str) -> Iterator[tuple[str, str]]:
+    """Names and texts of all programs for a topology."""
+    mesh = mesh_of(topology)
+    for name, search in searches(mesh).items():
+        yield name, compiled(search, logits(mesh))
+    for name, build in (("head", head), ("block", block), ("decode step", step)):
+        function, args = build(mesh)
+        yield f"{name}, dense", compiled(function, *args)
+        yield f"{name}, rewritten", compiled(*rewritten(function, args))
+
+
+def row(topology: str, name: str, text: str) -> dict[str, Any]:
+    """What a program sends."""
+    found = collectives(text)
+    always = [one.bytes for one in found if not one.branch]
     return {
-        "program": name,
         "topology": topology,
-        "bytes": sum(one.bytes for one in found),
+        "program": name,
+        "bytes": sum(always),
+        "more in a branch": sum(one.bytes for one in found if one.branch),
         "greatest": max((one.bytes for one in found), default=0),
-        "kinds": sorted({one.kind for one in found}),
+        "collectives": ", ".join(sorted({one.kind for one in found})),
     }
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.tpu", description=__doc__).parse_args()
     rows = []
     for topology in TOPOLOGIES:
-        mesh = mesh_of(topology)
-        for name, search in searches(mesh).items():
-            rows.append(_row(name, topology, collectives(compiled(search, logits(mesh)))))
-            print(rows[-1], flush=True)
-    RESULT.write_text(json.dumps({"jax": jax.__version__, "programs": rows}, indent=1) + "\n")
-    print(table([list(rows[0]), *([str(v) for v in row.values()] for row in rows)]))
+        for name, text in programs(topology):
+            rows.append(row(topology, name, text))
+            print(*rows[-1].values(), sep="  ", flush=True)
+    versions = {"libtpu": importlib.metadata.version("libtpu"), "jax": jax.__version__}
+    result = {**versions, "programs": rows}
+    print(f"written to {timing.write('tpu', result, 'make tpu')}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as p
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 
 def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
@@ -93,6 +93,27 @@ def is_sharded_by_type(aval: Any) -> bool:
     """Whether an array's type says over which axes of a mesh it is spread."""
     sharding = getattr(aval, "sharding", None)
     return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
+def explicit_spec(aval: Any) -> PartitionSpec | None:
+    """The sharding in an array's type, if its mesh has explicit axes."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding.spec
+
+
+def automatic(mesh: Mesh | AbstractMesh) -> Any:
+    """The same mesh with all axes left to the compiler."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def mesh_around(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh | None:
+    """What `shard_map` wants for a mesh: None where the mesh is known from the context."""
+    return mesh if jax.sharding.get_abstract_mesh().empty else None
 
 
 def invariant_over(aval: Any, axes: Sequence[str]) -> Any:

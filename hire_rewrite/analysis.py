@@ -17,6 +17,7 @@ from hire_rewrite.passes.ahead import pack_shapes
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.pack import Calibration, fingerprint, pack
+from hire_rewrite.passes.placement import around_packing
 from hire_rewrite.passes.raw import raw_replacement
 from hire_rewrite.passes.replace import Functions, packed_replacements
 from hire_rewrite.passes.site import SiteReplacement
@@ -70,7 +71,8 @@ class Analysis:
         return fingerprint(self.decisions, self.origin)
 
     def pack(self, weights: Sequence[Any], calibration: Calibration) -> Packed:
-        return pack(self.trace, self.decisions, self.origin, weights, calibration)
+        with around_packing(weights):
+            return pack(self.trace, self.decisions, self.origin, weights, calibration)
 
     def pack_shapes(self, weights: Sequence[Any]) -> Packed:
         return pack_shapes(self.trace, self.decisions, self.origin, weights)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
+from benchmarks.hlo import collectives
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes import placement
-from tests.hlo import collectives
 
 QUANTIZED = hire.Quantized()
 LAYERS, D, WIDTH, VOCABULARY, TOKENS = 3, 64, 512, 4104, 4
@@ -390,3 +390,67 @@ def test_a_mesh_for_weights_that_lie_on_one_device():
     np.testing.assert_array_equal(mine.argmax(-1), theirs.argmax(-1))
     with pytest.raises(hire.HireRewriteError, match="mesh='x' is no"):
         hire.transform(step, mesh="x")
+
+
+def typed_step(params, token):
+    """`step`, for arrays whose types say how they are spread."""
+
+    def layer(x, w):
+        h = jax.nn.relu(x @ w["gate"]) * (x @ w["up"] + w["bias"])
+        return x + jnp.einsum("tf,fd->td", h, w["down"], out_sharding=P("data", None)), None
+
+    x = params["embed"].at[token].get(out_sharding=P("data", None))
+    x, _ = lax.scan(layer, x, params["layers"])
+    return x @ params["head"]
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact"])
+def test_explicit_sharding(mode):
+    kinds = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+    layout = LAYOUTS["data and tensor"]
+    with jax.set_mesh(mesh):
+        params, token = (
+            jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, a.sharding.spec)), tree)
+            for tree in (layout.put(weights()), layout.token())
+        )
+        run = hire.transform(typed_step, *rules(), mode=mode)
+        assert [site.status for site in run.plan(params, token).sites] == ["rewritten"] * 2
+        packed = hire.transform(typed_step, *rules()).pack(params, token)
+        assert packed.sites["params/head"].rows.sharding.spec == P(None, "model")
+        logits = jax.jit(run)(packed, token)
+        assert logits.sharding.spec == P("data", "model")
+        text = jax.jit(run).lower(packed, token).compile().as_text()
+    implicit = hire.transform(step, *rules(), mode=mode)
+    wanted = jax.jit(implicit)(implicit_packed(layout), layout.token())
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    if mode == "hire":
+        assert max(one.bytes for one in collectives(text)) < D * WIDTH * 4 // 16
+
+
+def implicit_packed(layout: Layout):
+    return hire.transform(step, *rules()).pack(layout.put(weights()), layout.token())
+
+
+def test_explicit_sharding_of_raw_weights():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    layout = LAYOUTS["data and tensor"]
+    with jax.set_mesh(mesh):
+        params, token = (
+            jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, a.sharding.spec)), tree)
+            for tree in (layout.put(weights()), layout.token())
+        )
+        run = hire.transform(typed_step, *rules(), mode="exact")
+        with pytest.raises(hire.HireRewriteError, match="sharded by their types"):
+            run(params, token)
+        run = hire.transform(typed_step, *rules(hire.LowRank(16)))
+        with pytest.raises(hire.HireRewriteError, match="nor calibration"):
+            run.pack(params, token, calibration=[(token,)])
+
+        def capped(params, token):
+            return jnp.tanh(typed_step(params, token) / 30) * 30
+
+        head, ffn = hire.inspect(capped, params, token, rules=rules()).sites
+        assert head.status == "dense"
+        assert "code stands behind its logits" in head.reason
+        assert ffn.status == "rewritten"

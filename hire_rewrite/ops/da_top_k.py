@@ -26,7 +26,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hire_rewrite._compat import invariant_over, varying_over
+from hire_rewrite._compat import invariant_over, mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.buckets import bucket_top_k
 from hire_rewrite.ops.keys import from_keys, lowest, to_keys
@@ -241,7 +241,8 @@ def _on_mesh(
         return _sharded(shard, indices, wanted, axes, sizes, n)
 
     lead = PartitionSpec(*parts[:-1], None)
-    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(*parts), out_specs=(lead, lead))
+    around = mesh_around(mesh)
+    run = jax.shard_map(local, mesh=around, in_specs=PartitionSpec(*parts), out_specs=(lead, lead))
     return run(jnp.pad(x, padding))
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.ops.block import Activation, FFNSpec, FFNState
 from hire_rewrite.ops.ffn import hire_ffn
 from hire_rewrite.ops.logits import HeadSpec, HeadState
@@ -56,7 +57,7 @@ class Spread:
         """`function` on each device, of its own parts of the arguments."""
         return jax.shard_map(
             function,
-            mesh=self.mesh,
+            mesh=_compat.mesh_around(self.mesh),
             in_specs=in_specs,
             out_specs=out_specs,
             check_vma=False,

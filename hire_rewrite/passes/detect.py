@@ -63,8 +63,11 @@ class Found:
             if node is not None and node.primitive is _compat.shard_map_p:
                 axes = ", ".join(sorted(map(str, node.params["newly_manual_axes"])))
                 return f"inside shard_map over {axes}, its weights are shards"
-        if any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights):
-            return "its weights are sharded by their types (a mesh with explicit axes)"
+        typed = any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights)
+        match = self.match
+        if typed and (self.spread is None or (isinstance(match, HeadMatch) and match.chain)):
+            behind = "" if self.spread is None else ", and code stands behind its logits"
+            return f"its weights are sharded by their types (a mesh with explicit axes){behind}"
         return self.match.obstacle or self.spread_obstacle
 
     @property

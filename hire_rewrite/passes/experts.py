@@ -25,13 +25,12 @@ Block = Callable[[Any, Any, Any, Callable[..., Any]], Any]
 
 def side_by_side(
     match: FFNMatch,
-    state: Any,
     block: Block,
     functions: dict[Hashable, Callable[..., Any]],
     key: Hashable,
     *,
     reports: bool,
-) -> Callable[[Sequence[Any], Any], Any]:
+) -> Callable[[Sequence[Any], Any, Any], Any]:
     """`block` for all experts of a match; `functions` remembers it under `key`.
 
     With `reports` the block returns a report beside its result, and so does the function: one for
@@ -75,7 +74,7 @@ def side_by_side(
 
     jitted = functions.setdefault((key, place, experts), jax.jit(hire_ffn))
 
-    def run(ins: Sequence[Any], layer: Any) -> Any:
+    def run(ins: Sequence[Any], layer: Any, state: Any) -> Any:
         x, *sides = ins
         found = jitted(_by_expert(x, ins_axes[0], match.x_axes, experts), sides, state, layer)
         y, report = found if reports else (found, None)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.head import HeadMatch
 
-__all__ = ["on_mesh", "put", "put_rows", "spread_obstacle", "spread_of"]
+__all__ = [
+    "around_packing",
+    "automatic",
+    "explicit_mesh",
+    "on_mesh",
+    "put",
+    "put_rows",
+    "spread_obstacle",
+    "spread_of",
+]
 
 
 def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -> Spread | None:
@@ -28,6 +41,7 @@ def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -
     mesh = shardings[0].mesh if used else default
     if mesh is None:
         return None
+    mesh = _compat.automatic(mesh)
     used = used or set(mesh.axis_names)
     axes = tuple(str(name) for name in mesh.axis_names if name in used and mesh.shape[name] > 1)
     spread = Spread(mesh, axes)
@@ -92,6 +106,29 @@ def _exchanged(array: Any, mesh: Any, parts: list[Any], other: int, axis: int) -
         exchange, mesh=mesh, in_specs=PartitionSpec(*parts), out_specs=PartitionSpec(*after)
     )
     return jax.jit(mapped)(array)
+
+
+def explicit_mesh(arrays: Iterable[Any]) -> Mesh | None:
+    """The mesh that some arrays have in their types."""
+    for array in arrays:
+        known = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        if known and _compat.explicit_spec(jax.typeof(array)) is not None:
+            return array.sharding.mesh
+    return None
+
+
+def around_packing(weights: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The context to pack in: where types say how arrays are spread, a mesh that leaves it open."""
+    mesh = explicit_mesh(weights)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(_compat.automatic(mesh))
+
+
+def automatic(array: Any) -> Any:
+    """An array whose type says how it is spread, as one whose type does not."""
+    if isinstance(array, jax.core.Tracer) or _compat.explicit_spec(jax.typeof(array)) is None:
+        return array
+    mesh = _compat.automatic(array.sharding.mesh)
+    return jax.device_put(array, NamedSharding(mesh, array.sharding.spec))
 
 
 def on_mesh(array: Any, spread: Spread) -> Any:

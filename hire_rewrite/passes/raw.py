@@ -118,7 +118,7 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
     body = exact_ffn if isinstance(match, FFNMatch) else exact_head
     name = decision.found.name
     return SiteReplacement(
-        name, match.nodes, raw.inputs, match.outputs, lambda ins, _: jax.jit(body)(ins)
+        name, match.nodes, raw.inputs, match.outputs, lambda ins, *_: jax.jit(body)(ins), raw=True
     )
 
 
@@ -130,7 +130,7 @@ def observed(trace: Trace, decision: Decision, *, shares: bool) -> SiteReplaceme
     raw = _Raw.of(match)
     inputs = tuple(dict.fromkeys((*raw.inputs, match.x)))
 
-    def run(ins: Sequence[Any], layer: Any) -> tuple[Sequence[Any], Any]:
+    def run(ins: Sequence[Any], *_: Any) -> tuple[Sequence[Any], Any]:
         known = dict(zip(inputs, ins, strict=True))
         env = raw.hidden([known[value] for value in raw.inputs])
         hidden, rank = raw.rank(env, spec)
@@ -148,8 +148,9 @@ def observed(trace: Trace, decision: Decision, *, shares: bool) -> SiteReplaceme
         inputs,
         match.outputs,
         run,
-        site_loops(trace, match),
+        loops=site_loops(trace, match),
         reports=True,
+        raw=True,
     )
 
 

@@ -65,12 +65,14 @@ def packed_replacements(
         mode = "exact"
     reports = mode in _MEASURED
     if isinstance(match, FFNMatch):
-        run = _ffn(match, decision, state, mode, functions)
+        run = _ffn(match, decision, mode, functions)
     else:
-        run = _head(match, decision, state, mode)
+        run = _head(match, decision, mode)
     loops = site_loops(trace, match)
     name = decision.found.name
-    found = [SiteReplacement(name, match.nodes, match.inputs, match.outputs, run, loops, reports)]
+    found = [
+        SiteReplacement(name, match.nodes, match.inputs, match.outputs, run, state, loops, reports)
+    ]
     if isinstance(match, FFNMatch) and match.shared:
         found.append(_shared(name, match, decision, state, loops))
     spread, spec = decision.found.spread, decision.spec
@@ -88,7 +90,7 @@ def _shared(
     assert isinstance(spec, FFNSpec)
     sides = tuple(dict.fromkeys(side for sibling in siblings for side in sibling.sides))
 
-    def run(ins: Sequence[Any], layer: Any) -> Sequence[Any]:
+    def run(ins: Sequence[Any], layer: Any, state: Any) -> Sequence[Any]:
         x, *arrays = ins
         rows, known = to_rows(x, match.x_axes), dict(zip(sides, arrays, strict=True))
         results = []
@@ -99,12 +101,13 @@ def _shared(
         return results
 
     outputs = tuple(sibling.value for sibling in siblings)
-    return SiteReplacement(f"{name} (fused)", match.shared, (match.x, *sides), outputs, run, loops)
+    inputs = (match.x, *sides)
+    return SiteReplacement(f"{name} (fused)", match.shared, inputs, outputs, run, state, loops)
 
 
 def _ffn(
-    match: FFNMatch, decision: Decision, state: Any, mode: str, functions: Functions
-) -> Callable[[Sequence[Any], Any], Any]:
+    match: FFNMatch, decision: Decision, mode: str, functions: Functions
+) -> Callable[[Sequence[Any], Any, Any], Any]:
     spec, rule, region = decision.spec, decision.site.rule, match.region
     assert isinstance(spec, FFNSpec)
     assert rule is not None
@@ -130,10 +133,10 @@ def _ffn(
 
     key = (region.signature, match.piece.axis, spec, rule.predictor, mode, decision.budget, spread)
     if match.experts > 1:
-        return side_by_side(match, state, block, functions, key, reports=mode in _MEASURED)
+        return side_by_side(match, block, functions, key, reports=mode in _MEASURED)
     jitted = functions.setdefault(key, jax.jit(hire_ffn))
 
-    def run(ins: Sequence[Any], layer: Any) -> Any:
+    def run(ins: Sequence[Any], layer: Any, state: Any) -> Any:
         x, *rest = ins
         y, report = jitted(to_rows(x, match.x_axes), rest, state, layer)
         results = [from_rows(y, match.down.out.shape, match.down.out_axes)]
@@ -143,8 +146,8 @@ def _ffn(
 
 
 def _head(
-    match: HeadMatch, decision: Decision, state: Any, mode: str
-) -> Callable[[Sequence[Any], Any], Any]:
+    match: HeadMatch, decision: Decision, mode: str
+) -> Callable[[Sequence[Any], Any, Any], Any]:
     spec, rule, spread = decision.spec, decision.site.rule, decision.found.spread
     assert isinstance(spec, head_ops.HeadSpec)
     assert rule is not None
@@ -172,7 +175,7 @@ def _head(
         (raw,) = head_ops.dense_head(x, state, layer, spec=spec, endpoints=lambda z: (z,))
         return head_ops.exact_head(raw, spec=spec, endpoints=endpoints)
 
-    def run(ins: Sequence[Any], layer: Any) -> Any:
+    def run(ins: Sequence[Any], layer: Any, state: Any) -> Any:
         x, *sides = ins
         rows = to_rows(x, match.linear.x_axes)
         results = jax.jit(hire_head)(rows, sides, state, layer)

@@ -40,7 +40,7 @@ def _search(name: str, node: Node, spread: Spread, recall_target: float) -> Site
     axis = node.params.get("reduction_dimension", node.params.get("axis", -1)) % len(operand.shape)
     k = values.shape[axis]
 
-    def run(ins: Sequence[Any], _: Any) -> list[Any]:
+    def run(ins: Sequence[Any], *_: Any) -> list[Any]:
         logits = jnp.moveaxis(ins[0], axis, -1)
         rows = logits.reshape(-1, logits.shape[-1])
         spec = PartitionSpec(spread.tokens(rows.shape[0]), spread.axes)

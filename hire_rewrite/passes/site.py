@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.patterns.graph import Node, Scope, Value
 
@@ -17,21 +19,40 @@ __all__ = ["SiteReplacement"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteReplacement:
-    """A `Replacement` made of one function of the arrays that stand for `inputs`.
+    """A `Replacement` made of one function.
 
-    `run` returns the arrays of `outputs`, and with `reports` a report beside them.
+    `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
+    packed arrays of the site. It returns those of `outputs`, and with `reports` a report beside.
+    If `raw`, it runs the function's own code on weights as they are.
     """
 
     name: str
     nodes: frozenset[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    run: Callable[[Sequence[Any], Any], Any]
+    run: Callable[[Sequence[Any], Any, Any], Any]
+    state: Any = None
     loops: tuple[Scope, ...] = ()
     reports: bool = False
+    raw: bool = False
 
     def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
-        found = self.run(ins, _layer_of(self.loops, index))
+        run, layer = self.run, _layer_of(self.loops, index)
+        specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
+        if any(spec is None for spec in specs):
+            found = run(list(ins), layer, self.state)
+        elif self.raw:
+            raise HireRewriteError(
+                f"{self.name}: its weights are sharded by their types, of which neither mode exact "
+                "nor calibration can take the raw ones: pack without calibration and pass the "
+                "Packed, or give the mesh automatic axes"
+            )
+        else:
+            # Inside, the mesh's axes are the compiler's business; the results' types are kept.
+            out = (specs, PartitionSpec()) if self.reports else specs
+            with jax.sharding.use_abstract_mesh(self.outputs[0].aval.sharding.mesh):
+                run = jax.sharding.auto_axes(run, out_sharding=out)
+                found = run(list(ins), layer, self.state)
         results, report = found if self.reports else (found, None)
         for value, result in zip(self.outputs, results, strict=True):
             got = jax.typeof(result)

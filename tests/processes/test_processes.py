@@ -43,8 +43,9 @@ def run_two(module: str) -> list[dict]:
     return results
 
 
-def test_both_know_the_greatest_of_all():
+def test_two_processes_compute_what_one_does():
     for result in run_two("tests.processes.program"):
         assert result["devices"] == 8
-        assert len(result["found"]) == 6
-        assert all(result["found"].values()), result
+        assert len(result["searches"]) == 6
+        assert all(result["searches"].values()), result
+        assert all(result["model"].values()), result
