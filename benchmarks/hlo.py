@@ -14,9 +14,7 @@ _COLLECTIVE = re.compile(
 )
 _SHAPE = re.compile(r"\b(pred|[sufb]f?\d+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_BRANCHES = re.compile(
-    r"(?:branch_computations=\{|(?:true|false)_computation=)([^}\s]+(?:, [^}\s]+)*)"
-)
+_BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([\w.%\-, ]+)")
 _CALLED = re.compile(r"(?:to_apply|body|condition|calls)=%?([\w.\-]+)")
 
 

@@ -32,6 +32,9 @@ from benchmarks import timing
 from benchmarks.hlo import collectives
 
 TOPOLOGIES = {"v5e:2x2": (4,), "v5e:4x4": (4, 4), "v5p:2x2x1": (4,)}
+UNREAD = ("v5p:2x2x1",)
+"""libtpu 0.0.52 compiles programs with gathers for these, but fails to give their text back."""
+
 VOCABULARY, BATCH, K = 262_144, 8, 64
 
 
@@ -42,10 +45,14 @@ def mesh_of(topology: str) -> Mesh:
     return Mesh(np.array(devices).reshape(shape), ("host", "chip")[-len(shape) :])
 
 
+def program(function: Callable[..., Any], *args: Any) -> Any:
+    """The compiled program for shapes that are spread over a topology's chips."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+
+
 def compiled(function: Callable[..., Any], *args: Any) -> str:
-    """The text of the program for shapes that are spread over a topology's chips."""
-    lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",))
-    return lowered.compile().as_text() or ""
+    """The text of that program."""
+    return program(function, *args).as_text() or ""
 
 
 def shape(mesh: Mesh, spec: P, *sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -133,10 +140,10 @@ def step(mesh: Mesh, dtype: Any = jnp.bfloat16, layers: int = 4) -> tuple[Any, A
     return run, (weights, token, cache, position)
 
 
-def rewritten(function: Any, args: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """The rewritten function, and its arguments with the shapes of a `Packed`."""
+def rewritten(function: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The rewritten function, and its arguments, with the shapes of a `Packed`."""
     run = hire.transform(function, hire.FFN(k=0.05, force=True), hire.Head(k=K, candidates=256))
-    return run, [run.pack(*args), *args[1:]]
+    return run, run.pack(*args), *args[1:]
 
 
 def programs(topology: str) -> Iterator[tuple[str, str]]:
@@ -144,6 +151,8 @@ def programs(topology: str) -> Iterator[tuple[str, str]]:
     mesh = mesh_of(topology)
     for name, search in searches(mesh).items():
         yield name, compiled(search, logits(mesh))
+    if topology in UNREAD:
+        return
     for name, build in (("head", head), ("block", block), ("decode step", step)):
         function, args = build(mesh)
         yield f"{name}, dense", compiled(function, *args)
