@@ -16,6 +16,8 @@ from jax.extend import core as jex_core
 from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
+from hire_rewrite.errors import HireRewriteError
+
 
 def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
     """The open jaxpr of a closed one and the constants for its `constvars`.
@@ -112,8 +114,20 @@ def automatic(mesh: Mesh | AbstractMesh) -> Any:
 
 
 def mesh_around(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh | None:
-    """What `shard_map` wants for a mesh: None where the mesh is known from the context."""
-    return mesh if jax.sharding.get_abstract_mesh().empty else None
+    """What `shard_map` wants for a mesh: None where the mesh is known from the context.
+
+    Raises:
+      HireRewriteError: the context has another mesh.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    if around.empty:
+        return mesh
+    if dict(around.shape) != dict(mesh.shape):
+        raise HireRewriteError(
+            f"the weights lie on a mesh of axes {dict(mesh.shape)}, but the mesh in use here has "
+            f"{dict(around.shape)}: call under the mesh that was packed for"
+        )
+    return None
 
 
 def invariant_over(aval: Any, axes: Sequence[str]) -> Any:
@@ -123,11 +137,15 @@ def invariant_over(aval: Any, axes: Sequence[str]) -> Any:
     )
 
 
+def manual_axes() -> tuple[str, ...]:
+    """The axes of the mesh that a `shard_map` around makes known."""
+    return tuple(map(str, jax.sharding.get_abstract_mesh().manual_axes))
+
+
 def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """x inside `shard_map`, typed as if it differed along the mesh's `axes` (those of a `vmap`
     have no such type)."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    same = set(manual) - set(jax.typeof(x).manual_axis_type.varying)
+    same = set(manual_axes()) - set(jax.typeof(x).manual_axis_type.varying)
     more = tuple(axis for axis in axes if axis in same)
     return lax.pcast(x, more, to="varying") if more else x
 

@@ -43,7 +43,8 @@ def transform(
         spread over one already. (How weights lie on a mesh is read from the arrays, or from the
         shardings of shapes.)
       mode: `"hire"` predicts and gathers; `"exact"` has the same meaning (the same top-k) in dense
-        arithmetic on the weights as they are, and is differentiable; `"dense"` is the original.
+        arithmetic on the weights as they are, and is differentiable (inside a `jit` of your own
+        nobody knows how weights lie on a mesh: give `FFN(parts=...)`); `"dense"` is the original.
       on_miss: what to do when a rule fits no site: `"ignore"`, `"warn"` or `"raise"`.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ class Packed:
                 )
 
     def __repr__(self) -> str:
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves((self.weights, self.sites)))
+        leaves = jax.tree.leaves((self.weights, self.sites))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         return (
             f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB, "
             f"plan {self.fingerprint})"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from hire_rewrite.analysis import Analyses
+from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
@@ -59,6 +59,9 @@ class Transformed:
         self._seen: tuple[tuple[Any, ...], Packed] | None = None
         self._warned: set[str] = set()
         self._compiled = jax.jit(self._run)
+        self._compiled_for = functools.cache(
+            lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed, args = self._split(args)
@@ -67,6 +70,10 @@ class Transformed:
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands))
+        if packed is None and self.mode == "exact" and not traced:
+            # Inside a jit nobody would know how the weights lie on a mesh.
+            analysis = self._analyses.of(None, args, kwargs)
+            return self._compiled_for(analysis)(*operands)
         return (self._run if traced else self._compiled)(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
@@ -99,6 +106,14 @@ class Transformed:
             NaN or an infinity; a weight does; or a rule needs calibration and there is none.
         """
         self._split(args)
+        leaves = self._weight_leaves(args)
+        shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+        if shapes and (calibration is not None or len(shapes) < len(leaves)):
+            what = "calibration" if calibration is not None else "other weights that are arrays"
+            raise HireRewriteError(
+                f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
+                "weights, or shapes for all and no calibration"
+            )
         analysis = self._analyses.of(None, args, kwargs)
         calibrated = Calibration()
         if calibration is not None:
@@ -110,8 +125,7 @@ class Transformed:
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
             )
-        leaves = self._weight_leaves(args)
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        if shapes:
             return analysis.pack_shapes(list(map(placed, leaves)))
         packed = analysis.pack(leaves, calibrated)
         if not self.weights:
@@ -192,11 +206,17 @@ class Transformed:
 
     # How it runs.
 
-    def _run(self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run(
+        self,
+        packed: Packed | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        analysis: Analysis | None = None,
+    ) -> Any:
         """The function on a `Packed` (`args` have None for the weights) or on raw weights."""
         if packed is None and self.mode == "dense":
             return self.fn(*args, **kwargs)
-        analysis = self._analyses.of(packed, args, kwargs)
+        analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
         if packed is None and (self.mode == "hire" or not analysis.changes):

@@ -175,6 +175,7 @@ def test_the_other_modes(name, mode):
     wanted = wanted(wanted.pack(weights(), TOKEN), TOKEN)
     np.testing.assert_allclose(jax.jit(run)(packed, token), wanted, atol=1e-5)
     if mode == "exact":  # and on raw weights, of which a jit does not know where they are
+        np.testing.assert_allclose(run(params, token), wanted, atol=1e-5)
         run = hire.transform(step, *in_parts, mode=mode)
         np.testing.assert_allclose(jax.jit(run)(params, token), wanted, atol=1e-5)
 
@@ -454,3 +455,65 @@ def test_explicit_sharding_of_raw_weights():
         assert head.status == "dense"
         assert "code stands behind its logits" in head.reason
         assert ffn.status == "rewritten"
+
+
+def test_what_cannot_be_spread_over_a_given_mesh_is_not():
+    mesh = Mesh(np.array(jax.devices()), ("a",))
+    head = hire.Head(k=16, candidates=64, certify=True, force=True)
+    run = hire.transform(step, head, hire.FFN(k=0.25, force=True), mesh=mesh)
+    plan = run.plan(weights(), TOKEN)
+    assert [site.status for site in plan.sites] == ["rewritten"] * 2
+    assert ["spread over a=8" in site.reason for site in plan.sites] == [False, True]
+    logits = jax.jit(run)(run.pack(weights(), TOKEN), TOKEN)
+    one = hire.transform(step, head, hire.FFN(k=0.25, parts=8, force=True))
+    wanted = one(one.pack(weights(), TOKEN), TOKEN)
+    np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+def test_arrays_that_are_closed_over_are_spread_too():
+    layout = LAYOUTS["tensor"]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(lambda token: step(params, token), *rules(), weights=())
+    assert all("spread over model=8" in site.reason for site in run.plan(token).sites)
+    run.pack(token)
+    np.testing.assert_allclose(run(token), together_by_argument(layout), atol=1e-5)
+
+
+def together_by_argument(layout: Layout):
+    run = hire.transform(step, *rules())
+    return jax.jit(run)(run.pack(layout.put(weights()), layout.token()), layout.token())
+
+
+def test_another_mesh_in_use():
+    layout = LAYOUTS["tensor"]
+    params, token = layout.put(weights()), layout.token()
+    run = hire.transform(step, *rules())
+    packed = run.pack(params, token)
+    other = jax.make_mesh((8,), ("other",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(other), pytest.raises(hire.HireRewriteError, match="but the mesh in use"):
+        run(packed, token)
+
+
+def test_shapes_with_calibration_or_beside_arrays():
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights())
+    run = hire.transform(step, *rules())
+    assert "MB" in repr(run.pack(shapes, TOKEN))
+    with pytest.raises(hire.HireRewriteError, match="and calibration"):
+        run.pack(shapes, TOKEN, calibration=batches())
+    with pytest.raises(hire.HireRewriteError, match="other weights that are arrays"):
+        run.pack(shapes | {"head": weights()["head"]}, TOKEN)
+
+
+def test_a_last_device_with_too_few_rows():
+    layout = LAYOUTS["stored in shards"]
+    run = hire.transform(step, hire.Head(k=500, candidates=513, force=True))
+    site = run.plan(layout.put(weights(4097)), layout.token()).sites[0]
+    assert site.status == "dense"
+    assert "leaves the last device 506 of them, fewer than the 513 candidates" in site.reason
+
+
+def test_k_is_not_rounded_up_to_whole_groups_of_all_devices():
+    layout = LAYOUTS["tensor"]
+    run = hire.transform(step, hire.FFN(k=32, candidates=96, force=True))
+    (site,) = (s for s in run.plan(layout.put(weights()), layout.token()).sites if s.kind == "ffn")
+    assert "top 32 of 96 candidates of 512, in groups of 4" in site.reason

@@ -26,7 +26,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hire_rewrite._compat import invariant_over, mesh_around, varying_over
+from hire_rewrite._compat import invariant_over, manual_axes, mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.buckets import bucket_top_k
 from hire_rewrite.ops.keys import from_keys, lowest, to_keys
@@ -58,6 +58,14 @@ def da_top_k(
     The order is that of `lax.top_k`: descending, NaN first, and of equal values the one with the
     lowest index. With `recall_target=1` (or k values kept) the result is equal to `lax.top_k`'s.
     Otherwise each row has at least that share of its k greatest values, the greatest among them.
+
+    With n values in s shards of m, of which each hands on q, and random placement (arXiv
+    2506.04165):
+
+        expected recall = 1 − (s / k) Σ_{r > q} (r − q) C(k, r) C(n − k, m − r) / C(n, m)
+
+    The target chooses q so that a row in a thousand misses more than it may. Misses are counted,
+    and such a row (or data that do not lie at random) makes the call merge lists of k.
 
     Differentiable in x, as `lax.top_k` is; works under `vmap` (also with `axis_name`), `jit`,
     `scan` and `jax.export`.
@@ -147,14 +155,16 @@ class _Wanted:
             raise HireRewriteError(
                 f"da_top_k: k={self.k} of {n} values in {shards} shard(s): give a smaller k"
             )
-        formula = whole if shards == 1 else kept_per_shard(n, self.k, shards, self.recall_target)
-        kept = min(whole, self.keep or formula)
-        if kept * shards < self.k:
+        size = -(-n // shards)
+        real = [min(size, max(0, n - i * size)) for i in range(shards)]
+        enough = next(c for c in range(1, size + 1) if sum(min(c, r) for r in real) >= self.k)
+        if self.keep is not None and self.keep < enough:
             raise HireRewriteError(
                 f"da_top_k: keep={self.keep} values in each of {shards} shards are fewer than "
-                f"k={self.k}: give keep at least {-(-self.k // shards)}"
+                f"k={self.k}: give keep at least {enough}"
             )
-        return kept
+        formula = whole if shards == 1 else kept_per_shard(n, self.k, shards, self.recall_target)
+        return min(whole, self.keep or max(formula, enough))
 
 
 def _sharded(
@@ -205,9 +215,9 @@ def _bind(
     merges: tuple[Merge, Merge],
 ) -> list[Array]:
     few, whole = merges
-    return da_top_k_p.bind(
-        x, indices, k=k, axes=axes, kept=kept, allowed=allowed, few=few, whole=whole
-    )
+    together = manual_axes()
+    settings = {"allowed": allowed, "few": few, "whole": whole, "together": together}
+    return da_top_k_p.bind(x, indices, k=k, axes=axes, kept=kept, **settings)
 
 
 def _on_mesh(
@@ -274,6 +284,8 @@ def _axis_size(name: str) -> int:
 #   allowed   how many of the k greatest a row may miss; None if they need no counting
 #   few       the merge of lists of `kept`
 #   whole     the merge of lists of k (or of all that a shard has)
+#   together  all axes of the mesh that `shard_map` makes known: other rows may be elsewhere, but
+#             collectives are everyone's, so that all devices must agree on whether to merge again
 
 
 def _abstract(x: Any, indices: Any, *, k: int, axes: tuple[str, ...], **_: Any) -> tuple[Any, Any]:
@@ -300,6 +312,7 @@ def _select(
     allowed: int | None,
     few: Merge,
     whole: Merge,
+    together: tuple[str, ...],
     select: Callable[[Array, int], tuple[Array, Array]],
 ) -> tuple[Array, Array]:
     """What the primitive computes, in other operations; `select` finds a shard's greatest few."""
@@ -317,13 +330,19 @@ def _select(
         keys, found = best(kept, local_top_k, few)
     else:
         keys, found = best(kept, select, few)
-        missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - (k - 1)
+        known = (found[..., :-1] >= 0).sum(-1)
+        missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - known
         keys, found = lax.cond(
-            (missed > allowed).any(),
+            _anywhere((missed > allowed).any(), together),
             lambda: best(min(k, x.shape[-1]), local_top_k, whole),
             lambda: (keys, found),
         )
     return from_keys(keys, x.dtype), found
+
+
+def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
+    """Whether a flag is set on any device along some axes: all then take the same branch."""
+    return lax.pmax(varying_over(flag.astype(jnp.int32), axes), axes) > 0
 
 
 def _before(keys: Array, indices: Array, found_keys: Array, found: Array) -> Array:
@@ -369,7 +388,6 @@ def _batch(
     ]
     x, indices = rows
     if outside:
-        x, indices = rows
         lead = (1,) * (x.ndim - indices.ndim)
         indices = indices.reshape(axis.size, *lead, *indices.shape[1:])
         return da_top_k_p.bind(x, indices, **params), (0, 0)
@@ -378,7 +396,8 @@ def _batch(
     k, whole = params["k"], min(params["k"], x.shape[-1])
     kept = min(k, axis.size * params["kept"]) if axes else whole
     allowed = params["allowed"] if kept < whole else None
-    merges = _merges(x, k, (kept, whole), axes, tuple(map(_axis_size, axes)))
+    how = params["whole"][-1].how if params["whole"] else None
+    merges = _merges(x, k, (kept, whole), axes, tuple(map(_axis_size, axes)), how=how)
     return _bind(x, indices, k, axes, kept, allowed, merges), (None, None)
 
 
@@ -395,7 +414,10 @@ for platform, select in ((None, local_top_k), ("tpu", bucket_top_k)):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("k", "axes", "kept", "allowed", "few", "whole"))
+_STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _compiled(x: Array, indices: Array, **params: Any) -> list[Array]:
     return da_top_k_p.bind(x, indices, **params)
 

@@ -51,6 +51,10 @@ class Spread:
         others = tuple(str(axis) for axis in self.mesh.axis_names if axis not in self.axes)
         return others if count % math.prod(self.mesh.shape[axis] for axis in others) == 0 else ()
 
+    def groups(self, count: int) -> int:
+        """Into how many groups so many tokens are spread."""
+        return math.prod(self.mesh.shape[axis] for axis in self.tokens(count))
+
     def map(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
     ) -> Callable[..., Any]:

@@ -49,6 +49,9 @@ def pack_shapes(
             packed.sites[decision.state],
             specs,
         )
+    for name, state in sites.items():
+        if all(decision.state != name for decision in placed):
+            sites[name] = jax.tree.map(lambda shape: laid(shape, whole), state)
     known = dict(zip(origin.paths, origin.specs, strict=True))
     kept = {
         path: laid(shape, known[path].sharding or whole) for path, shape in packed.weights.items()

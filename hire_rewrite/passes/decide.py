@@ -131,7 +131,7 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
     undecided = isinstance(rule, FFN) and rule.k == "auto" and not (learned and learned.k)
     wanted = dataclasses.replace(rule, k=1.0, candidates=None) if undecided else rule
     try:
-        spec = spec_of(found, wanted, default, learned)
+        found, spec = _fitting(found, wanted, default, learned)
     except Unfit as unfit:
         return Decision(found, _site(found, rule, "dense", str(unfit)), None, False, found.name)
     if undecided:
@@ -163,6 +163,23 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
     after = now.after if status == "rewritten" else None
     site = _site(found, rule, status, reason, after)
     return Decision(found, site, spec, packs, found.name, budget, asked=packs or not default)
+
+
+def _fitting(
+    found: Found, rule: Rule, default: bool, learned: Learned | None
+) -> tuple[Found, FFNSpec | HeadSpec]:
+    """The sizes at a site; one that cannot be spread, and need not be, is not.
+
+    Raises:
+      Unfit: the rule cannot be applied to this site.
+    """
+    try:
+        return found, spec_of(found, rule, default, learned)
+    except Unfit:
+        if found.spread is None or found.spreads_itself:
+            raise
+    found = dataclasses.replace(found, spread=None)
+    return found, spec_of(found, rule, default, learned)
 
 
 def _until(
@@ -198,8 +215,11 @@ def _described_spread(spec: FFNSpec | HeadSpec, found: Found) -> str:
     if isinstance(spec, FFNSpec):
         return f", spread over {spread}"
     sizes, each = [spread.mesh.shape[axis] for axis in spread.axes], spec.candidates // spec.parts
-    merge = cheapest(spread.axes, sizes, min(spec.k, each), spec.k, rows=found.tokens)
-    return f", spread over {spread}, compared by {described(merge, found.tokens)}"
+    if spec.tail == "-inf":
+        return f", spread over {spread}"
+    rows = found.tokens // spread.groups(found.tokens)
+    merge = cheapest(spread.axes, sizes, min(spec.k, each), spec.k, rows=rows)
+    return f", spread over {spread}, compared by {described(merge, rows)}"
 
 
 def _site(

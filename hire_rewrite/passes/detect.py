@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
-from hire_rewrite.passes.placement import spread_obstacle, spread_of
+from hire_rewrite.passes.placement import placement_of
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.activation import Activation
@@ -37,8 +37,8 @@ __all__ = ["Detection", "Found", "detect", "name_stack", "source_of"]
 class Found:
     """A match with what a user calls it; sites with equal `weights` can share one packed copy.
 
-    `spread` says over which devices its rows are spread, and `spread_obstacle` why it has to stay
-    dense for that, if it has to.
+    `spread` says over which devices its rows are spread, `spread_obstacle` why it has to stay
+    dense for that, if it has to, and `spreads_itself` whether its weights lie so.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Found:
     weights: Hashable
     spread: Spread | None = None
     spread_obstacle: str | None = None
+    spreads_itself: bool = True
 
     @property
     def kind(self) -> str:
@@ -123,8 +124,7 @@ def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
             name,
             match,
             _weights(trace, match),
-            spread := spread_of(trace, match, mesh),
-            spread_obstacle(trace, match, spread),
+            *placement_of(trace, match, mesh),
         )
         for name, match in zip(names, matches, strict=True)
     )

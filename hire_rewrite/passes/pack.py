@@ -103,7 +103,7 @@ def pack(
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
     spreads = [decision.found.spread for decision in packing if decision.found.spread]
     if spreads:  # all on the same devices
-        kept = {path: on_mesh(array, spreads[0]) for path, array in kept.items()}
+        kept, states = jax.tree.map(lambda array: on_mesh(array, spreads[0]), (kept, states))
     layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
     name = fingerprint(decisions, origin)
     return Packed(kept, states, name, origin, layout, calibration.learnings)

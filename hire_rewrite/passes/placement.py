@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
-from hire_rewrite.passes.trace import Trace
+from hire_rewrite.passes.trace import Trace, spread_sharding
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.head import HeadMatch
 
@@ -22,19 +22,31 @@ __all__ = [
     "automatic",
     "explicit_mesh",
     "on_mesh",
+    "placement_of",
     "put",
     "put_rows",
-    "spread_obstacle",
-    "spread_of",
 ]
+
+
+def placement_of(
+    trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None
+) -> tuple[Spread | None, str | None, bool]:
+    """How a site's rows are spread, why it has to stay dense for that, if it has to, and whether
+    its weights lie so.
+
+    Matrices that are not spread are over all of the mesh `default`, if there is one and nothing
+    speaks against it.
+    """
+    spread, itself = spread_of(trace, match, default), bool(_shardings(trace, match))
+    obstacle = spread_obstacle(trace, match, spread)
+    return (spread, obstacle, itself) if itself or obstacle is None else (None, None, False)
 
 
 def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -> Spread | None:
     """All axes of the mesh over which a site's matrices are spread, in whichever direction.
 
     A matrix that is spread along its inputs (fully sharded storage) is packed spread along its
-    rows: then each device still holds as much of it, and no row has to be gathered. Matrices that
-    are not spread are over all of the mesh `default`, if there is one.
+    rows: then each device still holds as much of it, and no row has to be gathered.
     """
     shardings = _shardings(trace, match)
     used = {name for sharding in shardings for name in _names(sharding.spec)}
@@ -140,7 +152,8 @@ def on_mesh(array: Any, spread: Spread) -> Any:
 def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]:
     """Of the inputs that a site's matrices come from, as far as they are spread."""
     roots = (root for li in match.linears for root in trace.provenance.roots(li.weight))
-    return [trace.shardings[root] for root in dict.fromkeys(roots) if root in trace.shardings]
+    found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
+    return [sharding for sharding in dict.fromkeys(found) if sharding is not None]
 
 
 def _names(spec: PartitionSpec) -> list[Any]:

@@ -98,8 +98,10 @@ def _ffn_spec(
             f"{parts} parts are not supported with common neurons, or where the function itself "
             "selects"
         )
-    group = math.gcd(rule.group, width // parts) if own is None else 1
     k = count(rule.k, width, f"{name}: k") if own is None else _own_k(activation, width)
+    group = math.gcd(rule.group, width // parts) if own is None else 1
+    if parts > 1:  # so that k is not rounded up by much
+        group = math.gcd(group, -(-k // parts))
     candidates = _candidates(name, rule, k, min(width, 2 * k), width)
     common = count(rule.common, width, f"{name}: common") if rule.common else 0
     if common > candidates:
@@ -156,12 +158,16 @@ def _head_spec(name: str, match: HeadMatch, rule: Head, spread: Spread | None) -
     parts = 1 if spread is None else spread.parts
     if parts > 1:
         last = width - (parts - 1) * -(-width // parts)
-        if rule.certify or isinstance(rule.predictor, Cascade) or last < 1:
+        if rule.certify or isinstance(rule.predictor, Cascade):
             what = "proofs are" if rule.certify else f"{rule.predictor} is"
             raise Unfit(f"its rows are spread over {spread}, where {what} not supported")
         each = kept_per_shard(width, candidates, parts, rule.recall_target)
-        candidates = min(each, last) * parts
-        k = min(k, candidates)
+        if last < each:
+            raise Unfit(
+                f"its {width} rows are spread over {spread}, which leaves the last device "
+                f"{max(0, last)} of them, fewer than the {each} candidates of each"
+            )
+        candidates = each * parts
     return HeadSpec(
         width=width,
         k=k,

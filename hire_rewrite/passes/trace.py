@@ -18,7 +18,7 @@ from hire_rewrite.passes.view import flatten
 from hire_rewrite.patterns.graph import Scope, Value
 from hire_rewrite.patterns.provenance import Provenance
 
-__all__ = ["Trace", "abstract", "placed", "trace"]
+__all__ = ["Trace", "abstract", "placed", "spread_sharding", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def trace(
         shardings={
             scope.inputs[i]: sharding
             for i in holds_weights
-            if (sharding := _spread(leaves[i][1])) is not None
+            if (sharding := spread_sharding(leaves[i][1])) is not None
         },
     )
 
@@ -116,13 +116,13 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
     found = abstract(leaf)
-    sharding = _spread(leaf) or (None if leaf is found else found.sharding)
+    sharding = spread_sharding(leaf) or (None if leaf is found else found.sharding)
     return jax.ShapeDtypeStruct(
         found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding
     )
 
 
-def _spread(leaf: Any) -> NamedSharding | None:
+def spread_sharding(leaf: Any) -> NamedSharding | None:
     """The sharding of an array, or of a shape, that is spread over a mesh."""
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return None

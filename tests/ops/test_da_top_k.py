@@ -215,6 +215,33 @@ class TestPlaces:
         assert found.tolist()[4:] == [-1, -1]
         assert (np.asarray(values) == least).all()
 
+    def test_few_real_values_among_padding_are_all_found(self):
+        m, real = 512, 9
+        ids = np.full((8, m), -1, np.int32)
+        ids[0, :real] = np.arange(real)
+        x = np.arange(8 * m, dtype=np.float32)
+        run = jax.shard_map(
+            lambda x, own: da_top_k(x, 10, axis_name="x", indices=own),
+            mesh=mesh_of(8),
+            in_specs=P("x"),
+            out_specs=P(),
+        )
+        values, found = run(x, ids.reshape(-1))
+        assert found.tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0, -1]
+        assert values[:real].tolist() == list(range(8, -1, -1))
+
+    @pytest.mark.parametrize("merge", ["gather", "butterfly"])
+    def test_rows_on_other_devices_may_need_another_merge(self, merge):
+        """All devices must take the same branch, or a permutation waits forever."""
+        x = data("random", 16384)
+        x[2:] = np.sort(x[2:])  # the second half of the rows, with all of the greatest together
+        mesh = mesh_of(2, 4, names=("data", "x"))
+        for target in (0.7, 0.9):
+            found = da_top_k(
+                x, 64, mesh=mesh, spec=P("data", "x"), recall_target=target, merge=merge
+            )
+            assert (recalls(found[1], x, 64) >= target).all()
+
 
 class TestTransformations:
     mesh = mesh_of(8)
@@ -318,6 +345,10 @@ class TestErrors:
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "recall_target": 1.5}, "recall_target=1.5"),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "keep": 1}, "keep at least 2"),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "keep": 0}, "keep=0"),
+            (
+                {"mesh": mesh_of(8), "spec": P("x"), "x": np.arange(9.0), "k": 8, "keep": 1},
+                "keep at least 2",
+            ),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "merge": "tree"}, "merge='tree'"),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "k": 17}, "k=17 of 16 values"),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "k": 0}, "k=0 must be at least 1"),
