@@ -12,6 +12,7 @@ So the recall of every row is at least the target, whatever the data.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -157,7 +158,8 @@ class _Wanted:
             )
         size = -(-n // shards)
         real = [min(size, max(0, n - i * size)) for i in range(shards)]
-        enough = next(c for c in range(1, size + 1) if sum(min(c, r) for r in real) >= self.k)
+        counts = range(1, size + 1)
+        enough = 1 + bisect.bisect_left(counts, self.k, key=lambda c: sum(min(c, r) for r in real))
         if self.keep is not None and self.keep < enough:
             raise HireRewriteError(
                 f"da_top_k: keep={self.keep} values in each of {shards} shards are fewer than "

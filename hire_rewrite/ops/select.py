@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.keys import from_keys, lowest, to_keys
 
 _TWO_STAGES = 1 << 17
 """From this many scores on, CPU selects in two stages. The partial sort is quick while few scores
@@ -88,9 +89,9 @@ def threshold_mask(scores: Array, k: int) -> Array:
         return jnp.ones(scores.shape, bool)
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
     mean, std = finite.mean(-1, keepdims=True), finite.std(-1, keepdims=True)
-    ranks = _ranks(scores)
+    ranks = ~to_keys(scores)
     low, high = ranks.min(-1, keepdims=True), ranks.max(-1, keepdims=True)
-    middle = jnp.clip(_ranks(mean + std * jax.scipy.special.ndtri(1.0 - k / n)), low, high)
+    middle = jnp.clip(~to_keys(mean + std * jax.scipy.special.ndtri(1.0 - k / n)), low, high)
     for _ in range(_BISECTIONS):
         fits = (ranks >= middle).sum(-1, keepdims=True) <= k
         low, high = jnp.where(fits, low, middle), jnp.where(fits, middle, high)
@@ -120,14 +121,9 @@ def _top_k_cpu(scores: Array, k: int) -> tuple[Array, Array]:
     if dtype == jnp.float32:
         return _partial_sort(scores, k)
     if dtype in (jnp.int32, jnp.uint32):
-        # As signed integers, in the same order; then the float whose rank that integer is.
-        flip = jnp.uint32(0 if dtype == jnp.int32 else 1 << 31)
-        keys = lax.bitcast_convert_type(
-            lax.bitcast_convert_type(scores, jnp.uint32) ^ flip, jnp.int32
-        )
-        values, indices = _partial_sort(lax.bitcast_convert_type(_flip(keys), jnp.float32), k)
-        bits = lax.bitcast_convert_type(_ranks(values), jnp.uint32) ^ flip
-        return lax.bitcast_convert_type(bits, dtype), indices
+        # The float that has the same place in the order of floats; not its value.
+        values, indices = _partial_sort(from_keys(to_keys(scores), jnp.float32), k)
+        return from_keys(to_keys(values), dtype), indices
     values, indices = _partial_sort(scores.astype(jnp.float32), k)
     return values.astype(dtype), indices
 
@@ -143,12 +139,11 @@ def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
     # their places keep the order of equal scores.
     blocks = -(-n // block)
     if n % block:
-        lowest = lax.bitcast_convert_type(jnp.int32(-1), jnp.float32)
         padding = [(0, 0, 0)] * (scores.ndim - 1) + [(0, blocks * block - n, 0)]
-        scores = lax.pad(scores, lowest, padding)
+        scores = lax.pad(scores, lowest(jnp.float32), padding)
     scores = scores.reshape(*scores.shape[:-1], blocks, block)
     # Maxima of integers: a maximum of floats is NaN for NaN of either sign, and may be either zero.
-    maxima = lax.bitcast_convert_type(_flip(_ranks(scores).max(-1)), jnp.float32)
+    maxima = from_keys(to_keys(scores).min(-1), jnp.float32)
     kept = jnp.sort(_runtime_top_k(maxima, k)[1], axis=-1)
     inside = jnp.take_along_axis(scores, kept[..., None], axis=-2, mode="promise_in_bounds")
     values, places = _runtime_top_k(inside.reshape(*kept.shape[:-1], k * block), k)
@@ -162,13 +157,3 @@ def _runtime_top_k(scores: Array, k: int) -> tuple[Array, Array]:
     values, indices = lax.top_k(scores, k)
     indices, values = lax.optimization_barrier((indices, values))
     return values, indices
-
-
-def _ranks(scores: Array) -> Array:
-    """i32 that compare as `lax.top_k` compares f32: by sign and magnitude of the bits."""
-    return _flip(lax.bitcast_convert_type(scores, jnp.int32))
-
-
-def _flip(bits: Array) -> Array:
-    """The magnitude's bits of negative numbers reversed; its own inverse."""
-    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))

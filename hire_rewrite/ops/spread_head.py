@@ -39,9 +39,8 @@ def spread_head(
     padding = ((0, 0), (0, spec.rows - spec.width))
     count = spec.candidates // spec.parts
 
-    def guess(x: Array, state: HeadState, layer: Array) -> tuple[Array, Array]:
-        scores = predictor.score(state.predictor, x, layer)
-        return scores, hopeful(scores, state.predictor, layer)
+    def guess(x: Array, state: HeadState, layer: Array) -> Array:
+        return predictor.score(state.predictor, x, layer)
 
     def compute(
         x: Array, state: HeadState, layer: Array, guessed: Array, hopes: tuple[Array, ...]
@@ -60,10 +59,10 @@ def spread_head(
     def padded(values: Array) -> Array:
         return jnp.pad(values, padding, constant_values=lowest(values.dtype))
 
-    scores, hopes = spread.map(guess, (tokens, specs, whole), (across, across))(x, state, layer)
+    scores = spread.map(guess, (tokens, specs, whole), across)(x, state, layer)
+    better = endpoints(cut(hopeful(scores, state.predictor, layer)).astype(spec.out_dtype))
     scores = scores.astype(spec.out_dtype)
     guesses = endpoints(cut(scores))
-    better = endpoints(cut(hopes).astype(spec.out_dtype))
     ends = (across,) * len(guesses)
     exact, found = spread.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
         x, state, layer, scores, tuple(map(padded, better))

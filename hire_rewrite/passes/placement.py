@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,19 +37,21 @@ def placement_of(
     Matrices that are not spread are over all of the mesh `default`, if there is one and nothing
     speaks against it.
     """
-    spread, itself = spread_of(trace, match, default), bool(_shardings(trace, match))
-    obstacle = spread_obstacle(trace, match, spread)
+    shardings = _shardings(trace, match)
+    spread, itself = _spread_of(shardings, default), bool(shardings)
+    obstacle = None if spread is None else _obstacle(match, spread)
+    if len({sharding.mesh for sharding in shardings}) > 1:
+        obstacle = "its weights are spread over several meshes"
     return (spread, obstacle, itself) if itself or obstacle is None else (None, None, False)
 
 
-def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -> Spread | None:
+def _spread_of(shardings: Sequence[NamedSharding], default: Mesh | None) -> Spread | None:
     """All axes of the mesh over which a site's matrices are spread, in whichever direction.
 
     A matrix that is spread along its inputs (fully sharded storage) is packed spread along its
     rows: then each device still holds as much of it, and no row has to be gathered.
     """
-    shardings = _shardings(trace, match)
-    used = {name for sharding in shardings for name in _names(sharding.spec)}
+    used = {name for sharding in shardings for part in sharding.spec for name in _names(part)}
     mesh = shardings[0].mesh if used else default
     if mesh is None:
         return None
@@ -60,12 +62,8 @@ def spread_of(trace: Trace, match: FFNMatch | HeadMatch, default: Mesh | None) -
     return spread if spread.parts > 1 else None
 
 
-def spread_obstacle(trace: Trace, match: FFNMatch | HeadMatch, spread: Spread | None) -> str | None:
+def _obstacle(match: FFNMatch | HeadMatch, spread: Spread) -> str | None:
     """Why a site whose rows are spread has to stay dense, if it has to."""
-    if spread is None:
-        return None
-    if len({sharding.mesh for sharding in _shardings(trace, match)}) > 1:
-        return "its weights are spread over several meshes"
     if isinstance(match, HeadMatch):
         places = ((value.shape, match.places[value]) for value in match.endpoints)
         if any((shape[axis], start) != (match.width, 0) for shape, (axis, start) in places):
@@ -97,27 +95,19 @@ def put_rows(array: Any, spread: Spread, axis: int) -> Any:
     here = getattr(array, "sharding", None)
     if not isinstance(array, jax.core.Tracer) and isinstance(here, NamedSharding):
         parts = [*here.spec, *(None,) * (array.ndim - len(here.spec))]
-        for other, names in enumerate(parts):
-            if names is not None and other != axis:
-                array = _exchanged(array, here.mesh, parts, other, axis)
-                parts[axis] = (*_names(PartitionSpec(parts[axis])), *_names(PartitionSpec(names)))
-                parts[other] = None
+        for other, part in enumerate(parts):
+            if part is not None and other != axis:
+                before, names = PartitionSpec(*parts), _names(part)
+                parts[other], parts[axis] = None, (*_names(parts[axis]), *names)
+
+                def exchange(piece: Any, names: Any = names, other: int = other) -> Any:
+                    return lax.all_to_all(piece, names, axis, other, tiled=True)
+
+                after = PartitionSpec(*parts)
+                array = jax.jit(
+                    jax.shard_map(exchange, mesh=here.mesh, in_specs=before, out_specs=after)
+                )(array)
     return put(array, spread, spread.along(axis))
-
-
-def _exchanged(array: Any, mesh: Any, parts: list[Any], other: int, axis: int) -> Any:
-    """An array whose axis `other` was spread, with `axis` spread over those devices instead."""
-    names = tuple(_names(PartitionSpec(parts[other])))
-    after = list(parts)
-    after[other], after[axis] = None, (*_names(PartitionSpec(parts[axis])), *names)
-
-    def exchange(piece: Any) -> Any:
-        return lax.all_to_all(piece, names, axis, other, tiled=True)
-
-    mapped = jax.shard_map(
-        exchange, mesh=mesh, in_specs=PartitionSpec(*parts), out_specs=PartitionSpec(*after)
-    )
-    return jax.jit(mapped)(array)
 
 
 def explicit_mesh(arrays: Iterable[Any]) -> Mesh | None:
@@ -156,6 +146,6 @@ def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]
     return [sharding for sharding in dict.fromkeys(found) if sharding is not None]
 
 
-def _names(spec: PartitionSpec) -> list[Any]:
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    return [name for part in parts for name in part if name is not None]
+def _names(part: Any) -> tuple[Any, ...]:
+    """The axes of a mesh in one part of a `PartitionSpec`."""
+    return part if isinstance(part, tuple) else () if part is None else (part,)
