@@ -150,10 +150,31 @@ def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.pcast(x, more, to="varying") if more else x
 
 
+def varying_like(x: jax.Array, aval: Any) -> jax.Array:
+    """x, typed inside `shard_map` as if it differed along the axes that another type does."""
+    return varying_over(x, sorted(map(str, aval.manual_axis_type.varying)))
+
+
+def varying_alike(operands: Sequence[Any]) -> Sequence[Any]:
+    """Operands of a primitive inside `shard_map`, typed as if each differed where any does."""
+    if not manual_axes():
+        return operands
+    types = (jax.typeof(x).manual_axis_type.varying for x in operands)
+    axes = sorted(map(str, frozenset().union(*types)))
+    return [varying_over(x, axes) for x in operands]
+
+
 collectives = frozenset(
     _inside(lambda x: lax.psum(x, "x") + lax.pmax(x, "x") + lax.all_gather(x, "x", tiled=True))
     | {p.psum_p, p.pmax_p, p.all_gather_p}
-) - {p.add_p}
+) - {p.add_p, *sharding_casts}
+
+exchanges = (
+    collectives
+    | {p.all_to_all_p, p.ppermute_p, p.pmin_p, p.ragged_all_to_all_p}
+    | _inside(lambda x: lax.psum_scatter(x, "x", tiled=True))
+) - sharding_casts
+"""What brings numbers of other devices; `collectives` keep the order and number of axes."""
 
 cpu_fuses_widening = jax.__version_info__ < (0, 12)
 """Whether XLA's CPU backend emits vector code for a vector-matrix product that is fused with the

@@ -23,6 +23,8 @@ class Same:
     parts: tuple[Node, ...]
     loops: tuple[Scope, ...] = ()
     reports: bool = False
+    state: None = None
+    shards: None = None
 
     @property
     def nodes(self):
@@ -38,7 +40,7 @@ class Same:
         fixed = [v for v in read if v.literal is None and v.const is None]
         return tuple(dict.fromkeys(v for v in fixed if v not in self.outputs))
 
-    def emit(self, ins, index):
+    def emit(self, ins, index, state):
         env = dict(zip(self.inputs, ins, strict=True))
         for node in self.parts:
             operands = [env.get(v, v.const if v.literal is None else None) for v in node.ins]

@@ -28,7 +28,7 @@ def pack_shapes(
     packed = jax.eval_shape(
         lambda arrays: pack(trace, decisions, origin, arrays, Calibration()), list(weights)
     )
-    placed = [decision for decision in decisions if decision.packs and decision.found.spread]
+    placed = [d for d in decisions if d.packs and (d.found.spread or d.found.shards)]
     if not placed:
         return packed
 
@@ -38,16 +38,11 @@ def pack_shapes(
     sites: dict[str, Any] = dict(packed.sites)
     whole: NamedSharding | None = None
     for decision in placed:
-        spread, rule, spec = decision.found.spread, decision.site.rule, decision.spec
-        assert spread is not None
-        whole = whole or NamedSharding(spread.mesh, PartitionSpec())
-        assert rule is not None
-        assert spec is not None
-        specs = state_specs(sites[decision.state], spec, rule.predictor, spread)
+        state = packed.sites[decision.state]
+        mesh, specs = _placement(decision, state)
+        whole = whole or NamedSharding(mesh, PartitionSpec())
         sites[decision.state] = jax.tree.map(
-            lambda shape, one, mesh=spread.mesh: laid(shape, NamedSharding(mesh, one)),
-            packed.sites[decision.state],
-            specs,
+            lambda shape, one, mesh=mesh: laid(shape, NamedSharding(mesh, one)), state, specs
         )
     for name, state in sites.items():
         if all(decision.state != name for decision in placed):
@@ -57,3 +52,15 @@ def pack_shapes(
         path: laid(shape, known[path].sharding or whole) for path, shape in packed.weights.items()
     }
     return dataclasses.replace(packed, weights=kept, sites=sites)
+
+
+def _placement(decision: Decision, state: Any) -> tuple[Any, Any]:
+    """The mesh of a site, and the `PartitionSpec`s of its arrays."""
+    spread, shards = decision.found.spread, decision.found.shards
+    if shards is not None:
+        return shards.mesh, jax.tree.map(lambda _: shards.spec, state)
+    assert spread is not None
+    assert decision.spec is not None
+    assert decision.site.rule is not None
+    predictor = decision.site.rule.predictor
+    return spread.mesh, state_specs(state, decision.spec, predictor, spread)

@@ -25,9 +25,10 @@ from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.raw import observed
 from hire_rewrite.passes.rewrite import Rewritten, rewrite
 from hire_rewrite.passes.rows import to_rows
+from hire_rewrite.passes.shards import Shards
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import evaluate
-from hire_rewrite.passes.weights import layers, site_loops
+from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Node, Scope, Value
 from hire_rewrite.patterns.linear import Linear
@@ -45,7 +46,9 @@ class _Tap:
 
     name: str
     linear: Linear
+    shards: Shards | None
     loops: tuple[Scope, ...]
+    state: None = None
     reports: bool = True
 
     @property
@@ -60,7 +63,7 @@ class _Tap:
     def outputs(self) -> tuple[Value, ...]:
         return self.linear.node.outs
 
-    def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
+    def emit(self, ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
         x = ins[self.linear.node.ins.index(self.linear.x)]
         moments = Moments.of(to_rows(x, self.linear.x_axes))
         return evaluate(self.linear.node, ins), (moments, None)
@@ -69,7 +72,7 @@ class _Tap:
 def tapped(trace: Trace, decisions: Sequence[Decision]) -> Rewritten:
     """The traced function with taps; its reports are `Moments` and, of blocks, their `Activity`.
 
-    Both have leading axes for the scans over which the site's weights vary.
+    Both have leading axes for the scans, and for the shards, over which the site's weights vary.
     """
     return rewrite(trace, [_tap(trace, decision) for decision in decisions])
 
@@ -93,7 +96,7 @@ def conclude(
             if not _needs(decision):
                 continue
             raise _unreached(name)
-        seen, active = by_layer(reports[name], len(loops), layers(loops))
+        seen, active = by_layer(reports[name], loops, decision.found.shards)
         if not bool(seen.count.all()):
             if not _needs(decision):
                 continue
@@ -126,7 +129,8 @@ def _tap(trace: Trace, decision: Decision) -> Any:
     match = decision.found.match
     if isinstance(match, FFNMatch):
         return observed(trace, decision, shares=decision.undecided)
-    return _Tap(decision.found.name, match.linear, site_loops(trace, match))
+    found = decision.found
+    return _Tap(found.name, match.linear, found.shards, site_loops(trace, match))
 
 
 def _needs(decision: Decision) -> bool:

@@ -107,7 +107,8 @@ def _fits(rule: Rule, found: Found, default: bool) -> bool:
         return False
     if isinstance(match, FFNMatch):
         return isinstance(rule, FFN) and (not default or match.activation.sparse)
-    return isinstance(rule, Head) and match.width >= rule.min_width
+    shards = 1 if found.shards is None else found.shards.count
+    return isinstance(rule, Head) and match.width * shards >= rule.min_width
 
 
 def _without_rule(found: Found) -> Decision:
@@ -210,6 +211,8 @@ def _describe(spec: FFNSpec | HeadSpec, rule: Rule, found: Found) -> str:
 def _described_spread(spec: FFNSpec | HeadSpec, found: Found) -> str:
     """Over which devices a site is spread, and what they send each other."""
     spread = found.spread
+    if found.shards is not None:
+        return f", for each device of {found.shards} by itself"
     if spread is None:
         return ""
     if isinstance(spec, FFNSpec):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.placement import placement_of
+from hire_rewrite.passes.shards import Shards, shards_in, shards_of
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.activation import Activation
@@ -38,7 +39,8 @@ class Found:
     """A match with what a user calls it; sites with equal `weights` can share one packed copy.
 
     `spread` says over which devices its rows are spread, `spread_obstacle` why it has to stay
-    dense for that, if it has to, and `spreads_itself` whether its weights lie so.
+    dense for that, if it has to, and `spreads_itself` whether its weights lie so. `shards` is the
+    `shard_map` that it stands in.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Found:
     spread: Spread | None = None
     spread_obstacle: str | None = None
     spreads_itself: bool = True
+    shards: Shards | None = None
 
     @property
     def kind(self) -> str:
@@ -59,11 +62,6 @@ class Found:
     @property
     def obstacle(self) -> str | None:
         """Why it has to stay dense, whatever the rules say."""
-        for scope in self.scope.ancestors():
-            node = scope.parent
-            if node is not None and node.primitive is _compat.shard_map_p:
-                axes = ", ".join(sorted(map(str, node.params["newly_manual_axes"])))
-                return f"inside shard_map over {axes}, its weights are shards"
         typed = any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights)
         match = self.match
         if typed and (self.spread is None or (isinstance(match, HeadMatch) and match.chain)):
@@ -96,7 +94,7 @@ def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
     """Match every linear layer of the function, in all scopes.
 
     Args:
-      min_width: linear layers narrower than this are no vocabulary.
+      min_width: linear layers narrower than this, all their shards together, are no vocabulary.
       mesh: where to spread the rows of sites whose weights are not spread.
     """
     matches: list[FFNMatch | HeadMatch] = []
@@ -119,16 +117,16 @@ def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
                 linears[node] = linear
         matches += _match(trace, linears, min_width, misses, activations)
     names = _names(trace, matches)
-    found = tuple(
-        Found(
-            name,
-            match,
-            _weights(trace, match),
-            *placement_of(trace, match, mesh),
-        )
-        for name, match in zip(names, matches, strict=True)
-    )
+    found = tuple(_found(trace, *both, mesh) for both in zip(names, matches, strict=True))
     return Detection(found, _rejections(trace, misses), tuple(opaque))
+
+
+def _found(trace: Trace, name: str, match: FFNMatch | HeadMatch, mesh: Mesh | None) -> Found:
+    weights = _weights(trace, match)
+    shards, obstacle = shards_of(trace, match)
+    if shards is not None:
+        return Found(name, match, weights, None, obstacle, shards=shards)
+    return Found(name, match, weights, *placement_of(trace, match, mesh))
 
 
 def _match(
@@ -158,7 +156,8 @@ def _match(
             misses.pop(node, None)
             continue
         try:
-            head = match_head(linear, min_width, linears, trace.provenance, trace.live, heads)
+            least = -(-min_width // shards_in(trace.provenance, linear.weight))
+            head = match_head(linear, least, linears, trace.provenance, trace.live, heads)
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.
             widens = linear.out_dim > linear.in_dim

@@ -120,14 +120,18 @@ class _Watched:
     nodes: frozenset[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    run: Callable[[Sequence[Any], Mapping[Scope, Any]], tuple[list[Any], Any]]
+    run: Callable[[Sequence[Any], Mapping[Scope, Any], Any], tuple[list[Any], Any]]
     logits: Value
     axis: int
+    state: Any = None
+    shards: None = None
     loops: tuple[Scope, ...] = ()
     reports: bool = True
 
-    def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
-        results, report = self.run(ins, index)
+    def emit(
+        self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
+    ) -> tuple[list[Any], Any]:
+        results, report = self.run(ins, index, state)
         rows = to_rows(results[self.outputs.index(self.logits)], (self.axis,))
         return results, (report, rows.astype(jnp.float32))
 
@@ -140,13 +144,15 @@ def _watched(swaps: Sequence[Any], head: HeadMatch) -> tuple[list[Any], str]:
     for swap in swaps:
         if value in swap.outputs:
             name = swap.name
-            swap = _Watched(name, swap.nodes, swap.inputs, swap.outputs, swap.emit, value, axis)
+            swap = _Watched(
+                name, swap.nodes, swap.inputs, swap.outputs, swap.emit, value, axis, swap.state
+            )
         found.append(swap)
     if not name:
         name, node = "logits", value.node
         assert node is not None
 
-        def run(ins: Sequence[Any], _: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
+        def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
             return evaluate(node, ins), None
 
         found.append(_Watched(name, frozenset({node}), node.ins, node.outs, run, value, axis))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.passes.shards import Shards
 from hire_rewrite.passes.trace import abstract
+from hire_rewrite.patterns.graph import Scope
 
 __all__ = ["add_up", "by_layer"]
 
@@ -51,9 +54,17 @@ def add_up(
     return total
 
 
-def by_layer(report: Any, axes: int, layers: int) -> Any:
-    """A report whose first `axes` (for each scan around the site, for experts) are merged."""
-    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (layers, *leaf.shape[axes:])), report)
+def by_layer(report: Any, loops: Sequence[Scope], shards: Shards | None, experts: int = 1) -> Any:
+    """A report with one leading axis for shards, scans and experts, as packed arrays have it."""
+    apart = shards is not None and bool(shards.axes)
+    axes = len(loops) + apart + (experts > 1)
+
+    def one(leaf: Any) -> Any:
+        if shards is not None and apart:
+            leaf = jnp.moveaxis(leaf, shards.outside, 0)
+        return leaf.reshape(math.prod(leaf.shape[:axes]), *leaf.shape[axes:])
+
+    return jax.tree.map(one, report)
 
 
 def _check(what: str, batch: Any, example: Sequence[Any]) -> None:

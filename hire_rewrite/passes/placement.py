@@ -15,6 +15,7 @@ from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.trace import Trace, spread_sharding
 from hire_rewrite.patterns.ffn import FFNMatch
+from hire_rewrite.patterns.graph import mesh_axes
 from hire_rewrite.patterns.head import HeadMatch
 
 __all__ = [
@@ -51,7 +52,7 @@ def _spread_of(shardings: Sequence[NamedSharding], default: Mesh | None) -> Spre
     A matrix that is spread along its inputs (fully sharded storage) is packed spread along its
     rows: then each device still holds as much of it, and no row has to be gathered.
     """
-    used = {name for sharding in shardings for part in sharding.spec for name in _names(part)}
+    used = {name for sharding in shardings for name in mesh_axes(sharding.spec)}
     mesh = shardings[0].mesh if used else default
     if mesh is None:
         return None
@@ -97,8 +98,8 @@ def put_rows(array: Any, spread: Spread, axis: int) -> Any:
         parts = [*here.spec, *(None,) * (array.ndim - len(here.spec))]
         for other, part in enumerate(parts):
             if part is not None and other != axis:
-                before, names = PartitionSpec(*parts), _names(part)
-                parts[other], parts[axis] = None, (*_names(parts[axis]), *names)
+                before, names = PartitionSpec(*parts), tuple(mesh_axes(part))
+                parts[other], parts[axis] = None, (*mesh_axes(parts[axis]), *names)
 
                 def exchange(piece: Any, names: Any = names, other: int = other) -> Any:
                     return lax.all_to_all(piece, names, axis, other, tiled=True)
@@ -144,8 +145,3 @@ def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]
     roots = (root for li in match.linears for root in trace.provenance.roots(li.weight))
     found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
     return [sharding for sharding in dict.fromkeys(found) if sharding is not None]
-
-
-def _names(part: Any) -> tuple[Any, ...]:
-    """The axes of a mesh in one part of a `PartitionSpec`."""
-    return part if isinstance(part, tuple) else () if part is None else (part,)

@@ -148,6 +148,7 @@ def observed(trace: Trace, decision: Decision, *, shares: bool) -> SiteReplaceme
         inputs,
         match.outputs,
         run,
+        shards=decision.found.shards,
         loops=site_loops(trace, match),
         reports=True,
         raw=True,

@@ -68,10 +68,10 @@ def packed_replacements(
         run = _ffn(match, decision, mode, functions)
     else:
         run = _head(match, decision, mode)
-    loops = site_loops(trace, match)
-    name = decision.found.name
+    name, shards, loops = decision.found.name, decision.found.shards, site_loops(trace, match)
+    nodes, outputs = match.nodes, match.outputs
     found = [
-        SiteReplacement(name, match.nodes, match.inputs, match.outputs, run, state, loops, reports)
+        SiteReplacement(name, nodes, match.inputs, outputs, run, state, shards, loops, reports)
     ]
     if isinstance(match, FFNMatch) and match.shared:
         found.append(_shared(name, match, decision, state, loops))
@@ -102,7 +102,10 @@ def _shared(
 
     outputs = tuple(sibling.value for sibling in siblings)
     inputs = (match.x, *sides)
-    return SiteReplacement(f"{name} (fused)", match.shared, inputs, outputs, run, state, loops)
+    shards = decision.found.shards
+    return SiteReplacement(
+        f"{name} (fused)", match.shared, inputs, outputs, run, state, shards, loops
+    )
 
 
 def _ffn(

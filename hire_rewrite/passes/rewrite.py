@@ -41,7 +41,7 @@ class Rewritten:
         """
         writer = _Writer(self.units, self.live)
         env = {self.scope.inputs[i]: inputs[i] for i in self.needs}
-        return writer.run_scope(self.scope, env, {})
+        return writer.run_scope(self.scope, env, _Around())
 
 
 def rewrite(trace: Trace, replacements: Sequence[Replacement]) -> Rewritten:
@@ -52,6 +52,17 @@ def rewrite(trace: Trace, replacements: Sequence[Replacement]) -> Rewritten:
     return Rewritten(trace.scope, units, live, needs)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Around:
+    """What the loops around a piece of code hand to the replacements in it.
+
+    `index` has the iteration of each scan, `states` the arrays of replacements in a `shard_map`.
+    """
+
+    index: dict[Scope, Any] = dataclasses.field(default_factory=dict)
+    states: dict[Replacement, Any] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass
 class _Writer:
     units: Mapping[Node, Replacement]
@@ -59,17 +70,17 @@ class _Writer:
     schedules: dict[Scope, tuple[Item, ...]] = dataclasses.field(default_factory=dict)
 
     def run_scope(
-        self, scope: Scope, env: dict[Value, Any], index: Mapping[Scope, Any]
+        self, scope: Scope, env: dict[Value, Any], around: _Around
     ) -> tuple[list[Any], dict[str, Any]]:
         """Results of a scope (None for those that nobody needs) and the reports in it."""
         if scope not in self.schedules:
             self.schedules[scope] = schedule(scope, self.units, self.live)
-        reports = self.run_items(self.schedules[scope], env, index)
+        reports = self.run_items(self.schedules[scope], env, around)
         results = [look_up(v, env) if v in self.live.results else None for v in scope.outputs]
         return results, reports
 
     def run_items(
-        self, items: Sequence[Item], env: dict[Value, Any], index: Mapping[Scope, Any]
+        self, items: Sequence[Item], env: dict[Value, Any], around: _Around
     ) -> dict[str, Any]:
         reports: dict[str, Any] = {}
         for item in items:
@@ -78,26 +89,28 @@ class _Writer:
                 results = evaluate(item.entry, ins)
             elif isinstance(item, Loop):
                 call = structured_calls[item.node.primitive]
-                result = call.write(item.node, _LoopWriter(self, item.node, env, index))
+                result = call.write(item.node, _LoopWriter(self, item.node, env, around))
                 reports |= result.reports
                 results = [result.outputs.get(i) for i in range(len(item.writes))]
             elif isinstance(item, Call):
-                results, inner = self._run_call(item, env, index)
+                results, inner = self._run_call(item, env, around)
                 reports |= inner
             else:
                 ins = [look_up(value, env) for value in item.reads]
-                results, report = item.replacement.emit(ins, index)
+                unit = item.replacement
+                state = around.states.get(unit, unit.state)
+                results, report = unit.emit(ins, around.index, state)
                 if report is not None:
-                    reports[item.replacement.name] = report
+                    reports[unit.name] = report
             env.update((v, r) for v, r in zip(item.writes, results, strict=True) if r is not None)
         return reports
 
     def _run_call(
-        self, item: Call, env: Mapping[Value, Any], index: Mapping[Scope, Any]
+        self, item: Call, env: Mapping[Value, Any], around: _Around
     ) -> tuple[list[Any], dict[str, Any]]:
         def body(*arrays: Any) -> tuple[list[Any], dict[str, Any]]:
             inner = dict(zip(item.reads, arrays, strict=True))
-            reports = self.run_items(item.items, inner, index)
+            reports = self.run_items(item.items, inner, around)
             return [inner[value] for value in item.writes], reports
 
         eqn = item.frame.eqn
@@ -113,7 +126,7 @@ class _LoopWriter:
     writer: _Writer
     node: Node
     env: Mapping[Value, Any]
-    index: Mapping[Scope, Any]
+    around: _Around
 
     def read(self, value: Value) -> Any:
         return look_up(value, self.env)
@@ -121,9 +134,16 @@ class _LoopWriter:
     def is_live(self, value: Value) -> bool:
         return value in self.writer.live.values
 
-    def run(self, body: Body, inputs: dict[int, Any], index: Any | None) -> BodyResult:
+    def run(
+        self,
+        body: Body,
+        inputs: dict[int, Any],
+        index: Any | None,
+        states: dict[Any, Any] | None = None,
+    ) -> BodyResult:
         env = {body.scope.inputs[i]: array for i, array in inputs.items()}
-        around = self.index if index is None else {**self.index, body.scope: index}
+        counts = {} if index is None else {body.scope: index}
+        around = _Around(self.around.index | counts, self.around.states | (states or {}))
         outputs, reports = self.writer.run_scope(body.scope, env, around)
         return BodyResult({j: o for j, o in enumerate(outputs) if o is not None}, reports)
 
@@ -134,11 +154,13 @@ class _LoopWriter:
         apart = {name: r for name, r in reports.items() if body.scope in loops[name]}
         return apart, {name: r for name, r in reports.items() if name not in apart}
 
+    def units(self, body: Body) -> list[Replacement]:
+        inside = set(body.scope.walk())
+        found = (u for node, u in self.writer.units.items() if node.scope in inside)
+        return list(dict.fromkeys(found))
+
     def report_zeros(self, run: Callable[..., Any], *args: Any) -> dict[str, Any]:
-        bodies = {scope for body in self.node.bodies for scope in body.scope.walk()}
-        if not any(
-            unit.reports and node.scope in bodies for node, unit in self.writer.units.items()
-        ):
+        if not any(unit.reports for body in self.node.bodies for unit in self.units(body)):
             return {}
         reports = jax.eval_shape(run, *args)[1]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reports)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from hire_rewrite.passes.calls import inline_calls
 from hire_rewrite.passes.liveness import Liveness
+from hire_rewrite.passes.shards import Shards
 from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
 
 __all__ = ["Call", "Item", "Keep", "Loop", "Replacement", "Swap", "schedule"]
@@ -21,8 +22,10 @@ __all__ = ["Call", "Item", "Keep", "Loop", "Replacement", "Swap", "schedule"]
 class Replacement(Protocol):
     """Code that takes the place of some nodes of one scope.
 
-    `loops` are the scans around it in whose iterations it has weights of its own; `reports` says
-    whether it returns a report (statistics, say) besides its outputs.
+    `state` holds arrays of its own; `shards` is the `shard_map` around it, over whose devices their
+    leading axis is spread. `loops` are the scans around it in whose iterations it has
+    weights of its own; `reports` says whether it returns a report (statistics, say) besides its
+    outputs.
     """
 
     @property
@@ -38,13 +41,26 @@ class Replacement(Protocol):
     def outputs(self) -> tuple[Value, ...]: ...
 
     @property
+    def state(self) -> Any: ...
+
+    @property
+    def shards(self) -> Shards | None: ...
+
+    @property
     def loops(self) -> tuple[Scope, ...]: ...
 
     @property
     def reports(self) -> bool: ...
 
-    def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
-        """Outputs and a report (None for none); `index` has the iteration of each scan around."""
+    def emit(
+        self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
+    ) -> tuple[list[Any], Any]:
+        """Outputs and a report (None for none).
+
+        Args:
+          index: the iteration of each scan around.
+          state: the arrays of `state`; inside a `shard_map`, this device's.
+        """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

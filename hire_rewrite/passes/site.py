@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.passes.shards import Shards
 from hire_rewrite.patterns.graph import Node, Scope, Value
 
 __all__ = ["SiteReplacement"]
@@ -32,15 +33,18 @@ class SiteReplacement:
     outputs: tuple[Value, ...]
     run: Callable[[Sequence[Any], Any, Any], Any]
     state: Any = None
+    shards: Shards | None = None
     loops: tuple[Scope, ...] = ()
     reports: bool = False
     raw: bool = False
 
-    def emit(self, ins: Sequence[Any], index: Mapping[Scope, Any]) -> tuple[list[Any], Any]:
+    def emit(
+        self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
+    ) -> tuple[list[Any], Any]:
         run, layer = self.run, _layer_of(self.loops, index)
         specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
         if any(spec is None for spec in specs):
-            found = run(list(ins), layer, self.state)
+            found = run(list(ins), layer, state)
         elif self.raw:
             raise HireRewriteError(
                 f"{self.name}: its weights are sharded by their types, of which neither mode exact "
@@ -52,7 +56,7 @@ class SiteReplacement:
             out = (specs, PartitionSpec()) if self.reports else specs
             with jax.sharding.use_abstract_mesh(self.outputs[0].aval.sharding.mesh):
                 run = jax.sharding.auto_axes(run, out_sharding=out)
-                found = run(list(ins), layer, self.state)
+                found = run(list(ins), layer, state)
         results, report = found if self.reports else (found, None)
         for value, result in zip(self.outputs, results, strict=True):
             got = jax.typeof(result)

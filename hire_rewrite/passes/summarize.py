@@ -16,7 +16,7 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.estimate import estimate
 from hire_rewrite.passes.observe import by_layer
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.weights import layers, site_loops
+from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.report import ModelReport, Report, SiteReport
 
 __all__ = ["summarize"]
@@ -40,8 +40,7 @@ def _site(trace: Trace, decision: Decision, sums: Any) -> SiteReport:
     assert spec is not None
     assert rule is not None
     loops = site_loops(trace, found.match)
-    axes = len(loops) + (found.experts > 1)
-    seen = by_layer(sums, axes, layers(loops) * found.experts)
+    seen = by_layer(sums, loops, found.shards, found.experts)
     seen = type(seen)(*(np.asarray(leaf, np.float64) for leaf in seen))
     if not seen.tokens.all():
         raise HireRewriteError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,14 +42,14 @@ class Stacker:
     """Evaluates weights of a function.
 
     Args:
-      inputs: the arrays that stand for the function's inputs, as far as they are weights.
+      inputs: what stands for the function's inputs, as far as they are weights.
     """
 
-    def __init__(self, inputs: dict[Value, Any]) -> None:
-        mesh = explicit_mesh(inputs.values())
+    def __init__(self, inputs: Mapping[Value, Stacked]) -> None:
+        mesh = explicit_mesh(item.array for item in inputs.values())
         # The function's code knows the mesh by its types; what comes out does not.
         self._around = contextlib.nullcontext if mesh is None else partial(jax.set_mesh, mesh)
-        self._done = {value: Stacked(array, ()) for value, array in inputs.items()}
+        self._done = dict(inputs)
 
     def stack(self, value: Value, over: Sequence[Scope]) -> jax.Array:
         """The value with one leading axis for the iterations of the scans `over`, in row-major

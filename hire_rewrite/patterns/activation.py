@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.patterns.axes import axis_rules, unsharded
+from hire_rewrite.patterns.axes import axis_rules, rerun
 from hire_rewrite.patterns.graph import Value
 from hire_rewrite.patterns.grow import TOP
 from hire_rewrite.patterns.miss import Miss
@@ -273,8 +273,7 @@ def _known(value: Value) -> Any:
     operands = [_known(operand) for operand in node.ins]
     if any(operand is None for operand in operands):
         return None
-    results = node.primitive.bind(*operands, **unsharded(node.params))
-    return results[node.outs.index(value)] if node.primitive.multiple_results else results
+    return rerun(node, operands)[node.outs.index(value)]
 
 
 def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
+from hire_rewrite import _compat
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.window import Window
 
@@ -28,6 +29,7 @@ __all__ = [
     "axis_rules",
     "keeps_tokens",
     "register_axis_rule",
+    "rerun",
     "result_axis",
     "unsharded",
 ]
@@ -48,12 +50,20 @@ class AxisRule:
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
         """A result in its window at `n` positions, from operands in theirs."""
-        return node.primitive.bind(*operands, **unsharded(node.params))
+        return rerun(node, operands)[output]
 
 
 def unsharded(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters of an operation without those that lay out its full result over a mesh."""
     return {name: None if "sharding" in name else value for name, value in params.items()}
+
+
+def rerun(node: Node, operands: Sequence[Any]) -> Sequence[Any]:
+    """The results of an operation, inside a `shard_map` or anywhere else."""
+    if node.primitive in (p.sharding_constraint_p, *_compat.sharding_casts):
+        return [_compat.varying_like(operands[0], node.outs[0].aval)]
+    results = node.primitive.bind(*_compat.varying_alike(operands), **unsharded(node.params))
+    return results if node.primitive.multiple_results else [results]
 
 
 axis_rules: dict[Any, AxisRule] = {}

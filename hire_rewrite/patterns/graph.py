@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from jax.extend import core as jex_core
 
-__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value"]
+__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value", "mesh_axes"]
 
 
 class Value:
@@ -146,6 +146,8 @@ class Input:
     """`"const"`: the outer value; `"slice"`: one slice of its first axis for each iteration;
     `"carry"`: the outer value at first, then an output of the last iteration; `"shard"`: a
     device's part of it."""
+    spec: Any = None
+    """The `PartitionSpec` that says which part of it a device has."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,6 +166,13 @@ class Body:
     scope: Scope
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
+
+
+def mesh_axes(spec: Any) -> list[str]:
+    """The axes of a mesh in a `PartitionSpec`, or in one part of it."""
+    if spec is None or isinstance(spec, str):
+        return [] if spec is None else [spec]
+    return [name for part in spec for name in mesh_axes(part)]
 
 
 def is_drop(var: Any) -> bool:

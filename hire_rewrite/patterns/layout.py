@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule
+from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule, rerun
 from hire_rewrite.patterns.graph import Node
 from hire_rewrite.patterns.one_hot import chooses, free_axes
 from hire_rewrite.patterns.window import Window
@@ -30,7 +30,7 @@ class _Sharding(AxisRule):
     def bind(
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        return operands[0]  # a constraint on the full axis says nothing about a part of it
+        return rerun(node, operands)[0]  # a constraint says nothing about a part of the axis
 
 
 @register_axis_rule(p.broadcast_in_dim_p)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.patterns.graph import Body, Node, Scope, Value
+from hire_rewrite.patterns.graph import Body, Node, Scope, Value, mesh_axes
 
 __all__ = ["Counter", "Provenance", "body_of", "carried_unchanged", "counter"]
 
@@ -38,6 +38,7 @@ class Provenance:
     def __init__(self, root: Scope, weights: Collection[int]) -> None:
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._varies: dict[Value, frozenset[Scope]] = {}
+        self._differs: dict[Value, frozenset[str]] = {}
         self._identities: dict[Value, Hashable] = {}
         self._visit(root)
 
@@ -45,15 +46,22 @@ class Provenance:
         """Whether the value depends on weights (and constants) alone."""
         return value.literal is not None or value.const is not None or value in self._weights
 
-    def roots(self, value: Value) -> list[Value]:
-        """The inputs and constants that a weight is computed from, in order of discovery."""
+    def roots(self, value: Value, within: Scope | None = None) -> list[Value]:
+        """The inputs and constants that a weight is computed from, in order of discovery.
+
+        Args:
+          within: a scope around the value whose own inputs are asked for; None for the function's.
+        """
+        outermost = within.parent if within is not None else None
         found: dict[Value, None] = {}
         stack, seen = [value], {value}
         while stack:
             current = stack.pop()
             if current.node is not None:
                 sources = list(current.node.ins)
-            elif current.const is not None or (current.is_input and current.scope.parent is None):
+            elif current.const is not None or (
+                current.is_input and current.scope.parent is outermost
+            ):
                 found[current] = None
                 continue
             elif current.is_input:
@@ -80,6 +88,9 @@ class Provenance:
             elif value.is_input and value.scope.parent is not None:
                 body, i = body_of(value)
                 found = self.identity(body.inputs[i].outer)
+                if body.inputs[i].role == "shard":
+                    mesh = body.scope.parent and body.scope.parent.params["mesh"]
+                    found = (str(body.inputs[i].spec), mesh and tuple(mesh.shape.items()), found)
                 if value.scope in self.varies_over(value):
                     count = counter(body, i) if body.inputs[i].role == "carry" else None
                     order = count and (count.step, value.scope.parent.params.get("reverse"))
@@ -103,6 +114,21 @@ class Provenance:
                 scopes = frozenset()
             self._varies[value] = scopes
         return self._varies[value]
+
+    def differs_along(self, value: Value) -> frozenset[str]:
+        """The axes of the meshes of `shard_map`s around a weight along which it may differ."""
+        if value not in self._differs:
+            found = frozenset[str]()
+            if value.node is not None:
+                found = found.union(*map(self.differs_along, value.node.ins))
+                if value.node.primitive is p.axis_index_p:
+                    found |= {str(value.node.params["axis_name"])}
+            elif value.is_input and value.scope.parent is not None:
+                body, i = body_of(value)
+                found = self.differs_along(body.inputs[i].outer)
+                found = found.union(mesh_axes(body.inputs[i].spec))
+            self._differs[value] = found
+        return self._differs[value]
 
     def _visit(self, scope: Scope) -> None:
         for node in scope.nodes:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hire_rewrite.patterns.axes import axis_rules
+from hire_rewrite.patterns.axes import axis_rules, rerun
 from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.window import Window
@@ -219,10 +219,7 @@ def _compute(node: Node, env: dict[Value, Any]) -> None:
             assert value.node is not None
             _compute(value.node, env)
         operands.append(value.const if value.const is not None else env[value])
-    results = node.primitive.bind(*operands, **node.params)
-    env.update(
-        zip(node.outs, results if node.primitive.multiple_results else [results], strict=True)
-    )
+    env.update(zip(node.outs, rerun(node, operands), strict=True))
 
 
 def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:

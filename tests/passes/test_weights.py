@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from hire_rewrite.passes.trace import trace
-from hire_rewrite.passes.weights import Stacker, layers, loops_of, narrow, site_loops
+from hire_rewrite.passes.weights import Stacked, Stacker, layers, loops_of, narrow, site_loops
 from tests.cases import D, F, T, found_in, inputs, rand
 from tests.cases_ffn import NEST, PLAIN, STACK, plain
 
@@ -21,7 +21,8 @@ def stacked(fn, *weights):
     dots = [n for s in traced.scope.walk() for n in s.nodes if str(n.primitive) == "dot_general"]
     weight = next(v for v in dots[-1].ins if traced.provenance.is_weight(v))
     leaves = jax.tree.leaves(weights)
-    stacker = Stacker(dict(zip(traced.scope.inputs, leaves, strict=False)))
+    inputs = zip(traced.scope.inputs, leaves, strict=False)
+    stacker = Stacker({value: Stacked(leaf, ()) for value, leaf in inputs})
     varying = traced.provenance.varies_over(weight)
     loops = loops_of(weight.scope, varying)
     return np.asarray(stacker.stack(weight, loops)), stacker, weight

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.passes.calls.table import BodyResult, BodySpec, BodyWriter
-from hire_rewrite.patterns.graph import Input, Node, Output
+from hire_rewrite.patterns.graph import Input, Node, Output, mesh_axes
 
 
 class ShardMap:
-    """Each operand is seen as one shard of it."""
+    """Each operand is seen as one shard of it.
+
+    The arrays of replacements inside become operands. What the devices report comes out with all
+    of them on a leading axis, and is put together outside.
+    """
 
     controls = 0
 
     def bodies(self, eqn: Any, ins: Sequence[Any]) -> list[BodySpec]:
-        inputs = tuple(Input(value, "shard") for value in ins)
+        specs = eqn.params["in_specs"]
+        inputs = tuple(Input(v, "shard", spec) for v, spec in zip(ins, specs, strict=True))
         outputs = tuple(Output(i) for i in range(len(eqn.outvars)))
         return [BodySpec(eqn.params["jaxpr"], 1, inputs, outputs)]
 
@@ -26,18 +33,30 @@ class ShardMap:
         params = node.params
         live_in = [i for i, value in enumerate(body.scope.inputs) if writer.is_live(value)]
         live_out = [i for i, value in enumerate(node.outs) if writer.is_live(value)]
+        in_specs = [params["in_specs"][i] for i in live_in]
+        units = [unit for unit in writer.units(body) if unit.shards is not None]
+        states = [unit.state for unit in units]
+        manual = tuple(a for a in params["mesh"].axis_names if a in params["newly_manual_axes"])
 
-        def run(*shards: Any) -> list[Any]:
-            result = writer.run(body, dict(zip(live_in, shards, strict=True)), None)
-            return [result.outputs[i] for i in live_out]
+        def run(states: list[Any], shards: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+            inputs = dict(zip(live_in, shards, strict=True))
+            result = writer.run(body, inputs, None, dict(zip(units, states, strict=True)))
+            reports = jax.tree.map(
+                lambda leaf: _compat.varying_over(leaf, manual)[None], result.reports
+            )
+            return [result.outputs[i] for i in live_out], reports
 
         mapped = jax.shard_map(
             run,
             mesh=params["mesh"],
-            in_specs=tuple(params["in_specs"][i] for i in live_in),
-            out_specs=[params["out_specs"][i] for i in live_out],
+            in_specs=([unit.shards.spec for unit in units], in_specs),
+            out_specs=([params["out_specs"][i] for i in live_out], PartitionSpec(manual)),
             axis_names=set(params["newly_manual_axes"]),
             check_vma=params["check_vma"],
         )
-        results = mapped(*(writer.read(body.inputs[i].outer) for i in live_in))
-        return BodyResult(dict(zip(live_out, results, strict=True)), {})
+        operands = [writer.read(body.inputs[i].outer) for i in live_in]
+        results, reports = mapped(states, operands)
+        split = {axis for spec in in_specs for axis in mesh_axes(spec)}
+        known = {unit.name: unit.shards for unit in units}
+        together = {name: known[name].together(report, split) for name, report in reports.items()}
+        return BodyResult(dict(zip(live_out, results, strict=True)), together)

@@ -47,8 +47,23 @@ class BodyWriter(Protocol):
     def is_live(self, value: Any) -> bool:
         """Whether anything needs the value."""
 
-    def run(self, body: Body, inputs: dict[int, Any], index: Any | None) -> BodyResult:
-        """Run a body; `inputs` by number, `index` counts the iterations of a `scan`."""
+    def units(self, body: Body) -> list[Any]:
+        """The replacements inside a body (see `passes.schedule.Replacement`)."""
+
+    def run(
+        self,
+        body: Body,
+        inputs: dict[int, Any],
+        index: Any | None,
+        states: dict[Any, Any] | None = None,
+    ) -> BodyResult:
+        """Run a body.
+
+        Args:
+          inputs: by number.
+          index: the iteration of a `scan`.
+          states: arrays that take the place of those of replacements inside.
+        """
 
     def split_reports(
         self, body: Body, reports: dict[str, Any]
