@@ -80,8 +80,23 @@ def _manual(fun: Callable[..., Any]) -> Any:
     return _equations(mapped)[0]
 
 
+def _manual_equations(fun: Callable[..., Any]) -> Sequence[Any]:
+    return open_jaxpr(_manual(fun).params["jaxpr"])[0].eqns
+
+
 def _inside(fun: Callable[..., Any]) -> set[Any]:
-    return {eqn.primitive for eqn in open_jaxpr(_manual(fun).params["jaxpr"])[0].eqns}
+    return {eqn.primitive for eqn in _manual_equations(fun)}
+
+
+_NAMES_AN_AXIS = tuple(
+    {type(e) for eqn in _manual_equations(lambda x: x + lax.axis_index("x")) for e in eqn.effects}
+)
+
+
+def has_effects(eqn: Any) -> bool:
+    """Whether an equation does anything but compute. (Inside `shard_map`, to name an axis of the
+    mesh counts as an effect in jax.)"""
+    return any(not isinstance(effect, _NAMES_AN_AXIS) for effect in eqn.effects)
 
 
 shard_map_p = _manual(lambda x: x * 2).primitive

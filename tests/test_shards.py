@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -10,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
-from tests.test_spread import TOKEN, batches, quick, weights
+from benchmarks.hlo import collectives
+from tests.test_spread import LAYERS, TOKEN, VOCABULARY, D, batches, quick, weights
 
 FORCED = {"force": True, "predictor": hire.Quantized()}
-HEAD = hire.Head(k=16, candidates=64, min_width=1024, **FORCED)
 
 SPECS = {
     "embed": P(),
@@ -29,6 +30,13 @@ SPECS = {
 
 def ffn(**settings):
     return hire.FFN(k=0.25, candidates=0.5, **FORCED | settings)
+
+
+def head(**settings):
+    return hire.Head(k=16, candidates=64, min_width=1024, **FORCED | settings)
+
+
+HEAD = head()
 
 
 def mesh_of(**sizes):
@@ -115,8 +123,234 @@ def test_heads_take_the_top_k_of_each_device():
     run = hire.transform(whole(mesh), HEAD)
     got = quick(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
     parts = []
-    for head in np.split(weights()["head"], 4, axis=1):
-        own = weights() | {"head": head}
+    for part in np.split(weights()["head"], 4, axis=1):
+        own = weights() | {"head": part}
         alone = hire.transform(one_device, HEAD)
         parts.append(alone(alone.pack(own, TOKEN), TOKEN))
     np.testing.assert_allclose(got, np.concatenate(parts, axis=1), rtol=2e-4, atol=2e-4)
+
+
+def searching(mesh, find, check_vma=True):
+    """The model in one `shard_map`, with the logits of all devices gathered for a search."""
+
+    def body(params, token):
+        return find(lax.all_gather(forward(params, token), "model", axis=1, tiled=True))
+
+    # What an all_gather leaves alike on all devices is not known to be so by its type.
+    return jax.shard_map(
+        lambda params, token: jax.tree.map(lambda a: a[None], body(params, token)),
+        mesh=mesh,
+        in_specs=(SPECS, P("data")),
+        out_specs=P("model", "data"),
+        check_vma=check_vma,
+    )
+
+
+FINDS = {
+    "top_k": lambda logits: tuple(lax.top_k(logits, 8)),
+    "argmax": lambda logits: (jnp.argmax(logits, -1),),
+}
+
+
+@pytest.mark.parametrize("name", FINDS)
+def test_searches_gather_no_logits(name):
+    mesh = mesh_of(data=2, model=4)
+    params = laid_out(mesh)
+    fn = searching(mesh, FINDS[name])
+    run = hire.transform(fn, HEAD)
+    packed = run.pack(params, TOKEN)
+    compiled = jax.jit(run).lower(packed, TOKEN).compile()
+    got = compiled(packed, TOKEN)
+    want = fn(params, TOKEN)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+    sizes = [one.bytes for one in collectives(compiled.as_text())]
+    assert max(sizes) < 4 * len(TOKEN) * VOCABULARY / 16
+    dense = collectives(jax.jit(fn).lower(params, TOKEN).compile().as_text())
+    assert max(one.bytes for one in dense) >= 4 * (len(TOKEN) // 2) * VOCABULARY
+
+
+def test_mode_exact_and_evaluation():
+    mesh = mesh_of(data=2, model=4)
+    params, fn = laid_out(mesh), whole(mesh)
+    exact = quick(hire.transform(fn, ffn(), mode="exact"))(params, TOKEN)
+    alone = hire.transform(one_device, ffn(parts=4), mode="exact")(weights(), TOKEN)
+    np.testing.assert_allclose(exact, alone, rtol=2e-4, atol=2e-4)
+    run = hire.transform(fn, ffn(predictor=hire.Quantized(4)), HEAD)
+    report = run.evaluate(run.pack(params, TOKEN), batches())
+    head, block = sorted(report.sites, key=lambda site: site.name)
+    assert len(head.recall) == 4
+    assert block.tokens == head.tokens == sum(token.size for (token,) in batches())
+    # Each device's layers follow each other; the first one sees the embeddings alone.
+    first = np.asarray(block.recall).reshape(4, LAYERS)[:, 0]
+    single = hire.transform(one_device, ffn(predictor=hire.Quantized(4)))
+    for number, recall in enumerate(first):
+        own = slice_of(number)
+        alone = single.evaluate(single.pack(own, TOKEN), batches()).sites[0]
+        assert recall == pytest.approx(alone.recall[0], abs=1e-6)
+
+
+def slice_of(number):
+    """What one of four devices has."""
+
+    def cut(array, spec):
+        axis = next((i for i, name in enumerate(spec) if name == "model"), None)
+        return array if axis is None else np.split(array, 4, axis)[number]
+
+    return jax.tree.map(cut, weights(), SPECS)
+
+
+def test_reports_of_scanned_shard_maps():
+    mesh = mesh_of(model=4)
+    settings = {"predictor": hire.LowRank(24)}
+    recalls = []
+    for form in (whole, blocks):
+        run = hire.transform(form(mesh), ffn(**settings))
+        packed = run.pack(laid_out(mesh), TOKEN, calibration=batches())
+        recalls.append(run.evaluate(packed, batches()).sites[0].recall)
+    np.testing.assert_allclose(*recalls, atol=1e-3)
+
+
+def test_packs_of_shapes_lie_like_packs_of_arrays():
+    mesh = mesh_of(model=4)
+    params = laid_out(mesh)
+    run = hire.transform(whole(mesh), ffn(), HEAD)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
+    )
+    packed, ahead = run.pack(params, TOKEN), run.pack(shapes, TOKEN)
+
+    def alike(a, b):
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(
+            b.sharding, a.ndim
+        )
+
+    assert jax.tree.all(jax.tree.map(alike, packed, ahead))
+    for leaf in jax.tree.leaves(packed.sites):
+        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // 4
+
+
+def test_a_mesh_from_the_context():
+    mesh = mesh_of(model=4)
+    fn = jax.shard_map(forward, in_specs=(SPECS, P()), out_specs=P(None, "model"))
+    run = hire.transform(fn, ffn())
+    with jax.set_mesh(mesh):
+        params = weights()
+        got = jax.jit(run)(run.pack(params, TOKEN), TOKEN)
+    known = hire.transform(whole(mesh), ffn())
+    want = known(known.pack(laid_out(mesh), TOKEN), TOKEN)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_cut_by_the_number_of_the_device():
+    mesh = mesh_of(model=4)
+
+    def own(params, token):
+        start = lax.axis_index("model") * (VOCABULARY // 4)
+        head = lax.dynamic_slice_in_dim(params["head"], start, VOCABULARY // 4, 1)
+        return params["embed"][token] @ head
+
+    fn = jax.shard_map(own, mesh=mesh, in_specs=(P(), P()), out_specs=P(None, "model"))
+    params = {name: weights()[name] for name in ("embed", "head")}
+    run = hire.transform(fn, hire.Head(k=1026, candidates=1026, min_width=1024, **FORCED))
+    packed = run.pack(params, TOKEN)
+    assert packed.sites["params/head"].rows.shape == (4, 1026, D)
+    np.testing.assert_allclose(run(packed, TOKEN), fn(params, TOKEN), rtol=1e-5, atol=1e-5)
+
+
+def test_proofs_and_cascades_of_each_device():
+    mesh = mesh_of(data=2, model=4)
+    params, fn = laid_out(mesh), searching(mesh, FINDS["argmax"])
+    for settings in (
+        {"certify": True},
+        {"predictor": hire.Cascade(hire.LowRank(32), hire.Quantized(), 256)},
+    ):
+        run = hire.transform(
+            fn, hire.Head(k=16, candidates=64, min_width=1024, **FORCED | settings)
+        )
+        packed = run.pack(params, TOKEN, calibration=batches())
+        np.testing.assert_array_equal(quick(run)(packed, TOKEN)[0], fn(params, TOKEN)[0])
+
+
+def _sent(params, token):
+    head = lax.all_gather(params["head"], "model", axis=1, tiled=True)
+    return params["embed"][token] @ head
+
+
+def _nested(mesh):
+    own = jax.shard_map(
+        lambda params, token: params["embed"][token] @ params["head"],
+        in_specs=(SPECS, P()),
+        out_specs=P(None, "model"),
+        axis_names={"model"},
+    )
+    return jax.shard_map(
+        own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"}
+    )
+
+
+def test_what_stays_dense_and_why():
+    mesh = mesh_of(data=2, model=4)
+    sent = jax.shard_map(
+        _sent, mesh=mesh, in_specs=(SPECS, P("data")), out_specs=P("data"), check_vma=False
+    )
+    some = jax.shard_map(
+        lambda params, token: params["embed"][token] @ params["head"],
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    for fn, reason in (
+        (sent, "where its weights are sent between devices"),
+        (_nested(mesh), "inside shard_map over model, inside another shard_map"),
+        (some, "inside shard_map over data, and its weights are spread over model"),
+    ):
+        run = hire.transform(fn, HEAD)
+        params = laid_out(mesh)
+        (site,) = run.plan(params, TOKEN).sites
+        assert site.status == "dense"
+        assert reason in site.reason
+        got, want = run(params, TOKEN), jax.jit(fn)(params, TOKEN)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_says_where_the_devices_are():
+    mesh = mesh_of(model=4)
+    fn = jax.shard_map(forward, in_specs=(SPECS, P()), out_specs=P(None, "model"))
+    run = hire.transform(fn, ffn())
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        pytest.raises(hire.HireRewriteError, match="pack under jax"),
+    ):
+        run.pack(jax.tree.map(jnp.asarray, weights()), TOKEN)
+
+
+def test_weights_that_are_no_numbers():
+    mesh = mesh_of(model=4)
+    params = weights() | {"head": weights()["head"] * np.nan}
+    run = hire.transform(whole(mesh), HEAD)
+    with pytest.raises(hire.HireRewriteError, match="params/head: its weights hold a NaN"):
+        run.pack(params, TOKEN)
+
+
+def test_weights_inside_and_outside_are_packed_apart():
+    mesh = mesh_of(model=4)
+    each = jax.shard_map(
+        lambda x, head: x @ head,
+        mesh=mesh,
+        in_specs=(P(), P(None, "model")),
+        out_specs=P(None, "model"),
+    )
+
+    def fn(params, token):
+        x = params["embed"][token]
+        return each(x, params["head"]), x @ params["head"]
+
+    run = hire.transform(fn, HEAD)
+    packed = run.pack(weights(), TOKEN)
+    assert sorted(state.rows.shape for state in packed.sites.values()) == [
+        (1, VOCABULARY, D),
+        (4, VOCABULARY // 4, D),
+    ]
+    for one, dense in zip(quick(run)(packed, TOKEN), fn(weights(), TOKEN), strict=True):
+        np.testing.assert_array_equal(one.argmax(-1), dense.argmax(-1))

@@ -24,7 +24,7 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.experts import side_by_side
 from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
 from hire_rewrite.passes.rows import from_rows, to_rows
-from hire_rewrite.passes.searches import spread_searches
+from hire_rewrite.passes.searches import searches
 from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.weights import site_loops
@@ -76,9 +76,9 @@ def packed_replacements(
     if isinstance(match, FFNMatch) and match.shared:
         found.append(_shared(name, match, decision, state, loops))
     spread, spec = decision.found.spread, decision.spec
-    if mode == "hire" and spread is not None and isinstance(match, HeadMatch):
+    if mode == "hire" and isinstance(match, HeadMatch):
         assert isinstance(spec, head_ops.HeadSpec)
-        found += spread_searches(name, match, spread, spec.recall_target)
+        found += searches(name, match, spread, shards, spec.recall_target)
     return found
 
 

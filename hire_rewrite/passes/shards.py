@@ -204,7 +204,8 @@ def _concrete(shards: Shards, arrays: list[Any]) -> Mesh | AbstractMesh:
     """
     if isinstance(shards.mesh, Mesh) or any(isinstance(a, jax.core.Tracer) for a in arrays):
         return shards.mesh
-    known = (a.sharding.mesh for a in arrays if isinstance(a.sharding, NamedSharding))
+    lies = [getattr(array, "sharding", None) for array in arrays]
+    known = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
     for mesh in (*known, jax.sharding.get_mesh()):
         if mesh.axis_names and dict(mesh.shape) == dict(shards.mesh.shape):
             return mesh

@@ -66,7 +66,8 @@ class SiteReplacement:
                     f"has {value.aval.str_short()}; this is a bug of hire_rewrite: exclude the "
                     "site with a rule's path= and report it"
                 )
-        return list(results), report
+        pairs = zip(results, self.outputs, strict=True)
+        return [_compat.varying_like(result, value.aval) for result, value in pairs], report
 
 
 def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:

@@ -19,7 +19,7 @@ from hire_rewrite import _compat
 from hire_rewrite.patterns.axes import axis_rules, keeps_tokens, result_axis
 from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.linear import Linear
-from hire_rewrite.patterns.logits import follow
+from hire_rewrite.patterns.logits import Search, follow
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.window import Window
@@ -56,7 +56,7 @@ class HeadMatch:
     chain: tuple[Node, ...]
     places: Mapping[Value, Place]
     endpoints: tuple[Value, ...]
-    searches: tuple[Node, ...] = ()
+    searches: tuple[Search, ...] = ()
 
     @property
     def width(self) -> int:

@@ -212,7 +212,7 @@ class _Gather(AxisRule):
         axis = self.operands(node, window)[0].axis
         sizes = params["slice_sizes"]
         params["slice_sizes"] = tuple(n if i == axis else size for i, size in enumerate(sizes))
-        return node.primitive.bind(*operands, **params)
+        return node.primitive.bind(*_compat.varying_alike(operands), **params)
 
 
 @register_axis_rule(_compat.split_p)

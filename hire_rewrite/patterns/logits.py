@@ -7,6 +7,7 @@ If it is contracted with something or cut to pieces, it was no vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
 
-__all__ = ["follow"]
+__all__ = ["Search", "follow"]
 
 Track = tuple[Value, int, bool]
 """A value, its vocabulary axis, and whether that is only a part of the vocabulary."""
@@ -33,6 +34,8 @@ _SINKS = frozenset(
 _VALUES = frozenset({p.top_k_p, p.approx_top_k_p})
 """Those that return some logits as they are, besides where they stood."""
 
+_GREATEST = _VALUES | {p.argmax_p}
+
 _STORES = frozenset(
     {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
 )
@@ -43,14 +46,26 @@ _ALONG = (
 """Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
 
 
-def follow(origin: Node, axis: int, uses: Uses) -> tuple[Node, ...]:
-    """Where the greatest of all along an axis of a node's result are looked for, by `top_k`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Search:
+    """An operation that looks for the greatest of all logits, by their values.
+
+    `gather` is the `all_gather` in front of it, where each device of a `shard_map` has some.
+    """
+
+    node: Node
+    gather: Node | None = None
+
+
+def follow(origin: Node, axis: int, uses: Uses) -> tuple[Search, ...]:
+    """Where the greatest of all along an axis of a node's result are looked for.
 
     Raises:
       Miss: the axis does not end where logits end.
     """
     seen: set[Track] = set()
-    searches: dict[Node, None] = {}
+    searches: dict[Node, Search] = {}
+    gathers: dict[Value, Node] = {}
     width = origin.outs[0].shape[axis]
     stack: list[Track] = [(origin.outs[0], axis, False)]
     parted: Miss | None = None
@@ -73,7 +88,11 @@ def follow(origin: Node, axis: int, uses: Uses) -> tuple[Node, ...]:
             found = _pass(user, position, axis, len(seen), uses)
             whole = whole or (not found and not part)
             if not found and user.primitive in _VALUES and value.shape[axis] == width:
-                searches[user] = None
+                searches[user] = Search(user)
+            elif not found and user.primitive in _GREATEST and value in gathers:
+                searches[user] = Search(user, gathers[value])
+            if value.shape[axis] == width and _gathers(user, axis):
+                gathers[user.outs[0]] = user
             for out, there in found:
                 if out.shape[there] == 1 < value.shape[axis]:
                     whole = True  # a single logit was looked up
@@ -84,7 +103,7 @@ def follow(origin: Node, axis: int, uses: Uses) -> tuple[Node, ...]:
                 stack.append((out, there, part or cut))
     if parted is not None and not whole:
         raise parted
-    return tuple(searches)
+    return tuple(searches.values())
 
 
 def _pass(
@@ -136,6 +155,17 @@ def _pass(
     if not found:
         raise Miss(f"{primitive} cuts or mixes the wide axis", user, matched)
     return found
+
+
+def _gathers(user: Node, axis: int) -> bool:
+    """Whether it joins the logits of all devices along the vocabulary."""
+    params = user.params
+    return (
+        user.primitive is p.all_gather_p
+        and params["tiled"]
+        and params["all_gather_dimension"] == axis
+        and params["axis_index_groups"] is None
+    )
 
 
 def _is_multiplied(value: Value, uses: Uses) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable
 import numpy as np
 from jax.extend.core import primitives as p
 
+from hire_rewrite import _compat
 from hire_rewrite.patterns.graph import Body, Node, Scope, Value, mesh_axes
 
 __all__ = ["Counter", "Provenance", "body_of", "carried_unchanged", "counter"]
@@ -135,7 +136,7 @@ class Provenance:
             for body in node.bodies:
                 self._enter(body)
                 self._visit(body.scope)
-            if not node.eqn.effects and all(map(self.is_weight, node.ins)):
+            if not _compat.has_effects(node.eqn) and all(map(self.is_weight, node.ins)):
                 self._weights.update(node.outs)
 
     def _enter(self, body: Body) -> None:
