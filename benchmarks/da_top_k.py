@@ -38,6 +38,8 @@ values, indices = hire.da_top_k(shard, k=64, axis_name="model")  # inside shard_
 
 `transform` puts it in place of `lax.top_k` and `lax.approx_max_k` behind a head that it rewrites
 on a mesh. An arg max it leaves alone: the compiler compares one value of each device for that.
+Inside a function's own `shard_map` it puts it in place of searches of logits that were gathered
+(`top_k`, `approx_max_k` or `argmax` of a tiled `all_gather`), and nothing is gathered.
 
 ## How many values of each device
 

@@ -441,28 +441,39 @@ def implicit_packed(layout: Layout):
     return hire.transform(step, *rules()).pack(layout.put(weights()), layout.token())
 
 
+def capped_step(run):
+    """A step with code behind its logits."""
+    return lambda params, token: jnp.tanh(run(params, token) / 3 + 0.25) * jnp.float32(3)
+
+
 def test_explicit_sharding_of_raw_weights():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     layout = LAYOUTS["data and tensor"]
+    chosen = rules(hire.LowRank(48))
+    implicit = hire.transform(capped_step(step), *chosen)
+    calibrated = implicit.pack(layout.put(weights()), layout.token(), calibration=batches())
+    plain = hire.transform(capped_step(step), *chosen, mode="exact")
     with jax.set_mesh(mesh):
         params, token = (
             jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, a.sharding.spec)), tree)
             for tree in (layout.put(weights()), layout.token())
         )
-        run = hire.transform(typed_step, *rules(), mode="exact")
-        with pytest.raises(hire.HireRewriteError, match="sharded by their types"):
-            run(params, token)
-        run = hire.transform(typed_step, *rules(hire.LowRank(16)))
-        with pytest.raises(hire.HireRewriteError, match="nor calibration"):
-            run.pack(params, token, calibration=[(token,)])
-
-        def capped(params, token):
-            return jnp.tanh(typed_step(params, token) / 30) * 30
-
-        head, ffn = hire.inspect(capped, params, token, rules=rules()).sites
-        assert head.status == "dense"
-        assert "code stands behind its logits" in head.reason
-        assert ffn.status == "rewritten"
+        shown = [
+            (jax.device_put(tokens, NamedSharding(mesh, P("data"))),) for (tokens,) in batches()
+        ]
+        exact = hire.transform(capped_step(typed_step), *chosen, mode="exact")(params, token)
+        run = hire.transform(capped_step(typed_step), *chosen)
+        assert [site.status for site in run.plan(params, token).sites] == ["rewritten"] * 2
+        packed = run.pack(params, token, calibration=shown)
+        logits = quick(run)(packed, token)
+        assert exact.sharding.spec == logits.sharding.spec == P("data", "model")
+    wanted = plain(layout.put(weights()), layout.token())
+    np.testing.assert_allclose(exact, wanted, atol=1e-5)
+    wanted = quick(implicit)(calibrated, layout.token())
+    with pytest.warns(UserWarning, match="without calibration"):
+        plain = quick(implicit)(implicit.pack(layout.put(weights()), TOKEN), layout.token())
+    off = np.abs(np.asarray(logits) - np.asarray(wanted)).mean()
+    assert off < 0.01 * np.abs(plain - wanted).mean()
 
 
 def test_what_cannot_be_spread_over_a_given_mesh_is_not():

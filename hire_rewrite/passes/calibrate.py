@@ -7,7 +7,6 @@ reports of sites that have weights of their own in each iteration, and sum all o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,51 +21,21 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.observe import by_layer
 from hire_rewrite.passes.pack import Calibration
+from hire_rewrite.passes.placement import automatic
 from hire_rewrite.passes.raw import observed
 from hire_rewrite.passes.rewrite import Rewritten, rewrite
 from hire_rewrite.passes.rows import to_rows
-from hire_rewrite.passes.shards import Shards
+from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate
+from hire_rewrite.passes.view import run_node
 from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.graph import Node, Scope, Value
-from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.rules import FFN
 
 __all__ = ["conclude", "tapped"]
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64)
 """For so many tokens in a call the rows that they share are estimated."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Tap:
-    """The replacement of a linear layer by itself, with a report."""
-
-    name: str
-    linear: Linear
-    shards: Shards | None
-    loops: tuple[Scope, ...]
-    state: None = None
-    reports: bool = True
-
-    @property
-    def nodes(self) -> frozenset[Node]:
-        return frozenset({self.linear.node})
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return self.linear.node.ins
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return self.linear.node.outs
-
-    def emit(self, ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
-        x = ins[self.linear.node.ins.index(self.linear.x)]
-        moments = Moments.of(to_rows(x, self.linear.x_axes))
-        return evaluate(self.linear.node, ins), (moments, None)
 
 
 def tapped(trace: Trace, decisions: Sequence[Decision]) -> Rewritten:
@@ -112,6 +81,7 @@ def conclude(
             learned[name] = _learned(decision, active)
             now = kept.get(decision.state)
             kept[decision.state] = active.kept if now is None else now + active.kept
+    moments, kept = jax.tree.map(automatic, (moments, kept))
     return Calibration(moments, kept, learned)
 
 
@@ -125,12 +95,30 @@ def _learned(decision: Decision, active: Activity) -> Learned:
     return Learned(k=spec.k_groups * spec.group if rule.k == "auto" else None, union=union)
 
 
-def _tap(trace: Trace, decision: Decision) -> Any:
+def _tap(trace: Trace, decision: Decision) -> SiteReplacement:
+    """A site as it is, which reports what it sees."""
     match = decision.found.match
     if isinstance(match, FFNMatch):
         return observed(trace, decision, shares=decision.undecided)
-    found = decision.found
-    return _Tap(found.name, match.linear, found.shards, site_loops(trace, match))
+    found, node = decision.found, match.linear.node
+    inputs = tuple(dict.fromkeys(v for v in node.ins if v.literal is None and v.const is None))
+
+    def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
+        env = dict(zip(inputs, ins, strict=True))
+        run_node(node, env)
+        moments = Moments.of(to_rows(env[match.linear.x], match.linear.x_axes))
+        return [env[match.linear.out]], (moments, None)
+
+    return SiteReplacement(
+        found.name,
+        frozenset({node}),
+        inputs,
+        node.outs,
+        run,
+        shards=found.shards,
+        loops=site_loops(trace, match),
+        reports=True,
+    )
 
 
 def _needs(decision: Decision) -> bool:

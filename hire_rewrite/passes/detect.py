@@ -63,10 +63,8 @@ class Found:
     def obstacle(self) -> str | None:
         """Why it has to stay dense, whatever the rules say."""
         typed = any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights)
-        match = self.match
-        if typed and (self.spread is None or (isinstance(match, HeadMatch) and match.chain)):
-            behind = "" if self.spread is None else ", and code stands behind its logits"
-            return f"its weights are sharded by their types (a mesh with explicit axes){behind}"
+        if typed and self.spread is None:
+            return "its weights are sharded by their types (a mesh with explicit axes)"
         return self.match.obstacle or self.spread_obstacle
 
     @property

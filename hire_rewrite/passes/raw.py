@@ -118,7 +118,7 @@ def raw_replacement(decision: Decision) -> SiteReplacement:
     body = exact_ffn if isinstance(match, FFNMatch) else exact_head
     name = decision.found.name
     return SiteReplacement(
-        name, match.nodes, raw.inputs, match.outputs, lambda ins, *_: jax.jit(body)(ins), raw=True
+        name, match.nodes, raw.inputs, match.outputs, lambda ins, *_: jax.jit(body)(ins)
     )
 
 
@@ -151,7 +151,6 @@ def observed(trace: Trace, decision: Decision, *, shares: bool) -> SiteReplaceme
         shards=decision.found.shards,
         loops=site_loops(trace, match),
         reports=True,
-        raw=True,
     )
 
 

@@ -24,7 +24,6 @@ class SiteReplacement:
 
     `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
     packed arrays of the site. It returns those of `outputs`, and with `reports` a report beside.
-    If `raw`, it runs the function's own code on weights as they are.
     """
 
     name: str
@@ -36,7 +35,6 @@ class SiteReplacement:
     shards: Shards | None = None
     loops: tuple[Scope, ...] = ()
     reports: bool = False
-    raw: bool = False
 
     def emit(
         self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
@@ -45,12 +43,6 @@ class SiteReplacement:
         specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
         if any(spec is None for spec in specs):
             found = run(list(ins), layer, state)
-        elif self.raw:
-            raise HireRewriteError(
-                f"{self.name}: its weights are sharded by their types, of which neither mode exact "
-                "nor calibration can take the raw ones: pack without calibration and pass the "
-                "Packed, or give the mesh automatic axes"
-            )
         else:
             # Inside, the mesh's axes are the compiler's business; the results' types are kept.
             out = (specs, PartitionSpec()) if self.reports else specs

@@ -10,6 +10,7 @@ from jax.extend import core as jex_core
 
 from hire_rewrite import _compat
 from hire_rewrite.passes.calls import inline_calls, structured_calls
+from hire_rewrite.patterns.axes import rerun
 from hire_rewrite.patterns.graph import Body, Frame, Node, Scope, Value, is_drop
 from hire_rewrite.patterns.region import literal_array
 
@@ -45,8 +46,22 @@ def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
 
 
 def run_node(node: Node | Frame, env: dict[Value, Any]) -> None:
-    """Add the results of one equation to `env`."""
-    results = evaluate(node, [look_up(value, env) for value in node.ins])
+    """Add the results of one equation to `env`.
+
+    Code whose types say how arrays are spread runs without that: a replacement's arrays are the
+    compiler's to spread.
+    """
+    results: Sequence[Any]
+    typed = any(_compat.explicit_spec(value.aval) is not None for value in node.outs)
+    if typed and isinstance(node, Frame):
+        for inner in node.nodes():
+            run_node(inner, env)
+        return
+    operands = [look_up(value, env) for value in node.ins]
+    if typed and isinstance(node, Node):
+        results = rerun(node, operands)
+    else:
+        results = evaluate(node, operands)
     env.update(zip(node.outs, results, strict=True))
 
 
