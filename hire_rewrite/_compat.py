@@ -165,6 +165,11 @@ def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.pcast(x, more, to="varying") if more else x
 
 
+def varying(x: jax.Array) -> jax.Array:
+    """x, typed inside `shard_map` as if it differed from device to device."""
+    return varying_over(x, manual_axes())
+
+
 def varying_like(x: jax.Array, aval: Any) -> jax.Array:
     """x, typed inside `shard_map` as if it differed along the axes that another type does."""
     return varying_over(x, sorted(map(str, aval.manual_axis_type.varying)))
@@ -179,17 +184,18 @@ def varying_alike(operands: Sequence[Any]) -> Sequence[Any]:
     return [varying_over(x, axes) for x in operands]
 
 
-collectives = frozenset(
-    _inside(lambda x: lax.psum(x, "x") + lax.pmax(x, "x") + lax.all_gather(x, "x", tiled=True))
-    | {p.psum_p, p.pmax_p, p.all_gather_p}
+reductions = (
+    _inside(lambda x: lax.psum(x, "x") + lax.pmax(x, "x") + lax.pmin(x, "x"))
+    | {p.psum_p, p.pmax_p, p.pmin_p}
 ) - {p.add_p, *sharding_casts}
+"""What puts together, number by number, the arrays of several devices."""
 
 exchanges = (
-    collectives
-    | {p.all_to_all_p, p.ppermute_p, p.pmin_p, p.ragged_all_to_all_p}
+    reductions
+    | {p.all_gather_p, p.all_to_all_p, p.ppermute_p, p.ragged_all_to_all_p}
     | _inside(lambda x: lax.psum_scatter(x, "x", tiled=True))
 ) - sharding_casts
-"""What brings numbers of other devices; `collectives` keep the order and number of axes."""
+"""What brings numbers of other devices."""
 
 cpu_fuses_widening = jax.__version_info__ < (0, 12)
 """Whether XLA's CPU backend emits vector code for a vector-matrix product that is fused with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hire_rewrite.analysis import Analyses, Analysis
@@ -259,7 +261,8 @@ class Transformed:
             f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and pass the "
             "Packed in place of the weights"
         )
-        with jax.ensure_compile_time_eval():
+        traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+        with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
             packed = analysis.pack(leaves, Calibration())
         if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
             self._seen = (leaves, packed)

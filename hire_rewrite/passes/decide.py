@@ -107,8 +107,8 @@ def _fits(rule: Rule, found: Found, default: bool) -> bool:
         return False
     if isinstance(match, FFNMatch):
         return isinstance(rule, FFN) and (not default or match.activation.sparse)
-    shards = 1 if found.shards is None else found.shards.count
-    return isinstance(rule, Head) and match.width * shards >= rule.min_width
+    pieces = 1 if found.shards is None else found.shards.pieces
+    return isinstance(rule, Head) and match.width * pieces >= rule.min_width
 
 
 def _without_rule(found: Found) -> Decision:
@@ -212,7 +212,7 @@ def _described_spread(spec: FFNSpec | HeadSpec, found: Found) -> str:
     """Over which devices a site is spread, and what they send each other."""
     spread = found.spread
     if found.shards is not None:
-        return f", for each device of {found.shards} by itself"
+        return f", for each device of {found.shards} by itself" if found.shards.axes else ""
     if spread is None:
         return ""
     if isinstance(spec, FFNSpec):

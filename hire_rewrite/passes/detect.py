@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.placement import placement_of
-from hire_rewrite.passes.shards import Shards, shards_in, shards_of
+from hire_rewrite.passes.shards import Shards, pieces_of, shards_of
 from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.view import inner_jaxprs
 from hire_rewrite.patterns.activation import Activation
@@ -154,7 +154,7 @@ def _match(
             misses.pop(node, None)
             continue
         try:
-            least = -(-min_width // shards_in(trace.provenance, linear.weight))
+            least = -(-min_width // pieces_of(trace, linear))
             head = match_head(linear, least, linears, trace.provenance, trace.live, heads)
         except Miss as miss:
             # What widens its input was meant to be a vocabulary, if anything.

@@ -205,7 +205,8 @@ def _is_plain(param: Any) -> bool:
 def _unset(param: Any) -> bool:
     if not isinstance(param, tuple | list):
         return type(param).__name__ == "UnspecifiedValue"
-    return all(item is None or item is False or _unset(item) for item in param) if param else True
+    # By items: parameters of jax that are kept as trees are tuples whose truth fails.
+    return all(item is None or item is False or _unset(item) for item in param)
 
 
 def _short(param: Any) -> str:

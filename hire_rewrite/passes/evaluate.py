@@ -74,8 +74,8 @@ def evaluation(
         packed, inputs, classes = operands
         if classes is not None and head is None:
             raise HireRewriteError(
-                "evaluate: targets are given, but there is no vocabulary head outside of loops to "
-                "compare them with: leave targets out"
+                "evaluate: targets are given, but there is no vocabulary head outside of loops and "
+                "shard_maps to compare them with: leave targets out"
             )
         sites: dict[str, Any] = {}
         logits: list[Array] = []

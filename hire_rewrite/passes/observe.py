@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.shards import Shards
@@ -49,7 +50,7 @@ def add_up(
         kind, operands = prepare(batch)
         if kind not in compiled:
             compiled[kind] = jax.jit(build(kind))
-        report = compiled[kind](operands)
+        report = jax.tree.map(_in_context, compiled[kind](operands))
         total = report if total is None else jax.tree.map(jnp.add, total, report)
     return total
 
@@ -65,6 +66,14 @@ def by_layer(report: Any, loops: Sequence[Scope], shards: Shards | None, experts
         return leaf.reshape(math.prod(leaf.shape[:axes]), *leaf.shape[axes:])
 
     return jax.tree.map(one, report)
+
+
+def _in_context(leaf: Any) -> Any:
+    """An array of a mesh as the mesh that is set has it, so that sums of it can be taken."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty or not isinstance(leaf.sharding, NamedSharding):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec))
 
 
 def _check(what: str, batch: Any, example: Sequence[Any]) -> None:

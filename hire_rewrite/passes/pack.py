@@ -59,7 +59,7 @@ def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
     lines = [f"{path} {spec.dtype}{list(spec.shape)}" for path, spec in _leaves(origin)]
     for decision in decisions:
         if decision.packs:
-            shards = f" {decision.found.shards}" if decision.found.shards else ""
+            shards = f" in shard_map: {decision.found.shards}" if decision.found.shards else ""
             lines.append(f"{decision.state} {decision.spec} {decision.site.rule}{shards}")
     return hashlib.sha256("\n".join(dict.fromkeys(lines)).encode()).hexdigest()[:12]
 

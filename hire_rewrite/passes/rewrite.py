@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hire_rewrite import _compat
 from hire_rewrite.passes.calls import BodyResult, inline_calls, structured_calls
 from hire_rewrite.passes.liveness import Liveness, liveness
 from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Replacement, schedule
@@ -101,7 +102,8 @@ class _Writer:
                 state = around.states.get(unit, unit.state)
                 results, report = unit.emit(ins, around.index, state)
                 if report is not None:
-                    reports[unit.name] = report
+                    # One type for all: loops and branches put zeros in their place.
+                    reports[unit.name] = jax.tree.map(_compat.varying, report)
             env.update((v, r) for v, r in zip(item.writes, results, strict=True) if r is not None)
         return reports
 
@@ -163,4 +165,6 @@ class _LoopWriter:
         if not any(unit.reports for body in self.node.bodies for unit in self.units(body)):
             return {}
         reports = jax.eval_shape(run, *args)[1]
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), reports)
+        return jax.tree.map(
+            lambda leaf: _compat.varying(jnp.zeros(leaf.shape, leaf.dtype)), reports
+        )

@@ -23,9 +23,10 @@ from hire_rewrite.passes.weights import Stacked, Stacker
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Scope, Value, mesh_axes
 from hire_rewrite.patterns.head import HeadMatch
-from hire_rewrite.patterns.provenance import Provenance
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.provenance import body_of
 
-__all__ = ["Shards", "on_each_device", "shards_in", "shards_of"]
+__all__ = ["Shards", "on_each_device", "pieces_of", "shards_of"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class Shards:
       mesh: as the function gives it.
       manual: the axes of the mesh that the body knows, in the mesh's order.
       axes: those along which the site's weights differ.
+      split: those along which its inputs do: other devices have other tokens, or other parts of
+        the contracted axis.
       weights: the inputs of the body that the site's weights are computed from.
       outside: how many scans around it the site's weights differ in.
     """
@@ -45,11 +48,12 @@ class Shards:
     mesh: Mesh | AbstractMesh
     manual: tuple[str, ...]
     axes: tuple[str, ...]
+    split: frozenset[str]
     weights: tuple[Value, ...]
     outside: int
 
     def __str__(self) -> str:
-        return " × ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes or self.manual)
+        return " × ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes)
 
     @property
     def count(self) -> int:
@@ -57,17 +61,21 @@ class Shards:
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
+    def pieces(self) -> int:
+        """Into how many the rows of a vocabulary are divided."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes if axis not in self.split)
+
+    @property
     def spec(self) -> PartitionSpec:
         """Of arrays with the devices on their leading axis."""
         return PartitionSpec(self.axes) if self.axes else PartitionSpec()
 
-    def together(self, report: Any, split: set[str]) -> Any:
+    def together(self, report: Any) -> Any:
         """What all devices report, `[devices, ...]`, as `[count, ...]` for the different shards,
         or `[...]` if there is one.
 
-        Args:
-          split: the axes of the mesh along which devices have different arguments: what they
-            report of one shard is added up. Along the others they report the same.
+        What devices report of one shard is added up where they have different tokens, and the
+        same everywhere else.
         """
         sizes = [self.mesh.shape[axis] for axis in self.manual]
 
@@ -75,7 +83,7 @@ class Shards:
             leaf = leaf.reshape(*sizes, *leaf.shape[1:])
             for place, axis in reversed(list(enumerate(self.manual))):
                 if axis not in self.axes:
-                    leaf = leaf.sum(place) if axis in split else leaf.take(0, place)
+                    leaf = leaf.sum(place) if axis in self.split else leaf.take(0, place)
             first = (self.count,) if self.axes else ()
             return leaf.reshape(*first, *leaf.shape[len(self.axes) :])
 
@@ -92,7 +100,7 @@ def shards_of(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Shards | None,
     params = scope.parent.params
     names = set(map(str, params["newly_manual_axes"]))
     manual = tuple(str(axis) for axis in params["mesh"].axis_names if axis in names)
-    differs = frozenset[str]().union(*map(provenance.differs_along, match.weights))
+    differs = frozenset[str]().union(*(trace.differences[weight] for weight in match.weights))
     roots = (root for weight in match.weights for root in provenance.roots(weight, scope))
     varying = {s for weight in match.weights for s in provenance.varies_over(weight)}
     around = set(scope.parent.scope.ancestors())
@@ -101,16 +109,18 @@ def shards_of(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Shards | None,
         params["mesh"],
         manual,
         tuple(axis for axis in manual if axis in differs),
+        trace.differences[match.linears[0].x] & names,
         tuple(root for root in dict.fromkeys(roots) if root.is_input),
         len(varying & around),
     )
     return shards, _obstacle(trace, match, shards, nested=len(scopes) > 1)
 
 
-def shards_in(provenance: Provenance, weight: Value) -> int:
-    """How many different shards of a weight there are in the `shard_map`s around it."""
-    axes, count = provenance.differs_along(weight), 1
-    for scope in weight.scope.ancestors():
+def pieces_of(trace: Trace, linear: Linear) -> int:
+    """Into how many the outputs of a linear layer are divided in the `shard_map`s around it."""
+    axes = trace.differences[linear.weight] - trace.differences[linear.x]
+    count = 1
+    for scope in linear.node.scope.ancestors():
         if _is_manual(scope) and scope.parent is not None:
             mesh, names = scope.parent.params["mesh"], scope.parent.params["newly_manual_axes"]
             count *= math.prod(mesh.shape[name] for name in names if str(name) in axes)
@@ -172,6 +182,10 @@ def _obstacle(
     for value in match.weights:
         if _is_gathered(value, shards.scope):
             return f"inside shard_map over {over}, where its weights are sent between devices"
+    if any(_compat.explicit_spec(value.aval) is not None for value in match.outputs):
+        return (
+            f"inside shard_map over {over}, and types say how its arrays are spread over other axes"
+        )
     roots = (root for w in match.weights for root in trace.provenance.roots(w))
     found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
     used = {name for sharding in found if sharding for name in mesh_axes(sharding.spec)}
@@ -185,14 +199,18 @@ def _is_gathered(value: Value, within: Scope) -> bool:
     """Whether devices exchange a weight before it is used."""
     stack, seen = [value], {value}
     while stack:
-        node = stack.pop().node
-        if node is None:
-            continue
-        if node.primitive in _compat.exchanges:
-            return True
-        new = [operand for operand in node.ins if operand not in seen]
-        seen.update(new)
-        stack += new
+        current = stack.pop()
+        sources: list[Value] = []
+        if current.node is not None:
+            inside = (n for body in current.node.bodies for s in body.scope.walk() for n in s.nodes)
+            if any(node.primitive in _compat.exchanges for node in (current.node, *inside)):
+                return True
+            sources += current.node.ins
+        elif current.is_input and current.scope is not within:
+            body, i = body_of(current)
+            sources.append(body.inputs[i].outer)
+        stack += [source for source in sources if source not in seen]
+        seen.update(sources)
     return False
 
 

@@ -15,6 +15,7 @@ from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.liveness import Liveness, liveness
 from hire_rewrite.passes.view import flatten
+from hire_rewrite.patterns.devices import Differences
 from hire_rewrite.patterns.graph import Scope, Value
 from hire_rewrite.patterns.provenance import Provenance
 
@@ -40,6 +41,7 @@ class Trace:
     paths: tuple[str, ...]
     out_tree: Any
     provenance: Provenance
+    differences: Differences
     live: Liveness
     shardings: Mapping[Value, NamedSharding]
 
@@ -95,6 +97,7 @@ def trace(
         paths=tuple(paths),
         out_tree=jax.tree_util.tree_structure(shapes),
         provenance=Provenance(scope, holds_weights),
+        differences=Differences(scope),
         live=liveness(scope),
         shardings={
             scope.inputs[i]: sharding

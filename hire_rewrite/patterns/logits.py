@@ -40,9 +40,7 @@ _STORES = frozenset(
     {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
 )
 
-_ALONG = (
-    frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p}) | _compat.collectives
-)
+_ALONG = frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p})
 """Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
 
 
@@ -133,6 +131,11 @@ def _pass(
         if not found and _is_multiplied(user.outs[0], uses):
             raise Contracted("what is looked up in it is multiplied: no vocabulary", user, matched)
         return found
+    if primitive in _compat.reductions:
+        raise Miss(f"{primitive} joins the logits of several devices: they are parts of sums", user)
+    if primitive is p.all_gather_p:
+        added = not user.params["tiled"] and user.params["all_gather_dimension"] <= axis
+        return [(user.outs[0], axis + added)]
     if primitive in _ALONG and len(user.outs[0].shape) == len(user.ins[position].shape):
         return [(out, axis) for out in user.outs]
     if primitive is _compat.stack_p:

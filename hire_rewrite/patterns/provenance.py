@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.graph import Body, Node, Scope, Value, mesh_axes
+from hire_rewrite.patterns.graph import Body, Node, Scope, Value
 
 __all__ = ["Counter", "Provenance", "body_of", "carried_unchanged", "counter"]
 
@@ -39,7 +39,6 @@ class Provenance:
     def __init__(self, root: Scope, weights: Collection[int]) -> None:
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._varies: dict[Value, frozenset[Scope]] = {}
-        self._differs: dict[Value, frozenset[str]] = {}
         self._identities: dict[Value, Hashable] = {}
         self._visit(root)
 
@@ -90,8 +89,7 @@ class Provenance:
                 body, i = body_of(value)
                 found = self.identity(body.inputs[i].outer)
                 if body.inputs[i].role == "shard":
-                    mesh = body.scope.parent and body.scope.parent.params["mesh"]
-                    found = (str(body.inputs[i].spec), mesh and tuple(mesh.shape.items()), found)
+                    found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
                 if value.scope in self.varies_over(value):
                     count = counter(body, i) if body.inputs[i].role == "carry" else None
                     order = count and (count.step, value.scope.parent.params.get("reverse"))
@@ -115,21 +113,6 @@ class Provenance:
                 scopes = frozenset()
             self._varies[value] = scopes
         return self._varies[value]
-
-    def differs_along(self, value: Value) -> frozenset[str]:
-        """The axes of the meshes of `shard_map`s around a weight along which it may differ."""
-        if value not in self._differs:
-            found = frozenset[str]()
-            if value.node is not None:
-                found = found.union(*map(self.differs_along, value.node.ins))
-                if value.node.primitive is p.axis_index_p:
-                    found |= {str(value.node.params["axis_name"])}
-            elif value.is_input and value.scope.parent is not None:
-                body, i = body_of(value)
-                found = self.differs_along(body.inputs[i].outer)
-                found = found.union(mesh_axes(body.inputs[i].spec))
-            self._differs[value] = found
-        return self._differs[value]
 
     def _visit(self, scope: Scope) -> None:
         for node in scope.nodes:

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from hire_rewrite import _compat
 from hire_rewrite.passes.calls.table import BodyResult, BodySpec, BodyWriter
-from hire_rewrite.patterns.graph import Input, Node, Output, mesh_axes
+from hire_rewrite.patterns.graph import Input, Node, Output
 
 
 class ShardMap:
@@ -41,10 +40,9 @@ class ShardMap:
         def run(states: list[Any], shards: list[Any]) -> tuple[list[Any], dict[str, Any]]:
             inputs = dict(zip(live_in, shards, strict=True))
             result = writer.run(body, inputs, None, dict(zip(units, states, strict=True)))
-            reports = jax.tree.map(
-                lambda leaf: _compat.varying_over(leaf, manual)[None], result.reports
+            return [result.outputs[i] for i in live_out], jax.tree.map(
+                lambda leaf: leaf[None], result.reports
             )
-            return [result.outputs[i] for i in live_out], reports
 
         mapped = jax.shard_map(
             run,
@@ -56,7 +54,6 @@ class ShardMap:
         )
         operands = [writer.read(body.inputs[i].outer) for i in live_in]
         results, reports = mapped(states, operands)
-        split = {axis for spec in in_specs for axis in mesh_axes(spec)}
         known = {unit.name: unit.shards for unit in units}
-        together = {name: known[name].together(report, split) for name, report in reports.items()}
+        together = {name: known[name].together(report) for name, report in reports.items()}
         return BodyResult(dict(zip(live_out, results, strict=True)), together)
