@@ -75,7 +75,8 @@ class Analysis:
             return pack(self.trace, self.decisions, self.origin, weights, calibration)
 
     def pack_shapes(self, weights: Sequence[Any]) -> Packed:
-        return pack_shapes(self.trace, self.decisions, self.origin, weights)
+        with around_packing(weights):
+            return pack_shapes(self.trace, self.decisions, self.origin, weights)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
@@ -246,6 +247,11 @@ class Transformed:
         if not analysis.packing:
             return None
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
+                raise HireRewriteError(
+                    f"{self.name}: raw weights whose types say how they are spread, inside an "
+                    "outer trace: pack ahead with .pack(...) and pass the Packed in their place"
+                )
             self._warn(
                 "raw weights inside an outer trace: the rows and predictors are computed in the "
                 "graph at every call, which is slow; pack ahead with .pack(...) and pass the "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
@@ -286,6 +286,142 @@ def _nested(mesh):
     return jax.shard_map(
         own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"}
     )
+
+
+def test_partial_sums_are_no_logits():
+    mesh = mesh_of(model=4)
+    fn = jax.shard_map(
+        lambda w, x: jnp.argmax(lax.psum(x @ w, "model"), -1),
+        mesh=mesh,
+        in_specs=(P("model", None), P(None, "model")),
+        out_specs=P(),
+    )
+    rule = hire.Head(k=16, candidates=16, min_width=1024, tail="-inf", **FORCED | {"certify": True})
+    plan = hire.inspect(fn, weights()["head"], weights()["embed"][TOKEN], rules=(rule,))
+    assert plan.sites == ()
+    assert "parts of sums" in plan.rejected[0].reason
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_loops_inside(check_vma):
+    """A decode loop: sites that a loop runs several times with the same weights."""
+    mesh = mesh_of(data=2, model=4)
+
+    def decode(params, token):
+        w = jax.tree.map(lambda a: a[0], params["layers"])
+        x, _ = lax.scan(lambda x, _: (block(x, w), None), params["embed"][token], None, length=2)
+        x = lax.fori_loop(0, 1, lambda _, x: block(x, w), x)
+        return lax.cond(x.sum() > -jnp.inf, lambda x: block(x, w), lambda x: x, x)
+
+    fn = jax.shard_map(
+        decode, mesh=mesh, in_specs=(SPECS, P("data")), out_specs=P("data"), check_vma=check_vma
+    )
+    run = hire.transform(fn, ffn(predictor=hire.LowRank(24)))
+    packed = run.pack(laid_out(mesh), TOKEN, calibration=batches())
+    seen = sorted(site.tokens for site in run.evaluate(packed, batches()).sites)
+    tokens = sum(token.size for (token,) in batches())
+    assert seen == [tokens, tokens, 2 * tokens]
+
+
+def _replicated(cut):
+    def body(params, token):
+        h = jax.nn.relu(params["embed"][cut(token)] @ params["up"])
+        return lax.pmean((h @ params["down"]).sum(), ("data", "model"))
+
+    specs = ({"embed": P(), "up": P(), "down": P()}, P("data"))
+    return jax.shard_map(
+        body, mesh=mesh_of(data=2, model=4), in_specs=specs, out_specs=P(), check_vma=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("cut", "share"),
+    [
+        (lambda token: token, 1),
+        (lambda token: lax.all_gather(token, "data", axis=0, tiled=True), 1),
+        (lambda token: lax.dynamic_slice_in_dim(token, lax.axis_index("model"), 1), 4 / 32),
+    ],
+    ids=["split", "gathered", "cut by the device's number"],
+)
+def test_tokens_are_counted_once(cut, share):
+    params = {name: weights()["layers"][name][0] for name in ("up", "down")}
+    params["embed"] = weights()["embed"]
+    run = hire.transform(_replicated(cut), ffn())
+    packed = run.pack(params, TOKEN)
+    (site,) = run.evaluate(packed, batches()).sites
+    assert site.tokens == share * sum(token.size for (token,) in batches())
+
+
+def test_the_number_of_the_device_in_a_loop():
+    mesh = mesh_of(model=4)
+
+    def own(params, token):
+        def cut(_, part):
+            start = lax.axis_index("model") * (VOCABULARY // 4)
+            return lax.dynamic_slice_in_dim(params["head"], start, VOCABULARY // 4, 1)
+
+        head = lax.fori_loop(0, 1, cut, jnp.zeros((D, VOCABULARY // 4)))
+        return params["embed"][token] @ head
+
+    fn = jax.shard_map(
+        own, mesh=mesh, in_specs=(P(), P()), out_specs=P(None, "model"), check_vma=False
+    )
+    params = {name: weights()[name] for name in ("embed", "head")}
+    packed = hire.transform(fn, HEAD).pack(params, TOKEN)
+    assert packed.sites["params/head"].rows.shape == (4, VOCABULARY // 4, D)
+
+
+def test_raw_weights_and_diffs():
+    mesh = mesh_of(model=4)
+    run = hire.transform(whole(mesh), ffn(), HEAD)
+    want = quick(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
+    with pytest.warns(UserWarning, match="packed on first sight"):
+        np.testing.assert_allclose(run(laid_out(mesh), TOKEN), want, rtol=1e-5, atol=1e-5)
+    assert "hire_head" in str(run.diff(laid_out(mesh), TOKEN))
+    again = hire.transform(whole(mesh), ffn(), HEAD)
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="packed on first sight"):
+        got = again(laid_out(mesh), TOKEN)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def _gathered_before(params, token):
+    layers = jax.tree.map(
+        lambda a: lax.all_gather(a, "data", axis=a.ndim - 1, tiled=True), params["layers"]
+    )
+    x, _ = lax.scan(lambda x, w: (block(x, w), None), params["embed"][token], layers)
+    return x
+
+
+def test_weights_gathered_before_a_scan_stay_dense():
+    """Packed, each device would keep the whole of what it gathers for a moment now."""
+    mesh = mesh_of(data=2, model=4)
+    stored = dict.fromkeys(("gate", "up"), P(None, None, ("model", "data")))
+    stored |= {"bias": P(None, ("model", "data")), "down": P(None, "model", "data")}
+    specs = SPECS | {"layers": stored}
+    fn = jax.shard_map(
+        _gathered_before, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"),
+        check_vma=False,
+    )  # fmt: skip
+    (site,) = hire.inspect(fn, weights(), TOKEN, rules=(ffn(),)).sites
+    assert "where its weights are sent between devices" in site.reason
+
+
+def test_explicit_axes_beside_the_manual_ones():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    each = jax.shard_map(
+        lambda x, head: x @ head,
+        mesh=mesh,
+        in_specs=(P(), P(None, "model")),
+        out_specs=P(None, "model"),
+        axis_names={"model"},
+    )
+    with jax.set_mesh(mesh):
+        head = jax.device_put(weights()["head"], NamedSharding(mesh, P(None, "model")))
+        x = jax.device_put(weights()["embed"][TOKEN], NamedSharding(mesh, P("data")))
+        run = hire.transform(lambda head, x: each(x, head), HEAD)
+        (site,) = run.plan(head, x).sites
+        assert "types say how arrays lie along other axes" in site.reason
+        np.testing.assert_allclose(run(head, x), each(x, head), rtol=1e-5, atol=1e-5)
 
 
 def test_what_stays_dense_and_why():

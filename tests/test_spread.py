@@ -466,6 +466,10 @@ def test_explicit_sharding_of_raw_weights():
         assert [site.status for site in run.plan(params, token).sites] == ["rewritten"] * 2
         packed = run.pack(params, token, calibration=shown)
         logits = quick(run)(packed, token)
+        assert len(run.evaluate(packed, shown).sites) == 2
+        assert "hire_ffn" in str(run.diff(params, token))
+        with pytest.raises(hire.HireRewriteError, match="inside an outer trace"):
+            jax.jit(run)(params, token)
         assert exact.sharding.spec == logits.sharding.spec == P("data", "model")
     wanted = plain(layout.put(weights()), layout.token())
     np.testing.assert_allclose(exact, wanted, atol=1e-5)

@@ -13,6 +13,7 @@ from hire_rewrite.ops.spread import state_specs
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.pack import Calibration, pack
+from hire_rewrite.passes.placement import automatic
 from hire_rewrite.passes.trace import Trace
 
 __all__ = ["pack_shapes"]
@@ -26,7 +27,8 @@ def pack_shapes(
 ) -> Packed:
     """`pack` of shapes: a `Packed` of shapes, with shardings where weights are spread."""
     packed = jax.eval_shape(
-        lambda arrays: pack(trace, decisions, origin, arrays, Calibration()), list(weights)
+        lambda arrays: pack(trace, decisions, origin, arrays, Calibration()),
+        list(map(automatic, weights)),
     )
     placed = [d for d in decisions if d.packs and (d.found.spread or d.found.shards)]
     if not placed:

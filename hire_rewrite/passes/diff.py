@@ -199,13 +199,12 @@ def _read_variables(a: _Line, b: _Line) -> list[tuple[Any, Any]]:
 
 def _is_plain(param: Any) -> bool:
     """Parameters that say nothing: unset, off, or functions."""
-    return param is None or param is False or callable(param) or param == () or _unset(param)
+    return param is None or param is False or callable(param) or _unset(param)
 
 
 def _unset(param: Any) -> bool:
     if not isinstance(param, tuple | list):
         return type(param).__name__ == "UnspecifiedValue"
-    # By items: parameters of jax that are kept as trees are tuples whose truth fails.
     return all(item is None or item is False or _unset(item) for item in param)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
@@ -21,7 +21,6 @@ from hire_rewrite.patterns.head import HeadMatch
 __all__ = [
     "around_packing",
     "automatic",
-    "explicit_mesh",
     "on_mesh",
     "placement_of",
     "put",
@@ -111,27 +110,34 @@ def put_rows(array: Any, spread: Spread, axis: int) -> Any:
     return put(array, spread, spread.along(axis))
 
 
-def explicit_mesh(arrays: Iterable[Any]) -> Mesh | None:
-    """The mesh that some arrays have in their types."""
-    for array in arrays:
-        known = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
-        if known and _compat.explicit_spec(jax.typeof(array)) is not None:
-            return array.sharding.mesh
-    return None
-
-
 def around_packing(weights: Iterable[Any]) -> AbstractContextManager[Any]:
     """The context to pack in: where types say how arrays are spread, a mesh that leaves it open."""
-    mesh = explicit_mesh(weights)
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(_compat.automatic(mesh))
+    typed = [sharding.mesh for sharding in map(_typed_sharding, weights) if sharding is not None]
+    if not typed:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(_compat.automatic(typed[0]).abstract_mesh)
 
 
 def automatic(array: Any) -> Any:
-    """An array whose type says how it is spread, as one whose type does not."""
-    if isinstance(array, jax.core.Tracer) or _compat.explicit_spec(jax.typeof(array)) is None:
+    """An array, or a shape, whose type says how it is spread, as one whose type does not."""
+    typed = _typed_sharding(array)
+    if typed is None:
         return array
-    mesh = _compat.automatic(array.sharding.mesh)
-    return jax.device_put(array, NamedSharding(mesh, array.sharding.spec))
+    sharding = NamedSharding(_compat.automatic(typed.mesh), typed.spec)
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _typed_sharding(array: Any) -> NamedSharding | None:
+    """How an array or a shape is spread, if its type says so."""
+    known = isinstance(array, jax.Array | jax.ShapeDtypeStruct)
+    if not known or isinstance(array, jax.core.Tracer):
+        return None
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return sharding
+    return None
 
 
 def on_mesh(array: Any, spread: Spread) -> Any:

@@ -183,9 +183,7 @@ def _obstacle(
         if _is_gathered(value, shards.scope):
             return f"inside shard_map over {over}, where its weights are sent between devices"
     if any(_compat.explicit_spec(value.aval) is not None for value in match.outputs):
-        return (
-            f"inside shard_map over {over}, and types say how its arrays are spread over other axes"
-        )
+        return f"inside shard_map over {over}, and types say how arrays lie along other axes"
     roots = (root for w in match.weights for root in trace.provenance.roots(w))
     found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
     used = {name for sharding in found if sharding for name in mesh_axes(sharding.spec)}

@@ -14,7 +14,7 @@ from hire_rewrite.patterns.axes import rerun
 from hire_rewrite.patterns.graph import Body, Frame, Node, Scope, Value, is_drop
 from hire_rewrite.patterns.region import literal_array
 
-__all__ = ["evaluate", "flatten", "inner_jaxprs", "look_up", "run_node"]
+__all__ = ["evaluate", "flatten", "inner_jaxprs", "look_up", "run_node", "run_untyped"]
 
 _EMPTY = _compat.open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
 
@@ -45,23 +45,21 @@ def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
     return [None if is_drop(var) else next(results) for var in eqn.outvars]
 
 
-def run_node(node: Node | Frame, env: dict[Value, Any]) -> None:
-    """Add the results of one equation to `env`.
+def run_untyped(node: Node | Frame, operands: Sequence[Any]) -> Sequence[Any]:
+    """`evaluate`, without what types say of how arrays are spread: the compiler may choose."""
+    if all(_compat.explicit_spec(value.aval) is None for value in node.outs):
+        return evaluate(node, operands)
+    if isinstance(node, Node):
+        return rerun(node, operands)
+    env = dict(zip(node.ins, operands, strict=True))
+    for inner in node.nodes():
+        run_node(inner, env)
+    return [look_up(value, env) for value in node.outs]
 
-    Code whose types say how arrays are spread runs without that: a replacement's arrays are the
-    compiler's to spread.
-    """
-    results: Sequence[Any]
-    typed = any(_compat.explicit_spec(value.aval) is not None for value in node.outs)
-    if typed and isinstance(node, Frame):
-        for inner in node.nodes():
-            run_node(inner, env)
-        return
-    operands = [look_up(value, env) for value in node.ins]
-    if typed and isinstance(node, Node):
-        results = rerun(node, operands)
-    else:
-        results = evaluate(node, operands)
+
+def run_node(node: Node | Frame, env: dict[Value, Any]) -> None:
+    """Add the results of one equation to `env`; see `run_untyped`."""
+    results = run_untyped(node, [look_up(value, env) for value in node.ins])
     env.update(zip(node.outs, results, strict=True))
 
 

@@ -7,20 +7,18 @@ over which it varies: an operation of a loop's body runs under `vmap` over those
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
-from hire_rewrite.passes.placement import automatic, explicit_mesh
+from hire_rewrite.passes.placement import automatic
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate
+from hire_rewrite.passes.view import run_untyped
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Scope, Value
 from hire_rewrite.patterns.head import HeadMatch
@@ -46,18 +44,13 @@ class Stacker:
     """
 
     def __init__(self, inputs: Mapping[Value, Stacked]) -> None:
-        mesh = explicit_mesh(item.array for item in inputs.values())
-        # The function's code knows the mesh by its types; what comes out does not.
-        self._around = contextlib.nullcontext if mesh is None else partial(jax.set_mesh, mesh)
-        self._done = dict(inputs)
+        self._done = {
+            value: Stacked(automatic(item.array), item.over) for value, item in inputs.items()
+        }
 
     def stack(self, value: Value, over: Sequence[Scope]) -> jax.Array:
         """The value with one leading axis for the iterations of the scans `over`, in row-major
         order ([1, ...] if there are none)."""
-        with self._around():
-            return automatic(self._stack(value, over))
-
-    def _stack(self, value: Value, over: Sequence[Scope]) -> jax.Array:
         stacked = self(value)
         array, axes = stacked.array, list(stacked.over)
         for position, scope in enumerate(over):
@@ -88,7 +81,7 @@ class Stacker:
         over = loops_of(value.scope, {scope for item in ins for scope in item.over})
 
         def run(*arrays: Any) -> Any:
-            return tuple(evaluate(node, arrays))
+            return tuple(run_untyped(node, arrays))
 
         mapped = run
         for scope in reversed(over):
