@@ -177,11 +177,16 @@ def varying_like(x: jax.Array, aval: Any) -> jax.Array:
 
 def varying_alike(operands: Sequence[Any]) -> Sequence[Any]:
     """Operands of a primitive inside `shard_map`, typed as if each differed where any does."""
-    if not manual_axes():
-        return operands
-    types = (jax.typeof(x).manual_axis_type.varying for x in operands)
-    axes = sorted(map(str, frozenset().union(*types)))
+    axes = varying_axes(operands)
     return [varying_over(x, axes) for x in operands]
+
+
+def varying_axes(operands: Sequence[Any]) -> list[str]:
+    """The axes of the mesh of a `shard_map` along which any of these differs, by their types."""
+    if not manual_axes():
+        return []
+    types = (jax.typeof(x).manual_axis_type.varying for x in operands)
+    return sorted(map(str, frozenset().union(*types)))
 
 
 reductions = (

@@ -69,12 +69,14 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sites, near misses (closest first), opaque equations with products inside, unused rules."""
+    """Sites, near misses (closest first), opaque equations with products inside, unused rules, and
+    whether the kernels for CPU are in use (see `ops.kernels`)."""
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
     opaque: tuple[str, ...] = ()
     unused_rules: tuple[Rule, ...] = ()
+    kernels: str = ""
 
     def __str__(self) -> str:
         rewritten = sum(site.status == "rewritten" for site in self.sites)
@@ -89,6 +91,8 @@ class Plan:
         if self.opaque:
             parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
         parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
+        if self.kernels and rewritten:
+            parts.append(f"kernels for CPU: {self.kernels}")
         return "\n".join(parts)
 
 

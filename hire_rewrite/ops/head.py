@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import certify, rounding
+from hire_rewrite.ops import certify, kernels, rounding
 from hire_rewrite.ops.da_top_k import da_top_k
 from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
@@ -210,13 +210,27 @@ def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec)
 
 def gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
     """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
-    return lax.dot_general(
-        fetch(state.rows, layer, rows).astype(spec.compute_dtype),
-        x,
-        (((2,), (1,)), ((0,), (0,))),
-        precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
-    )
+
+    def reference(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
+        return lax.dot_general(
+            fetch(stacked, layer, rows).astype(spec.compute_dtype),
+            x,
+            (((2,), (1,)), ((0,), (0,))),
+            precision=spec.precision,
+            preferred_element_type=spec.out_dtype,
+        )
+
+    def kernel(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
+        _, n, d = stacked.shape
+        wide = x.astype(jnp.float32)
+        return kernels.fetched_product(wide, stacked.reshape(-1, 1, d), rows + layer * n).astype(
+            spec.out_dtype
+        )
+
+    dtypes = (state.rows.dtype, x.dtype, spec.compute_dtype, spec.out_dtype or x.dtype)
+    layer = jnp.asarray(layer, jnp.int32)
+    own = kernel if kernels.usable(*dtypes) else None
+    return kernels.on_cpu(own, reference, x, state.rows, layer, rows)
 
 
 def _signed_sums(

@@ -6,7 +6,8 @@ instead writes a widened copy of the whole matrix first, or, inside a `scan`, a 
 of a stacked matrix. Measured for i8[49152, 576] on two cores: 54 ms that way, 3.4 ms in chunks
 that stay in the cache, 1.0 ms where XLA widens inside a fused product; float32 rows 3.5 ms. Of
 the same size in 4 bits with a scale for 32: 84 ms that way, 3.7 ms in chunks, float32 rows beside
-it about the same; no form was found that XLA fuses.
+it about the same; no form was found that XLA fuses. The kernels of `ops.kernels` need no copies;
+what is here for CPU runs where they are not built.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite import _compat
+from hire_rewrite.ops import kernels
 
 _CHUNK = 3 << 18
 """Elements that are widened at a time on CPU: 3 MiB as float32. Chunks of 256 K to 3 M elements
@@ -56,10 +58,9 @@ def product(x: Array, rows: Array, layer: Array | int) -> Array:
     Returns:
       f32[tokens, n].
     """
-    x = x.astype(jnp.float32)
-    return lax.platform_dependent(
-        x, rows, jnp.asarray(layer, jnp.int32), cpu=_product_cpu, default=_product_default
-    )
+    kernel = kernels.product if kernels.usable(rows.dtype) else None
+    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
+    return kernels.on_cpu(kernel, _product, x, rows, layer)
 
 
 def unpack(packed: Array) -> Array:
@@ -113,15 +114,19 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
     Returns:
       f32[tokens, n].
     """
-    layer = jnp.asarray(layer, jnp.int32)
-    return lax.platform_dependent(
-        x.astype(jnp.float32),
-        packed,
-        scale,
-        layer,
-        cpu=_block_product_cpu,
-        default=_block_product_default,
-    )
+    d, block = x.shape[1], x.shape[1] // scale.shape[2]
+    kernel = kernels.block_product if kernels.usable() and kernels.fits_blocks(d, block) else None
+    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
+    return kernels.on_cpu(kernel, _block_product, x, packed, scale, layer)
+
+
+def _product(x: Array, rows: Array, layer: Array) -> Array:
+    return lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+
+
+def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    forms = {"cpu": _block_product_cpu, "default": _block_product_default}
+    return lax.platform_dependent(x, packed, scale, layer, **forms)
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:

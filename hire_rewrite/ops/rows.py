@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite.ops import kernels
 from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
 
 _PIECE = 1 << 22
@@ -33,17 +35,29 @@ def fetched_products(
 ) -> tuple[Array, ...]:
     """For each projection the products [tokens, n] of the common groups and of others."""
     common, d_in = spec.common_groups, state.up.shape[-1]
+    layer = jnp.asarray(layer, jnp.int32)
 
-    def product(chosen: Array) -> Array:
-        # Plain matrices: an einsum over the groups was 19 times slower on CPU.
-        return _up_product(x, fetch_groups(state.up, layer, chosen).reshape(-1, d_in), spec)
+    def in_jax(x: Array, up: Array, layer: Array, groups: Array) -> Array:
+        def product(chosen: Array) -> Array:
+            # Plain matrices: an einsum over the groups was 19 times slower on CPU.
+            return _up_product(x, fetch_groups(up, layer, chosen).reshape(-1, d_in), spec)
 
-    def in_pieces(chosen: Array) -> Array:
-        pieces, count = _pieces(chosen, state.up)
-        found = lax.map(product, pieces)  # [pieces, tokens, n]
-        return jnp.moveaxis(found, 0, 1).reshape(x.shape[0], -1)[:, : count * _members(state.up)]
+        def in_pieces(chosen: Array) -> Array:
+            pieces, count = _pieces(chosen, up)
+            found = lax.map(product, pieces)  # [pieces, tokens, n]
+            return jnp.moveaxis(found, 0, 1).reshape(x.shape[0], -1)[:, : count * _members(up)]
 
-    found = _on_cpu(in_pieces, product, groups[common:], state.up)
+        return _on_cpu(in_pieces, product, groups, up)
+
+    def kernel(x: Array, up: Array, layer: Array, groups: Array) -> Array:
+        rows, index = _where_they_are(up, layer, groups)
+        return kernels.fetched_product(x.astype(jnp.float32), rows, index[None]).astype(
+            spec.up_dtype
+        )
+
+    dtypes = (state.up.dtype, x.dtype, spec.compute_dtype, spec.up_dtype or x.dtype)
+    own = kernel if kernels.usable(*dtypes) else None
+    found = kernels.on_cpu(own, in_jax, x, state.up, layer, groups[common:])
     if common:  # read in one piece, without a copy
         first = lax.dynamic_index_in_dim(state.up, layer, keepdims=False)[:common]
         found = jnp.concatenate([_up_product(x, first.reshape(-1, d_in), spec), found], axis=1)
@@ -55,26 +69,41 @@ def fetched_down(
 ) -> Array:
     """[tokens, d_out] of h: [tokens, n, group], the activations of n groups."""
     tokens, d_out = h.shape[0], state.down.shape[-1]
+    layer = jnp.asarray(layer, jnp.int32)
 
-    def product(h: Array, chosen: Array, dtype: Any) -> Array:
-        rows = fetch_groups(state.down, layer, chosen).reshape(-1, d_out)
-        return _down_product(h.reshape(tokens, -1), rows, spec, dtype)
+    def in_jax(h: Array, down: Array, layer: Array, groups: Array) -> Array:
+        def product(h: Array, chosen: Array, dtype: Any) -> Array:
+            rows = fetch_groups(down, layer, chosen).reshape(-1, d_out)
+            return _down_product(h.reshape(tokens, -1), rows, spec, dtype)
 
-    def in_pieces(chosen: Array) -> Array:
-        pieces, count = _pieces(chosen, state.down)
-        padded = jnp.pad(h, ((0, 0), (0, pieces.size - count), (0, 0)))
-        split = jnp.moveaxis(padded.reshape(tokens, *pieces.shape, spec.group), 1, 0)
+        def in_pieces(chosen: Array) -> Array:
+            pieces, count = _pieces(chosen, down)
+            padded = jnp.pad(h, ((0, 0), (0, pieces.size - count), (0, 0)))
+            split = jnp.moveaxis(padded.reshape(tokens, *pieces.shape, spec.group), 1, 0)
 
-        def add(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
-            return total + product(*piece, wide), None
+            def add(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
+                return total + product(*piece, wide), None
 
-        wide = jnp.promote_types(spec.down_dtype, jnp.float32)
-        total, _ = lax.scan(add, jnp.zeros((tokens, d_out), wide), (split, pieces))
-        return total.astype(spec.down_dtype)
+            wide = jnp.promote_types(spec.down_dtype, jnp.float32)
+            total, _ = lax.scan(add, jnp.zeros((tokens, d_out), wide), (split, pieces))
+            return total.astype(spec.down_dtype)
 
-    return _on_cpu(
-        in_pieces, lambda chosen: product(h, chosen, spec.down_dtype), groups, state.down
-    )
+        whole = functools.partial(product, h, dtype=spec.down_dtype)
+        return _on_cpu(in_pieces, whole, groups, down)
+
+    def kernel(h: Array, down: Array, layer: Array, groups: Array) -> Array:
+        rows, index = _where_they_are(down, layer, groups)
+        return kernels.fetched_sum(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
+
+    dtypes = (state.down.dtype, h.dtype, spec.down_dtype or h.dtype)
+    own = kernel if kernels.usable(*dtypes) else None
+    return kernels.on_cpu(own, in_jax, h, state.down, layer, groups)
+
+
+def _where_they_are(stacked: Array, layer: Array, groups: Array) -> tuple[Array, Array]:
+    """The rows of all layers' groups, [L · G, n, d], and which of them `groups` are."""
+    layers, count, *_, d = stacked.shape
+    return stacked.reshape(layers * count, -1, d), groups + layer * count
 
 
 def _on_cpu(

@@ -8,6 +8,7 @@ to jaxlib 0.11, where one of the two results is not used.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops import kernels
 from hire_rewrite.ops.keys import from_keys, lowest, to_keys
 
 _TWO_STAGES = 1 << 17
@@ -129,7 +131,13 @@ def _top_k_cpu(scores: Array, k: int) -> tuple[Array, Array]:
 
 
 def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
-    """`lax.top_k` of f32[..., n] on CPU, in one stage or two."""
+    """`lax.top_k` of f32[..., n] on CPU."""
+    kernel = functools.partial(kernels.top_k, k=k) if kernels.usable() else None
+    return kernels.on_cpu(kernel, functools.partial(_in_stages, k=k), scores)
+
+
+def _in_stages(scores: Array, k: int) -> tuple[Array, Array]:
+    """`_partial_sort` in one stage or two."""
     n = scores.shape[-1]
     # Both stages together look at n / block + k * block scores.
     block = 1 << max(0, round(math.log2(n / k) / 2))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 
 from hire_rewrite.learned import Learned
+from hire_rewrite.ops import kernels
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
 from hire_rewrite.ops.merge import cheapest, described
@@ -87,6 +88,7 @@ def decide(
         detection.rejected,
         detection.opaque,
         unused,
+        kernels.status(),
     )
     return plan, tuple(decisions)
 

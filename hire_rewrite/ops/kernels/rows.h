@@ -1,0 +1,46 @@
+// Products with rows of a matrix, on one thread: what is compiled once for each kind of processor.
+
+#ifndef HIRE_REWRITE_ROWS_H_
+#define HIRE_REWRITE_ROWS_H_
+
+#include <cstdint>
+
+namespace hire {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Vectors of eight.
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+constexpr int64_t kLanes = 8;
+
+// The functions of `rows.inc` for one kind of processor. Tokens are rows of x: [tokens, d].
+struct Kernels {
+  // out[t * stride + i] = x[t] · rows[i], for `count` rows of length d one behind the other.
+  template <typename Row>
+  using Dot = void (*)(const float* x, int64_t tokens, const Row* rows, int64_t count, int64_t d,
+                       float* out, int64_t stride);
+  Dot<float> dot_f32;
+  Dot<BFloat16> dot_bf16;
+  Dot<int8_t> dot_i8;
+  // The same for rows of 4 bits, two to a byte and d/2 apart, with a scale for each block.
+  void (*dot_i4)(const float* x, int64_t tokens, const int8_t* rows, const BFloat16* scale,
+                 int64_t count, int64_t d, int64_t block, float* out, int64_t stride);
+  // out[j] += Σ_i h[i] rows[i * d + j] for `width` columns j of `count` rows.
+  template <typename Row>
+  using Add = void (*)(const float* h, const Row* rows, int64_t count, int64_t d, int64_t width,
+                       float* out);
+  Add<float> add_f32;
+  Add<BFloat16> add_bf16;
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;  // with FMA
+#endif
+
+}  // namespace hire
+
+#endif  // HIRE_REWRITE_ROWS_H_

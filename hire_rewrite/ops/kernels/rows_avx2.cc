@@ -1,0 +1,45 @@
+// The kernels for x86 with AVX2 and FMA.
+
+#include "rows.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace hire {
+namespace avx2 {
+namespace {
+
+inline Ints LoadInts(const int8_t* p) {
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline Ints LoadInts(const uint16_t* p) {
+  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+#include "rows.inc"
+
+
+}  // namespace
+}  // namespace avx2
+
+using avx2::Add;
+using avx2::Dot;
+using avx2::Dot4;
+
+const Kernels kAvx2 = {Dot<float>, Dot<BFloat16>, Dot<int8_t>, Dot4, Add<float>, Add<BFloat16>};
+
+}  // namespace hire
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // defined(__x86_64__)

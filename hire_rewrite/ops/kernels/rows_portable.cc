@@ -1,0 +1,27 @@
+// The kernels for any processor.
+
+#include "rows.h"
+
+namespace hire {
+namespace portable {
+namespace {
+
+template <typename Int>
+inline Ints LoadInts(const Int* p) {
+  return Ints{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
+
+#include "rows.inc"
+
+
+}  // namespace
+}  // namespace portable
+
+using portable::Add;
+using portable::Dot;
+using portable::Dot4;
+
+const Kernels kPortable = {Dot<float>, Dot<BFloat16>,  Dot<int8_t>,
+                           Dot4,       Add<float>,     Add<BFloat16>};
+
+}  // namespace hire

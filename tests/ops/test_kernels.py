@@ -1,0 +1,176 @@
+"""The kernels for CPU against the same in JAX."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from hire_rewrite.ops import kernels, products
+from hire_rewrite.ops.rows import fetch_groups
+
+needed = pytest.mark.skipif(
+    kernels.status() != "in use", reason=f"kernels for CPU are {kernels.status()}"
+)
+
+
+def normal(*shape, dtype=np.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def close(got, want, d):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6 * d)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")
+def test_they_are_built_where_they_can_be():
+    assert kernels.status() == "in use"
+    x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    head = jax.ShapeDtypeStruct((64, 8192), jnp.float32)
+    plan = hire.inspect(lambda head, x: x @ head, head, x)
+    assert str(plan).endswith("kernels for CPU: in use")
+
+
+@needed
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (5, 7), (300, 64), (1000, 129)])
+def test_product(dtype, tokens, n, d):
+    rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
+    for layer in (0, 2):
+        got = jax.jit(kernels.product)(x, rows, jnp.int32(layer))
+        want = np.asarray(x, np.float64) @ np.asarray(rows[layer], np.float64).T
+        close(got, want, 20 * d)
+
+
+@needed
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("n", "d", "block"), [(3, 16, 8), (100, 64, 32), (333, 576, 32)])
+def test_block_product(tokens, n, d, block):
+    packed, scale = products.quantize_blocks(normal(2, n, d), block)
+    x = normal(tokens, d, seed=1)
+    got = jax.jit(kernels.block_product)(x, packed, scale, jnp.int32(1))
+    want = x @ products.dequantize_blocks(packed[1], scale[1]).T
+    close(got, want, d)
+
+
+def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
+    assert kernels.fits_blocks(128, 32)
+    assert not kernels.fits_blocks(96, 32)
+    assert not kernels.fits_blocks(24, 12)
+    packed, scale = products.quantize_blocks(normal(1, 10, 96), 32)
+    x = normal(2, 96, seed=1)
+    want = x @ products.dequantize_blocks(packed[0], scale[0]).T
+    close(products.block_product(x, packed, scale, 0), want, 96)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3), (8, 1)])
+@pytest.mark.parametrize(("count", "members", "d"), [(4, 1, 40), (7, 3, 33), (50, 16, 64)])
+def test_fetched_product(dtype, tokens, lists, count, members, d):
+    rows, x = normal(60, members, d, dtype=dtype), normal(tokens, d, seed=1)
+    index = jnp.asarray(np.random.default_rng(2).integers(0, 60, (lists, count)), jnp.int32)
+    got = jax.jit(kernels.fetched_product)(x, rows, index)
+    each = jnp.broadcast_to(index, (tokens, count))
+    want = jnp.einsum("td,tcmd->tcm", x, rows[each].astype(jnp.float32), precision="highest")
+    close(got, want.reshape(tokens, -1), d)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("count", "members", "d"), [(4, 1, 40), (7, 3, 33), (50, 8, 256)])
+def test_fetched_sum(dtype, tokens, count, members, d):
+    rows, h = normal(60, members, d, dtype=dtype), normal(tokens, count, members, seed=1)
+    index = jnp.asarray(np.random.default_rng(2).integers(0, 60, count), jnp.int32)
+    got = jax.jit(kernels.fetched_sum)(h, rows, index)
+    want = jnp.einsum("tcm,cmd->td", h, rows[index].astype(jnp.float32), precision="highest")
+    close(got, want, 4 * count * members)
+
+
+SPECIAL = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, 1.0], "f")
+
+
+@needed
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_top_k_of_special_values(k):
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(np.stack([rng.permutation(SPECIAL) for _ in range(20)]).reshape(4, 5, 10))
+    got, want = jax.jit(functools.partial(kernels.top_k, k=k))(scores), lax.top_k(scores, k)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.int32), np.asarray(other).view("i4"))
+
+
+@needed
+@pytest.mark.parametrize("n", [1, 100, 8192, 50_000])
+def test_top_k(n):
+    scores = normal(3, n)
+    ordered = jnp.sort(scores)
+    for values in (scores, ordered, ordered[:, ::-1], jnp.round(scores), jnp.ones((3, n))):
+        for k in {1, min(n, 64), n}:
+            got, want = kernels.top_k(values, k), lax.top_k(values, k)
+            jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
+
+
+@needed
+def test_derivatives_and_batching_are_the_references():
+    rows, x = normal(2, 50, 24), normal(3, 24, seed=1)
+    layer = jnp.int32(1)
+
+    def total(x, rows):
+        return (products.product(x, rows, layer) ** 2).sum()
+
+    def plain(x, rows):
+        return (lax.dot(x, rows[1].T, precision="highest") ** 2).sum()
+
+    got, want = jax.grad(total, (0, 1))(x, rows), jax.grad(plain, (0, 1))(x, rows)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), got, want)
+    layers = jnp.arange(2)
+    each = jax.vmap(lambda layer: products.product(x, rows, layer))(layers)
+    close(each, jnp.einsum("td,lnd->ltn", x, rows, precision="highest"), 24)
+    batched = jax.vmap(lambda s: kernels.top_k(s, 3)[1])(normal(5, 2, 30))
+    np.testing.assert_array_equal(batched, lax.top_k(normal(5, 2, 30), 3)[1])
+
+
+def test_values_that_are_no_numbers():
+    rows = normal(1, 8, 16).at[0, 2, 3].set(jnp.nan).at[0, 5, 0].set(jnp.inf)
+    got = np.asarray(products.product(jnp.ones((1, 16)), rows, 0))[0]
+    assert np.isnan(got[2])
+    assert np.isinf(got[5])
+    assert np.isfinite(np.delete(got, [2, 5])).all()
+    h = jnp.ones((1, 2, 1))
+    stacked = normal(1, 4, 1, 16).at[0, 1].set(jnp.nan)
+    assert np.isnan(fetch_groups(stacked, 0, jnp.array([1]))).all()
+    if kernels.usable():
+        index = jnp.array([0, 1], jnp.int32)
+        assert np.isnan(kernels.fetched_sum(h, stacked[0], index)).all()
+
+
+@pytest.mark.parametrize("form", ["0", "portable"])
+def test_other_forms(form):
+    """Without the kernels, and for other processors, this file still passes."""
+    environment = os.environ | {"HIRE_REWRITE_KERNELS": form, "JAX_PLATFORMS": "cpu"}
+    if "HIRE_REWRITE_KERNELS" in os.environ:
+        pytest.skip("this is one of the other forms")
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        __file__,
+    ]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
