@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.machinery
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,9 @@ def status() -> str:
     """`"in use"`, or why they are not."""
     if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
         return "not in use: HIRE_REWRITE_KERNELS=0"
-    built = sorted(Path(__file__).parent.glob("_library*.so"))
+    folder = Path(__file__).parent
+    built = [folder / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    built = [path for path in built if path.exists()]
     if not built:
         return "not built: install again where a C++ compiler is found"
     try:

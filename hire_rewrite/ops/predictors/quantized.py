@@ -36,7 +36,7 @@ class Quantized:
     It needs no calibration. 8 bits, one scale for each row, are a quarter of float32 rows and half
     of bfloat16 ones, and err little whatever the activations: by at most ‖x‖₁ · (greatest |weight|
     of the row) / 254. 4 bits, one scale for each block of columns, are half of that with errors
-    about ten times as large, and on CPU no faster: a memory saver there.
+    about ten times as large, and on CPU hardly faster: a memory saver there.
 
     Args:
       bits: 8 or 4.
