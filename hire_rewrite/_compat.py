@@ -152,6 +152,11 @@ def invariant_over(aval: Any, axes: Sequence[str]) -> Any:
     )
 
 
+def is_exported(context: Any) -> bool:
+    """Whether what is lowered (in the context of a lowering rule) is to be serialized."""
+    return bool(context.module_context.lowering_parameters.for_export)
+
+
 def manual_axes() -> tuple[str, ...]:
     """The axes of the mesh that a `shard_map` around makes known."""
     return tuple(map(str, jax.sharding.get_abstract_mesh().manual_axes))

@@ -27,15 +27,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hire_rewrite._compat import invariant_over, manual_axes, mesh_around, varying_over
+from hire_rewrite._compat import invariant_over, is_exported, manual_axes, mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.buckets import bucket_top_k
 from hire_rewrite.ops.keys import from_keys, lowest, to_keys
 from hire_rewrite.ops.merge import MERGES, Merge, cheapest, first, merged
 from hire_rewrite.ops.recall import allowed_misses, kept_per_shard
+from hire_rewrite.ops.select import plain_top_k
 from hire_rewrite.ops.select import top_k as local_top_k
 
 __all__ = ["da_top_k", "da_top_k_p"]
+
+Select = Callable[[Array, int], tuple[Array, Array]]
+"""The greatest values along the last axis and their places, as `lax.top_k`."""
 
 
 def da_top_k(
@@ -315,31 +319,44 @@ def _select(
     few: Merge,
     whole: Merge,
     together: tuple[str, ...],
-    select: Callable[[Array, int], tuple[Array, Array]],
+    some: Select,
+    all_of: Select,
 ) -> tuple[Array, Array]:
-    """What the primitive computes, in other operations; `select` finds a shard's greatest few."""
+    """What the primitive computes, in other operations.
+
+    `all_of` finds a shard's greatest, and so does `some`, which may lose a few: they are counted.
+    """
     x = jnp.where(indices < 0, lowest(x.dtype), x)
     indices = jnp.broadcast_to(indices, x.shape)
 
-    def best(
-        count: int, select: Callable[[Array, int], tuple[Array, Array]], merge: Merge
-    ) -> tuple[Array, Array]:
+    def best(count: int, select: Select, merge: Merge) -> tuple[Array, Array]:
         values, places = select(x, count)
         own = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
         return first(*merged(to_keys(values), own, merge), k)
 
     if allowed is None:
-        keys, found = best(kept, local_top_k, few)
+        keys, found = best(kept, all_of, few)
     else:
-        keys, found = best(kept, select, few)
+        keys, found = best(kept, some, few)
         known = (found[..., :-1] >= 0).sum(-1)
         missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - known
         keys, found = lax.cond(
             _anywhere((missed > allowed).any(), together),
-            lambda: best(min(k, x.shape[-1]), local_top_k, whole),
+            lambda: best(min(k, x.shape[-1]), all_of, whole),
             lambda: (keys, found),
         )
     return from_keys(keys, x.dtype), found
+
+
+def _lowering(some: Select | None) -> Any:
+    """The rule of a platform; what is exported calls no kernel, for it may run anywhere."""
+
+    def rule(context: Any, *operands: Any, **params: Any) -> Any:
+        all_of = plain_top_k if is_exported(context) else local_top_k
+        chosen = functools.partial(_select, some=some or all_of, all_of=all_of)
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *operands, **params)
+
+    return rule
 
 
 def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
@@ -408,12 +425,8 @@ da_top_k_p.multiple_results = True
 da_top_k_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[da_top_k_p] = _jvp
 batching.fancy_primitive_batchers[da_top_k_p] = _batch
-for platform, select in ((None, local_top_k), ("tpu", bucket_top_k)):
-    mlir.register_lowering(
-        da_top_k_p,
-        mlir.lower_fun(functools.partial(_select, select=select), multiple_results=True),
-        platform=platform,
-    )
+for platform, some in ((None, None), ("tpu", bucket_top_k)):
+    mlir.register_lowering(da_top_k_p, _lowering(some), platform=platform)
 
 
 _STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")

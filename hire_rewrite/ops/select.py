@@ -51,9 +51,9 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
             f"top_k: k={k} of {scores.shape[-1]} scores: give a k between 0 and their number"
         )
     if k == 0 or jnp.dtype(scores.dtype).itemsize > 4:
-        return _plain(scores, k)
+        return plain_top_k(scores, k)
     return lax.platform_dependent(
-        scores, cpu=lambda s: _top_k_cpu(s, k), default=lambda s: _plain(s, k)
+        scores, cpu=lambda s: _top_k_cpu(s, k), default=lambda s: plain_top_k(s, k)
     )
 
 
@@ -113,7 +113,8 @@ def marked(indices: Array, n: int) -> Array:
     return scatter(jnp.zeros((indices.shape[0], n), bool), indices, True)
 
 
-def _plain(scores: Array, k: int) -> tuple[Array, Array]:
+def plain_top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k`, as a pair."""
     values, indices = lax.top_k(scores, k)
     return values, indices
 

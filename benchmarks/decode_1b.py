@@ -1,0 +1,190 @@
+"""A decode step of a 1.24 B decoder: dense, rewritten, and with HiRE written by hand.
+
+`python -m benchmarks.decode_1b` writes `results/decode_1b.json`. The model has the sizes of
+Llama-3.2-1B and random float32 weights, so that nothing is said of recall; it is the code of
+`examples/smollm2`, which knows nothing of rewriting. By hand the same operations (`ops.hire_ffn`,
+`ops.hire_head`) are called on the same packed arrays: what the rewritten step takes longer is the
+rewriter's doing. It needs 16 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import hire_rewrite as hire
+from benchmarks import timing
+from examples.layers import rms_norm
+from examples.smollm2 import model
+from hire_rewrite.ops.block import FFNSpec
+from hire_rewrite.ops.ffn import hire_ffn
+from hire_rewrite.ops.head import HeadSpec, hire_head
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.packed import Packed
+from hire_rewrite.plan import table
+from hire_rewrite.transformed import Transformed
+
+LLAMA_1B = model.Config(
+    vocab=128_256,
+    d_model=2048,
+    d_ff=8192,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    rope_base=5e5,
+    norm_eps=1e-5,
+)
+LENGTH = 256  # tokens that the cache has room for
+BATCHES = (1, 2, 4, 8)
+
+
+def random_weights(config: model.Config) -> dict[str, Any]:
+    """Normally distributed weights, of such a size that activations neither grow nor vanish."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    d, f, kv = config.d_model, config.d_ff, config.kv_heads * config.head_dim
+
+    def normal(*shape: int) -> Array:
+        return jax.random.normal(next(keys), shape, jnp.float32) / shape[-2] ** 0.5
+
+    layers = {
+        "wq": normal(config.layers, d, d),
+        "wk": normal(config.layers, d, kv),
+        "wv": normal(config.layers, d, kv),
+        "wo": normal(config.layers, d, d),
+        "w_gate": normal(config.layers, d, f),
+        "w_up": normal(config.layers, d, f),
+        "w_down": normal(config.layers, f, d),
+        "attn_norm": jnp.ones((config.layers, d)),
+        "ffn_norm": jnp.ones((config.layers, d)),
+    }
+    embed = jax.random.normal(next(keys), (config.vocab, d)) / d**0.5
+    return {"embed": embed, "layers": layers, "final_norm": jnp.ones(d)}
+
+
+def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[..., Any]:
+    """The step as somebody would write it who knows `hire_rewrite.ops`.
+
+    Args:
+      args: of a call of `step`, which says which sizes it has chosen.
+    """
+    analysis = step._analyses.of(args[0], args, {})
+    specs = {decision.found.kind: decision for decision in analysis.decisions}
+    block, head = specs["ffn"], specs["head"]
+    block_spec, head_spec = block.spec, head.spec
+    assert isinstance(block_spec, FFNSpec)
+    assert isinstance(head_spec, HeadSpec)
+    assert block.site.rule is not None
+    assert head.site.rule is not None
+    block_rule, head_rule = block.site.rule, head.site.rule
+
+    def run(packed: Packed, token: Array, cache: model.Cache) -> tuple[Array, model.Cache]:
+        weights: dict[str, Any] = {}
+        for path, array in packed.weights.items():
+            weights[path.removeprefix("params/")] = array
+        names = ("wq", "wk", "wv", "wo", "attn_norm", "ffn_norm")
+        layers = {name: weights[f"layers/{name}"] for name in names}
+        pos, length = cache["pos"], cache["k"].shape[3]
+        positions = pos + jnp.arange(1)
+        mask = positions[:, None] >= jnp.arange(length)
+
+        def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
+            x, keys, values = carry
+            w, index = scanned
+            q, k, v = model._qkv(config, w, x, positions)
+            keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
+            values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
+            x = x + model._attend(q, keys[index], values[index], mask) @ w["wo"]
+            h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
+            y = hire_ffn(
+                h,
+                packed.sites[block.state],
+                index,
+                spec=block_spec,
+                activation=lambda pre, _: jax.nn.silu(pre[gate]) * pre[1 - gate],
+                predictor=block_rule.predictor,
+                budget=block.budget,
+            )
+            return (x + y[:, None], keys, values), None
+
+        gate = block_spec.gate
+        carry = (weights["embed"][token[:, None]], cache["k"], cache["v"])
+        (x, keys, values), _ = lax.scan(layer, carry, (layers, jnp.arange(config.layers)))
+        x = rms_norm(x, weights["final_norm"], config.norm_eps)[:, 0]
+        (logits,) = hire_head(
+            x,
+            packed.sites[head.state],
+            0,
+            spec=head_spec,
+            endpoints=lambda z: (z,),
+            predictor=head_rule.predictor,
+        )
+        return logits, {"k": keys, "v": values, "pos": pos + 1}
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=LLAMA_1B.layers)
+    options = parser.parse_args()
+    config = model.Config(**(vars(LLAMA_1B) | {"layers": options.layers}))
+    params = random_weights(config)
+    for_block: Predictor = hire.Quantized(4)
+    for_head: Predictor = hire.LowRank(256)
+    rules = (
+        hire.FFN(k=0.05, candidates=0.10, predictor=for_block),
+        hire.Head(k=64, candidates=1024, predictor=for_head),
+    )
+    dense = functools.partial(model.decode_step, config)
+    step = hire.transform(dense, *rules)
+    example = (jnp.zeros(1, jnp.int32), model.init_cache(config, 1, LENGTH))
+    start = time.perf_counter()
+    packed = jax.block_until_ready(step.pack(params, *example))
+    packing = time.perf_counter() - start
+    print(step.plan(params, *example))
+    bandwidth, rows = timing.bandwidth(), []
+    for batch in BATCHES:
+        token, cache = jnp.arange(batch) * 1000, model.init_cache(config, batch, LENGTH)
+        hand = by_hand(config, step, packed, token, cache)
+        sides = {
+            "dense": functools.partial(jax.jit(dense), params, token, cache),
+            "rewritten": functools.partial(jax.jit(step.__call__), packed, token, cache),
+            "by hand": functools.partial(jax.jit(hand), packed, token, cache),
+        }
+        same = jnp.abs(sides["rewritten"]()[0] - sides["by hand"]()[0]).max()
+        timings = timing.alternate(sides, options.rounds)
+        sites = step.plan(packed, token, cache).sites
+        saved = sum(site.bytes_before - site.bytes_after for site in sites)
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        rows.append(
+            {
+                "batch": batch,
+                "dense ms": round(timings.median("dense") * 1e3, 2),
+                "rewritten ms": round(timings.median("rewritten") * 1e3, 2),
+                "by hand ms": round(timings.median("by hand") * 1e3, 2),
+                "times dense": round(timings.ratio("dense", "rewritten"), 2),
+                "times by hand": round(timings.ratio("by hand", "rewritten"), 3),
+                "floor ms": round((whole - saved) / bandwidth * 1e3, 2),
+                "difference": float(same),
+                "sites": ", ".join(f"{site.kind} {site.status}" for site in sites),
+            }
+        )
+        print(rows[-1], flush=True)
+    result = {"layers": config.layers, "packing s": round(packing, 1), "rows": rows}
+    if config == LLAMA_1B:
+        path = timing.write("decode_1b", result, "python -m benchmarks.decode_1b")
+        print(f"wrote {path}")
+    header = list(rows[0])
+    print(table([header, *([str(row[name]) for name in header] for row in rows)]))
+
+
+if __name__ == "__main__":
+    main()
