@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from hire_rewrite import _compat
 
@@ -91,10 +92,17 @@ def on_cpu(
     def run(*operands: Array) -> Any:
         return lax.platform_dependent(*operands, cpu=typed, default=reference)
 
-    @run.defjvp
-    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
-        return run(*primals), jax.jvp(reference, primals, tangents)[1]
+    def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        moving = [i for i, one in enumerate(tangents) if not isinstance(one, SymbolicZero)]
 
+        def of_moving(*some: Array) -> Any:
+            known = dict(zip(moving, some, strict=True))
+            return reference(*(known.get(i, one) for i, one in enumerate(primals)))
+
+        points, ways = ([each[i] for i in moving] for each in (primals, tangents))
+        return run(*primals), jax.jvp(of_moving, points, ways)[1]
+
+    run.defjvp(derivative, symbolic_zeros=True)
     return run(*operands)
 
 
