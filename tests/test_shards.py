@@ -1,7 +1,5 @@
 """Functions with a `shard_map` of their own: each device rewrites what it has."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import hire_rewrite as hire
 from benchmarks.hlo import collectives
 from tests.test_spread import LAYERS, TOKEN, VOCABULARY, D, batches, quick, weights
+from tests.test_spread import step as one_device
 
 FORCED = {"force": True, "predictor": hire.Quantized()}
 
@@ -81,18 +80,8 @@ def blocks(mesh, check_vma=True):
     return step
 
 
-def one_device(params, token):
-    def layer(x, w):
-        h = jax.nn.relu(x @ w["gate"]) * (x @ w["up"] + w["bias"])
-        return x + h @ w["down"], None
-
-    x, _ = lax.scan(layer, params["embed"][token], params["layers"])
-    return x @ params["head"]
-
-
 def laid_out(mesh):
-    put = functools.partial(jax.device_put)
-    return jax.tree.map(lambda a, s: put(a, NamedSharding(mesh, s)), weights(), SPECS)
+    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), weights(), SPECS)
 
 
 FORMS = {

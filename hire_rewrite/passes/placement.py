@@ -15,7 +15,7 @@ from hire_rewrite import _compat
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes.trace import Trace, spread_sharding
 from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.graph import mesh_axes
+from hire_rewrite.patterns.graph import Value, mesh_axes
 from hire_rewrite.patterns.head import HeadMatch
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "placement_of",
     "put",
     "put_rows",
+    "shardings_of",
 ]
 
 
@@ -37,7 +38,7 @@ def placement_of(
     Matrices that are not spread are over all of the mesh `default`, if there is one and nothing
     speaks against it.
     """
-    shardings = _shardings(trace, match)
+    shardings = shardings_of(trace, (linear.weight for linear in match.linears))
     spread, itself = _spread_of(shardings, default), bool(shardings)
     obstacle = None if spread is None else _obstacle(match, spread)
     if len({sharding.mesh for sharding in shardings}) > 1:
@@ -146,8 +147,8 @@ def on_mesh(array: Any, spread: Spread) -> Any:
     return array if here else put(array, spread, PartitionSpec())
 
 
-def _shardings(trace: Trace, match: FFNMatch | HeadMatch) -> list[NamedSharding]:
-    """Of the inputs that a site's matrices come from, as far as they are spread."""
-    roots = (root for li in match.linears for root in trace.provenance.roots(li.weight))
+def shardings_of(trace: Trace, weights: Iterable[Value]) -> list[NamedSharding]:
+    """Of the inputs that weights are computed from, as far as they are spread."""
+    roots = (root for weight in weights for root in trace.provenance.roots(weight))
     found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
     return [sharding for sharding in dict.fromkeys(found) if sharding is not None]

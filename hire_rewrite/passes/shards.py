@@ -18,7 +18,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.passes.trace import Trace, spread_sharding
+from hire_rewrite.passes.placement import shardings_of
+from hire_rewrite.passes.trace import Trace
 from hire_rewrite.passes.weights import Stacked, Stacker
 from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.patterns.graph import Scope, Value, mesh_axes
@@ -184,9 +185,8 @@ def _obstacle(
             return f"inside shard_map over {over}, where its weights are sent between devices"
     if any(_compat.explicit_spec(value.aval) is not None for value in match.outputs):
         return f"inside shard_map over {over}, and types say how arrays lie along other axes"
-    roots = (root for w in match.weights for root in trace.provenance.roots(w))
-    found = (trace.shardings.get(root) or spread_sharding(root.const) for root in roots)
-    used = {name for sharding in found if sharding for name in mesh_axes(sharding.spec)}
+    shardings = shardings_of(trace, match.weights)
+    used = {name for sharding in shardings for name in mesh_axes(sharding.spec)}
     others = sorted(used - set(shards.manual))
     if others:
         return f"inside shard_map over {over}, and its weights are spread over {', '.join(others)}"
