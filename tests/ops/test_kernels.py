@@ -152,13 +152,15 @@ def test_exported_programs_call_no_kernel():
         return step(jax.tree.unflatten(tree, leaves), x)
 
     batched = jax.vmap(run, in_axes=(None, 0))
-    for one, x in ((run, x), (batched, jnp.stack([x, 2 * x]))):
+    for one, inputs in ((run, x), (batched, jnp.stack([x, 2 * x]))):
         function = jax.jit(one)
-        assert "hire_product" in function.lower(leaves, x).as_text()
-        exported = jax.export.export(function, platforms=("cpu", "tpu"))(leaves, x)
+        assert "hire_product" in function.lower(leaves, inputs).as_text()
+        exported = jax.export.export(function, platforms=("cpu", "tpu"))(leaves, inputs)
         assert "hire_product" not in exported.mlir_module()
         again = jax.export.deserialize(exported.serialize())
-        np.testing.assert_allclose(again.call(leaves, x), function(leaves, x), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            again.call(leaves, inputs), function(leaves, inputs), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_values_that_are_no_numbers():
