@@ -102,8 +102,33 @@ def dequantize_blocks(packed: Array, scale: Array) -> Array:
     return wide.reshape(integers.shape)
 
 
+def round_blocks(x: Array, block: int) -> tuple[Array, Array]:
+    """x: [tokens, d] in 8 bits, with a scale for each block of columns.
+
+    Returns:
+      i8[tokens, d] and f32[tokens, d/block]. The scale of a block that holds NaN or infinity is NaN
+      or infinity, so that its products are NaN.
+    """
+    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
+    scale = jnp.abs(blocks).max(-1) / 127
+    step = jnp.where(scale == 0, 1, scale)[..., None]
+    return jnp.round(blocks / step).astype(jnp.int8).reshape(x.shape), scale
+
+
+def rounded_blocks(x: Array, block: int) -> Array:
+    """f32[tokens, d], what `round_blocks` makes of x; its derivative is that of x."""
+    integers, scale = round_blocks(x, block)
+    blocks = integers.reshape(*scale.shape, block).astype(jnp.float32) * scale[..., None]
+    x = x.astype(jnp.float32)
+    # So, and not as x and what it lacks, which would not be these numbers to the last bit.
+    return lax.stop_gradient(blocks.reshape(x.shape)) + (x - lax.stop_gradient(x))
+
+
 def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     """x @ rows[layer].T in float32 for rows that `quantize_blocks` stored.
+
+    x is rounded to 8 bits in the same blocks (`round_blocks`): processors multiply such numbers
+    many at a time, and the rows have lost much more.
 
     Args:
       x: [tokens, d].
@@ -115,18 +140,21 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
       f32[tokens, n].
     """
     d, block = x.shape[1], x.shape[1] // scale.shape[2]
-    kernel = kernels.cpu.block_product if kernels.cpu.fits_blocks(d, block) else None
-    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(_block_product, x, packed, scale, layer, cpu=kernel)
+
+    def kernel(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+        return kernels.cpu.block_product(*round_blocks(x, block), packed, scale, layer)
+
+    def reference(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+        forms = {"cpu": _block_product_cpu, "default": _block_product_default}
+        return lax.platform_dependent(rounded_blocks(x, block), packed, scale, layer, **forms)
+
+    own = kernel if kernels.cpu.fits_blocks(d, block) else None
+    layer = jnp.asarray(layer, jnp.int32)
+    return kernels.call(reference, x, packed, scale, layer, cpu=own)
 
 
 def _product(x: Array, rows: Array, layer: Array) -> Array:
     return lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
-
-
-def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    forms = {"cpu": _block_product_cpu, "default": _block_product_default}
-    return lax.platform_dependent(x, packed, scale, layer, **forms)
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:

@@ -74,15 +74,23 @@ def product(x: Array, rows: Array, layer: Array) -> Array:
     return _call("hire_product", (x.shape[0], rows.shape[1]))(x, rows, layer.reshape(1))
 
 
-def block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    """f32[tokens, n] for rows as `quantize_blocks` stores them; see `fits_blocks`."""
+def block_product(x: Array, x_scale: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    """f32[tokens, n] for tokens and rows as `round_blocks` and `quantize_blocks` store them.
+
+    Args:
+      x: i8[tokens, d].
+      x_scale: f32[tokens, d/block].
+      packed: i8[L, n, d/2].
+      scale: bf16[L, n, d/block]; see `fits_blocks`.
+      layer: i32[].
+    """
     shape = (x.shape[0], packed.shape[1])
-    return _call("hire_block_product", shape)(x, packed, scale, layer.reshape(1))
+    return _call("hire_block_product", shape)(x, x_scale, packed, scale, layer.reshape(1))
 
 
 def fits_blocks(d: int, block: int) -> bool:
     """Whether `block_product` takes such rows: it reads both halves of a row in whole blocks."""
-    return usable() and (d // 2) % block == 0 and block % 8 == 0
+    return usable() and (d // 2) % block == 0 and block % 32 == 0 and d // block <= 2048
 
 
 def fetched_product(x: Array, rows: Array, index: Array) -> Array:
