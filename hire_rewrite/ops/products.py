@@ -47,20 +47,46 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return integers.astype(jnp.int8), scale
 
 
-def product(x: Array, rows: Array, layer: Array | int) -> Array:
+def product(
+    x: Array,
+    rows: Array,
+    layer: Array | int,
+    scale: Array | None = None,
+    offset: Array | None = None,
+) -> Array:
     """x @ rows[layer].T in float32, reading the rows once and as narrow as they are.
 
     Args:
       x: [tokens, d].
       rows: [L, n, d], int8, bfloat16 or float32.
       layer: i32[].
+      scale: f32[L, n], what each row is to be multiplied with; None for one.
+      offset: f32[L, n], what is added to its products; None for nothing.
 
     Returns:
       f32[tokens, n].
     """
-    kernel = kernels.cpu.product if kernels.cpu.usable(rows.dtype) else None
+    factors = [one for one in (scale, offset) if one is not None]
+
+    def both(factors: tuple[Array, ...]) -> tuple[Array | None, Array | None]:
+        rest = list(factors)
+        return (None if scale is None else rest.pop(0)), (None if offset is None else rest.pop(0))
+
+    def kernel(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        return kernels.cpu.product(x, rows, layer, *both(factors))
+
+    def reference(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        scale, offset = (
+            one if one is None else lax.dynamic_index_in_dim(one, layer, keepdims=False)
+            for one in both(factors)
+        )
+        found = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+        found = found if scale is None else found * scale
+        return found if offset is None else found + offset
+
+    own = kernel if kernels.cpu.usable(rows.dtype) else None
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(_product, x, rows, layer, cpu=kernel)
+    return kernels.call(reference, x, rows, layer, *factors, cpu=own)
 
 
 def unpack(packed: Array) -> Array:
@@ -151,10 +177,6 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
     own = kernel if kernels.cpu.fits_blocks(d, block) else None
     layer = jnp.asarray(layer, jnp.int32)
     return kernels.call(reference, x, packed, scale, layer, cpu=own)
-
-
-def _product(x: Array, rows: Array, layer: Array) -> Array:
-    return lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:

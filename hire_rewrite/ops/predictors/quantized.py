@@ -110,8 +110,7 @@ class Quantized:
         """f32[tokens, n] for x: [tokens, d] (see `Predictor.score`)."""
         if self.bits == 4:
             return block_product(x, state["rows"], state["scale"], layer)
-        scale = lax.dynamic_index_in_dim(state["scale"], layer, keepdims=False)
-        return product(x, state["rows"], layer) * scale
+        return product(x, state["rows"], layer, state["scale"])
 
     def score_rows(self, state: State, x: Array, layer: Array | int, rows: Array) -> Array:
         """f32[tokens, m] for rows: i32[tokens, m] (see `ScoresRows`)."""

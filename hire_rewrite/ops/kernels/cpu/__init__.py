@@ -69,9 +69,25 @@ def usable(*dtypes: Any) -> bool:
     return status() == "in use" and all(jnp.dtype(dtype) in known for dtype in dtypes)
 
 
-def product(x: Array, rows: Array, layer: Array) -> Array:
-    """f32[tokens, n] = x @ rows[layer].T for x: f32[tokens, d], rows: [L, n, d], layer: i32[]."""
-    return _call("hire_product", (x.shape[0], rows.shape[1]))(x, rows, layer.reshape(1))
+def product(
+    x: Array,
+    rows: Array,
+    layer: Array,
+    scale: Array | None = None,
+    offset: Array | None = None,
+) -> Array:
+    """f32[tokens, n] = x @ rows[layer].T * scale[layer] + offset[layer].
+
+    Args:
+      x: f32[tokens, d].
+      rows: [L, n, d].
+      layer: i32[].
+      scale, offset: f32[L, n], or None for none.
+    """
+    none = jnp.zeros((rows.shape[0], 0))
+    factors = (none if one is None else one for one in (scale, offset))
+    shape = (x.shape[0], rows.shape[1])
+    return _call("hire_product", shape)(x, rows, layer.reshape(1), *factors)
 
 
 def block_product(x: Array, x_scale: Array, packed: Array, scale: Array, layer: Array) -> Array:

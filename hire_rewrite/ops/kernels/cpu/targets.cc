@@ -61,13 +61,21 @@ ffi::Error ByType(ffi::DataType type, Run run) {
   return ffi::Error::Success();
 }
 
-ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, Result out) {
+ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, F32 scale, F32 offset,
+                   Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
   const int64_t first = layer.typed_data()[0] * n;
+  const float* factors = scale.element_count() ? scale.typed_data() + first : nullptr;
+  const float* terms = offset.element_count() ? offset.typed_data() + first : nullptr;
   return ByType(rows.element_type(), [&](auto* type, auto dot) {
     const auto* all = Data<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(rows) + first * d;
     Share(pool, n, Grain(d * sizeof(*type)), [&](int64_t begin, int64_t end) {
       dot(x.typed_data(), tokens, all + begin * d, end - begin, d, out->typed_data() + begin, n);
+      for (int64_t t = 0; t < tokens; ++t) {
+        float* own = out->typed_data() + t * n;
+        for (int64_t i = begin; factors && i < end; ++i) own[i] *= factors[i];
+        for (int64_t i = begin; terms && i < end; ++i) own[i] += terms[i];
+      }
     });
   });
 }
@@ -158,7 +166,7 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
-                                  .Arg<S32>().Ret<F32>());
+                                  .Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_block_product, BlockProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S8>().Arg<F32>()
                                   .Arg<S8>().Arg<BF16>().Arg<S32>().Ret<F32>());
