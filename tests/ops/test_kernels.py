@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.export
@@ -189,6 +190,23 @@ def test_values_that_are_no_numbers():
     if kernels.cpu.usable():
         index = jnp.array([0, 1], jnp.int32)
         assert np.isnan(kernels.cpu.fetched_sum(h, stacked[0], index)).all()
+
+
+@pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizer, tmp_path):
+    compiler, folder = shutil.which("c++"), Path(kernels.cpu.__file__).parent
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program, flags = tmp_path / "check", [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags += ["-std=c++17", "-O1", "-Wno-psabi", "-pthread", f"-I{folder}", "-o", str(program)]
+    sources = [Path(__file__).with_name("kernels_check.cc"), *folder.glob("rows_*.cc")]
+    (tmp_path / "empty.cc").write_text("int main() {}")
+    if subprocess.run([compiler, *flags, str(tmp_path / "empty.cc")], check=False).returncode:
+        pytest.skip(f"the compiler has no library for -fsanitize={sanitizer}")
+    subprocess.run([compiler, *flags, *map(str, sources)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("form", ["0", "portable"])
