@@ -134,7 +134,8 @@ def _of_bandwidth(name: str, gigabytes: float, *, site: float) -> Machine:
     )
 
 
-_BYTES = Machine("bytes", **dict.fromkeys(KINDS, (1.0,) * len(TOKENS)))
+_ALIKE: dict[str, Any] = dict.fromkeys(KINDS, (1.0,) * len(TOKENS))
+_BYTES = Machine("bytes", **_ALIKE)
 """On this machine nothing but bytes takes time, and all take the same."""
 
 _PUBLISHED = {
@@ -214,15 +215,16 @@ def load(path: Path) -> Machine:
         missing = [name for name in (*KINDS, *COSTS) if name not in found]
         if missing:
             raise ValueError(f"there is no {missing[0]}")
-        kinds = {name: _numbers(name, found[name], len(TOKENS), 1e-6) for name in KINDS}
-        costs = {name: _numbers(name, [found[name]], 1, 0.0)[0] for name in COSTS}
+        constants: dict[str, Any]
+        constants = {name: _numbers(name, found[name], len(TOKENS), 1e-6) for name in KINDS}
+        constants |= {name: _numbers(name, [found[name]], 1, 0.0)[0] for name in COSTS}
     except (OSError, ValueError) as error:
         raise HireRewriteError(
             f"{path} holds no machine ({error}): write it again with `python -m hire_rewrite "
             "calibrate-machine`, or delete it"
         ) from error
     name = path.stem if path.parent == _SHIPPED else f"{path.stem}, measured ({path})"
-    return Machine(name, **kinds, **costs)
+    return Machine(name, **constants)
 
 
 def _numbers(name: str, value: Any, count: int, least: float) -> tuple[float, ...]:

@@ -88,7 +88,8 @@ class Plan:
         parts = [f"{len(self.sites)} site(s), {rewritten} rewritten"]
         if self.sites:
             header = [
-                "site", "kind", "layer", "runs", "tokens", "MB read", "expected", "status", "reason",
+                "site", "kind", "layer", "runs", "tokens", "MB read", "expected", "status",
+                "reason",
             ]  # fmt: skip
             parts.append(table([header, *map(_site_row, self.sites)]))
         if self.rejected:

@@ -1,8 +1,8 @@
 """What a site reads, dense and rewritten, and how long that takes on a machine.
 
-Decoding is bound by reading, so a site's time is that of its reads: dense, of its weights; rewritten,
-of the predictor's arrays and of the rows that are fetched, and what choosing them costs. The
-machine (`hire_rewrite.machine`) says how long each read takes.
+Decoding is bound by reading, so a site's time is that of its reads: dense, of its weights;
+rewritten, of the predictor's arrays and of the rows that are fetched, and what choosing them
+costs. The machine (`hire_rewrite.machine`) says how long each read takes.
 """
 
 from __future__ import annotations

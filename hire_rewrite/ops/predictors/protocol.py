@@ -114,9 +114,7 @@ class Timed(Protocol):
         ...
 
 
-def reads_of(
-    predictor: Predictor, n: int, d: int, dtype: Any, tokens: int = 1
-) -> tuple[Read, ...]:
+def reads_of(predictor: Predictor, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
     """What one scoring reads, for any predictor."""
     if isinstance(predictor, Timed):
         return predictor.reads(n, d, dtype, tokens)
