@@ -25,6 +25,7 @@ def chosen():
 
 @pytest.fixture(autouse=True)
 def no_files(monkeypatch, tmp_path):
+    machines.current()  # once and for all, from the environment as other tests want it
     monkeypatch.delenv(machines.VARIABLE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
