@@ -32,7 +32,8 @@ def calibrate_machine(out: Path | None) -> None:
     os.environ[machines.VARIABLE] = "bytes"  # what is measured does not depend on what was
     from hire_rewrite.measuring import measured  # the rest of the package, only when it is needed
 
-    found = measured(lambda what: print(f"measuring {what} ...", file=sys.stderr, flush=True))
+    print("measuring, for a minute or two ...", file=sys.stderr, flush=True)
+    found = measured()
     path = machines.file_of(machines.default_name()) if out is None else out
     about = {
         "device": jax.devices()[0].device_kind,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from hire_rewrite.ops.block import FFNSpec, FFNState
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.ops.products import block_product, product, quantize_blocks, quantize_rows
 from hire_rewrite.ops.rows import fetched_products
-from hire_rewrite.passes.decide import decide, min_width
+from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import detect
 from hire_rewrite.passes.estimate import estimate
 from hire_rewrite.passes.trace import trace
@@ -34,7 +35,7 @@ from hire_rewrite.rules import FFN, Head, Rule
 __all__ = ["measured"]
 
 N, D = 16_384, 2048  # rows of the matrix that is read, and their length
-GROUP, FETCHED = 8, 256  # rows of a group, and groups that are fetched
+GROUP, FETCHED = 8, 1024  # rows of a group, and groups that are fetched
 _CACHE = 256 * 2**20  # bytes that fill every cache
 
 _HEADS = ((32_768, 256, 256), (32_768, 256, 2048), (131_072, 128, 256))
@@ -43,54 +44,48 @@ _BLOCKS = ((256, 2048), (256, 8192), (1024, 4096))
 """The same: the model's width and the hidden one."""
 
 
-def measured(say: Callable[[str], None], rounds: int = 15) -> Machine:
+def measured(rounds: int = 11) -> Machine:
     """The constants of jax's default backend.
 
     Args:
-      say: is told what is being measured.
       rounds: calls of each kind; the quickest counts, for other programs can only slow it down.
     """
-    clock = _Clock(rounds)
-    rows: dict[str, list[float]] = {kind: [] for kind in KINDS}
     arrays = _arrays()
-    for tokens in TOKENS:
-        say(f"products for {tokens} token(s)")
-        for kind, each in clock.of(_reads(arrays, tokens)).items():
-            rows[kind].append(each / _size(kind))
-    # A predictor that looks again does so for each token by itself.
-    rows["fetched_int8"] = rows["fetched_int8"][:1] * len(TOKENS)
-    constants: dict[str, Any]
-    constants = {kind: tuple(max(_rounded(one), 1e-6) for one in rows[kind]) for kind in KINDS}
-    del arrays
+    reads = {
+        (kind, tokens): call for tokens in TOKENS for kind, call in _reads(arrays, tokens).items()
+    }
+    sites = list(_sites())
+    times = _times([*reads.values(), *(site.call for site in sites)], rounds)
+    found = {key: time / _size(key[0]) for key, time in zip(reads, times, strict=False)}
+    constants: dict[str, Any] = {
+        # A predictor that looks again does so for each token by itself.
+        kind: tuple(_rounded(found.get((kind, n), found[kind, 1])) for n in TOKENS)
+        for kind in KINDS
+    }
     machine = Machine("measured", **constants)
-    say("sites")
-    return _with(machine, _costs(machine, clock))
+    return _with(machine, _costs(machine, sites, times[len(reads) :]))
 
 
 def _with(machine: Machine, costs: Mapping[str, Any]) -> Machine:
     return dataclasses.replace(machine, **costs)
 
 
-class _Clock:
-    """Times calls, one of each a round, with cold caches and without what any call takes."""
+def _times(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Nanoseconds of each, with cold caches, and without what any call takes.
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-        self._cache = jnp.ones(_CACHE // 4)
-        self._empty: Callable[[], Any] = functools.partial(jax.jit(lambda x: x + 1), jnp.zeros(8))
-
-    def of(self, sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Nanoseconds of each side."""
-        every: dict[str, Callable[[], Any]] = {"": self._empty, **sides}
-        times: dict[str, list[int]] = {name: [] for name in every}
-        for number, (name, call) in itertools.product(range(-2, self._rounds), every.items()):
-            _greatest(self._cache).block_until_ready()
+    All are called once a round, so that each has its share of the machine's quiet moments.
+    """
+    cache, empty = jnp.ones(_CACHE // 4), jax.jit(lambda x: x + 1)
+    every: list[Callable[[], Any]] = [functools.partial(empty, jnp.zeros(8)), *calls]
+    least = [math.inf] * len(every)
+    for number in range(-2, rounds):  # the first rounds compile
+        for i, call in enumerate(every):
+            _greatest(cache).block_until_ready()
             start = time.perf_counter_ns()
             jax.block_until_ready(call())
-            if number >= 0:  # the first rounds compile
-                times[name].append(time.perf_counter_ns() - start)
-        found = {name: min(each) for name, each in times.items()}
-        return {name: max(found[name] - found[""], 0.0) for name in sides}
+            if number >= 0:
+                least[i] = min(least[i], time.perf_counter_ns() - start)
+    return [max(one - least[0], 1.0) for one in least[1:]]
 
 
 _greatest = jax.jit(jnp.max)
@@ -156,43 +151,52 @@ def _fetch(spec: FFNSpec, x: Array, up: Array, groups: Array) -> tuple[Array, ..
     return fetched_products(x, FFNState(up, up[:, :, 0], (), {}), 0, groups, spec)
 
 
-def _costs(machine: Machine, clock: _Clock) -> dict[str, float]:
-    """`piece`, `score` and `site`, fitted to whole sites."""
-    known = [_with(machine, {name: 1.0}) for name in COSTS]
-    factors, rest = [], []
-    for fn, rule, weights, d in _sites():
-        for tokens in (1, 4):
-            x = jax.random.normal(jax.random.key(3), (tokens, d))
-            run = transform(fn, rule)
-            packed = run.pack(weights, x)
-            call = functools.partial(jax.jit(run.__call__), packed, x)
-            took = clock.of({"site": call})["site"]
-            detection = detect(trace(fn, (weights, x), {}, (0,)), min_width([rule]))
-            _, (decision,) = decide(detection, [rule], {}, machine)
-            assert decision.spec is not None
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A rewritten function of one site, and what it was decided to be."""
 
-            def expected(one: Machine, decision: Any = decision, tokens: int = tokens) -> float:
-                return estimate(
-                    decision.found, decision.spec, Quantized(), tokens, machine=one
-                ).rewritten
+    call: Callable[[], Any]
+    decision: Decision
+    tokens: int
 
-            base = expected(machine)
-            factors.append([(expected(one) - base) / took for one in known])
-            rest.append((took - base) / took)
-    return dict(zip(COSTS, map(_rounded, _fitted(factors, rest)), strict=True))
+    def expected(self, machine: Machine) -> float:
+        """Nanoseconds."""
+        found, spec = self.decision.found, self.decision.spec
+        assert spec is not None
+        return estimate(found, spec, Quantized(), self.tokens, machine=machine).rewritten
 
 
-def _sites() -> list[tuple[Callable[..., Array], Rule, Any, int]]:
-    """Functions of weights and tokens, rules for them, weights, and the length of a token."""
-    key, found = jax.random.key(4), list[tuple[Callable[..., Array], Rule, Any, int]]()
+def _sites() -> Iterator[_Site]:
+    """Heads and blocks for one token and for several."""
+    key = jax.random.key(4)
     for n, d, candidates in _HEADS:
-        rule: Rule = Head(k=64, candidates=candidates, force=True)
-        found.append((_head, rule, jax.random.normal(key, (n, d)) / d**0.5, d))
+        rows = jax.random.normal(key, (n, d)) / d**0.5
+        yield from _of_tokens(_head, Head(k=64, candidates=candidates, force=True), rows, d)
     for d, f in _BLOCKS:
         names = ("gate", "up", "down")
         weights = {name: jax.random.normal(key, (f, d)) / d**0.5 for name in names}
-        found.append((_block, FFN(k=0.05, force=True), weights, d))
-    return found
+        yield from _of_tokens(_block, FFN(k=0.05, force=True), weights, d)
+
+
+def _of_tokens(fn: Callable[..., Array], rule: Rule, weights: Any, d: int) -> Iterator[_Site]:
+    run = transform(fn, rule)
+    packed = run.pack(weights, jnp.ones((1, d)))
+    for tokens in (1, 4):
+        x = jax.random.normal(jax.random.key(3), (tokens, d))
+        detection = detect(trace(fn, (weights, x), {}, (0,)), min_width([rule]))
+        _, (decision,) = decide(detection, [rule], {})
+        yield _Site(functools.partial(jax.jit(run.__call__), packed, x), decision, tokens)
+
+
+def _costs(machine: Machine, sites: Sequence[_Site], times: Sequence[float]) -> dict[str, float]:
+    """`piece`, `score` and `site` that explain best what the reads leave of the sites' times."""
+    factors, rest = [], []
+    for site, took in zip(sites, times, strict=True):
+        base = site.expected(machine)
+        more = (site.expected(_with(machine, {name: 1.0})) - base for name in COSTS)
+        factors.append([one / took for one in more])
+        rest.append((took - base) / took)
+    return dict(zip(COSTS, map(_rounded, _fitted(factors, rest)), strict=True))
 
 
 def _head(w: Array, x: Array) -> Array:
@@ -222,4 +226,4 @@ def _jitted(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+    return float(f"{max(value, 0.0):.3g}")

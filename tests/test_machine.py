@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import jax
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_machine_prints_as_a_table():
 
 def test_the_program_writes_what_was_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(machines.VARIABLE, "set again afterwards")
-    monkeypatch.setattr(measuring, "measured", lambda say: OTHER)
+    monkeypatch.setattr(measuring, "measured", lambda: OTHER)
     path = tmp_path / "out.json"
     program.main(["calibrate-machine", "--out", str(path)])
     assert load(path).dense_float32 == OTHER.dense_float32
@@ -182,23 +183,30 @@ def test_measured_constants_are_times_over_bytes(monkeypatch):
     sizes = {"N": 64, "D": 64, "FETCHED": 4, "_HEADS": ((4096, 8, 64),), "_BLOCKS": ((8, 64),)}
     for name, value in sizes.items():
         monkeypatch.setattr(measuring, name, value)
+    # A read that looks again is timed for one token alone.
+    keys = [(kind, n) for n in TOKENS for kind in KINDS if kind != "fetched_int8" or n == 1]
 
-    class Clock:
-        def __init__(self, rounds):
-            pass
+    def times(calls, rounds):
+        assert len(calls) == len(keys) + 4
+        jax.block_until_ready([call() for call in calls[: len(KINDS)]])
+        reads = [1e6 * place for place in range(1, len(keys) + 1)]
+        return reads + [1e9] * 4
 
-        def of(self, sides):
-            if "fetched_int8" in sides:  # once
-                jax.block_until_ready([call() for call in sides.values()])
-            if "site" in sides:
-                return {"site": 1e9}
-            return {kind: getattr(OTHER, kind)[1] * measuring._size(kind) for kind in sides}
+    monkeypatch.setattr(measuring, "_times", times)
+    measured_order = list(measuring._reads(measuring._arrays(), 1))
+    assert sorted(measured_order) == sorted(KINDS)
+    found = measuring.measured()
+    for place, kind in enumerate(measured_order, 1):
+        first = 1e6 * place / measuring._size(kind)
+        assert getattr(found, kind)[0] == pytest.approx(first, rel=0.01)
+    assert len(set(found.fetched_int8)) == 1
+    assert len(set(found.scored_int8)) == len(TOKENS)
+    assert min(found.piece, found.score, found.site) >= 0.0
 
-    monkeypatch.setattr(measuring, "_Clock", Clock)
-    said = []
-    found = measuring.measured(said.append)
-    assert said == [*(f"products for {n} token(s)" for n in TOKENS), "sites"]
-    for kind in KINDS:
-        assert getattr(found, kind) == (getattr(OTHER, kind)[1],) * len(TOKENS)
-    # All of these sites take a second, whatever their sizes.
-    assert found.site == pytest.approx(1e9, rel=0.01)
+
+def test_a_clock_tells_the_quickest_call(monkeypatch):
+    monkeypatch.setattr(measuring, "_CACHE", 4)
+    numbers = iter([0.0, 0.0, 0.03, 0.05, 0.02])
+    quick, slow = measuring._times([lambda: None, lambda: time.sleep(next(numbers))], 3)
+    assert quick < 0.01e9
+    assert 0.015e9 < slow < 0.03e9
