@@ -93,15 +93,19 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
-    rounds = parser.parse_args().rounds
-    rows = [row for each in sites() for row in measure(*each, rounds)]
+    parser.add_argument("--only", default="", help="sites whose name holds this; writes nothing")
+    asked = parser.parse_args()
+    rows = [
+        row for each in sites() if asked.only in each[0] for row in measure(*each, asked.rounds)
+    ]
     plan = hire.inspect(head, jnp.ones((5000, 64)), jnp.ones((1, 64)))
     about = {"expected on": plan.machine, "kernels for CPU": plan.kernels, "rows": rows}
-    path = timing.write("estimate", about, "python -m benchmarks.estimate")
     header = list(rows[0])
     print(table([header, *([str(row[name]) for name in header] for row in rows)]))
     right = sum(row["sign"] == "right" for row in rows)
-    print(f"{right} of {len(rows)} signs are right; wrote {path}")
+    print(f"{right} of {len(rows)} signs are right")
+    if not asked.only:
+        print(f"wrote {timing.write('estimate', about, 'python -m benchmarks.estimate')}")
 
 
 if __name__ == "__main__":

@@ -38,17 +38,20 @@ N, D = 16_384, 2048  # rows of the matrix that is read, and their length
 GROUP, FETCHED = 8, 1024  # rows of a group, and groups that are fetched
 _CACHE = 256 * 2**20  # bytes that fill every cache
 
+_LIMIT = 60.0  # seconds, after which no further round begins
+
 _HEADS = ((32_768, 256, 256), (32_768, 256, 2048), (131_072, 128, 256))
 """Sites that are fitted to: rows, their length, candidates."""
 _BLOCKS = ((256, 2048), (256, 8192), (1024, 4096))
 """The same: the model's width and the hidden one."""
 
 
-def measured(rounds: int = 11) -> Machine:
+def measured(rounds: int = 15) -> Machine:
     """The constants of jax's default backend.
 
     Args:
-      rounds: calls of each kind; the quickest counts, for other programs can only slow it down.
+      rounds: calls of each kind, unless they take longer than a minute; the quickest counts, for
+        other programs can only slow it down.
     """
     arrays = _arrays()
     reads = {
@@ -78,7 +81,10 @@ def _times(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     cache, empty = jnp.ones(_CACHE // 4), jax.jit(lambda x: x + 1)
     every: list[Callable[[], Any]] = [functools.partial(empty, jnp.zeros(8)), *calls]
     least = [math.inf] * len(every)
+    began = time.monotonic()
     for number in range(-2, rounds):  # the first rounds compile
+        if number > 2 and time.monotonic() - began > _LIMIT:
+            break
         for i, call in enumerate(every):
             _greatest(cache).block_until_ready()
             start = time.perf_counter_ns()
