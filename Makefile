@@ -29,6 +29,7 @@ test: $(VENV)/.test
 bench: $(VENV)/.demo
 	$(RUN) -m benchmarks.passes
 	$(RUN) -m benchmarks.kernels
+	$(RUN) -m benchmarks.estimate
 	$(RUN) -m benchmarks.smollm2
 
 quality: $(VENV)/.demo

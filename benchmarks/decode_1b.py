@@ -140,8 +140,8 @@ def main() -> None:
     for_block: Predictor = hire.Quantized(4)
     for_head: Predictor = hire.LowRank(256)
     rules = (
-        hire.FFN(k=0.05, candidates=0.10, predictor=for_block),
-        hire.Head(k=64, candidates=1024, predictor=for_head),
+        hire.FFN(k=0.05, candidates=0.10, predictor=for_block, force=True),
+        hire.Head(k=64, candidates=1024, predictor=for_head, force=True),
     )
     dense = functools.partial(model.decode_step, config)
     step = hire.transform(dense, *rules)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import rounding
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors.protocol import Choose, State, written
+from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
 from hire_rewrite.ops.products import (
     block_product,
     dequantize_blocks,
@@ -128,6 +128,10 @@ class Quantized:
         if self.bits == 4:
             return n * (d // 2) + n * (d // self._block) * jnp.dtype(jnp.bfloat16).itemsize
         return n * d + n * jnp.dtype(jnp.float32).itemsize
+
+    def reads(self, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+        """See `Timed`."""
+        return (Read(f"scored_int{self.bits}", self.bytes(n, d, dtype), tokens),)
 
     def fit_bound(self, rows: Array, state: State) -> State:
         """`residual`: f32[n], no less than ‖r‖, and `norm`: f32[n], no less than ‖w‖."""
