@@ -11,9 +11,6 @@ text. The larger ones are drawn as `benchmarks.structured` says, which is fitted
 
 from __future__ import annotations
 
-from benchmarks import peers  # first: it says how other libraries' threads are to wait
-
-# isort: split
 import argparse
 import dataclasses
 import functools
@@ -29,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 import hire_rewrite as hire
-from benchmarks import recall, real, timing
+from benchmarks import peers, real, recall, timing
 from benchmarks.peers import TOP, Side
 from benchmarks.structured import Spread, outstanding
 from hire_rewrite.ops.predictors import Predictor, hopeful
@@ -104,9 +101,7 @@ class Own:
         def ordered(queries: np.ndarray, count: int) -> np.ndarray:
             return np.asarray(order(self.state, jnp.asarray(queries), count))
 
-        return Side(
-            str(self.predictor), search, ordered, self.bytes, most=16, setup_s=self.setup_s
-        )
+        return Side(str(self.predictor), search, ordered, self.bytes, most=16, setup_s=self.setup_s)
 
     @property
     def _shape(self) -> jax.ShapeDtypeStruct:
@@ -163,7 +158,9 @@ def at_equal_recall(
     if side.ordered is not None:
         orders = (side.ordered(part, ladder[-1]) for part in parts)
         bounds = range(side.most, len(wanted), side.most)
-        where = [recall.places(*pair) for pair in zip(orders, np.split(wanted, bounds), strict=True)]
+        where = [
+            recall.places(*pair) for pair in zip(orders, np.split(wanted, bounds), strict=True)
+        ]
         known = recall.by_candidates(np.concatenate(where), ladder)
         return recall.needed(known.__getitem__, ladder)
 

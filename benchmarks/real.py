@@ -16,7 +16,7 @@ _LENGTH, _BATCH = 256, 8
 
 
 def head(tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows f32[V, d], and the hidden states f32[tokens, d] of Python's help topics, in order."""
+    """The rows f32[V, d], and what the head reads at Python's help topics, f32[tokens, d]."""
     params, config = weights.load()
     return np.asarray(params["embed"]), _read(params, config, tokens)
 
