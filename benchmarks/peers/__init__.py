@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,8 @@ class Side:
     setup_s: float = 0.0
 
 
-def build(make: str, name: str, *args: Any, names: Sequence[str] = tuple(MODULES)) -> Any:
-    """`make(*args)` of the module for one of `names`, or a string that says why there is none."""
-    if name not in names:
-        raise KeyError(name)
+def build(make: str, name: str, *args: Any) -> Any:
+    """`make(*args)` of the module for one of MODULES, or a string that says why there is none."""
     try:
         module = importlib.import_module(f"benchmarks.peers.{MODULES[name]}")
     except ImportError as error:
