@@ -6,7 +6,7 @@ greatest and 99 % of the 64 greatest of 1024 queries (`recall.GOAL`); then all s
 cold caches. Ratios are to the dense logits in JAX alone, which find no greatest yet.
 
 The head of 49,152 rows is SmolLM2's, with its hidden states on text; predictors are fitted to other
-text. The larger ones are drawn as `benchmarks.structured` says, which is fitted to that head.
+text. The others are put together of parts of those, as `benchmarks.structured` says.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jax import Array, lax
 import hire_rewrite as hire
 from benchmarks import peers, real, recall, timing
 from benchmarks.peers import TOP, Side
-from benchmarks.structured import Spread, outstanding
+from benchmarks.structured import draw_queries, draw_rows, outstanding
 from hire_rewrite.ops.predictors import Predictor, hopeful
 from hire_rewrite.ops.select import top_k
 from hire_rewrite.plan import table
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=list(peers.MODULES), default=peers.MODULES)
     asked = parser.parse_args()
     rows, states = real.head(asked.fitted + asked.queries)
-    spread = Spread.of(rows, states[: asked.fitted])
+    seen, unseen = states[: asked.fitted], states[asked.fitted :]
     whole = asked.sizes is None and asked.rounds >= ROUNDS and asked.queries == QUERIES
     result: dict[str, Any] = {
         "goal": dict(zip(("greatest", f"{TOP} greatest"), recall.GOAL, strict=True)),
@@ -295,17 +295,15 @@ def main() -> None:
         named = "smollm2" if (n, d) == rows.shape else f"{n}x{d}"
         if asked.sizes and named not in asked.sizes:
             continue
-        if named == "smollm2":
-            given, samples, queries = rows, states[: asked.fitted], states[asked.fitted :]
-        else:
-            keys = jax.random.split(jax.random.key(0), 3)
-            given = spread.draw_rows(keys[0], n, d)
-            samples = spread.draw_queries(keys[1], asked.fitted, d)
-            queries = spread.draw_queries(keys[2], asked.queries, d)
+        given, samples, queries = rows, seen, unseen
+        if named != "smollm2":
+            given = draw_rows(rows, n, d)
+            samples = draw_queries(seen, asked.fitted, d)
+            queries = draw_queries(unseen, asked.queries, d, seed=1)
         kind = "SmolLM2's" if named == "smollm2" else "structured random"
         name = f"head {n:,} × {d:,}, {kind}"
         result["heads"].append(measure(name, given, samples, queries, asked.rounds, asked.peers))
-        del given, samples, queries
+        del given
         gc.collect()
         _show(result["heads"][-1])
         if whole:

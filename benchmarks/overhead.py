@@ -9,6 +9,7 @@ the seconds that each phase takes, once: to trace and detect, to pack, to rewrit
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -56,16 +57,16 @@ def per_call(rounds: int) -> dict[str, Any]:
     """
     params, x = weights(), jnp.ones((1, D))
     plain = jax.jit(model)
-    sides: dict[str, Callable[[], Any]] = {"plain jit": lambda: plain(params, x)}
+    sides: dict[str, Callable[[], Any]] = {"plain jit": functools.partial(plain, params, x)}
     for mode in ("dense", "hire"):
         step = hire.transform(model, *RULES, mode=mode)
         given = params if mode == "dense" else step.pack(params, x)
         under = jax.jit(step.__call__)
         ahead = jax.jit(step.__call__).lower(given, x).compile()
         sides |= {
-            f"{mode}: bare": lambda step=step, given=given: step(given, x),
-            f"{mode}: under jit": lambda under=under, given=given: under(given, x),
-            f"{mode}: compiled ahead": lambda ahead=ahead, given=given: ahead(given, x),
+            f"{mode}: bare": functools.partial(step, given, x),
+            f"{mode}: under jit": functools.partial(under, given, x),
+            f"{mode}: compiled ahead": functools.partial(ahead, given, x),
         }
 
     def many(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -102,9 +103,11 @@ def once(rounds: int) -> dict[str, float]:
     params, x = weights(), jnp.ones((1, D))
     seconds: dict[str, list[float]] = {}
 
-    def timed(phase: str, run: Callable[[], Any]) -> Any:
+    def timed(phase: str, run: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
-        result = jax.block_until_ready(run())
+        result = run(*args)
+        if isinstance(result, hire.Packed):
+            jax.block_until_ready(result)
         seconds.setdefault(phase, []).append(time.perf_counter() - began)
         return result
 
@@ -113,21 +116,12 @@ def once(rounds: int) -> dict[str, float]:
         def fresh(params: Any, x: Array) -> Array:
             return model(params, x)
 
-        traced: Any = None
-
-        def tracing(fresh: Any = fresh) -> None:
-            nonlocal traced
-            traced = trace(fresh, (params, x), {}, (0,))
-
-        timed("trace", tracing)
-        timed("detect", lambda traced=traced: (detect(traced, 4096), None)[1])
+        traced = timed("trace", trace, fresh, (params, x), {}, (0,))
+        timed("detect", detect, traced, 4096)
         step = hire.transform(fresh, *RULES)
-        timed("plan (trace, detect, decide)", lambda step=step: (step.plan(params, x), None)[1])
-        packed = timed("pack", lambda step=step: step.pack(params, x))
-        timed(
-            "rewrite",
-            lambda step=step, packed=packed: (jax.make_jaxpr(step.__call__)(packed, x), None)[1],
-        )
+        timed("plan (trace, detect, decide)", step.plan, params, x)
+        packed = timed("pack", step.pack, params, x)
+        timed("rewrite", jax.make_jaxpr(step.__call__), packed, x)
     return {phase: round(1e3 * statistics.median(each), 2) for phase, each in seconds.items()}
 
 

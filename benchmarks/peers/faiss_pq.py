@@ -10,9 +10,8 @@ import time
 import faiss
 import numpy as np
 
-from benchmarks.peers import THREADS, TOP, Found, Side
+from benchmarks.peers import THREADS, TOP, Found, Side, columns
 
-COLUMNS = 2  # that share a code
 TRAINED = 32_768  # rows that the code books are fitted to
 
 faiss.omp_set_num_threads(THREADS)
@@ -21,7 +20,8 @@ faiss.omp_set_num_threads(THREADS)
 def head(rows: np.ndarray) -> Side:
     began = time.perf_counter()
     n, d = rows.shape
-    first = faiss.IndexPQFastScan(d, d // COLUMNS, 4, faiss.METRIC_INNER_PRODUCT)
+    codes = d // columns(d)
+    first = faiss.IndexPQFastScan(d, codes, 4, faiss.METRIC_INNER_PRODUCT)
     first.train(rows[:: max(1, n // TRAINED)])
     coded = faiss.IndexShards(d, True, True)
     shards = [first, *(faiss.clone_index(first) for _ in range(THREADS - 1))]
@@ -37,10 +37,10 @@ def head(rows: np.ndarray) -> Side:
         return whole.search(queries, TOP)
 
     side = Side(
-        f"faiss PQ{d // COLUMNS}x4 + refine",
+        f"faiss PQ{codes}x4 + refine",
         search,
         lambda queries, count: coded.search(queries, count)[1],
-        lambda candidates: n * d // COLUMNS // 2 + (candidates or 0) * d * 4,
+        lambda candidates: n * codes // 2 + (candidates or 0) * d * 4,
         most=64,
         setup_s=time.perf_counter() - began,
     )
