@@ -108,8 +108,14 @@ class Own:
         return jax.ShapeDtypeStruct(self.state.rows.shape[1:], self.state.rows.dtype)
 
 
-def fitted(rows: Array, samples: Array, predictors: Sequence[Predictor]) -> list[Own]:
+def _of_first(fn: Callable[[Array, Array], Any]) -> Callable[[Array, Array], Any]:
+    """`fn` of rows [1, n, d]."""
+    return lambda rows, x: fn(rows[0], x)
+
+
+def fitted(rows: Array, samples: Array) -> list[Own]:
     """The head with each predictor; cascades are put together of parts that are among them."""
+    predictors = own_predictors(*rows.shape)
     found: dict[Predictor, Own] = {}
     kept: Any = None
     for predictor in predictors:
@@ -138,6 +144,7 @@ def fitted(rows: Array, samples: Array, predictors: Sequence[Predictor]) -> list
 
 
 def own_predictors(n: int, d: int) -> list[Predictor]:
+    """Of a cascade, its parts come first."""
     low, eight = hire.LowRank(max(192, d // 8)), hire.Quantized(8)
     return [hire.Quantized(4), eight, low, hire.Cascade(low, eight, n // 32)]
 
@@ -172,21 +179,24 @@ def at_equal_recall(
 
 
 def measure(
-    name: str, rows: np.ndarray, samples: np.ndarray, queries: np.ndarray, rounds: int,
-    named: Sequence[str],
+    name: str, make: Callable[[], np.ndarray], samples: np.ndarray, queries: np.ndarray,
+    rounds: int, named: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """All sides on one head."""
-    own = fitted(jnp.asarray(rows), jnp.asarray(samples), own_predictors(*rows.shape))
-    kept = own[0].state.rows[0]
-    rows = np.asarray(kept)
+    """All sides on one head, of the rows that `make` returns.
+
+    The copy of the rows that packing makes is the only one that this process keeps, besides those
+    of other libraries.
+    """
+    own = fitted(jnp.asarray(make()), jnp.asarray(samples))
+    kept = own[0].state.rows
+    rows = np.asarray(kept)[0]
     dense = {
-        PLAIN: functools.partial(jax.jit(logits), kept),
-        "jax arg max": functools.partial(jax.jit(arg_max), kept),
-        f"jax top {TOP}": functools.partial(jax.jit(greatest), kept),
+        label: functools.partial(jax.jit(_of_first(fn)), kept)
+        for label, fn in ((PLAIN, logits), ("jax arg max", arg_max), (f"jax top {TOP}", greatest))
     }
     first = jnp.asarray(queries[:1])
     alone = timing.alternate({PLAIN: functools.partial(dense[PLAIN], first)}, rounds, cold=True)
-    wanted = exact(kept, queries)
+    wanted, shown = exact(kept[0], queries), outstanding(kept[0], jnp.asarray(queries[:64]))
     sides: list[Any] = [one.side() for one in own]
     missing = {}
     for peer in named:
@@ -224,7 +234,7 @@ def measure(
     return {
         "what": name,
         "queries": len(queries),
-        "outstanding": outstanding(kept, jnp.asarray(queries[:64])),
+        "outstanding": shown,
         "read_gb_s": round(bandwidth / 1e9, 2),
         "jax logits ms": {
             "before peers were loaded": round(1e3 * alone.median(PLAIN), 3),
@@ -295,15 +305,15 @@ def main() -> None:
         named = "smollm2" if (n, d) == rows.shape else f"{n}x{d}"
         if asked.sizes and named not in asked.sizes:
             continue
-        given, samples, queries = rows, seen, unseen
+        samples, queries = seen, unseen
+        make: Callable[[], np.ndarray] = functools.partial(np.asarray, rows)
         if named != "smollm2":
-            given = draw_rows(rows, n, d)
+            make = functools.partial(draw_rows, rows, n, d)
             samples = draw_queries(seen, asked.fitted, d)
             queries = draw_queries(unseen, asked.queries, d, seed=1)
         kind = "SmolLM2's" if named == "smollm2" else "structured random"
         name = f"head {n:,} × {d:,}, {kind}"
-        result["heads"].append(measure(name, given, samples, queries, asked.rounds, asked.peers))
-        del given
+        result["heads"].append(measure(name, make, samples, queries, asked.rounds, asked.peers))
         gc.collect()
         _show(result["heads"][-1])
         if whole:
