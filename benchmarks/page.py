@@ -74,10 +74,14 @@ def _heads(result: Row) -> Iterable[str]:
         shown = head["outstanding"]
         yield (
             f"{head['queries']:,} queries. The greatest logit stands {shown['1']} standard "
-            f"deviations above the mean, the second {shown['2']}, the 64th {shown['64']}. Dense "
-            f"logits took {before} ms before the other libraries were loaded, and {after} ms "
-            f"beside them. {head['read_gb_s']} GB/s."
+            f"deviations above the mean, the second {shown['2']}, the 64th {shown['64']}. "
+            f"{head['read_gb_s']} GB/s."
         )
+        if before is not None:
+            yield (
+                f"Dense logits took {before} ms before the other libraries were loaded, and "
+                f"{after} ms beside them."
+            )
         for tokens in sorted({row["tokens"] for row in head["rows"]}):
             yield ""
             some = [row for row in head["rows"] if row["tokens"] == tokens]

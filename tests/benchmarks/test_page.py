@@ -50,6 +50,7 @@ def test_heads(results):
     (other,) = [cells(line) for line in text if line.startswith("| faiss")]
     assert other[:4] == ["faiss *", "64", "0.9000", "0.5000"]
     assert any("ScaNN: not installed" in line for line in text)
+    assert any("took 4.1 ms before" in line for line in text)
     widths = {len(cells(line)) for line in text if line.startswith("|")}
     assert widths == {12}
 
