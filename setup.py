@@ -5,10 +5,10 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, setup
 
-KERNELS = Path("hire_rewrite/ops/kernels")
+KERNELS = Path("hire_rewrite/ops/kernels/cpu")
 
 library = Extension(
-    "hire_rewrite.ops.kernels._library",
+    "hire_rewrite.ops.kernels.cpu._library",
     sources=[str(path) for path in sorted(KERNELS.glob("*.cc"))],
     depends=[str(path) for path in sorted((*KERNELS.glob("*.h"), *KERNELS.glob("*.inc")))],
     include_dirs=[str(Path(jaxlib.__file__).parent / "include")],

@@ -82,7 +82,7 @@ def _compiled(
     """A call of the rewritten function, compiled with or without the kernels."""
     run = jax.jit(hire.transform(fn, rule).__call__)
     if side == "JAX":
-        with mock.patch.object(kernels, "usable", return_value=False):
+        with mock.patch.object(kernels.cpu, "usable", return_value=False):
             jax.block_until_ready(run(packed, x))
     return functools.partial(run, packed, x)
 

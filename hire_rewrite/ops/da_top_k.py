@@ -27,13 +27,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hire_rewrite._compat import invariant_over, is_exported, manual_axes, mesh_around, varying_over
+from hire_rewrite._compat import invariant_over, manual_axes, mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.buckets import bucket_top_k
 from hire_rewrite.ops.keys import from_keys, lowest, to_keys
 from hire_rewrite.ops.merge import MERGES, Merge, cheapest, first, merged
 from hire_rewrite.ops.recall import allowed_misses, kept_per_shard
-from hire_rewrite.ops.select import plain_top_k
 from hire_rewrite.ops.select import top_k as local_top_k
 
 __all__ = ["da_top_k", "da_top_k_p"]
@@ -348,17 +347,6 @@ def _select(
     return from_keys(keys, x.dtype), found
 
 
-def _lowering(some: Select | None) -> Any:
-    """The rule of a platform; what is exported calls no kernel, for it may run anywhere."""
-
-    def rule(context: Any, *operands: Any, **params: Any) -> Any:
-        all_of = plain_top_k if is_exported(context) else local_top_k
-        chosen = functools.partial(_select, some=some or all_of, all_of=all_of)
-        return mlir.lower_fun(chosen, multiple_results=True)(context, *operands, **params)
-
-    return rule
-
-
 def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
     """Whether a flag is set on any device along some axes: all then take the same branch."""
     return lax.pmax(varying_over(flag.astype(jnp.int32), axes), axes) > 0
@@ -425,8 +413,9 @@ da_top_k_p.multiple_results = True
 da_top_k_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[da_top_k_p] = _jvp
 batching.fancy_primitive_batchers[da_top_k_p] = _batch
-for platform, some in ((None, None), ("tpu", bucket_top_k)):
-    mlir.register_lowering(da_top_k_p, _lowering(some), platform=platform)
+for platform, some in ((None, local_top_k), ("tpu", bucket_top_k)):
+    lowered = mlir.lower_fun(functools.partial(_select, some=some, all_of=local_top_k), True)
+    mlir.register_lowering(da_top_k_p, lowered, platform=platform)
 
 
 _STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")

@@ -223,14 +223,14 @@ def gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: 
     def kernel(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
         _, n, d = stacked.shape
         wide = x.astype(jnp.float32)
-        return kernels.fetched_product(wide, stacked.reshape(-1, 1, d), rows + layer * n).astype(
-            spec.out_dtype
-        )
+        return kernels.cpu.fetched_product(
+            wide, stacked.reshape(-1, 1, d), rows + layer * n
+        ).astype(spec.out_dtype)
 
     dtypes = (state.rows.dtype, x.dtype, spec.compute_dtype, spec.out_dtype or x.dtype)
     layer = jnp.asarray(layer, jnp.int32)
-    own = kernel if kernels.usable(*dtypes) else None
-    return kernels.on_cpu(own, reference, x, state.rows, layer, rows)
+    own = kernel if kernels.cpu.usable(*dtypes) else None
+    return kernels.call(reference, x, state.rows, layer, rows, cpu=own)
 
 
 def _signed_sums(

@@ -58,9 +58,9 @@ def product(x: Array, rows: Array, layer: Array | int) -> Array:
     Returns:
       f32[tokens, n].
     """
-    kernel = kernels.product if kernels.usable(rows.dtype) else None
+    kernel = kernels.cpu.product if kernels.cpu.usable(rows.dtype) else None
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.on_cpu(kernel, _product, x, rows, layer)
+    return kernels.call(_product, x, rows, layer, cpu=kernel)
 
 
 def unpack(packed: Array) -> Array:
@@ -115,9 +115,9 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
       f32[tokens, n].
     """
     d, block = x.shape[1], x.shape[1] // scale.shape[2]
-    kernel = kernels.block_product if kernels.usable() and kernels.fits_blocks(d, block) else None
+    kernel = kernels.cpu.block_product if kernels.cpu.fits_blocks(d, block) else None
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.on_cpu(kernel, _block_product, x, packed, scale, layer)
+    return kernels.call(_block_product, x, packed, scale, layer, cpu=kernel)
 
 
 def _product(x: Array, rows: Array, layer: Array) -> Array:

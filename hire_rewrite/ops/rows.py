@@ -51,13 +51,13 @@ def fetched_products(
 
     def kernel(x: Array, up: Array, layer: Array, groups: Array) -> Array:
         rows, index = _where_they_are(up, layer, groups)
-        return kernels.fetched_product(x.astype(jnp.float32), rows, index[None]).astype(
+        return kernels.cpu.fetched_product(x.astype(jnp.float32), rows, index[None]).astype(
             spec.up_dtype
         )
 
     dtypes = (state.up.dtype, x.dtype, spec.compute_dtype, spec.up_dtype or x.dtype)
-    own = kernel if kernels.usable(*dtypes) else None
-    found = kernels.on_cpu(own, in_jax, x, state.up, layer, groups[common:])
+    own = kernel if kernels.cpu.usable(*dtypes) else None
+    found = kernels.call(in_jax, x, state.up, layer, groups[common:], cpu=own)
     if common:  # read in one piece, without a copy
         first = lax.dynamic_index_in_dim(state.up, layer, keepdims=False)[:common]
         found = jnp.concatenate([_up_product(x, first.reshape(-1, d_in), spec), found], axis=1)
@@ -93,11 +93,11 @@ def fetched_down(
 
     def kernel(h: Array, down: Array, layer: Array, groups: Array) -> Array:
         rows, index = _where_they_are(down, layer, groups)
-        return kernels.fetched_sum(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
+        return kernels.cpu.fetched_sum(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
 
     dtypes = (state.down.dtype, h.dtype, spec.down_dtype or h.dtype)
-    own = kernel if kernels.usable(*dtypes) else None
-    return kernels.on_cpu(own, in_jax, h, state.down, layer, groups)
+    own = kernel if kernels.cpu.usable(*dtypes) else None
+    return kernels.call(in_jax, h, state.down, layer, groups, cpu=own)
 
 
 def _where_they_are(stacked: Array, layer: Array, groups: Array) -> tuple[Array, Array]:

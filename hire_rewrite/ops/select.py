@@ -133,8 +133,8 @@ def _top_k_cpu(scores: Array, k: int) -> tuple[Array, Array]:
 
 def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k` of f32[..., n] on CPU."""
-    kernel = functools.partial(kernels.top_k, k=k) if kernels.usable() else None
-    return kernels.on_cpu(kernel, functools.partial(_in_stages, k=k), scores)
+    kernel = functools.partial(kernels.cpu.top_k, k=k) if kernels.cpu.usable() else None
+    return kernels.call(functools.partial(_in_stages, k=k), scores, cpu=kernel)
 
 
 def _in_stages(scores: Array, k: int) -> tuple[Array, Array]:

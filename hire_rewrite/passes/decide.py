@@ -88,7 +88,7 @@ def decide(
         detection.rejected,
         detection.opaque,
         unused,
-        kernels.status(),
+        kernels.cpu.status(),
     )
     return plan, tuple(decisions)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hire_rewrite.ops import kernels, products
 from hire_rewrite.ops.rows import fetch_groups
 
 needed = pytest.mark.skipif(
-    kernels.status() != "in use", reason=f"kernels for CPU are {kernels.status()}"
+    kernels.cpu.status() != "in use", reason=f"kernels for CPU are {kernels.cpu.status()}"
 )
 
 
@@ -32,7 +33,7 @@ def close(got, want, d):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 @pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")
 def test_they_are_built_where_they_can_be():
-    assert kernels.status() == "in use"
+    assert kernels.cpu.status() == "in use"
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
     head = jax.ShapeDtypeStruct((64, 8192), jnp.float32)
     plan = hire.inspect(lambda head, x: x @ head, head, x)
@@ -46,7 +47,7 @@ def test_they_are_built_where_they_can_be():
 def test_product(dtype, tokens, n, d):
     rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
     for layer in (0, 2):
-        got = jax.jit(kernels.product)(x, rows, jnp.int32(layer))
+        got = jax.jit(kernels.cpu.product)(x, rows, jnp.int32(layer))
         want = np.asarray(x, np.float64) @ np.asarray(rows[layer], np.float64).T
         close(got, want, 20 * d)
 
@@ -57,15 +58,15 @@ def test_product(dtype, tokens, n, d):
 def test_block_product(tokens, n, d, block):
     packed, scale = products.quantize_blocks(normal(2, n, d), block)
     x = normal(tokens, d, seed=1)
-    got = jax.jit(kernels.block_product)(x, packed, scale, jnp.int32(1))
+    got = jax.jit(kernels.cpu.block_product)(x, packed, scale, jnp.int32(1))
     want = x @ products.dequantize_blocks(packed[1], scale[1]).T
     close(got, want, d)
 
 
 def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
-    assert kernels.fits_blocks(128, 32)
-    assert not kernels.fits_blocks(96, 32)
-    assert not kernels.fits_blocks(24, 12)
+    assert kernels.cpu.fits_blocks(128, 32) == kernels.cpu.usable()
+    assert not kernels.cpu.fits_blocks(96, 32)
+    assert not kernels.cpu.fits_blocks(24, 12)
     packed, scale = products.quantize_blocks(normal(1, 10, 96), 32)
     x = normal(2, 96, seed=1)
     want = x @ products.dequantize_blocks(packed[0], scale[0]).T
@@ -79,7 +80,7 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
 def test_fetched_product(dtype, tokens, lists, count, members, d):
     rows, x = normal(60, members, d, dtype=dtype), normal(tokens, d, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, (lists, count)), jnp.int32)
-    got = jax.jit(kernels.fetched_product)(x, rows, index)
+    got = jax.jit(kernels.cpu.fetched_product)(x, rows, index)
     each = jnp.broadcast_to(index, (tokens, count))
     want = jnp.einsum("td,tcmd->tcm", x, rows[each].astype(jnp.float32), precision="highest")
     close(got, want.reshape(tokens, -1), d)
@@ -92,7 +93,7 @@ def test_fetched_product(dtype, tokens, lists, count, members, d):
 def test_fetched_sum(dtype, tokens, count, members, d):
     rows, h = normal(60, members, d, dtype=dtype), normal(tokens, count, members, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, count), jnp.int32)
-    got = jax.jit(kernels.fetched_sum)(h, rows, index)
+    got = jax.jit(kernels.cpu.fetched_sum)(h, rows, index)
     want = jnp.einsum("tcm,cmd->td", h, rows[index].astype(jnp.float32), precision="highest")
     close(got, want, 4 * count * members)
 
@@ -105,7 +106,7 @@ SPECIAL = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 
 def test_top_k_of_special_values(k):
     rng = np.random.default_rng(0)
     scores = jnp.asarray(np.stack([rng.permutation(SPECIAL) for _ in range(20)]).reshape(4, 5, 10))
-    got, want = jax.jit(functools.partial(kernels.top_k, k=k))(scores), lax.top_k(scores, k)
+    got, want = jax.jit(functools.partial(kernels.cpu.top_k, k=k))(scores), lax.top_k(scores, k)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.int32), np.asarray(other).view("i4"))
 
@@ -117,7 +118,7 @@ def test_top_k(n):
     ordered = jnp.sort(scores)
     for values in (scores, ordered, ordered[:, ::-1], jnp.round(scores), jnp.ones((3, n))):
         for k in {1, min(n, 64), n}:
-            got, want = kernels.top_k(values, k), lax.top_k(values, k)
+            got, want = kernels.cpu.top_k(values, k), lax.top_k(values, k)
             jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
 
 
@@ -137,8 +138,29 @@ def test_derivatives_and_batching_are_the_references():
     layers = jnp.arange(2)
     each = jax.vmap(lambda layer: products.product(x, rows, layer))(layers)
     close(each, jnp.einsum("td,lnd->ltn", x, rows, precision="highest"), 24)
-    batched = jax.vmap(lambda s: kernels.top_k(s, 3)[1])(normal(5, 2, 30))
+    batched = jax.vmap(lambda s: kernels.cpu.top_k(s, 3)[1])(normal(5, 2, 30))
     np.testing.assert_array_equal(batched, lax.top_k(normal(5, 2, 30), 3)[1])
+
+
+@needed
+def test_exported_programs_call_no_kernel():
+    weight, x = normal(64, 8192), normal(2, 64, seed=1)
+    step = hire.transform(lambda w, x: x @ w, hire.Head(k=8, force=True))
+    leaves, tree = jax.tree.flatten(step.pack(weight, x))
+
+    def run(leaves, x):
+        return step(jax.tree.unflatten(tree, leaves), x)
+
+    batched = jax.vmap(run, in_axes=(None, 0))
+    for one, inputs in ((run, x), (batched, jnp.stack([x, 2 * x]))):
+        function = jax.jit(one)
+        assert "hire_product" in function.lower(leaves, inputs).as_text()
+        exported = jax.export.export(function, platforms=("cpu", "tpu"))(leaves, inputs)
+        assert "hire_product" not in exported.mlir_module()
+        again = jax.export.deserialize(exported.serialize())
+        np.testing.assert_allclose(
+            again.call(leaves, inputs), function(leaves, inputs), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_values_that_are_no_numbers():
@@ -150,9 +172,9 @@ def test_values_that_are_no_numbers():
     h = jnp.ones((1, 2, 1))
     stacked = normal(1, 4, 1, 16).at[0, 1].set(jnp.nan)
     assert np.isnan(fetch_groups(stacked, 0, jnp.array([1]))).all()
-    if kernels.usable():
+    if kernels.cpu.usable():
         index = jnp.array([0, 1], jnp.int32)
-        assert np.isnan(kernels.fetched_sum(h, stacked[0], index)).all()
+        assert np.isnan(kernels.cpu.fetched_sum(h, stacked[0], index)).all()
 
 
 @pytest.mark.parametrize("form", ["0", "portable"])

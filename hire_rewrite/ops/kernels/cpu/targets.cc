@@ -1,4 +1,4 @@
-// The targets that XLA calls. `hire_rewrite/ops/kernels/__init__.py` says what each computes.
+// The targets that XLA calls. `__init__.py` beside says what each computes.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,0 +1,121 @@
+"""Kernels in C++ for CPU, which XLA calls through its foreign function interface.
+
+They compute what `ops.products`, `ops.rows` and `ops.select` compute in JAX, without widened or
+gathered copies. Installing the package builds them where there is a C++ compiler; without one, or
+with `HIRE_REWRITE_KERNELS=0` in the environment, everything runs in JAX alone. `status` says which.
+(`HIRE_REWRITE_KERNELS=portable` runs the form for processors without AVX2 and FMA.)
+
+They sum in float32, in an order of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = [
+    "block_product",
+    "fetched_product",
+    "fetched_sum",
+    "fits_blocks",
+    "product",
+    "status",
+    "top_k",
+    "usable",
+]
+
+_TARGETS = (
+    "hire_block_product",
+    "hire_fetched_product",
+    "hire_fetched_sum",
+    "hire_product",
+    "hire_top_k",
+)
+
+
+@functools.cache
+def status() -> str:
+    """`"in use"`, or why they are not."""
+    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
+        return "not in use: HIRE_REWRITE_KERNELS=0"
+    folder = Path(__file__).parent
+    built = [folder / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    built = [path for path in built if path.exists()]
+    if not built:
+        return "not built: install again where a C++ compiler is found"
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        for name in _TARGETS:
+            target = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, target, platform="cpu")
+    except Exception as error:  # a kernel is never worth a failed import
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"not in use: built for another jaxlib ({reason}); install again"
+    return "in use"
+
+
+def usable(*dtypes: Any) -> bool:
+    """Whether the kernels are there, and know rows of these dtypes."""
+    known = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
+    return status() == "in use" and all(jnp.dtype(dtype) in known for dtype in dtypes)
+
+
+def product(x: Array, rows: Array, layer: Array) -> Array:
+    """f32[tokens, n] = x @ rows[layer].T for x: f32[tokens, d], rows: [L, n, d], layer: i32[]."""
+    return _call("hire_product", (x.shape[0], rows.shape[1]))(x, rows, layer.reshape(1))
+
+
+def block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    """f32[tokens, n] for rows as `quantize_blocks` stores them; see `fits_blocks`."""
+    shape = (x.shape[0], packed.shape[1])
+    return _call("hire_block_product", shape)(x, packed, scale, layer.reshape(1))
+
+
+def fits_blocks(d: int, block: int) -> bool:
+    """Whether `block_product` takes such rows: it reads both halves of a row in whole blocks."""
+    return usable() and (d // 2) % block == 0 and block % 8 == 0
+
+
+def fetched_product(x: Array, rows: Array, index: Array) -> Array:
+    """f32[tokens, n · m], products with rows that are read where they are.
+
+    Args:
+      x: f32[tokens, d].
+      rows: [N, m, d].
+      index: i32[1, n], for all tokens, or i32[tokens, n].
+    """
+    shape = (x.shape[0], index.shape[1] * rows.shape[1])
+    return _call("hire_fetched_product", shape)(x, rows, index)
+
+
+def fetched_sum(h: Array, rows: Array, index: Array) -> Array:
+    """f32[tokens, d], the sum of rows[index] with the weights h.
+
+    Args:
+      h: f32[tokens, n, m].
+      rows: [N, m, d], float32 or bfloat16.
+      index: i32[n].
+    """
+    return _call("hire_fetched_sum", (h.shape[0], rows.shape[2]))(h, rows, index)
+
+
+def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of f32[..., n]."""
+    shape = (*scores.shape[:-1], k)
+    results = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32))
+    values, indices = jax.ffi.ffi_call("hire_top_k", results, vmap_method="expand_dims")(scores)
+    return values, indices
+
+
+def _call(target: str, shape: tuple[int, ...]) -> Callable[..., Array]:
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.ffi.ffi_call(target, result, vmap_method="sequential")
