@@ -1,11 +1,12 @@
 """Bytes that a compiled TPU program moves to and from HBM, counted from its text.
 
-Every instruction reads its operands that are in HBM and writes its results that are there; arrays in
-VMEM or SMEM (`S(1)` and `S(6)` in their layouts) cost nothing, but an asynchronous copy that fills
-them is counted where it starts. A fusion reads of an operand what it slices or gathers, if it does
-nothing else with it. The body of a loop counts as often as it runs. A kernel is opaque: it counts
-with what it declares (`pl.CostEstimate`), and the tests of the kernels compare that with what their
-grids read. Sizes are those of tiled arrays, padding included; a gathered row counts as a row.
+Every instruction reads its operands that are in HBM and writes its results that are there. Arrays
+in VMEM or SMEM (`S(1)` and `S(6)` in their layouts) cost nothing, but an asynchronous copy that
+fills them is counted where it starts. A fusion reads of an operand what it slices or gathers, if it
+does nothing else with it. The body of a loop counts as often as it runs. A kernel is opaque: it
+counts with what it declares (`pl.CostEstimate`), and the tests of the kernels compare that with
+what their grids read. Sizes are those of tiled arrays, padding included; a gathered row counts as a
+row, though it may come with others of its tile.
 
 Each read is charged to the argument of the program whose buffer it is, through loops and views.
 """

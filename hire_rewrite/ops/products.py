@@ -12,7 +12,7 @@ what is here for CPU runs where they are not built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -58,9 +58,12 @@ def product(x: Array, rows: Array, layer: Array | int) -> Array:
     Returns:
       f32[tokens, n].
     """
-    kernel = kernels.cpu.product if kernels.cpu.usable(rows.dtype) else None
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(_product, x, rows, layer, cpu=kernel)
+    own = {
+        "cpu": kernels.cpu.product if kernels.cpu.usable(rows.dtype) else None,
+        "tpu": kernels.tpu.product if kernels.tpu.fits_product(x, rows) else None,
+    }
+    return kernels.call(_product, x, rows, layer, **own)
 
 
 def unpack(packed: Array) -> Array:
@@ -115,9 +118,12 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
       f32[tokens, n].
     """
     d, block = x.shape[1], x.shape[1] // scale.shape[2]
-    kernel = kernels.cpu.block_product if kernels.cpu.fits_blocks(d, block) else None
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(_block_product, x, packed, scale, layer, cpu=kernel)
+    own = {
+        "cpu": kernels.cpu.block_product if kernels.cpu.fits_blocks(d, block) else None,
+        "tpu": kernels.tpu.block_product if kernels.tpu.fits_blocks(x, packed, scale) else None,
+    }
+    return kernels.call(_block_product, x, packed, scale, layer, **own)
 
 
 def _product(x: Array, rows: Array, layer: Array) -> Array:
@@ -144,7 +150,7 @@ def _block_product_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> A
         )
         return dequantize_blocks(*here)
 
-    return _in_chunks(x, packed.shape[1], part)
+    return _in_chunks(x, packed.shape[1], part, (packed, scale, layer))
 
 
 def _product_default(x: Array, rows: Array, layer: Array) -> Array:
@@ -170,11 +176,17 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
         here = lax.dynamic_slice(rows, (layer, start, 0), (1, step, rows.shape[2]))[0]
         return here.astype(jnp.float32)
 
-    return _in_chunks(x, n, part)
+    return _in_chunks(x, n, part, (rows, layer))
 
 
-def _in_chunks(x: Array, n: int, part: Callable[[Array | int, int], Array]) -> Array:
-    """x @ rows.T: f32[tokens, n], where part(start, step) gives f32[step, d] of the n rows."""
+def _in_chunks(
+    x: Array, n: int, part: Callable[[Array | int, int], Array], sources: Sequence[Array]
+) -> Array:
+    """x @ rows.T: f32[tokens, n], where part(start, step) gives f32[step, d] of the n rows.
+
+    Args:
+      sources: the arrays that `part` reads.
+    """
     tokens, d = x.shape
     chunks = -(-n // max(1, _CHUNK // d))
     step = -(-n // chunks)
@@ -186,7 +198,9 @@ def _in_chunks(x: Array, n: int, part: Callable[[Array | int, int], Array]) -> A
         start = jnp.minimum(i * step, n - step)
         return lax.dynamic_update_slice(scores, _times(x, part(start, step)), (0, start))
 
-    return lax.fori_loop(0, chunks, body, jnp.zeros((tokens, n), jnp.float32))
+    axes = _compat.varying_axes((x, *sources))
+    empty = _compat.varying_over(jnp.zeros((tokens, n), jnp.float32), axes)
+    return lax.fori_loop(0, chunks, body, empty)
 
 
 def _times(x: Array, rows: Array) -> Array:

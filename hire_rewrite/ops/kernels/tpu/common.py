@@ -1,13 +1,21 @@
 """What the kernels share."""
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-"""Columns in a tile. Rows of other lengths XLA may store column by column: then a kernel, which wants
-them row by row, would make it copy the weight."""
+"""Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
+by row, so that the whole weight would be copied for it."""
 
 
 def in_hbm(array: Array, interpret: bool) -> Array:
     """The array, kept where it is: XLA must not bring it into VMEM before the kernel starts."""
     return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def result(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result in float32, which inside `shard_map` differs where its operand x does."""
+    kind = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)

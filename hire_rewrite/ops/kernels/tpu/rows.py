@@ -7,6 +7,7 @@ time on starting than on copying.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm
+from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm, result
 
 _CHUNK = 1 << 21
 """Bytes of rows in a chunk, at most; two of them are in VMEM."""
@@ -35,11 +36,12 @@ def fits_groups(x: Array, rows: Array) -> bool:
     """Whether `fetched_product` and `fetched_sum` take groups for all tokens.
 
     Args:
-      x: [tokens, ...].
-      rows: [..., m, d], m of them in a group.
+      x: what they are multiplied with, [tokens, ...].
+      rows: [..., m, d], m of them in a group or a part of it.
     """
+    narrow = x.dtype == rows.dtype == jnp.bfloat16
     whole = rows.shape[-2] % _TILE == 0 and rows.shape[-1] % LANES == 0
-    return rows.dtype == jnp.bfloat16 and whole and 0 < x.shape[0] <= _TOKENS
+    return narrow and whole and 0 < x.shape[0] <= _TOKENS
 
 
 def fits_single(x: Array, rows: Array, index: Array) -> bool:
@@ -58,6 +60,7 @@ def fits_single(x: Array, rows: Array, index: Array) -> bool:
     return fits_groups(x, rows) and small and 0 < index.size < tiles
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def fetched_product(x: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
     """f32[tokens, n · m], products with rows that are read where they are.
 
@@ -91,8 +94,8 @@ def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Arr
         x.astype(jnp.bfloat16).reshape(lists, each, d),
         rows,
         lists * chunks,
-        operand=pl.BlockSpec((1, each, d), lambda i, index: (lax.div(i, chunks), 0, 0)),
-        result=pl.BlockSpec((1, each, count * m), lambda i, index: (i, 0, 0)),
+        x_block=pl.BlockSpec((1, each, d), lambda i, index: (lax.div(i, chunks), 0, 0)),
+        out_block=pl.BlockSpec((1, each, count * m), lambda i, index: (i, 0, 0)),
         shape=(lists * chunks, each, count * m),
         name="hire_fetched_product",
         interpret=interpret,
@@ -101,6 +104,7 @@ def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Arr
     return found.reshape(tokens, -1)[:, : n * m]
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def fetched_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
     """f32[tokens, d], the sum of rows[index] with the weights h.
 
@@ -128,8 +132,8 @@ def fetched_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False)
         h,
         rows,
         chunks,
-        operand=pl.BlockSpec((1, tokens, count * m), lambda i, index: (i, 0, 0)),
-        result=pl.BlockSpec((tokens, d), lambda i, index: (0, 0)),
+        x_block=pl.BlockSpec((1, tokens, count * m), lambda i, index: (i, 0, 0)),
+        out_block=pl.BlockSpec((tokens, d), lambda i, index: (0, 0)),
         shape=(tokens, d),
         name="hire_fetched_sum",
         interpret=interpret,
@@ -139,21 +143,21 @@ def fetched_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False)
 def _over_chunks(
     use: Callable[..., None],
     index: Array,
-    operand_array: Array,
+    x: Array,
     rows: Array,
     chunks: int,
     *,
-    operand: pl.BlockSpec,
-    result: pl.BlockSpec,
+    x_block: pl.BlockSpec,
+    out_block: pl.BlockSpec,
     shape: tuple[int, ...],
     name: str,
     interpret: bool,
 ) -> Array:
-    """use(i, fetched, operand, result) for each chunk i, whose rows are fetched: [count · m, d]."""
+    """use(i, fetched, x, out) for each chunk i, whose rows are fetched: [count · m, d]."""
     _, m, d = rows.shape
     count = index.size // chunks
 
-    def kernel(index: Any, operand: Any, rows: Any, result: Any, buffer: Any, sems: Any) -> None:
+    def kernel(index: Any, x: Any, rows: Any, out: Any, buffer: Any, sems: Any) -> None:
         i = pl.program_id(0)
 
         def copy(chunk: Any, j: Any) -> Any:
@@ -173,31 +177,31 @@ def _over_chunks(
             start(i + 1)
 
         lax.fori_loop(0, count, lambda j, _: copy(i, j).wait(), None)
-        use(i, buffer[i % 2].reshape(count * m, d), operand, result)
+        use(i, buffer[i % 2].reshape(count * m, d), x, out)
 
     read = index.size * m * d * rows.dtype.itemsize
-    others = (operand_array.size * operand_array.dtype.itemsize, 4 * math.prod(shape))
+    others = (x.size * x.dtype.itemsize, 4 * math.prod(shape))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        out_shape=result(shape, rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(chunks,),
-            in_specs=[operand, pl.BlockSpec(memory_space=pltpu.HBM)],
-            out_specs=result,
+            in_specs=[x_block, pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=out_block,
             scratch_shapes=[
                 pltpu.VMEM((2, count, m, d), rows.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * operand_array.shape[-2] * index.size * m * d,
+            flops=2 * x.shape[-2] * index.size * m * d,
             transcendentals=0,
             bytes_accessed=read + sum(others) + index.size * 4,
         ),
         name=name,
         interpret=interpret,
-    )(index, operand_array, in_hbm(rows, interpret))
+    )(index, x, in_hbm(rows, interpret))
 
 
 def _chunks(n: int, rows: Array) -> tuple[int, int]:

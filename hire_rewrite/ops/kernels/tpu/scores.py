@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm
+from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm, result
 
 _BLOCK = 1 << 20
 """Bytes of rows that are in VMEM at a time, twice over: while one block is used, the next comes."""
@@ -23,6 +25,7 @@ def fits_product(x: Array, rows: Array) -> bool:
     return narrow and rows.shape[2] % LANES == 0 and 0 < x.shape[0] <= _TOKENS
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> Array:
     """x @ rows[layer].T, both rounded to bfloat16, summed in float32.
 
@@ -43,7 +46,7 @@ def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> 
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, n), jnp.float32),
+        out_shape=result((tokens, n), x),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n, step),),
@@ -69,6 +72,7 @@ def fits_blocks(x: Array, packed: Array, scale: Array) -> bool:
     return whole and 0 < x.shape[0] <= _TOKENS
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def block_product(
     x: Array, packed: Array, scale: Array, layer: Array, *, interpret: bool = False
 ) -> Array:
@@ -109,7 +113,7 @@ def block_product(
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, n), jnp.float32),
+        out_shape=result((tokens, n), x),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n, step),),
