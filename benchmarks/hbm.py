@@ -27,6 +27,8 @@ _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<rest>.*)$")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _COST = re.compile(r'"bytes_accessed":\s*"?(\d+)')
 
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota", "after-all"}
 _VIEWS = {"bitcast", "copy", "reshape", "transpose", "copy-start", "copy-done"}
 
@@ -68,6 +70,8 @@ class Traffic:
       argument: number of the program's argument whose buffer is read; None for other arrays, and
         for what is written.
       read, written: bytes, times the number of runs.
+      cycles: what the compiler thinks that it takes, times the number of runs; only beside what
+        is written.
       scope: the names that the model's code gave, from the metadata.
       branch: whether not every call runs it.
     """
@@ -75,6 +79,7 @@ class Traffic:
     argument: int | None
     read: int
     written: int
+    cycles: int
     instruction: str
     opcode: str
     scope: str
@@ -83,7 +88,7 @@ class Traffic:
 
 def traffic(text: str) -> list[Traffic]:
     """All of a program's, from `compiled.as_text()`; of a conditional all branches."""
-    return [one for one in _Program(text).walk() if one.read or one.written]
+    return [one for one in _Program(text).walk() if one.read or one.written or one.cycles]
 
 
 def by_argument(found: Sequence[Traffic]) -> dict[int | None, int]:
@@ -143,8 +148,9 @@ class _Program:
         reads, written = self._moved(computation, one)
         for operand, read in zip(one.operands, reads, strict=True):
             origin = self._origin(computation, operand, 0) if read else None
-            yield record(origin, read * runs, 0)
-        yield record(None, 0, written * runs)
+            yield record(origin, read * runs, 0, 0)
+        cycles = _CYCLES.search(one.rest)
+        yield record(None, 0, written * runs, int(cycles[1]) * runs if cycles else 0)
 
     def _moved(self, computation: str, one: Instruction) -> tuple[list[int], int]:
         """Bytes that it reads of each operand, and that it writes, in one run."""

@@ -29,7 +29,7 @@ _TILE = 8
 _VMEM = 128 << 20
 """Bytes, the most that a TPU has: XLA never brings a larger array there."""
 
-_TOKENS = 128
+_TOKENS = 32
 
 
 def fits_groups(x: Array, rows: Array) -> bool:
@@ -39,9 +39,8 @@ def fits_groups(x: Array, rows: Array) -> bool:
       x: what they are multiplied with, [tokens, ...].
       rows: [..., m, d], m of them in a group or a part of it.
     """
-    narrow = x.dtype == rows.dtype == jnp.bfloat16
-    whole = rows.shape[-2] % _TILE == 0 and rows.shape[-1] % LANES == 0
-    return narrow and whole and 0 < x.shape[0] <= _TOKENS
+    m, d = rows.shape[-2:]
+    return m % _TILE == 0 and m * d * rows.dtype.itemsize <= _CHUNK and _fits(x, rows)
 
 
 def fits_single(x: Array, rows: Array, index: Array) -> bool:
@@ -57,7 +56,12 @@ def fits_single(x: Array, rows: Array, index: Array) -> bool:
     """
     tiles = rows.size // rows.shape[-1] // _TILE
     small = rows.size * rows.dtype.itemsize <= _VMEM
-    return fits_groups(x, rows) and small and 0 < index.size < tiles
+    return rows.shape[-2] % _TILE == 0 and small and 0 < index.size < tiles and _fits(x, rows)
+
+
+def _fits(x: Array, rows: Array) -> bool:
+    narrow = x.dtype == rows.dtype == jnp.bfloat16
+    return narrow and rows.shape[-1] % LANES == 0 and 0 < x.shape[0] <= _TOKENS
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -206,7 +210,7 @@ def _over_chunks(
 
 def _chunks(n: int, rows: Array) -> tuple[int, int]:
     """How many chunks n groups come in, and how many groups are in each."""
-    most = max(1, _CHUNK // math.prod(rows.shape[1:]) * rows.dtype.itemsize)
+    most = max(1, _CHUNK // (math.prod(rows.shape[1:]) * rows.dtype.itemsize))
     chunks = -(-n // most)
     return chunks, -(-n // chunks)
 
