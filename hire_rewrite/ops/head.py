@@ -176,9 +176,12 @@ def finished(
 ) -> tuple[Array, ...]:
     """The endpoints, of exact logits [tokens, c] at `rows` and scores elsewhere, with the tail."""
     guessed, exact = scores.astype(spec.out_dtype), exact.astype(spec.out_dtype)
-    guesses, values = endpoints(guessed), endpoints(scatter(guessed, rows, exact))
+    guesses = endpoints(guessed)
+    if len(guesses) == 1 and guesses[0] is guessed:  # no code behind the logits
+        return (with_tail(exact, found[0], guessed, spec),)
+    values = endpoints(scatter(guessed, rows, exact))
     return tuple(
-        with_tail(one, guess, own, spec)
+        with_tail(at(one, own), own, guess, spec)
         for one, guess, own in zip(values, guesses, found, strict=True)
     )
 
@@ -188,7 +191,7 @@ def exact_head(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[Arr
     if spec.tail == "predicted":
         return endpoints(raw)
     return tuple(
-        with_tail(values, values, best(values, spec.candidates, spec.parts)[1], spec)
+        with_tail(*best(values, spec.candidates, spec.parts), values, spec)
         for values in endpoints(raw)
     )
 
@@ -259,22 +262,26 @@ def _signed_sums(
     return positive, negative, roundings
 
 
+def at(values: Array, places: Array) -> Array:
+    """[tokens, c], of values: [tokens, V] those at each token's own places: i32[tokens, c]."""
+    return jnp.take_along_axis(values, places, axis=-1, mode="promise_in_bounds")
+
+
 def with_tail(
-    values: Array,
-    guesses: Array,
+    exact: Array,
     candidates: Array,
+    guesses: Array,
     spec: HeadSpec,
     axes: tuple[str, ...] = (),
 ) -> Array:
-    """`values` [tokens, V] at the candidates, the spec's tail, made of `guesses`, elsewhere.
+    """[tokens, V], `exact` [tokens, c] at the candidates, the spec's tail elsewhere.
 
-    With `axes`, inside `shard_map` over them: each device has its own values and candidates.
+    The tail is made of the guesses: [tokens, V]. With `axes`, inside `shard_map` over them, each
+    device has its own guesses and candidates.
     """
-    exact = jnp.take_along_axis(values, candidates, axis=-1, mode="promise_in_bounds")
     if spec.tail == "-inf":
-        return scatter(jnp.full_like(values, -jnp.inf), candidates, exact)
-    guessed = jnp.take_along_axis(guesses, candidates, axis=-1, mode="promise_in_bounds")
-    shift = _shift(exact, guessed, 1 if axes else spec.parts, axes)
+        return scatter(jnp.full_like(guesses, -jnp.inf), candidates, exact)
+    shift = _shift(exact, at(guesses, candidates), 1 if axes else spec.parts, axes)
     tail = guesses + lax.stop_gradient(shift).astype(guesses.dtype)
     known = lax.stop_gradient(exact)
     kth = (

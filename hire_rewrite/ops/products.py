@@ -12,6 +12,7 @@ what is here for CPU runs where they are not built.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -47,23 +48,55 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     return integers.astype(jnp.int8), scale
 
 
-def product(x: Array, rows: Array, layer: Array | int) -> Array:
+def product(
+    x: Array,
+    rows: Array,
+    layer: Array | int,
+    scale: Array | None = None,
+    offset: Array | None = None,
+) -> Array:
     """x @ rows[layer].T in float32, reading the rows once and as narrow as they are.
 
     Args:
       x: [tokens, d].
       rows: [L, n, d], int8, bfloat16 or float32.
       layer: i32[].
+      scale: f32[L, n], what each row is to be multiplied with; None for one.
+      offset: f32[L, n], what is added to its products; None for nothing.
 
     Returns:
       f32[tokens, n].
     """
-    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
+    factors = [one for one in (scale, offset) if one is not None]
+
+    def both(factors: tuple[Array, ...]) -> tuple[Array | None, Array | None]:
+        rest = list(factors)
+        return (None if scale is None else rest.pop(0)), (None if offset is None else rest.pop(0))
+
+    def by_cpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        return kernels.cpu.product(x, rows, layer, *both(factors))
+
+    def scaled(found: Array, layer: Array, factors: tuple[Array, ...]) -> Array:
+        scale, offset = (
+            one if one is None else lax.dynamic_index_in_dim(one, layer, keepdims=False)
+            for one in both(factors)
+        )
+        found = found if scale is None else found * scale
+        return found if offset is None else found + offset
+
+    def by_tpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        return scaled(kernels.tpu.product(x, rows, layer), layer, factors)
+
+    def reference(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        found = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+        return scaled(found, layer, factors)
+
     own = {
-        "cpu": kernels.cpu.product if kernels.cpu.usable(rows.dtype) else None,
-        "tpu": kernels.tpu.product if kernels.tpu.fits_product(x, rows) else None,
+        "cpu": by_cpu if kernels.cpu.usable(rows.dtype) else None,
+        "tpu": by_tpu if kernels.tpu.fits_product(x, rows) else None,
     }
-    return kernels.call(_product, x, rows, layer, **own)
+    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
+    return kernels.call(reference, x, rows, layer, *factors, **own)
 
 
 def unpack(packed: Array) -> Array:
@@ -105,8 +138,33 @@ def dequantize_blocks(packed: Array, scale: Array) -> Array:
     return wide.reshape(integers.shape)
 
 
+def round_blocks(x: Array, block: int) -> tuple[Array, Array]:
+    """x: [tokens, d] in 8 bits, with a scale for each block of columns.
+
+    Returns:
+      i8[tokens, d] and f32[tokens, d/block]. The scale of a block that holds NaN or infinity is NaN
+      or infinity, so that its products are NaN.
+    """
+    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
+    scale = jnp.abs(blocks).max(-1) / 127
+    step = jnp.where(scale == 0, 1, scale)[..., None]
+    return jnp.round(blocks / step).astype(jnp.int8).reshape(x.shape), scale
+
+
+def rounded_blocks(x: Array, block: int) -> Array:
+    """f32[tokens, d], what `round_blocks` makes of x; its derivative is that of x."""
+    integers, scale = round_blocks(x, block)
+    blocks = integers.reshape(*scale.shape, block).astype(jnp.float32) * scale[..., None]
+    x = x.astype(jnp.float32)
+    # So, and not as x and what it lacks, which would not be these numbers to the last bit.
+    return lax.stop_gradient(blocks.reshape(x.shape)) + (x - lax.stop_gradient(x))
+
+
 def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     """x @ rows[layer].T in float32 for rows that `quantize_blocks` stored.
+
+    x is rounded to 8 bits in the same blocks (`round_blocks`): processors multiply such numbers
+    many at a time, and the rows have lost much more.
 
     Args:
       x: [tokens, d].
@@ -118,21 +176,22 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
       f32[tokens, n].
     """
     d, block = x.shape[1], x.shape[1] // scale.shape[2]
-    x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
+
+    def by(kernel: Callable[..., Array], x: Array, *others: Array) -> Array:
+        return kernel(*round_blocks(x, block), *others)
+
+    def reference(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+        forms = {"cpu": _block_product_cpu, "default": _block_product_default}
+        return lax.platform_dependent(rounded_blocks(x, block), packed, scale, layer, **forms)
+
+    cpu = functools.partial(by, kernels.cpu.block_product)
+    tpu = functools.partial(by, kernels.tpu.block_product)
     own = {
-        "cpu": kernels.cpu.block_product if kernels.cpu.fits_blocks(d, block) else None,
-        "tpu": kernels.tpu.block_product if kernels.tpu.fits_blocks(x, packed, scale) else None,
+        "cpu": cpu if kernels.cpu.fits_blocks(d, block) else None,
+        "tpu": tpu if kernels.tpu.fits_blocks(x, packed, scale) else None,
     }
-    return kernels.call(_block_product, x, packed, scale, layer, **own)
-
-
-def _product(x: Array, rows: Array, layer: Array) -> Array:
-    return lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
-
-
-def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    forms = {"cpu": _block_product_cpu, "default": _block_product_default}
-    return lax.platform_dependent(x, packed, scale, layer, **forms)
+    layer = jnp.asarray(layer, jnp.int32)
+    return kernels.call(reference, x, packed, scale, layer, **own)
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:

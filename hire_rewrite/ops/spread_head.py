@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from hire_rewrite.ops.head import gathered, with_tail
+from hire_rewrite.ops.head import at, gathered, with_tail
 from hire_rewrite.ops.keys import lowest
 from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Predictor, hopeful
@@ -51,7 +51,7 @@ def spread_head(
         return scatter(guessed, rows, exact), found
 
     def finish(values: Array, guesses: Array, found: Array) -> Array:
-        return with_tail(values, guesses, found, spec, spread.axes)
+        return with_tail(at(values, found), found, guesses, spec, spread.axes)
 
     def cut(spread_out: Array) -> Array:
         return spread_out[:, : spec.width]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.export
@@ -54,13 +55,26 @@ def test_product(dtype, tokens, n, d):
 
 @needed
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize(("n", "d", "block"), [(3, 16, 8), (100, 64, 32), (333, 576, 32)])
+@pytest.mark.parametrize(("n", "d", "block"), [(3, 64, 32), (100, 512, 64), (333, 576, 32)])
 def test_block_product(tokens, n, d, block):
     packed, scale = products.quantize_blocks(normal(2, n, d), block)
-    x = normal(tokens, d, seed=1)
-    got = jax.jit(kernels.cpu.block_product)(x, packed, scale, jnp.int32(1))
-    want = x @ products.dequantize_blocks(packed[1], scale[1]).T
+    x = products.round_blocks(normal(tokens, d, seed=1), block)
+    got = jax.jit(kernels.cpu.block_product)(*x, packed, scale, jnp.int32(1))
+    wide = products.rounded_blocks(normal(tokens, d, seed=1), block)
+    want = jnp.dot(wide, products.dequantize_blocks(packed[1], scale[1]).T, precision="highest")
     close(got, want, d)
+
+
+@pytest.mark.parametrize("block", [8, 32, 64])
+def test_tokens_are_rounded_to_8_bits_in_blocks(block):
+    x = normal(3, 128).at[1, :block].set(0).at[2, 0].set(jnp.nan).at[2, block].set(jnp.inf)
+    got = products.rounded_blocks(x, block)
+    step = jnp.abs(x).reshape(3, -1, block).max(-1).repeat(block, axis=1) / 127
+    assert (jnp.abs(got - x) <= 0.5001 * step)[:2].all()
+    np.testing.assert_array_equal(got[1, :block], 0)
+    assert np.isnan(got[2, : 2 * block]).any()
+    slope = jax.grad(lambda x: (products.rounded_blocks(x, block) * x[0]).sum())(x[:1])
+    np.testing.assert_allclose(slope, x[:1] + products.rounded_blocks(x[:1], block), rtol=1e-5)
 
 
 def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
@@ -69,7 +83,7 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
     assert not kernels.cpu.fits_blocks(24, 12)
     packed, scale = products.quantize_blocks(normal(1, 10, 96), 32)
     x = normal(2, 96, seed=1)
-    want = x @ products.dequantize_blocks(packed[0], scale[0]).T
+    want = products.rounded_blocks(x, 32) @ products.dequantize_blocks(packed[0], scale[0]).T
     close(products.block_product(x, packed, scale, 0), want, 96)
 
 
@@ -115,8 +129,9 @@ def test_top_k_of_special_values(k):
 @pytest.mark.parametrize("n", [1, 100, 8192, 50_000])
 def test_top_k(n):
     scores = normal(3, n)
-    ordered = jnp.sort(scores)
-    for values in (scores, ordered, ordered[:, ::-1], jnp.round(scores), jnp.ones((3, n))):
+    ordered, sampled = jnp.sort(scores), scores.at[:, 32::64].add(100)
+    others = (sampled, jnp.round(scores), jnp.ones((3, n)))
+    for values in (scores, ordered, ordered[:, ::-1], *others):
         for k in {1, min(n, 64), n}:
             got, want = kernels.cpu.top_k(values, k), lax.top_k(values, k)
             jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
@@ -175,6 +190,23 @@ def test_values_that_are_no_numbers():
     if kernels.cpu.usable():
         index = jnp.array([0, 1], jnp.int32)
         assert np.isnan(kernels.cpu.fetched_sum(h, stacked[0], index)).all()
+
+
+@pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizer, tmp_path):
+    compiler, folder = shutil.which("c++"), Path(kernels.cpu.__file__).parent
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program, flags = tmp_path / "check", [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags += ["-std=c++17", "-O1", "-Wno-psabi", "-pthread", f"-I{folder}", "-o", str(program)]
+    sources = [Path(__file__).with_name("kernels_check.cc"), *folder.glob("rows_*.cc")]
+    (tmp_path / "empty.cc").write_text("int main() {}")
+    if subprocess.run([compiler, *flags, str(tmp_path / "empty.cc")], check=False).returncode:
+        pytest.skip(f"the compiler has no library for -fsanitize={sanitizer}")
+    subprocess.run([compiler, *flags, *map(str, sources)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("form", ["0", "portable"])

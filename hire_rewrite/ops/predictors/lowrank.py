@@ -177,10 +177,8 @@ class LowRank:
         self, state: State, x: Array, layer: Array | int, choose: Choose | None = None
     ) -> Array:
         """f32[tokens, n] for x: [tokens, d] (see `Predictor.score`)."""
-        scores = product(product(x, state["down"], layer), state["up"], layer)
-        if self.bits is not None:
-            scores = scores * lax.dynamic_index_in_dim(state["scale"], layer, keepdims=False)
-        return scores + lax.dynamic_index_in_dim(state["offset"], layer, keepdims=False)
+        x = product(x, state["down"], layer)
+        return product(x, state["up"], layer, state.get("scale"), state["offset"])
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """U with its scales, offsets and bonus (as far as there are), and Q in float32."""

@@ -69,20 +69,44 @@ def usable(*dtypes: Any) -> bool:
     return status() == "in use" and all(jnp.dtype(dtype) in known for dtype in dtypes)
 
 
-def product(x: Array, rows: Array, layer: Array) -> Array:
-    """f32[tokens, n] = x @ rows[layer].T for x: f32[tokens, d], rows: [L, n, d], layer: i32[]."""
-    return _call("hire_product", (x.shape[0], rows.shape[1]))(x, rows, layer.reshape(1))
+def product(
+    x: Array,
+    rows: Array,
+    layer: Array,
+    scale: Array | None = None,
+    offset: Array | None = None,
+) -> Array:
+    """f32[tokens, n] = x @ rows[layer].T * scale[layer] + offset[layer].
+
+    Args:
+      x: f32[tokens, d].
+      rows: [L, n, d].
+      layer: i32[].
+      scale, offset: f32[L, n], or None for none.
+    """
+    none = jnp.zeros((rows.shape[0], 0))
+    factors = (none if one is None else one for one in (scale, offset))
+    shape = (x.shape[0], rows.shape[1])
+    return _call("hire_product", shape)(x, rows, layer.reshape(1), *factors)
 
 
-def block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    """f32[tokens, n] for rows as `quantize_blocks` stores them; see `fits_blocks`."""
+def block_product(x: Array, x_scale: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    """f32[tokens, n] for tokens and rows as `round_blocks` and `quantize_blocks` store them.
+
+    Args:
+      x: i8[tokens, d].
+      x_scale: f32[tokens, d/block].
+      packed: i8[L, n, d/2].
+      scale: bf16[L, n, d/block]; see `fits_blocks`.
+      layer: i32[].
+    """
     shape = (x.shape[0], packed.shape[1])
-    return _call("hire_block_product", shape)(x, packed, scale, layer.reshape(1))
+    return _call("hire_block_product", shape)(x, x_scale, packed, scale, layer.reshape(1))
 
 
 def fits_blocks(d: int, block: int) -> bool:
     """Whether `block_product` takes such rows: it reads both halves of a row in whole blocks."""
-    return usable() and (d // 2) % block == 0 and block % 8 == 0
+    return usable() and (d // 2) % block == 0 and block % 32 == 0 and d // block <= 2048
 
 
 def fetched_product(x: Array, rows: Array, index: Array) -> Array:

@@ -11,8 +11,14 @@ inline Ints LoadInts(const Int* p) {
   return Ints{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
 }
 
-#include "rows.inc"
+// Each sum is of four products.
+inline Ints Products(Bytes unsigned_ones, const int8_t* signed_ones) {
+  Ints sums = {};
+  for (int64_t i = 0; i < kBytes; ++i) sums[i / 4] += unsigned_ones[i] * signed_ones[i];
+  return sums;
+}
 
+#include "rows.inc"
 
 }  // namespace
 }  // namespace portable

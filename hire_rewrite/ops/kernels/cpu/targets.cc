@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
+#include <vector>
 
 #include "rows.h"
 #include "threads.h"
@@ -59,25 +61,44 @@ ffi::Error ByType(ffi::DataType type, Run run) {
   return ffi::Error::Success();
 }
 
-ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, Result out) {
+ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, F32 scale, F32 offset,
+                   Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
   const int64_t first = layer.typed_data()[0] * n;
+  const float* factors = scale.element_count() ? scale.typed_data() + first : nullptr;
+  const float* terms = offset.element_count() ? offset.typed_data() + first : nullptr;
   return ByType(rows.element_type(), [&](auto* type, auto dot) {
     const auto* all = Data<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(rows) + first * d;
     Share(pool, n, Grain(d * sizeof(*type)), [&](int64_t begin, int64_t end) {
       dot(x.typed_data(), tokens, all + begin * d, end - begin, d, out->typed_data() + begin, n);
+      for (int64_t t = 0; t < tokens; ++t) {
+        float* own = out->typed_data() + t * n;
+        for (int64_t i = begin; factors && i < end; ++i) own[i] *= factors[i];
+        for (int64_t i = begin; terms && i < end; ++i) own[i] += terms[i];
+      }
     });
   });
 }
 
-ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S8 rows, BF16 scale, S32 layer, Result out) {
+ffi::Error BlockProduct(ffi::ThreadPool pool, S8 x, F32 x_scale, S8 rows, BF16 scale, S32 layer,
+                        Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
-  const int64_t blocks = scale.dimensions()[2], first = layer.typed_data()[0] * n;
-  const int8_t* all = rows.typed_data() + first * (d / 2);
-  const auto* scales = static_cast<const BFloat16*>(scale.untyped_data()) + first * blocks;
+  const int64_t blocks = scale.dimensions()[2], block = d / blocks;
+  if (blocks > kMaxBlocks || block % kBytes || (d / 2) % block) {
+    return ffi::Error::InvalidArgument("blocks must be of 32 numbers, and at most 2048 in a row");
+  }
+  std::vector<float> offset(tokens * blocks);
+  for (int64_t b = 0; b < tokens * blocks; ++b) {
+    const int8_t* first = x.typed_data() + b * block;
+    offset[b] = 8.0f * std::accumulate(first, first + block, 0);
+  }
+  const Rounded rounded = {x.typed_data(), x_scale.typed_data(), offset.data(), tokens, d, block};
+  const int64_t before = layer.typed_data()[0] * n;
+  const int8_t* all = rows.typed_data() + before * (d / 2);
+  const auto* scales = static_cast<const BFloat16*>(scale.untyped_data()) + before * blocks;
   Share(pool, n, Grain(d / 2 + 2 * blocks), [&](int64_t begin, int64_t end) {
-    Best().dot_i4(x.typed_data(), tokens, all + begin * (d / 2), scales + begin * blocks,
-                  end - begin, d, d / blocks, out->typed_data() + begin, n);
+    Best().dot_i4(rounded, all + begin * (d / 2), scales + begin * blocks, end - begin,
+                  out->typed_data() + begin, n);
   });
   return ffi::Error::Success();
 }
@@ -145,10 +166,10 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
-                                  .Arg<S32>().Ret<F32>());
+                                  .Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_block_product, BlockProduct,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S8>()
-                                  .Arg<BF16>().Arg<S32>().Ret<F32>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S8>().Arg<F32>()
+                                  .Arg<S8>().Arg<BF16>().Arg<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fetched_product, FetchedProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Ret<F32>());

@@ -8,16 +8,14 @@
 #include <memory>
 #include <utility>
 
-#include "xla/ffi/api/ffi.h"
-
 namespace hire {
 
 // Calls work(begin, end) for pieces of [0, count), at most `grain` long, on all threads.
 //
 // The caller takes pieces like every thread and then waits for those that others are at. Nobody
 // waits for a thread that has not begun, so a busy pool delays nothing and cannot deadlock.
-template <typename Work>
-void Share(xla::ffi::ThreadPool& pool, int64_t count, int64_t grain, Work work) {
+template <typename Pool, typename Work>
+void Share(Pool& pool, int64_t count, int64_t grain, Work work) {
   struct State {
     State(Work work, int64_t count, int64_t grain)
         : work(std::move(work)), count(count), grain(grain) {}

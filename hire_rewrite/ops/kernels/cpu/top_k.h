@@ -4,43 +4,64 @@
 #define HIRE_REWRITE_TOP_K_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <vector>
 
 namespace hire {
 
-// Integers in the opposite order: NaN first, negative NaN last, and zero before negative zero.
-inline uint32_t Rank(float value) {
-  uint32_t bits;
+// Integers in the order of the values: NaN last, negative NaN first, and negative zero before zero.
+inline int32_t Key(float value) {
+  int32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return (bits & 0x80000000u) ? bits : ~bits & 0x7fffffffu;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-inline float Unranked(uint32_t rank) {
-  const uint32_t bits = (rank & 0x80000000u) ? rank : ~rank & 0x7fffffffu;
+inline float Value(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-// One pass counts ranks by their first bits, which says how far the k best reach; another collects
-// those, and few more. Equal values come in the order of their places.
+constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
+
+// The key that the k best of `scores` reach, or a somewhat lower one, guessed from every 64th.
+inline int32_t Reach(const float* scores, int64_t n, int64_t k) {
+  constexpr int64_t kStride = 64;
+  const double expected = static_cast<double>(k) / kStride;
+  const int64_t wanted = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
+  if (8 * wanted * kStride > n) return kLowest;
+  std::vector<int32_t> sample;
+  for (int64_t i = kStride / 2; i < n; i += kStride) sample.push_back(Key(scores[i]));
+  std::nth_element(sample.begin(), sample.begin() + wanted, sample.end(), std::greater<int32_t>());
+  return sample[wanted];
+}
+
+// Most of many scores are far from the k best: one pass collects those that are not. Equal values
+// come in the order of their places.
 inline void TopK(const float* scores, int64_t n, int64_t k, float* values, int32_t* indices) {
-  constexpr int kBits = 13, kShift = 32 - kBits;
-  std::vector<int32_t> counts(1 << kBits, 0);
-  for (int64_t i = 0; i < n; ++i) ++counts[Rank(scores[i]) >> kShift];
-  int64_t reached = 0;
-  uint32_t last = 0;
-  for (; last < counts.size(); ++last) {
-    reached += counts[last];
-    if (reached >= k) break;
-  }
-  std::vector<uint64_t> found;
-  found.reserve(reached);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t rank = Rank(scores[i]);
-    if (rank >> kShift <= last) found.push_back(static_cast<uint64_t>(rank) << 32 | i);
+  constexpr int64_t kTogether = 32;
+  std::vector<int64_t> found;  // the greatest key first, then the lowest place
+  for (int32_t reach = Reach(scores, n, k);; reach = kLowest) {
+    const auto collect = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int32_t key = Key(scores[i]);
+        if (key >= reach) found.push_back(~key * (int64_t{1} << 32) + i);
+      }
+    };
+    int64_t i = 0;
+    for (; i + kTogether <= n; i += kTogether) {
+      int32_t any = 0;
+      for (int64_t j = 0; j < kTogether; ++j) any |= Key(scores[i + j]) >= reach;
+      if (any) collect(i, i + kTogether);
+    }
+    collect(i, n);
+    if (static_cast<int64_t>(found.size()) >= k) break;
+    found.clear();
   }
   if (static_cast<int64_t>(found.size()) > k) {
     std::nth_element(found.begin(), found.begin() + k, found.end());
@@ -48,8 +69,8 @@ inline void TopK(const float* scores, int64_t n, int64_t k, float* values, int32
   }
   std::sort(found.begin(), found.end());
   for (int64_t i = 0; i < k; ++i) {
-    values[i] = Unranked(static_cast<uint32_t>(found[i] >> 32));
-    indices[i] = static_cast<int32_t>(found[i] & 0xffffffffu);
+    values[i] = Value(~static_cast<int32_t>(found[i] >> 32));
+    indices[i] = static_cast<int32_t>(found[i] & 0xffffffff);
   }
 }
 

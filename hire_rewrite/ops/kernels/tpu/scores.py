@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> 
     n = rows.shape[1]
     step = _step(n, d * rows.dtype.itemsize)
 
-    def kernel(_: Array, x: Array, rows: Array, scores: Array) -> None:
+    def kernel(_: Any, x: Any, rows: Any, scores: Any) -> None:
         scores[...] = _times(x[...], rows[...].astype(jnp.bfloat16))
 
     return pl.pallas_call(
@@ -74,15 +75,22 @@ def fits_blocks(x: Array, packed: Array, scale: Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def block_product(
-    x: Array, packed: Array, scale: Array, layer: Array, *, interpret: bool = False
+    integers: Array,
+    steps: Array,
+    packed: Array,
+    scale: Array,
+    layer: Array,
+    *,
+    interpret: bool = False,
 ) -> Array:
-    """x @ rows[layer].T for rows that `quantize_blocks` stored; x is rounded to bfloat16.
+    """x @ rows[layer].T for x as `round_blocks` gives it and rows as `quantize_blocks` stored them.
 
-    The integers are multiplied as they are, block by block: as many products as there are blocks,
-    of which each has x in its own columns and 0 in the others. Their scales come afterwards.
+    Integers are multiplied as they are, block by block: as many products as there are blocks, of
+    which each has x in its own columns and 0 in the others. They are exact; scales come afterwards.
 
     Args:
-      x: f32[tokens, d].
+      integers: i8[tokens, d].
+      steps: f32[tokens, d/block], the scales of x.
       packed: i8[L, n, d/2].
       scale: bf16[L, n, d/block].
       layer: i32[].
@@ -90,35 +98,37 @@ def block_product(
     Returns:
       f32[tokens, n].
     """
-    tokens, d = x.shape
+    tokens, d = integers.shape
     n, half, blocks = packed.shape[1], packed.shape[2], scale.shape[2]
     step = _step(n, half)
     # [2, blocks/2 · tokens, d/2]: half by half, the part of each token in each block.
     own = jnp.arange(half) // (d // blocks) == jnp.arange(blocks // 2)[:, None]
-    halves = jnp.swapaxes(x.reshape(tokens, 2, half), 0, 1).astype(jnp.bfloat16)
+    halves = jnp.swapaxes(integers.reshape(tokens, 2, half), 0, 1).astype(jnp.bfloat16)
     parts = jnp.where(own[:, None], halves[:, None], 0).reshape(2, -1, half)
-    # So lies the scale in memory, where XLA is free to choose: fewer columns than a vector has
-    # would be padded to one.
+    steps = steps.T[:, :, None]
+    # So lies the scale in memory, where XLA is free to choose: fewer columns than a tile has would
+    # be padded.
     by_block = jnp.swapaxes(scale, 1, 2)
 
-    def kernel(_: Array, parts: Array, packed: Array, scale: Array, scores: Array) -> None:
+    def kernel(_: Any, parts: Any, steps: Any, packed: Any, scale: Any, scores: Any) -> None:
         both = packed[...].astype(jnp.int32)
         total = jnp.zeros(scores.shape, jnp.float32)
-        for i, integers in enumerate(((both << 28) >> 28, both >> 4)):
-            rows = integers.astype(jnp.float32).astype(jnp.bfloat16)
+        for i, numbers in enumerate(((both << 28) >> 28, both >> 4)):
+            rows = numbers.astype(jnp.float32).astype(jnp.bfloat16)
             sums = _times(parts[i], rows).reshape(blocks // 2, tokens, step)
-            here = scale[i * (blocks // 2) : (i + 1) * (blocks // 2)].astype(jnp.float32)
-            total += (sums * here[:, None]).sum(0)
+            here = slice(i * (blocks // 2), (i + 1) * (blocks // 2))
+            total += (sums * steps[here] * scale[here].astype(jnp.float32)[:, None]).sum(0)
         scores[...] = total
 
     return pl.pallas_call(
         kernel,
-        out_shape=result((tokens, n), x),
+        out_shape=result((tokens, n), packed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n, step),),
             in_specs=[
                 pl.BlockSpec(parts.shape, lambda i, layer: (0, 0, 0)),
+                pl.BlockSpec(steps.shape, lambda i, layer: (0, 0, 0)),
                 pl.BlockSpec((None, step, half), lambda i, layer: (layer[0], i, 0)),
                 pl.BlockSpec((None, blocks, step), lambda i, layer: (layer[0], 0, i)),
             ],
@@ -130,11 +140,12 @@ def block_product(
             bytes_accessed=n * half
             + n * blocks * scale.dtype.itemsize
             + parts.size * 2
+            + steps.size * 4
             + tokens * n * 4,
         ),
         name="hire_block_product",
         interpret=interpret,
-    )(layer.reshape(1), parts, in_hbm(packed, interpret), in_hbm(by_block, interpret))
+    )(layer.reshape(1), parts, steps, in_hbm(packed, interpret), in_hbm(by_block, interpret))
 
 
 def _step(n: int, width: int) -> int:
