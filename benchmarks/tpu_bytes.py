@@ -272,8 +272,8 @@ def page(result: dict[str, Any]) -> str:
     alone, scores = result["alone"], result["scoring"]
     return f"""# TPU, by account
 
-Compiled for a v5e by its own compiler (libtpu {result["libtpu"]}, jax {result["jax"]}), **not run**: \
-there was no TPU. `make tpu` writes this page and \
+Compiled for a v5e by its own compiler (libtpu {result["libtpu"]}, jax {result["jax"]}), \
+**not run**: there was no TPU. `make tpu` writes this page and \
 [tpu_bytes.json](../benchmarks/results/tpu_bytes.json).
 
 What is counted are the bytes that a program moves to and from HBM, read from its compiled text \
@@ -310,18 +310,19 @@ do not fit into VMEM XLA's gather remains. One token, `LowRank(128)`, MB moved:
 ## Scoring
 
 One layer's predictor for both matrices of the block above, 16,384 rows of 2048. XLA's form reads \
-int8 once, but widens it in vector units; int4 it unpacks in VMEM, or, for more tokens, in HBM. \
-The last column is what the compiler thinks that XLA's form takes, at {CLOCK / 1e9:.1f} GHz; of the \
-kernels it thinks nothing.
+int8 once, but for one token it widens and multiplies it in vector units; int4 it unpacks in VMEM \
+or HBM, in copies as large and larger. The last column is what the compiler thinks that XLA's form \
+takes, at {CLOCK / 1e9:.1f} GHz; of the kernels it thinks nothing.
 
 {markdown(list(scores[0]), [list(row.values()) for row in scores])}
 
 ## What is not done
 
-Kernels take bfloat16 rows of a multiple of 128 columns in groups of a multiple of 8 (int8 and int4 \
-rows for scoring as well); others, weights that the compiler divides among chips, exported programs \
-and batches of weights (`vmap`) run in JAX. Inside `shard_map` over all axes kernels are used. For \
-v5p the same programs compile. On GPU everything is plain XLA.
+Kernels take bfloat16 rows of a multiple of 128 columns in groups of a multiple of 8 (int8 and \
+int4 rows for scoring as well). Others run in JAX alone, and so do weights that the compiler \
+divides among chips, exported programs, and batches of weights (`vmap`). Inside `shard_map` over \
+all axes of the mesh kernels are used. For v5p the same programs compile, but libtpu does not give \
+the text of all of them back. On GPU everything is plain XLA.
 """
 
 
