@@ -215,7 +215,7 @@ def scoring(shape: Callable[..., Any]) -> list[dict[str, Any]]:
     layers, n, d = 16, 16_384, 2048
     layer = shape(dtype=jnp.int32)
     packed, scale = shape(layers, n, d // 2, dtype=jnp.int8), shape(layers, n, d // 32)
-    forms = {
+    forms: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         "int8": (products.product, (shape(layers, n, d, dtype=jnp.int8), layer)),
         "int4": (products.block_product, (packed, scale, layer)),
     }
@@ -310,9 +310,9 @@ do not fit into VMEM XLA's gather remains. One token, `LowRank(128)`, MB moved:
 ## Scoring
 
 One layer's predictor for both matrices of the block above, 16,384 rows of 2048. XLA's form reads \
-int8 once, but for one token it widens and multiplies it in vector units; int4 it unpacks in VMEM \
-or HBM, in copies as large and larger. The last column is what the compiler thinks that XLA's form \
-takes, at {CLOCK / 1e9:.1f} GHz; of the kernels it thinks nothing.
+int8 once, but for one token it widens and multiplies it in vector units; int4 it brings into \
+VMEM, and transposes and unpacks it there. The last column is what the compiler thinks that XLA's \
+form takes, at {CLOCK / 1e9:.1f} GHz; of the kernels it thinks nothing.
 
 {markdown(list(scores[0]), [list(row.values()) for row in scores])}
 

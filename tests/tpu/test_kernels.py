@@ -40,7 +40,7 @@ def kernels(shape, tokens):
 def test_kernels_compile_and_copy_no_weight(chip, tokens):
     for function, args, most in kernels(tpu_bytes.shapes_for(chip), tokens):
         compiled = tpu_bytes.program(function, *args)
-        assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * most
         if chip == "v5p":  # libtpu does not give the text of all of them back
             continue
         found = tpu_bytes.account(compiled, *args)
@@ -84,15 +84,14 @@ def test_a_weight_that_fits_into_vmem_is_not_brought_there():
     shape = tpu_bytes.shapes_for("v5e")
     for build, name in ((tpu_bytes.block, ".up"), (tpu_bytes.head, ".rows")):
         function, args = build(shape, 1)
-        run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
-        sizes = whole(given)
-        (path,) = (path for path in sizes if path.endswith(name))
-        reads = {
-            side: tpu_bytes.account(tpu_bytes.program(run, *given, side=side), *given).reads[path]
-            for side in tpu_bytes.SIDES
-        }
-        assert reads["JAX"] >= sizes[path]
-        assert reads["kernels"] < 0.3 * sizes[path]
+        parts = {}
+        for side in tpu_bytes.SIDES:
+            run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
+            found = tpu_bytes.account(tpu_bytes.program(run, *given, side=side), *given)
+            (path,) = (path for path in whole(given) if path.endswith(name))
+            parts[side] = found.reads[path] / whole(given)[path]
+        assert parts["JAX"] >= 1
+        assert parts["kernels"] < 0.3
 
 
 def test_a_decode_step_compiles_for_the_other_chip():
@@ -100,4 +99,5 @@ def test_a_decode_step_compiles_for_the_other_chip():
     function, args = tpu_bytes.decode(shape, 1)
     run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[1])
     compiled = tpu_bytes.program(run, *given)
-    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+    # Less than a layer's packed rows, the smallest weight that a kernel reads.
+    assert compiled.memory_analysis().temp_size_in_bytes < 16_384 * 1024

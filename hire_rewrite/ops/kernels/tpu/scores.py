@@ -16,6 +16,9 @@ from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm, result
 _BLOCK = 1 << 20
 """Bytes of rows that are in VMEM at a time, twice over: while one block is used, the next comes."""
 
+_PARTS = 1 << 21
+"""Bytes that x may take, a copy for each block of columns."""
+
 _TOKENS = 16
 """More tokens are a matrix product, and no longer bound by the rows."""
 
@@ -69,8 +72,9 @@ def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> 
 
 def fits_blocks(x: Array, packed: Array, scale: Array) -> bool:
     """Whether `block_product` takes them: halves of rows in whole blocks, few tokens."""
-    whole = packed.shape[2] % LANES == 0 and scale.shape[2] % 2 == 0
-    return whole and 0 < x.shape[0] <= _TOKENS
+    tokens, half, blocks = x.shape[0], packed.shape[2], scale.shape[2]
+    whole = half % LANES == 0 and blocks % 2 == 0
+    return whole and 0 < tokens <= _TOKENS and blocks * tokens * half * 2 <= _PARTS
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
