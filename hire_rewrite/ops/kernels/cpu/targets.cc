@@ -128,7 +128,8 @@ ffi::Error FetchedSum(ffi::ThreadPool pool, F32 h, ffi::AnyBuffer rows, S32 inde
     return ffi::Error::InvalidArgument("rows must be float32 or bfloat16");
   }
   // Each thread has columns of its own: then the order of additions does not depend on threads.
-  const int64_t slice = std::max<int64_t>(64, (d / (2 * std::max<int64_t>(1, pool.num_threads())) + 63) / 64 * 64);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t slice = std::max<int64_t>(64, (d / threads + 63) / 64 * 64);
   Share(pool, d, slice, [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < tokens; ++t) {
       std::fill(out->typed_data() + t * d + begin, out->typed_data() + t * d + end, 0.0f);
