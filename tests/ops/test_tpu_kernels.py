@@ -43,7 +43,7 @@ def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize(("d", "block"), [(512, 32), (256, 128)])
+@pytest.mark.parametrize(("d", "block"), [(512, 32), (1024, 8)])
 def test_block_product(monkeypatch, tokens, d, block):
     monkeypatch.setattr(scores_module, "_BLOCK", 128 * d)
     packed, scale = products.quantize_blocks(normal(2, 300, d), block)

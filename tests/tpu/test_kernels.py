@@ -25,6 +25,10 @@ def kernels(shape, tokens):
     rounded = (shape(tokens, 2048, dtype=jnp.int8), shape(tokens, 64, dtype=jnp.float32))
     rows = (integers, shape(16, 16_384, 64), layer)
     yield tpu.block_product, (*rounded, *rows), 16_384 * (1024 + 64 * 2)
+    if tokens == 1:
+        rounded = (shape(1, 4096, dtype=jnp.int8), shape(1, 128, dtype=jnp.float32))
+        rows = (shape(4, 16_384, 2048, dtype=jnp.int8), shape(4, 16_384, 128), layer)
+        yield tpu.block_product, (*rounded, *rows), 16_384 * (2048 + 128 * 2)
     for members in (8, 16, 64):
         groups, most = shape(1 << 18 // members, members, 2048), 104 * members * 2048 * 2
         chosen = shape(1, 103, dtype=jnp.int32)

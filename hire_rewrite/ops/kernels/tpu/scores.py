@@ -110,18 +110,27 @@ def block_product(
     halves = jnp.swapaxes(integers.reshape(tokens, 2, half), 0, 1).astype(jnp.bfloat16)
     parts = jnp.where(own[:, None], halves[:, None], 0).reshape(2, -1, half)
     steps = steps.T[:, :, None]
-    # So lies the scale in memory, where XLA is free to choose: fewer columns than a tile has would
-    # be padded.
-    by_block = jnp.swapaxes(scale, 1, 2)
+    # XLA stores the scale row by row if that needs no padding, otherwise column by column.
+    by_row = blocks % LANES == 0
+    if by_row:
+        scales, scale_block = (
+            scale,
+            pl.BlockSpec((None, step, blocks), lambda i, layer: (layer[0], i, 0)),
+        )
+    else:
+        scales = jnp.swapaxes(scale, 1, 2)
+        scale_block = pl.BlockSpec((None, blocks, step), lambda i, layer: (layer[0], 0, i))
 
     def kernel(_: Any, parts: Any, steps: Any, packed: Any, scale: Any, scores: Any) -> None:
         both = packed[...].astype(jnp.int32)
+        factors = scale[...].astype(jnp.float32)
+        factors = factors.T if by_row else factors
         total = jnp.zeros(scores.shape, jnp.float32)
         for i, numbers in enumerate(((both << 28) >> 28, both >> 4)):
             rows = numbers.astype(jnp.float32).astype(jnp.bfloat16)
             sums = _times(parts[i], rows).reshape(blocks // 2, tokens, step)
             here = slice(i * (blocks // 2), (i + 1) * (blocks // 2))
-            total += (sums * steps[here] * scale[here].astype(jnp.float32)[:, None]).sum(0)
+            total += (sums * steps[here] * factors[here][:, None]).sum(0)
         scores[...] = total
 
     return pl.pallas_call(
@@ -134,7 +143,7 @@ def block_product(
                 pl.BlockSpec(parts.shape, lambda i, layer: (0, 0, 0)),
                 pl.BlockSpec(steps.shape, lambda i, layer: (0, 0, 0)),
                 pl.BlockSpec((None, step, half), lambda i, layer: (layer[0], i, 0)),
-                pl.BlockSpec((None, blocks, step), lambda i, layer: (layer[0], 0, i)),
+                scale_block,
             ],
             out_specs=pl.BlockSpec((tokens, step), lambda i, layer: (0, i)),
         ),
@@ -149,7 +158,7 @@ def block_product(
         ),
         name="hire_block_product",
         interpret=interpret,
-    )(layer.reshape(1), parts, steps, in_hbm(packed, interpret), in_hbm(by_block, interpret))
+    )(layer.reshape(1), parts, steps, in_hbm(packed, interpret), in_hbm(scales, interpret))
 
 
 def _step(n: int, width: int) -> int:
