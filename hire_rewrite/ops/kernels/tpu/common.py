@@ -1,5 +1,7 @@
 """What the kernels share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,8 +13,23 @@ by row, so that the whole weight would be copied for it."""
 
 
 def in_hbm(array: Array, interpret: bool) -> Array:
-    """The array, kept where it is: XLA must not bring it into VMEM before the kernel starts."""
+    """The weight, kept where it is: XLA must not bring it into VMEM before the kernel starts.
+
+    Raises:
+      NotImplementedError: under a `vmap` over weights, of which each would be copied.
+    """
+    array = _one(array)
     return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+@jax.custom_batching.custom_vmap
+def _one(array: Array) -> Array:
+    return array
+
+
+@_one.def_vmap
+def _(*_: Any) -> tuple[Array, bool]:
+    raise NotImplementedError("the kernels for TPU take no batch of weights")
 
 
 def result(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
