@@ -15,7 +15,7 @@ help:
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
-	@echo "make tpu       compile for TPU (none is needed) and read what goes between chips"
+	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make docs      the generated pages of docs/"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
@@ -52,6 +52,7 @@ tpu:
 	$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
 	.venv-tpu/bin/python -m pytest tests/tpu
 	.venv-tpu/bin/python -m benchmarks.tpu
+	.venv-tpu/bin/python -m benchmarks.tpu_bytes
 
 docs: $(VENV)/.test
 	$(RUN) -m tests.zoo.coverage docs/coverage.md

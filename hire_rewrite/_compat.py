@@ -157,6 +157,16 @@ def is_exported(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
 
 
+def is_divided(context: Any) -> bool:
+    """Whether the compiler is to divide what is lowered among devices (inside a `shard_map` over
+    all axes the program has done so itself)."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return bool(axes.num_devices != 1)
+    mine = set(axes.manual_axes) | set(axes.mesh.manual_axes)
+    return mine != set(axes.mesh.axis_names)
+
+
 def manual_axes() -> tuple[str, ...]:
     """The axes of the mesh that a `shard_map` around makes known."""
     return tuple(map(str, jax.sharding.get_abstract_mesh().manual_axes))

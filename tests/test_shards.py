@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from benchmarks.hlo import collectives
+from hire_rewrite.ops import products, rows
 from tests.test_spread import LAYERS, TOKEN, VOCABULARY, D, batches, quick, weights
 from tests.test_spread import step as one_device
 
@@ -479,3 +480,28 @@ def test_weights_inside_and_outside_are_packed_apart():
     ]
     for one, dense in zip(quick(run)(packed, TOKEN), fn(weights(), TOKEN), strict=True):
         np.testing.assert_array_equal(one.argmax(-1), dense.argmax(-1))
+
+
+@pytest.mark.parametrize("predictor", [hire.Quantized(), hire.Quantized(4)])
+def test_tokens_apart_and_weights_in_common(monkeypatch, predictor):
+    """The loops of CPU's forms carry what differs from device to device."""
+    monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
+    monkeypatch.setattr(products, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(rows, "_PIECE", 1 << 12)
+    rng = np.random.default_rng(0)
+    w = {
+        name: jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32)
+        for name, shape in (("gate", (64, 512)), ("up", (64, 512)), ("down", (512, 64)))
+    }
+    x = jnp.asarray(rng.standard_normal((16, 64)), jnp.float32)
+
+    def run(w, x):
+        return (jax.nn.relu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+
+    step = hire.transform(run, hire.FFN(k=0.06, candidates=0.12, predictor=predictor, force=True))
+    packed = step.pack(w, x[:2])
+    apart = jax.shard_map(
+        step, mesh=mesh_of(data=8), in_specs=(P(), P("data")), out_specs=P("data")
+    )
+    want = jnp.concatenate([step(packed, each) for each in jnp.split(x, 8)])
+    np.testing.assert_allclose(apart(packed, x), want, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,8 @@ which the proof fails are computed densely.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -21,6 +23,7 @@ from hire_rewrite.ops.da_top_k import da_top_k
 from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
 from hire_rewrite.ops.products import fetch
+from hire_rewrite.ops.rows import Kernel
 from hire_rewrite.ops.select import scatter
 
 __all__ = [
@@ -223,17 +226,20 @@ def gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: 
             preferred_element_type=spec.out_dtype,
         )
 
-    def kernel(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
+    def by(kernel: Kernel, x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
         _, n, d = stacked.shape
-        wide = x.astype(jnp.float32)
-        return kernels.cpu.fetched_product(
-            wide, stacked.reshape(-1, 1, d), rows + layer * n
-        ).astype(spec.out_dtype)
+        single = stacked.reshape(-1, 1, d)
+        return kernel(x.astype(jnp.float32), single, rows + layer * n).astype(spec.out_dtype)
 
     dtypes = (state.rows.dtype, x.dtype, spec.compute_dtype, spec.out_dtype or x.dtype)
     layer = jnp.asarray(layer, jnp.int32)
-    own = kernel if kernels.cpu.usable(*dtypes) else None
-    return kernels.call(reference, x, state.rows, layer, rows, cpu=own)
+    cpu = functools.partial(by, kernels.cpu.fetched_product)
+    tpu = functools.partial(by, kernels.tpu.fetched_product)
+    own = {
+        "cpu": cpu if kernels.cpu.usable(*dtypes) else None,
+        "tpu": tpu if kernels.tpu.fits_single(x, state.rows, rows) else None,
+    }
+    return kernels.call(reference, x, state.rows, layer, rows, **own)
 
 
 def _signed_sums(

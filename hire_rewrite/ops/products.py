@@ -12,7 +12,8 @@ what is here for CPU runs where they are not built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -72,21 +73,30 @@ def product(
         rest = list(factors)
         return (None if scale is None else rest.pop(0)), (None if offset is None else rest.pop(0))
 
-    def kernel(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+    def by_cpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
         return kernels.cpu.product(x, rows, layer, *both(factors))
 
-    def reference(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+    def scaled(found: Array, layer: Array, factors: tuple[Array, ...]) -> Array:
         scale, offset = (
             one if one is None else lax.dynamic_index_in_dim(one, layer, keepdims=False)
             for one in both(factors)
         )
-        found = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
         found = found if scale is None else found * scale
         return found if offset is None else found + offset
 
-    own = kernel if kernels.cpu.usable(rows.dtype) else None
+    def by_tpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        return scaled(kernels.tpu.product(x, rows, layer), layer, factors)
+
+    def reference(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
+        found = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+        return scaled(found, layer, factors)
+
+    own = {
+        "cpu": by_cpu if kernels.cpu.usable(rows.dtype) else None,
+        "tpu": by_tpu if kernels.tpu.fits_product(x, rows) else None,
+    }
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(reference, x, rows, layer, *factors, cpu=own)
+    return kernels.call(reference, x, rows, layer, *factors, **own)
 
 
 def unpack(packed: Array) -> Array:
@@ -167,16 +177,21 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
     """
     d, block = x.shape[1], x.shape[1] // scale.shape[2]
 
-    def kernel(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-        return kernels.cpu.block_product(*round_blocks(x, block), packed, scale, layer)
+    def by(kernel: Callable[..., Array], x: Array, *others: Array) -> Array:
+        return kernel(*round_blocks(x, block), *others)
 
     def reference(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
         forms = {"cpu": _block_product_cpu, "default": _block_product_default}
         return lax.platform_dependent(rounded_blocks(x, block), packed, scale, layer, **forms)
 
-    own = kernel if kernels.cpu.fits_blocks(d, block) else None
+    cpu = functools.partial(by, kernels.cpu.block_product)
+    tpu = functools.partial(by, kernels.tpu.block_product)
+    own = {
+        "cpu": cpu if kernels.cpu.fits_blocks(d, block) else None,
+        "tpu": tpu if kernels.tpu.fits_blocks(x, packed, scale) else None,
+    }
     layer = jnp.asarray(layer, jnp.int32)
-    return kernels.call(reference, x, packed, scale, layer, cpu=own)
+    return kernels.call(reference, x, packed, scale, layer, **own)
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
@@ -194,7 +209,7 @@ def _block_product_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> A
         )
         return dequantize_blocks(*here)
 
-    return _in_chunks(x, packed.shape[1], part)
+    return _in_chunks(x, packed.shape[1], part, (packed, scale, layer))
 
 
 def _product_default(x: Array, rows: Array, layer: Array) -> Array:
@@ -220,11 +235,17 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
         here = lax.dynamic_slice(rows, (layer, start, 0), (1, step, rows.shape[2]))[0]
         return here.astype(jnp.float32)
 
-    return _in_chunks(x, n, part)
+    return _in_chunks(x, n, part, (rows, layer))
 
 
-def _in_chunks(x: Array, n: int, part: Callable[[Array | int, int], Array]) -> Array:
-    """x @ rows.T: f32[tokens, n], where part(start, step) gives f32[step, d] of the n rows."""
+def _in_chunks(
+    x: Array, n: int, part: Callable[[Array | int, int], Array], sources: Sequence[Array]
+) -> Array:
+    """x @ rows.T: f32[tokens, n], where part(start, step) gives f32[step, d] of the n rows.
+
+    Args:
+      sources: the arrays that `part` reads.
+    """
     tokens, d = x.shape
     chunks = -(-n // max(1, _CHUNK // d))
     step = -(-n // chunks)
@@ -236,7 +257,9 @@ def _in_chunks(x: Array, n: int, part: Callable[[Array | int, int], Array]) -> A
         start = jnp.minimum(i * step, n - step)
         return lax.dynamic_update_slice(scores, _times(x, part(start, step)), (0, start))
 
-    return lax.fori_loop(0, chunks, body, jnp.zeros((tokens, n), jnp.float32))
+    axes = _compat.varying_axes((x, *sources))
+    empty = _compat.varying_over(jnp.zeros((tokens, n), jnp.float32), axes)
+    return lax.fori_loop(0, chunks, body, empty)
 
 
 def _times(x: Array, rows: Array) -> Array:

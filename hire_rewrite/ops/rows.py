@@ -10,8 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite import _compat
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
+
+Kernel = Callable[[Array, Array, Array], Array]
+"""`fetched_product` or `fetched_sum` of a platform."""
 
 _PIECE = 1 << 22
 """Bytes of rows that are fetched at a time on CPU. A large copy is slow there, because its memory
@@ -49,15 +53,18 @@ def fetched_products(
 
         return _on_cpu(in_pieces, product, groups, up)
 
-    def kernel(x: Array, up: Array, layer: Array, groups: Array) -> Array:
+    def by(kernel: Kernel, x: Array, up: Array, layer: Array, groups: Array) -> Array:
         rows, index = _where_they_are(up, layer, groups)
-        return kernels.cpu.fetched_product(x.astype(jnp.float32), rows, index[None]).astype(
-            spec.up_dtype
-        )
+        return kernel(x.astype(jnp.float32), rows, index[None]).astype(spec.up_dtype)
 
     dtypes = (state.up.dtype, x.dtype, spec.compute_dtype, spec.up_dtype or x.dtype)
-    own = kernel if kernels.cpu.usable(*dtypes) else None
-    found = kernels.call(in_jax, x, state.up, layer, groups[common:], cpu=own)
+    cpu = functools.partial(by, kernels.cpu.fetched_product)
+    tpu = functools.partial(by, kernels.tpu.fetched_product)
+    own = {
+        "cpu": cpu if kernels.cpu.usable(*dtypes) else None,
+        "tpu": tpu if kernels.tpu.fits_groups(x, state.up) else None,
+    }
+    found = kernels.call(in_jax, x, state.up, layer, groups[common:], **own)
     if common:  # read in one piece, without a copy
         first = lax.dynamic_index_in_dim(state.up, layer, keepdims=False)[:common]
         found = jnp.concatenate([_up_product(x, first.reshape(-1, d_in), spec), found], axis=1)
@@ -85,19 +92,26 @@ def fetched_down(
                 return total + product(*piece, wide), None
 
             wide = jnp.promote_types(spec.down_dtype, jnp.float32)
-            total, _ = lax.scan(add, jnp.zeros((tokens, d_out), wide), (split, pieces))
+            axes = _compat.varying_axes((h, down, layer, groups))
+            empty = _compat.varying_over(jnp.zeros((tokens, d_out), wide), axes)
+            total, _ = lax.scan(add, empty, (split, pieces))
             return total.astype(spec.down_dtype)
 
         whole = functools.partial(product, h, dtype=spec.down_dtype)
         return _on_cpu(in_pieces, whole, groups, down)
 
-    def kernel(h: Array, down: Array, layer: Array, groups: Array) -> Array:
+    def by(kernel: Kernel, h: Array, down: Array, layer: Array, groups: Array) -> Array:
         rows, index = _where_they_are(down, layer, groups)
-        return kernels.cpu.fetched_sum(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
+        return kernel(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
 
     dtypes = (state.down.dtype, h.dtype, spec.down_dtype or h.dtype)
-    own = kernel if kernels.cpu.usable(*dtypes) else None
-    return kernels.call(in_jax, h, state.down, layer, groups, cpu=own)
+    cpu = functools.partial(by, kernels.cpu.fetched_sum)
+    tpu = functools.partial(by, kernels.tpu.fetched_sum)
+    own = {
+        "cpu": cpu if kernels.cpu.usable(*dtypes) else None,
+        "tpu": tpu if kernels.tpu.fits_groups(h, state.down) else None,
+    }
+    return kernels.call(in_jax, h, state.down, layer, groups, **own)
 
 
 def _where_they_are(stacked: Array, layer: Array, groups: Array) -> tuple[Array, Array]:

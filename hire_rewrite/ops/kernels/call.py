@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,19 +20,29 @@ __all__ = ["call"]
 Function = Callable[..., Any]
 
 
-def call(reference: Function, *operands: Array, cpu: Function | None = None) -> Any:
+def call(
+    reference: Function,
+    *operands: Array,
+    cpu: Function | None = None,
+    tpu: Function | None = None,
+) -> Any:
     """`reference` of the operands, computed by a kernel on the platforms that one is given for.
 
-    Its derivatives are those of the reference. Where a program is exported (`jax.export`), CPU
-    computes the reference as well: the process that runs it need not have the kernels.
+    Its derivatives are those of the reference. Where a program is exported (`jax.export`), all
+    compute the reference: the process that runs it need not have the kernels. So does TPU where
+    the compiler divides arrays among devices, for it cannot divide a kernel.
 
     Args:
       reference: from arrays to an array or a tuple of arrays.
-      cpu: the same on CPU; None if there is no kernel for these operands.
+      cpu, tpu: the same on a platform; None if there is no kernel for these operands.
     """
-    if cpu is None:
+    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
         return reference(*operands)
-    platforms = {"cpu": _typed(_portable(cpu, reference)), "default": reference}
+    given = {"cpu": cpu, "tpu": tpu}
+    kernels = {name: _typed(_portable(one, reference)) for name, one in given.items() if one}
+    if not kernels:
+        return reference(*operands)
+    platforms = {**kernels, "default": reference}
 
     @jax.custom_jvp
     def run(*operands: Array) -> Any:
@@ -56,6 +67,7 @@ def _typed(kernel: Function) -> Function:
 
     def run(*operands: Array) -> Any:
         axes = _compat.varying_axes(operands)
+        operands = tuple(_compat.varying_over(one, axes) for one in operands)
         return jax.tree.map(lambda leaf: _compat.varying_over(leaf, axes), kernel(*operands))
 
     return run
@@ -90,7 +102,17 @@ def _lowering(
     context: Any, *operands: Any, kernel: Function, reference: Function, results: Any
 ) -> Any:
     function = reference if _compat.is_exported(context) else kernel
+    return _lowered(context, function, operands)
 
+
+def _lowering_for_tpu(
+    context: Any, *operands: Any, kernel: Function, reference: Function, results: Any
+) -> Any:
+    refused = _compat.is_exported(context) or _compat.is_divided(context)
+    return _lowered(context, reference if refused else kernel, operands)
+
+
+def _lowered(context: Any, function: Function, operands: Sequence[Any]) -> Any:
     def leaves(*operands: Array) -> list[Array]:
         return jax.tree.leaves(function(*operands))
 
@@ -109,6 +131,10 @@ def _batch(
     kernel, reference = (
         jax.vmap(one, in_axes=tuple(dims), axis_size=axis.size) for one in (kernel, reference)
     )
+    try:
+        jax.eval_shape(kernel, *map(_shape, operands))
+    except NotImplementedError:  # those for TPU take no batch of weights
+        kernel = reference
     results = tuple(((axis.size, *shape), dtype) for shape, dtype in results)
     found = kernel_p.bind(*operands, kernel=kernel, reference=reference, results=results)
     return found, (0,) * len(found)
@@ -120,3 +146,4 @@ kernel_p.def_abstract_eval(_abstract)
 kernel_p.def_impl(lambda *operands, kernel, **_: jax.tree.leaves(kernel(*operands)))
 batching.fancy_primitive_batchers[kernel_p] = _batch
 mlir.register_lowering(kernel_p, _lowering)
+mlir.register_lowering(kernel_p, _lowering_for_tpu, platform="tpu")

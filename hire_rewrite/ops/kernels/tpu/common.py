@@ -1,0 +1,38 @@
+"""What the kernels share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+"""Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
+by row, so that the whole weight would be copied for it."""
+
+
+def in_hbm(array: Array, interpret: bool) -> Array:
+    """The weight, kept where it is: XLA must not bring it into VMEM before the kernel starts.
+
+    Raises:
+      NotImplementedError: under a `vmap` over weights, of which each would be copied.
+    """
+    array = _one(array)
+    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+@jax.custom_batching.custom_vmap
+def _one(array: Array) -> Array:
+    return array
+
+
+@_one.def_vmap
+def _(*_: Any) -> tuple[Array, bool]:
+    raise NotImplementedError("the kernels for TPU take no batch of weights")
+
+
+def result(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result in float32, which inside `shard_map` differs where its operand x does."""
+    kind = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)

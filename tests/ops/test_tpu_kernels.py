@@ -1,0 +1,222 @@
+"""The kernels for TPU, interpreted, against the same in JAX."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hire_rewrite.ops import kernels, products
+from hire_rewrite.ops.kernels.tpu import rows as rows_module
+from hire_rewrite.ops.kernels.tpu import scores as scores_module
+
+tpu = kernels.tpu
+
+
+def normal(*shape, dtype=np.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def index(*shape, below, seed=2):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, below, shape), jnp.int32)
+
+
+def close(got, want, d):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * d)
+
+
+def exact(x, rows):
+    return np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
+    monkeypatch.setattr(scores_module, "_BLOCK", 128 * 256)
+    rows, x = (normal(3, 300, 256) * 20).astype(dtype), normal(tokens, 256, seed=1)
+    assert tpu.fits_product(x, rows)
+    for layer in (0, 2):
+        got = tpu.product(x, rows, jnp.int32(layer), interpret=True)
+        close(got, exact(x.astype(jnp.bfloat16), rows[layer]), 20 * 256)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("d", "block"), [(512, 32), (1024, 8)])
+def test_block_product(monkeypatch, tokens, d, block):
+    monkeypatch.setattr(scores_module, "_BLOCK", 128 * d)
+    packed, scale = products.quantize_blocks(normal(2, 300, d), block)
+    x = normal(tokens, d, seed=1)
+    assert tpu.fits_blocks(x, packed, scale)
+    rounded = products.round_blocks(x, block)
+    got = tpu.block_product(*rounded, packed, scale, jnp.int32(1), interpret=True)
+    want = products.rounded_blocks(x, block), products.dequantize_blocks(packed[1], scale[1])
+    close(got, exact(*want), d)
+
+
+@pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("count", "members"), [(13, 16), (4, 64)])
+def test_fetched_product(monkeypatch, tokens, lists, count, members):
+    monkeypatch.setattr(rows_module, "_CHUNK", 4 * members * 128 * 2)
+    rows = normal(20, members, 128, dtype=jnp.bfloat16)
+    x, chosen = normal(tokens, 128, dtype=jnp.bfloat16, seed=1), index(lists, count, below=20)
+    assert tpu.fits_groups(x, rows)
+    got = tpu.fetched_product(x, rows, chosen, interpret=True)
+    each = np.asarray(rows, np.float64)[np.broadcast_to(chosen, (tokens, count))]
+    want = np.einsum("td,tcmd->tcm", np.asarray(x, np.float64), each)
+    close(got, want.reshape(tokens, -1), 128)
+
+
+def test_single_rows_are_taken_out_of_their_tiles():
+    rows, x = normal(400, 1, 128, dtype=jnp.bfloat16), normal(3, 128, dtype=jnp.bfloat16, seed=1)
+    chosen = index(3, 11, below=400)
+    got = tpu.fetched_product(x, rows, chosen, interpret=True)
+    each = np.asarray(rows, np.float64)[chosen, 0]
+    close(got, np.einsum("td,tcd->tc", np.asarray(x, np.float64), each), 128)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("count", "members"), [(13, 8), (4, 64)])
+def test_fetched_sum(monkeypatch, tokens, count, members):
+    monkeypatch.setattr(rows_module, "_CHUNK", 4 * members * 128 * 2)
+    rows = normal(20, members, 128, dtype=jnp.bfloat16)
+    h = normal(tokens, count, members, dtype=jnp.bfloat16, seed=1)
+    chosen = index(count, below=20)
+    got = tpu.fetched_sum(h, rows, chosen, interpret=True)
+    want = np.einsum("tcm,cmd->td", np.asarray(h, np.float64), np.asarray(rows, np.float64)[chosen])
+    close(got, want, 4 * count * members)
+
+
+def test_values_that_are_no_numbers():
+    rows = normal(9, 8, 128, dtype=jnp.bfloat16).at[4, 2, 3].set(jnp.nan)
+    x = jnp.ones((1, 128), jnp.bfloat16)
+    got = np.asarray(tpu.fetched_product(x, rows, jnp.array([[4, 1]]), interpret=True))[0]
+    assert np.flatnonzero(np.isnan(got)).tolist() == [2]
+    h = jnp.ones((1, 3, 8), jnp.bfloat16)
+    total = functools.partial(tpu.fetched_sum, h, rows, interpret=True)
+    assert np.flatnonzero(np.isnan(total(jnp.array([0, 4, 1]))[0])).tolist() == [3]
+    assert np.isfinite(total(jnp.array([0, 3, 1]))).all()
+
+
+def test_what_they_do_not_take():
+    x, wide = jnp.zeros((1, 256)), jnp.zeros((33, 256))
+    int8 = jnp.zeros((1, 8, 256), jnp.int8)
+    assert not tpu.fits_product(x, jnp.zeros((1, 8, 256)))  # not narrow
+    assert not tpu.fits_product(jnp.zeros((1, 192)), jnp.zeros((1, 8, 192), jnp.int8))
+    assert not tpu.fits_product(wide, int8)
+    assert tpu.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 8)))
+    assert not tpu.fits_blocks(x, jnp.zeros((1, 8, 64), jnp.int8), jnp.zeros((1, 8, 4)))
+    assert not tpu.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 1)))
+    narrow, rows = x.astype(jnp.bfloat16), jnp.zeros((1, 32, 8, 256), jnp.bfloat16)
+    assert tpu.fits_groups(narrow, rows)
+    assert not tpu.fits_groups(x, rows)  # would be rounded
+    assert not tpu.fits_groups(narrow, rows.reshape(1, 64, 4, 256))
+    few, many = jnp.zeros((1, 31), jnp.int32), jnp.zeros((1, 32), jnp.int32)
+    assert tpu.fits_single(narrow, rows.reshape(1, 256, 256), few)
+    assert not tpu.fits_single(
+        narrow, rows.reshape(1, 256, 256), many
+    )  # as many tiles as there are
+    large = jax.ShapeDtypeStruct((1, 1 << 19, 256), jnp.bfloat16)
+    assert not tpu.fits_single(narrow, large, few)  # XLA reads the rows alone
+
+
+def lowered(function, *args):
+    """How many kernels for TPU a program has."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    return text.count("@tpu_custom_call")
+
+
+def test_where_they_are_called(monkeypatch):
+    x, rows, layer = jnp.zeros((1, 256)), jnp.zeros((2, 512, 256), jnp.int8), jnp.int32(1)
+    assert lowered(products.product, x, rows, layer) == 1
+    assert lowered(jax.vmap(products.product, (0, None, None)), x[None], rows, layer) == 1
+    assert lowered(jax.vmap(products.product, (None, 0, None)), x, rows[None], layer) == 0
+    exported = jax.export.export(jax.jit(products.product), platforms=["tpu"])(x, rows, layer)
+    assert "tpu_custom_call" not in exported.mlir_module()
+    monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
+    assert lowered(lambda *args: products.product(*args), x, rows, layer) == 0
+
+
+def test_arrays_that_the_compiler_divides_are_left_to_it():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.NamedSharding(mesh, jax.P(None, "x"))
+    x = jax.ShapeDtypeStruct((1, 256), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+    rows = jax.ShapeDtypeStruct((1, 1024, 256), jnp.int8, sharding=spread)
+
+    def run(x, rows):
+        return products.product(x, rows, 0)
+
+    assert lowered(run, x, rows) == 0
+    inside = jax.shard_map(
+        run, mesh=mesh, in_specs=(jax.P(), jax.P(None, "x")), out_specs=jax.P(None, "x")
+    )
+    assert lowered(inside, x, rows) == 1
+
+
+PRODUCT = functools.partial(tpu.product, interpret=True)
+
+
+def calls(function, *args):
+    """The operands of the kernel in a function's jaxpr, what it declares, and its grid."""
+    found = []
+
+    def walk(jaxpr):
+        for one in jaxpr.eqns:
+            if one.primitive.name == "pallas_call":
+                found.append(one.params)
+            for inner in one.params.values():
+                if hasattr(inner, "jaxpr"):
+                    walk(getattr(inner.jaxpr, "jaxpr", inner.jaxpr))
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("n", [256, 1000])
+def test_what_streaming_kernels_declare_is_what_their_grids_read(n):
+    rows, x = jnp.zeros((2, n, 256), jnp.int8), normal(3, 256)
+    (params,) = calls(PRODUCT, x, rows, jnp.int32(0))
+    small = 3 * 256 * 2 + 3 * n * 4  # x in bfloat16, and the result
+    assert params["cost_estimate"].bytes_accessed - small == n * 256
+    blocks = [
+        tuple(getattr(size, "block_size", None) for size in one.block_shape)
+        for one in params["grid_mapping"].block_mappings
+    ]
+    (steps,) = params["grid_mapping"].grid
+    # One block of whole rows of one layer for each step; the last one ends with the rows.
+    assert blocks[1][1:] == (min(n, blocks[1][1]), 256)
+    assert (steps - 1) * blocks[1][1] < n <= steps * blocks[1][1]
+
+
+@pytest.mark.parametrize("count", [1, 13, 40])
+def test_what_fetching_kernels_declare_is_what_they_copy(monkeypatch, count):
+    """Copies are counted as they run: groups that are not fetched would be found in the result."""
+    monkeypatch.setattr(rows_module, "_CHUNK", 4 * 8 * 128 * 2)
+    rows, x = normal(50, 8, 128, dtype=jnp.bfloat16), normal(2, 128, dtype=jnp.bfloat16)
+    copied = []
+    own = rows_module.pltpu.make_async_copy
+
+    class Copy:
+        def __init__(self, *args):
+            self.copy = own(*args)
+
+        def start(self):
+            jax.debug.callback(lambda: copied.append(1))
+            self.copy.start()
+
+        def wait(self):
+            self.copy.wait()
+
+    chosen = index(1, count, below=50)
+    with mock.patch.object(rows_module.pltpu, "make_async_copy", Copy):
+        run = jax.jit(lambda *args: rows_module._group_products(*args, interpret=True))
+        (params,) = calls(run, x, rows, chosen)
+        jax.block_until_ready(run(x, rows, chosen))
+        jax.effects_barrier()
+    chunks = -(-count // 4)
+    declared = params["cost_estimate"].bytes_accessed
+    fetched = chunks * -(-count // chunks)
+    small = 2 * 128 * 2 + 2 * fetched * 8 * 4 + fetched * 4  # x, the result, and the numbers
+    assert declared - small == fetched * 8 * 128 * 2
+    assert len(copied) == fetched < count + chunks

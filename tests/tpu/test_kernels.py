@@ -1,0 +1,107 @@
+"""Programs of the real TPU compiler: that the kernels compile, and what is read from HBM."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("libtpu")
+
+from benchmarks import tpu_bytes
+from benchmarks.hbm import traffic
+from hire_rewrite.ops.kernels import tpu
+
+CHIPS = list(tpu_bytes.CHIPS)
+
+
+def kernels(shape, tokens):
+    """Kernels at sizes of the 1 B model, their arguments, and the most that they may read."""
+    integers, single = shape(16, 16_384, 1024, dtype=jnp.int8), shape(32_000, 1, 1024)
+    x, layer = shape(tokens, 2048), shape(dtype=jnp.int32)
+    wide = shape(tokens, 2048, dtype=jnp.float32)
+    yield tpu.product, (wide, shape(16, 16_384, 2048, dtype=jnp.int8), layer), 16_384 * 2048
+    yield tpu.product, (wide, shape(16, 1000, 2048), layer), 1000 * 2048 * 2
+    rounded = (shape(tokens, 2048, dtype=jnp.int8), shape(tokens, 64, dtype=jnp.float32))
+    rows = (integers, shape(16, 16_384, 64), layer)
+    yield tpu.block_product, (*rounded, *rows), 16_384 * (1024 + 64 * 2)
+    if tokens == 1:
+        rounded = (shape(1, 4096, dtype=jnp.int8), shape(1, 128, dtype=jnp.float32))
+        rows = (shape(4, 16_384, 2048, dtype=jnp.int8), shape(4, 16_384, 128), layer)
+        yield tpu.block_product, (*rounded, *rows), 16_384 * (2048 + 128 * 2)
+    for members in (8, 16, 64):
+        groups, most = shape(1 << 18 // members, members, 2048), 104 * members * 2048 * 2
+        chosen = shape(1, 103, dtype=jnp.int32)
+        yield tpu.fetched_product, (x, groups, chosen), most
+        h = shape(tokens, 103, members)
+        yield tpu.fetched_sum, (h, groups, shape(103, dtype=jnp.int32)), most
+    own = shape(tokens, 256, dtype=jnp.int32)
+    yield tpu.fetched_product, (shape(tokens, 1024), single, own), tokens * 256 * 8 * 1024 * 2
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_kernels_compile_and_copy_no_weight(chip, tokens):
+    for function, args, most in kernels(tpu_bytes.shapes_for(chip), tokens):
+        compiled = tpu_bytes.program(function, *args)
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * most
+        if chip == "v5p":  # libtpu does not give the text of all of them back
+            continue
+        found = tpu_bytes.account(compiled, *args)
+        results = jax.eval_shape(function, *args).size * 4
+        small = sum(leaf.size * leaf.dtype.itemsize for leaf in args if leaf.size < 1 << 20)
+        assert found.kernels == 1
+        assert most * 0.98 < found.total < most + 70 * small + 3 * results
+
+
+def whole(args):
+    """Bytes of all arguments, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    return {
+        jax.tree_util.keystr(path): math.prod(leaf.shape) * leaf.dtype.itemsize
+        for path, leaf in leaves
+    }
+
+
+def test_a_decode_step_reads_a_quarter():
+    shape = tpu_bytes.shapes_for("v5e")
+    function, args = tpu_bytes.decode(shape, 1)
+    dense = tpu_bytes.account(tpu_bytes.program(function, *args), *args)
+    sizes = whole(args)
+    for path, size in sizes.items():
+        if size > 1 << 20:  # the account of what is known: every weight once
+            assert size <= dense.reads[path] < 1.01 * size
+    run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
+    compiled = tpu_bytes.program(run, *given)
+    found = tpu_bytes.account(compiled, *given)
+    assert found.kernels == 4
+    assert found.scratch < 1 << 20
+    assert found.total <= 0.25 * dense.total
+    sizes = whole(given)
+    for name in (".up", ".down", ".rows"):
+        (path,) = (path for path in sizes if path.endswith(name))
+        assert 0 < found.reads[path] < 0.11 * sizes[path]
+    assert not any(one.branch for one in traffic(compiled.as_text()))
+
+
+def test_a_weight_that_fits_into_vmem_is_not_brought_there():
+    shape = tpu_bytes.shapes_for("v5e")
+    for build, name in ((tpu_bytes.block, ".up"), (tpu_bytes.head, ".rows")):
+        function, args = build(shape, 1)
+        parts = {}
+        for side in tpu_bytes.SIDES:
+            run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
+            found = tpu_bytes.account(tpu_bytes.program(run, *given, side=side), *given)
+            (path,) = (path for path in whole(given) if path.endswith(name))
+            parts[side] = found.reads[path] / whole(given)[path]
+        assert parts["JAX"] >= 1
+        assert parts["kernels"] < 0.3
+
+
+def test_a_decode_step_compiles_for_the_other_chip():
+    shape = tpu_bytes.shapes_for("v5p")
+    function, args = tpu_bytes.decode(shape, 1)
+    run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[1])
+    compiled = tpu_bytes.program(run, *given)
+    # Less than a layer's packed rows, the smallest weight that a kernel reads.
+    assert compiled.memory_analysis().temp_size_in_bytes < 16_384 * 1024
