@@ -33,7 +33,7 @@ def approximate(scores: Array, k: int) -> tuple[Array, Array]:
 
 
 def without_kernels(scores: Array, k: int) -> tuple[Array, Array]:
-    with mock.patch.object(kernels, "usable", return_value=False):
+    with mock.patch.object(kernels.cpu, "usable", return_value=False):
         return top_k(scores, k)
 
 
