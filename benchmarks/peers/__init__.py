@@ -77,9 +77,9 @@ def columns(d: int) -> int:
 
 
 def build(make: str, name: str, *args: Any) -> Any:
-    """`make(*args)` of the module for one of MODULES, or a string that says why there is none."""
+    """`make(*args)` of the module for one of MODULES, or of that name, or why there is none."""
     try:
-        module = importlib.import_module(f"benchmarks.peers.{MODULES[name]}")
+        module = importlib.import_module(f"benchmarks.peers.{MODULES.get(name, name)}")
     except ImportError as error:
         return f"not installed ({str(error).splitlines()[0]})"
     try:

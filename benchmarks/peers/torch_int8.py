@@ -22,10 +22,10 @@ def head(rows: np.ndarray) -> Side:
     began = time.perf_counter()
     weight = torch.from_numpy(rows)
     n, d = rows.shape
-    linear = _quantized(_linear(weight))
+    layer = quantized(linear(weight))
 
     def guess(queries: np.ndarray, count: int) -> tuple[Any, Any]:
-        return torch.topk(linear(torch.from_numpy(queries)), count)
+        return torch.topk(layer(torch.from_numpy(queries)), count)
 
     def search(queries: np.ndarray, candidates: int | None) -> Found:
         values, found = guess(queries, candidates or TOP)
@@ -40,7 +40,7 @@ def head(rows: np.ndarray) -> Side:
         search,
         lambda queries, count: guess(queries, count)[1].numpy(),
         lambda candidates: n * d + 4 * n + (candidates or 0) * d * 4,
-        lambda queries: linear(torch.from_numpy(queries)),
+        lambda queries: layer(torch.from_numpy(queries)),
         setup_s=time.perf_counter() - began,
     )
 
@@ -49,8 +49,8 @@ def blocks(
     gate: np.ndarray, up: np.ndarray, down: np.ndarray
 ) -> dict[str, Callable[[np.ndarray], Any]]:
     """The gated block for [f, d] matrices, in float32 and in 8 bits."""
-    layers = [_linear(torch.from_numpy(matrix)) for matrix in (gate, up, down.T)]
-    eight = [_quantized(layer) for layer in layers]
+    layers = [linear(torch.from_numpy(matrix)) for matrix in (gate, up, down.T)]
+    eight = [quantized(layer) for layer in layers]
 
     def run(layers: list[Any]) -> Callable[[np.ndarray], Any]:
         first, second, last = layers
@@ -65,14 +65,14 @@ def blocks(
     return {"torch f32": run(layers), "torch int8": run(eight)}
 
 
-def _linear(weight: Any) -> Any:
+def linear(weight: Any) -> Any:
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
     layer.out_features, layer.in_features = weight.shape
     return layer
 
 
-def _quantized(layer: Any) -> Any:
+def quantized(layer: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scheme = torch.ao.quantization.per_channel_dynamic_qconfig
