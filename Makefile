@@ -26,14 +26,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(ARGS)
 
+# For a quick look, which writes no results of most: make bench QUICK='--rounds 3'
 bench: $(VENV)/.peers
-	$(RUN) -m benchmarks.passes
-	$(RUN) -m benchmarks.overhead
-	$(RUN) -m benchmarks.top_k
-	$(RUN) -m benchmarks.kernels
-	$(RUN) -m benchmarks.estimate
-	$(RUN) -m benchmarks.ffn
-	$(RUN) -m benchmarks.head
+	$(RUN) -m benchmarks.passes $(QUICK)
+	$(RUN) -m benchmarks.overhead $(QUICK)
+	$(RUN) -m benchmarks.top_k $(QUICK)
+	$(RUN) -m benchmarks.kernels $(QUICK)
+	$(RUN) -m benchmarks.estimate $(QUICK)
+	$(RUN) -m benchmarks.ffn $(QUICK)
+	$(RUN) -m benchmarks.head $(QUICK)
+	$(RUN) -m benchmarks.decode_1b $(QUICK)
 	$(RUN) -m benchmarks.smollm2
 	$(RUN) -m benchmarks.page
 

@@ -4,8 +4,8 @@
 Llama-3.2-1B and random float32 weights, so that nothing is said of recall; it is the code of
 `examples/smollm2`, which knows nothing of rewriting. By hand the same operations (`ops.hire_ffn`,
 `ops.hire_head`) are called on the same packed arrays: what the rewritten step takes longer is the
-rewriter's doing. PyTorch, where it is installed, is measured beside them, in float32 and dynamically
-quantized to 8 bits. It needs 20 GB of memory.
+rewriter's doing. PyTorch, where it is installed, is measured beside them, in float32 and
+dynamically quantized to 8 bits. It needs 20 GB of memory.
 """
 
 from __future__ import annotations
