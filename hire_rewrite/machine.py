@@ -53,6 +53,7 @@ class Machine:
       piece: more for each row or group that is fetched.
       score: for each score among which rows are chosen.
       site: for each run of a rewritten site.
+      product: more for each product of a dense site.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Machine:
     piece: float = 0.0
     score: float = 0.0
     site: float = 0.0
+    product: float = 0.0
 
     def time(self, read: Read) -> float:
         """Nanoseconds.
@@ -93,7 +95,7 @@ class Machine:
 
 
 KINDS = tuple(f.name for f in dataclasses.fields(Machine) if "_" in f.name)
-COSTS = ("piece", "score", "site")
+COSTS = ("piece", "score", "site", "product")
 
 
 def _between(times: tuple[float, ...], tokens: int) -> float:

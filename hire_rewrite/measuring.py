@@ -2,7 +2,7 @@
 
 Reads are timed one by one, on matrices that fit no cache. What a rewritten site costs besides is
 then fitted to whole sites: what the reads leave of their times is the least squares' sum of so much
-for each piece, each score and each run.
+for each piece, each score and each run; and of a dense site's, of so much for each product.
 """
 
 from __future__ import annotations
@@ -159,17 +159,19 @@ def _fetch(spec: FFNSpec, x: Array, up: Array, groups: Array) -> tuple[Array, ..
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A rewritten function of one site, and what it was decided to be."""
+    """A function of one site, dense or rewritten, and what it was decided to be."""
 
     call: Callable[[], Any]
     decision: Decision
     tokens: int
+    dense: bool
 
     def expected(self, machine: Machine) -> float:
         """Nanoseconds."""
         found, spec = self.decision.found, self.decision.spec
         assert spec is not None
-        return estimate(found, spec, Quantized(), self.tokens, machine=machine).rewritten
+        both = estimate(found, spec, Quantized(), self.tokens, machine=machine)
+        return both.dense if self.dense else both.rewritten
 
 
 def _sites() -> Iterator[_Site]:
@@ -191,11 +193,12 @@ def _of_tokens(fn: Callable[..., Array], rule: Rule, weights: Any, d: int) -> It
         x = jax.random.normal(jax.random.key(3), (tokens, d))
         detection = detect(trace(fn, (weights, x), {}, (0,)), min_width([rule]))
         _, (decision,) = decide(detection, [rule], {})
-        yield _Site(functools.partial(jax.jit(run.__call__), packed, x), decision, tokens)
+        yield _Site(_jitted(run.__call__, packed, x), decision, tokens, dense=False)
+        yield _Site(_jitted(fn, weights, x), decision, tokens, dense=True)
 
 
 def _costs(machine: Machine, sites: Sequence[_Site], times: Sequence[float]) -> dict[str, float]:
-    """`piece`, `score` and `site` that explain best what the reads leave of the sites' times."""
+    """The `COSTS` that explain best what the reads leave of the sites' times."""
     factors, rest = [], []
     for site, took in zip(sites, times, strict=True):
         base = site.expected(machine)

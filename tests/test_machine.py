@@ -16,7 +16,9 @@ from hire_rewrite.machine import COSTS, KINDS, TOKENS, Machine, file_of, load, s
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.predictors import Read
 
-OTHER = Machine("other", *((float(i), 2.0, 3.0, 4.0, 5.0) for i in range(1, 10)), 6.0, 7.0, 8.0)
+OTHER = Machine(
+    "other", *((float(i), 2.0, 3.0, 4.0, 5.0) for i in range(1, 10)), 6.0, 7.0, 8.0, 9.0
+)
 
 
 def chosen():
@@ -146,7 +148,12 @@ def test_a_machine_prints_as_a_table():
     lines = str(OTHER).splitlines()
     assert lines[0].split("  ")[1] == "ns for each"
     assert re.split(r" {2,}", lines[4].strip()) == ["byte, scored_int8", "4", "2", "3", "4", "5"]
-    assert [line.split() for line in lines[-3:]] == [["piece", "6"], ["score", "7"], ["site", "8"]]
+    assert [line.split() for line in lines[-4:]] == [
+        ["piece", "6"],
+        ["score", "7"],
+        ["site", "8"],
+        ["product", "9"],
+    ]
 
 
 def test_the_program_writes_what_was_measured(monkeypatch, tmp_path, capsys):
@@ -187,10 +194,10 @@ def test_measured_constants_are_times_over_bytes(monkeypatch):
     keys = [(kind, n) for n in TOKENS for kind in KINDS if kind != "fetched_int8" or n == 1]
 
     def times(calls, rounds):
-        assert len(calls) == len(keys) + 4
+        assert len(calls) == len(keys) + 8
         jax.block_until_ready([call() for call in calls[: len(KINDS)]])
         reads = [1e6 * place for place in range(1, len(keys) + 1)]
-        return reads + [1e9] * 4
+        return reads + [1e9] * 8
 
     monkeypatch.setattr(measuring, "_times", times)
     measured_order = list(measuring._reads(measuring._arrays(), 1))
@@ -201,6 +208,7 @@ def test_measured_constants_are_times_over_bytes(monkeypatch):
         assert getattr(found, kind)[0] == pytest.approx(first, rel=0.01)
     assert len(set(found.fetched_int8)) == 1
     assert len(set(found.scored_int8)) == len(TOKENS)
+    assert found.product == pytest.approx(1e9 / 2, rel=0.5)
     assert min(found.piece, found.score, found.site) >= 0.0
 
 

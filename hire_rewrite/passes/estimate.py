@@ -171,6 +171,7 @@ def _dense_time(found: Found, tokens: int, machine: Machine) -> float:
         # does that while reading, the shorter: which, is not known here.
         dtypes = {narrow(linear.weight).dtype, linear.weight.dtype}
         total += min(machine.time(_whole(size, dtype, tokens)) for dtype in dtypes)
+        total += machine.product
     return total
 
 

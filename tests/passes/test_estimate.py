@@ -66,6 +66,8 @@ def test_every_constant_counts():
     for name, more in (("score", scores), ("piece", pieces), ("site", 1)):
         got = estimated(rule, dataclasses.replace(FREE, **{name: 100.0}), 2)
         assert (got.rewritten - base.rewritten, got.dense) == (100.0 * more, base.dense)
+    slow = estimated(rule, dataclasses.replace(FREE, product=100.0), 2)
+    assert (slow.rewritten, slow.dense) == (base.rewritten, base.dense + 100.0)
     for kind, size in (
         ("dense_float32", 0),
         ("scored_int8", 8192 * (64 + 4)),
