@@ -303,6 +303,7 @@ def main() -> None:
     whole = asked.sizes is None and asked.rounds >= ROUNDS and asked.queries == QUERIES
     result: dict[str, Any] = {
         "goal": dict(zip(("greatest", f"{TOP} greatest"), recall.GOAL, strict=True)),
+        "libraries": peers.versions(),
         "heads": [],
     }
     for n, d in (rows.shape, *SIZES):
