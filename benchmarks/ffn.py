@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights, inputs = real.block(LAYER, FITTED + MEASURED)
     f, d = weights["gate"].shape
     blocks: list[dict[str, Any]] = []
-    result = {"k": K, "goal": GOAL, "blocks": blocks}
+    result = {"k": K, "goal": GOAL, "libraries": peers.versions(), "blocks": blocks}
     for size in ((d, f), *SIZES):
         named = "smollm2" if size == (d, f) else "{}x{}".format(*size)
         if asked.sizes and named not in asked.sizes:

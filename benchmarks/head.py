@@ -5,8 +5,9 @@ of a query and their rows. A side takes as few candidates as it needs to find 99
 greatest and 99 % of the 64 greatest of 1024 queries (`recall.GOAL`); then all sides alternate, with
 cold caches. Ratios are to the dense logits in JAX alone, which find no greatest yet.
 
-The head of 49,152 rows is SmolLM2's, with its hidden states on text; predictors are fitted to other
-text. The others are put together of parts of those, as `benchmarks.structured` says.
+The head of 49,152 rows is SmolLM2's, with its hidden states on text; predictors are fitted to what
+comes before in the same text. The others are put together of parts of those, as
+`benchmarks.structured` says.
 """
 
 from __future__ import annotations
@@ -303,6 +304,7 @@ def main() -> None:
     whole = asked.sizes is None and asked.rounds >= ROUNDS and asked.queries == QUERIES
     result: dict[str, Any] = {
         "goal": dict(zip(("greatest", f"{TOP} greatest"), recall.GOAL, strict=True)),
+        "libraries": peers.versions(),
         "heads": [],
     }
     for n, d in (rows.shape, *SIZES):

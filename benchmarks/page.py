@@ -50,9 +50,11 @@ def lines() -> Iterable[str]:
 
 def _source(name: str, result: Row) -> str:
     machine = result["machine"]
+    versions = {"jax": machine["jax"], **result.get("libraries", {})}
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"`{result['command']}` on {machine['processor']}, {machine['cores']} cores, jax "
-        f"{machine['jax']}, Python {machine['python']}: "
+        f"`{result['command']}` on {machine['processor']}, {machine['cores']} cores, Python "
+        f"{machine['python']}, {libraries}: "
         f"[{name}.json](../benchmarks/results/{name}.json)."
     )
 

@@ -11,7 +11,8 @@ computes for a token.
   independently, every eigenvalue of a covariance stands b times: what takes rank r in the model
   takes b · r here. That flatters no low rank: larger models hardly use more of their dimensions.
 * The parts of a row have about the same norm, so that norms differ as much as those of real rows.
-* Queries to fit to are made of the states at one text, those to measure with of another's.
+* Queries to fit to are made of the states at one part of a text, those to measure with of those
+  at a later one.
 
 Normal numbers with the real covariances were tried: they gave `Quantized` the recall that it has on
 the model, but `LowRank` more, for the real tokens that are unlike the others were missing.

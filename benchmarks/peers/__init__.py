@@ -10,15 +10,17 @@ takes the cores from whoever is measured next. So they are told not to, before t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["MODULES", "THREADS", "TOP", "Found", "Side", "build", "columns"]
+__all__ = ["MODULES", "THREADS", "TOP", "Found", "Side", "build", "columns", "versions"]
 
 for _name, _value in {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -65,6 +67,15 @@ class Side:
     logits: Callable[[np.ndarray], Any] | None = None
     most: int = 16
     setup_s: float = 0.0
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in ("torch", "onnxruntime", "faiss-cpu", "scann"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def columns(d: int) -> int:

@@ -42,7 +42,8 @@ def test_heads(results):
         "missing": {"ScaNN": "not installed (No module named 'scann')"},
         "rows": rows,
     }
-    results("head", {"goal": {"greatest": 0.999, "64 greatest": 0.99}, "heads": [head]})
+    goal = {"greatest": 0.999, "64 greatest": 0.99}
+    results("head", {"goal": goal, "libraries": {"torch": "2.13.0"}, "heads": [head]})
     text = list(page.lines())
     (own,) = [cells(line) for line in text if "LowRank" in line]
     assert own == ["**`LowRank(256)`**", "512", "1.0000", "0.9912", "4.00", "10%", "2.5 ×", "8",
@@ -51,6 +52,7 @@ def test_heads(results):
     assert other[:4] == ["faiss *", "64", "0.9000", "0.5000"]
     assert any("ScaNN: not installed" in line for line in text)
     assert any("took 4.1 ms before" in line for line in text)
+    assert any("jax 0.10.2, torch 2.13.0:" in line for line in text)
     widths = {len(cells(line)) for line in text if line.startswith("|")}
     assert widths == {12}
 
