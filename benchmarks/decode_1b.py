@@ -4,7 +4,8 @@
 Llama-3.2-1B and random float32 weights, so that nothing is said of recall; it is the code of
 `examples/smollm2`, which knows nothing of rewriting. By hand the same operations (`ops.hire_ffn`,
 `ops.hire_head`) are called on the same packed arrays: what the rewritten step takes longer is the
-rewriter's doing. It needs 16 GB of memory.
+rewriter's doing. PyTorch, where it is installed, is measured beside them, in float32 and
+dynamically quantized to 8 bits. It needs 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +21,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import hire_rewrite as hire
-from benchmarks import timing
+from benchmarks import peers, timing
 from examples.layers import rms_norm
 from examples.smollm2 import model
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.ffn import hire_ffn
 from hire_rewrite.ops.head import HeadSpec, hire_head
-from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import table
 from hire_rewrite.transformed import Transformed
@@ -43,6 +43,11 @@ LLAMA_1B = model.Config(
 )
 LENGTH = 256  # tokens that the cache has room for
 BATCHES = (1, 2, 4, 8)
+BLOCKS = tuple(
+    hire.FFN(k=0.05, candidates=0.10, predictor=predictor)
+    for predictor in (hire.LowRank(128), hire.Quantized(4))
+)
+HEAD = hire.Head(k=64, candidates=1024, predictor=hire.LowRank(256))
 
 
 def random_weights(config: model.Config) -> dict[str, Any]:
@@ -130,6 +135,48 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
     return run
 
 
+def measure(
+    config: model.Config,
+    params: Any,
+    rule: hire.FFN,
+    batch: int,
+    step: Transformed,
+    packed: Packed,
+    others: Mapping[str, Callable[[int, int], Callable[[], Any]]],
+    rounds: int,
+) -> dict[str, Any]:
+    """All sides at one batch size."""
+    dense = functools.partial(model.decode_step, config)
+    token, cache = jnp.arange(batch) * 1000, model.init_cache(config, batch, LENGTH)
+    hand = by_hand(config, step, packed, token, cache)
+    sides: dict[str, Callable[[], Any]] = {
+        "dense": functools.partial(jax.jit(dense), params, token, cache),
+        "rewritten": functools.partial(jax.jit(step.__call__), packed, token, cache),
+        "by hand": functools.partial(jax.jit(hand), packed, token, cache),
+        **{name: make(batch, LENGTH) for name, make in others.items()},
+    }
+    same = jnp.abs(sides["rewritten"]()[0] - sides["by hand"]()[0]).max()
+    bandwidth = timing.bandwidth()
+    timings = timing.alternate(sides, rounds)
+    sites = step.plan(packed, token, cache).sites
+    saved = sum(site.bytes_before - site.bytes_after for site in sites)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return {
+        "batch": batch,
+        "blocks by": str(rule.predictor),
+        "sites": ", ".join(f"{site.kind} {site.status}" for site in sites),
+        "MB dense": round(whole / 1e6),
+        "MB rewritten": round((whole - saved) / 1e6),
+        "floor ms": round((whole - saved) / bandwidth * 1e3, 2),
+        **{f"{name} ms": round(timings.median(name) * 1e3, 2) for name in sides},
+        "spread": round(timings.spread("rewritten"), 3),
+        "times dense": round(timings.ratio("dense", "rewritten"), 2),
+        "times by hand": round(timings.ratio("by hand", "rewritten"), 3),
+        "from by hand": float(same),
+        **{f"times {name}": round(timings.ratio(name, "rewritten"), 2) for name in others},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
@@ -137,48 +184,24 @@ def main() -> None:
     options = parser.parse_args()
     config = model.Config(**(vars(LLAMA_1B) | {"layers": options.layers}))
     params = random_weights(config)
-    for_block: Predictor = hire.Quantized(4)
-    for_head: Predictor = hire.LowRank(256)
-    rules = (
-        hire.FFN(k=0.05, candidates=0.10, predictor=for_block),
-        hire.Head(k=64, candidates=1024, predictor=for_head),
-    )
-    dense = functools.partial(model.decode_step, config)
-    step = hire.transform(dense, *rules)
+    others = peers.build("decoders", "torch_decoder", config, params)
+    dense, rows, packing = functools.partial(model.decode_step, config), [], {}
     example = (jnp.zeros(1, jnp.int32), model.init_cache(config, 1, LENGTH))
-    start = time.perf_counter()
-    packed = jax.block_until_ready(step.pack(params, *example))
-    packing = time.perf_counter() - start
-    print(step.plan(params, *example))
-    bandwidth, rows = timing.bandwidth(), []
-    for batch in BATCHES:
-        token, cache = jnp.arange(batch) * 1000, model.init_cache(config, batch, LENGTH)
-        hand = by_hand(config, step, packed, token, cache)
-        sides = {
-            "dense": functools.partial(jax.jit(dense), params, token, cache),
-            "rewritten": functools.partial(jax.jit(step.__call__), packed, token, cache),
-            "by hand": functools.partial(jax.jit(hand), packed, token, cache),
-        }
-        same = jnp.abs(sides["rewritten"]()[0] - sides["by hand"]()[0]).max()
-        timings = timing.alternate(sides, options.rounds)
-        sites = step.plan(packed, token, cache).sites
-        saved = sum(site.bytes_before - site.bytes_after for site in sites)
-        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        rows.append(
-            {
-                "batch": batch,
-                "dense ms": round(timings.median("dense") * 1e3, 2),
-                "rewritten ms": round(timings.median("rewritten") * 1e3, 2),
-                "by hand ms": round(timings.median("by hand") * 1e3, 2),
-                "times dense": round(timings.ratio("dense", "rewritten"), 2),
-                "times by hand": round(timings.ratio("by hand", "rewritten"), 3),
-                "floor ms": round((whole - saved) / bandwidth * 1e3, 2),
-                "difference": float(same),
-                "sites": ", ".join(f"{site.kind} {site.status}" for site in sites),
-            }
-        )
-        print(rows[-1], flush=True)
-    result = {"layers": config.layers, "packing s": round(packing, 1), "rows": rows}
+    for rule in BLOCKS:
+        step = hire.transform(dense, rule, HEAD)
+        start = time.perf_counter()
+        packed = jax.block_until_ready(step.pack(params, *example))
+        packing[str(rule.predictor)] = round(time.perf_counter() - start, 1)
+        print(step.plan(params, *example))
+        for batch in BATCHES:
+            given = {} if isinstance(others, str) else others
+            rows.append(measure(config, params, rule, batch, step, packed, given, options.rounds))
+            print(rows[-1], flush=True)
+        del packed
+        jax.clear_caches()
+    result = {"layers": config.layers, "packing s": packing, "rows": rows}
+    if isinstance(others, str):
+        result["torch"] = others
     if config == LLAMA_1B:
         path = timing.write("decode_1b", result, "python -m benchmarks.decode_1b")
         print(f"wrote {path}")

@@ -64,7 +64,7 @@ def main() -> None:
 def rules(parts: int, recall_target: float) -> tuple[hire.FFN, hire.Head]:
     """Few neurons, so that they are predicted and fetched for two tokens as well."""
     ffn = hire.FFN(k=0.25, candidates=0.375, parts=parts, force=True)
-    return ffn, hire.Head(recall_target=recall_target)
+    return ffn, hire.Head(recall_target=recall_target, force=True)
 
 
 class Bench:

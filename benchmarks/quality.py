@@ -36,11 +36,11 @@ KINDS: dict[str, Callable[..., np.ndarray]] = {
 LOWRANK = hire.LowRank(192)
 CASCADE = hire.Cascade(hire.LowRank(128), hire.Quantized(), 12000)
 HEADS = (
-    hire.Head(k=TOP, candidates=256, predictor=hire.LowRank(128)),
-    hire.Head(k=TOP, candidates=256, predictor=LOWRANK),
-    hire.Head(k=TOP, candidates=256, predictor=CASCADE),
-    hire.Head(k=TOP, candidates=256, predictor=hire.Quantized(4)),
-    hire.Head(k=TOP, candidates=256, predictor=hire.Quantized(), certify=True),
+    hire.Head(k=TOP, candidates=256, predictor=hire.LowRank(128), force=True),
+    hire.Head(k=TOP, candidates=256, predictor=LOWRANK, force=True),
+    hire.Head(k=TOP, candidates=256, predictor=CASCADE, force=True),
+    hire.Head(k=TOP, candidates=256, predictor=hire.Quantized(4), force=True),
+    hire.Head(k=TOP, candidates=256, predictor=hire.Quantized(), certify=True, force=True),
 )
 BLOCKS = tuple(
     hire.FFN(k=0.5, candidates=0.6, group=group, predictor=hire.LowRank(512), force=True)
@@ -106,7 +106,7 @@ class Quality:
         found = []
         for name, fitting in mixes.items():
             for rank in (128, 192):
-                rule = hire.Head(k=TOP, candidates=256, predictor=hire.LowRank(rank))
+                rule = hire.Head(k=TOP, candidates=256, predictor=hire.LowRank(rank), force=True)
                 row = {"fitted_to": name, "rule": str(rule.predictor)} | self._head(rule, fitting)
                 print(row, flush=True)
                 found.append(row)
@@ -164,7 +164,7 @@ class Quality:
 
     def tuned(self) -> dict[str, Any]:
         """What `tune` chooses for head and blocks, measured on kinds that it did not see."""
-        rules = (hire.FFN(k=0.5, force=True), hire.Head(k=TOP))
+        rules = (hire.FFN(k=0.5, force=True), hire.Head(k=TOP, force=True))
         step = hire.transform(functools.partial(model.forward, self.config), *rules)
         fitting = [(jnp.asarray(row[None]),) for row in self.fitting[:12]]
         tuned = step.tune(self.params, fitting, recall=0.99)

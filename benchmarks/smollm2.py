@@ -57,10 +57,10 @@ CONTINUE = (
 TOKENS = 64
 GOALS = {"agreement": 0.99, "head": 2.5}
 HEADS = (
-    hire.Head(k=64, candidates=256, predictor=hire.LowRank(192)),
-    hire.Head(k=64, candidates=512, predictor=hire.LowRank(256)),
-    hire.Head(k=64, candidates=512, predictor=hire.LowRank(320)),
-    hire.Head(k=64, candidates=256, predictor=hire.Quantized(8)),
+    hire.Head(k=64, candidates=256, predictor=hire.LowRank(192), force=True),
+    hire.Head(k=64, candidates=512, predictor=hire.LowRank(256), force=True),
+    hire.Head(k=64, candidates=512, predictor=hire.LowRank(320), force=True),
+    hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), force=True),
 )
 CERTIFIED = hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), certify=True)
 STEPS = (HEADS[0], demo.HEAD, CERTIFIED)

@@ -142,7 +142,9 @@ def step(mesh: Mesh, dtype: Any = jnp.bfloat16, layers: int = 4) -> tuple[Any, A
 
 def rewritten(function: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     """The rewritten function, and its arguments, with the shapes of a `Packed`."""
-    run = hire.transform(function, hire.FFN(k=0.05, force=True), hire.Head(k=K, candidates=256))
+    run = hire.transform(
+        function, hire.FFN(k=0.05, force=True), hire.Head(k=K, candidates=256, force=True)
+    )
     return run, run.pack(*args), *args[1:]
 
 

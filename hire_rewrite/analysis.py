@@ -189,8 +189,9 @@ class Analyses:
         if packed.fingerprint != analysis.fingerprint:
             raise HireRewriteError(
                 f"{self.name}: the Packed was made for the plan {packed.fingerprint}, but this "
-                f"call has the plan {analysis.fingerprint}: the rules, the sites or the shapes of "
-                "the weights differ; pack again with this function"
+                f"call has the plan {analysis.fingerprint}: the rules, the sites, the shapes of "
+                "the weights or the machine that they have to pay on differ; pack again with this "
+                "function, or give force=True where machines differ"
             )
         packed.check()
         return analysis

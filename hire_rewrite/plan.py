@@ -27,7 +27,9 @@ class Site:
       status: `"rewritten"` or `"dense"`.
       reason: why.
       bytes_before, bytes_after: weight bytes that one call reads here, dense and rewritten
-        (`bytes_after` equals `bytes_before` if no rule says what rewriting would be).
+        (`bytes_after` equals `bytes_before` where it is dense).
+      expected: how many times as fast as dense it is rewritten, or would be, by the estimate; None
+        if no rule says what rewriting would be.
       source: file and line of its last product.
     """
 
@@ -45,6 +47,7 @@ class Site:
     reason: str
     bytes_before: int
     bytes_after: int
+    expected: float | None
     source: str
 
 
@@ -69,20 +72,25 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sites, near misses (closest first), opaque equations with products inside, unused rules, and
-    whether the kernels for CPU are in use (see `ops.kernels`)."""
+    """Sites, near misses (closest first), opaque equations with products inside, unused rules,
+    whether the kernels for CPU are in use (see `ops.kernels`), and the machine by whose times
+    sites were judged (see `hire_rewrite.machine`)."""
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
     opaque: tuple[str, ...] = ()
     unused_rules: tuple[Rule, ...] = ()
     kernels: str = ""
+    machine: str = ""
 
     def __str__(self) -> str:
         rewritten = sum(site.status == "rewritten" for site in self.sites)
         parts = [f"{len(self.sites)} site(s), {rewritten} rewritten"]
         if self.sites:
-            header = ["site", "kind", "layer", "runs", "tokens", "MB read", "status", "reason"]
+            header = [
+                "site", "kind", "layer", "runs", "tokens", "MB read", "expected", "status",
+                "reason",
+            ]  # fmt: skip
             parts.append(table([header, *map(_site_row, self.sites)]))
         if self.rejected:
             parts.append(f"{len(self.rejected)} linear layer(s) in no site")
@@ -91,6 +99,8 @@ class Plan:
         if self.opaque:
             parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
         parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
+        if self.machine and any(site.expected is not None for site in self.sites):
+            parts.append(f"expected on: {self.machine}")
         if self.kernels and rewritten:
             parts.append(f"kernels for CPU: {self.kernels}")
         return "\n".join(parts)
@@ -104,8 +114,8 @@ def _site_row(site: Site) -> list[str]:
     if site.bytes_after != site.bytes_before:
         read += f" → {site.bytes_after / 1e6:.1f}"
     return [
-        site.name, site.kind, layer, str(site.repeats), str(site.tokens), read, site.status,
-        site.reason,
+        site.name, site.kind, layer, str(site.repeats), str(site.tokens), read,
+        "" if site.expected is None else f"{site.expected:.2f} ×", site.status, site.reason,
     ]  # fmt: skip
 
 

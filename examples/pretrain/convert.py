@@ -39,7 +39,10 @@ def converted(
     rows = list(batches.in_order(validation, context, ROWS))
     found = []
     for predictor in predictors:
-        rule = hire.FFN(k=K, candidates=CANDIDATES, group=RULE.group, predictor=predictor)
+        # So small a model gains nothing; what it loses is measured.
+        rule = hire.FFN(
+            k=K, candidates=CANDIDATES, group=RULE.group, predictor=predictor, force=True
+        )
         step = hire.transform(functools.partial(model.forward, config), rule, HEAD)
         packed = step.pack(params, *calibration[0], calibration=calibration)
         targets = iter([one[:, 1:] for one in rows])

@@ -6,7 +6,9 @@ import dataclasses
 import re
 from collections.abc import Hashable, Mapping, Sequence
 
+from hire_rewrite import machine as machines
 from hire_rewrite.learned import Learned
+from hire_rewrite.machine import Machine
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.block import FFNSpec
 from hire_rewrite.ops.head import HeadSpec
@@ -24,13 +26,17 @@ DEFAULT_RULES: tuple[Rule, ...] = (Head(), FFN(k=0.05))
 """What is done without rules; the FFN rule then applies to sites that are sparse by themselves."""
 
 
+_DECODING = (1, 2, 4, 8)
+"""What is packed pays for one of these numbers of tokens at least."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
     """A site with the rule and the sizes that were decided for it.
 
     Attributes:
-      packs: whether the site's weights are packed: a rule asks for it, and it pays for one token.
-        (Whether it is rewritten in a given call depends on that call's tokens as well.)
+      packs: whether the site's weights are packed: a rule asks for it, and it pays for some small
+        number of tokens. (Whether it is rewritten in a given call depends on that call's.)
       state: the name under which they are packed: the first site's with the same weights, so
         that a weight that is used several times is packed once.
       budget: groups that are fetched for all tokens together, at most; None for no limit.
@@ -59,18 +65,23 @@ def min_width(rules: Sequence[Rule]) -> int:
 
 
 def decide(
-    detection: Detection, rules: Sequence[Rule], learned: Mapping[str, Learned]
+    detection: Detection,
+    rules: Sequence[Rule],
+    learned: Mapping[str, Learned],
+    machine: Machine | None = None,
 ) -> tuple[Plan, tuple[Decision, ...]]:
     """The plan of a function.
 
     Args:
       rules: the user's, in order; none stands for `DEFAULT_RULES`.
       learned: what calibration told about sites, by name.
+      machine: where sites have to pay; None for `machine.current()`.
 
     Raises:
       HireRewriteError: a rule asks for more rows than a site has.
     """
     default = not rules
+    machine = machines.current() if machine is None else machine
     rules = rules or DEFAULT_RULES
     decisions = []
     used: set[int] = set()
@@ -80,7 +91,8 @@ def decide(
             decisions.append(_without_rule(found))
             continue
         used.add(number)
-        decisions.append(_with_rule(found, rules[number], default, learned.get(found.name)))
+        known = learned.get(found.name)
+        decisions.append(_with_rule(found, rules[number], default, known, machine))
     unused = () if default else tuple(r for i, r in enumerate(rules) if i not in used)
     decisions = _sharing(decisions)
     plan = Plan(
@@ -89,6 +101,7 @@ def decide(
         detection.opaque,
         unused,
         kernels.cpu.status(),
+        machine.name,
     )
     return plan, tuple(decisions)
 
@@ -127,7 +140,9 @@ def _without_rule(found: Found) -> Decision:
     return Decision(found, _site(found, None, "dense", reason), None, False, found.name)
 
 
-def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None) -> Decision:
+def _with_rule(
+    found: Found, rule: Rule, default: bool, learned: Learned | None, machine: Machine
+) -> Decision:
     if found.obstacle is not None:
         site = _site(found, rule, "dense", found.obstacle)
         return Decision(found, site, None, False, found.name)
@@ -143,17 +158,21 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
         return Decision(found, site, spec, False, found.name, undecided=True)
     rule.predictor.check(scored_rows(spec), found.match.linears[0].in_dim, site=found.name)
     budget = budget_of(found, spec, rule)
-    now = estimate(found, spec, rule.predictor, found.tokens, learned, budget)
-    single = estimate(found, spec, rule.predictor, 1, learned)
-    packs = single.pays or rule.force
+    now = estimate(found, spec, rule.predictor, found.tokens, learned, budget, machine)
+    packs = rule.force or any(
+        estimate(found, spec, rule.predictor, tokens, learned, budget, machine).pays
+        for tokens in _DECODING
+        if rule.max_tokens is None or tokens <= rule.max_tokens
+    )
     if rule.max_tokens is not None and found.tokens > rule.max_tokens:
         status = "dense"
         reason = f"{found.tokens} tokens are more than max_tokens={rule.max_tokens}"
-    elif not now.pays and not rule.force:
+    elif not rule.force and not (packs and now.pays):
         status = "dense"
         reason = (
-            f"would read {now.after / 1e6:.1f} MB instead of {now.before / 1e6:.1f}: ask for fewer "
-            "candidates or a smaller predictor, or give force=True"
+            f"expected {now.ratio:.2f} times as fast as dense (would read {now.after / 1e6:.1f} MB "
+            f"instead of {now.before / 1e6:.1f}): ask for fewer candidates or a smaller predictor, "
+            "or give force=True"
         )
     else:
         status, reason = "rewritten", _describe(spec, rule, found)
@@ -162,9 +181,9 @@ def _with_rule(found: Found, rule: Rule, default: bool, learned: Learned | None)
     elif status == "dense" and isinstance(spec, FFNSpec):
         reason += "; without a top-k, which mode exact has on raw weights all the same"
     if status == "rewritten" and learned is not None:
-        reason += _until(found, spec, rule, learned, budget)
+        reason += _until(found, spec, rule, learned, budget, machine)
     after = now.after if status == "rewritten" else None
-    site = _site(found, rule, status, reason, after)
+    site = _site(found, rule, status, reason, after, now.ratio)
     return Decision(found, site, spec, packs, found.name, budget, asked=packs or not default)
 
 
@@ -186,17 +205,24 @@ def _fitting(
 
 
 def _until(
-    found: Found, spec: FFNSpec | HeadSpec, rule: Rule, learned: Learned, budget: int | None
+    found: Found,
+    spec: FFNSpec | HeadSpec,
+    rule: Rule,
+    learned: Learned,
+    budget: int | None,
+    machine: Machine,
 ) -> str:
-    """From how many tokens on a calibrated block reads as much as it would dense."""
+    """From how many tokens on a calibrated block is as slow as dense."""
     if not isinstance(spec, FFNSpec) or not learned.union:
         return ""
     sizes = [2**i for i in range(len(learned.union))]
-    full = (n for n in sizes if not estimate(found, spec, rule.predictor, n, learned, budget).pays)
-    first = next(full, None)
+    estimates = {
+        n: estimate(found, spec, rule.predictor, n, learned, budget, machine) for n in sizes
+    }
+    first = next((n for n in sizes if n >= found.tokens and not estimates[n].pays), None)
     if first is None:
-        return f"; for up to {sizes[-1]} tokens it reads less than dense"
-    return f"; from {first} tokens on it reads as much as dense"
+        return f"; for up to {sizes[-1]} tokens it is faster than dense"
+    return f"; from {first} tokens on it is no faster than dense"
 
 
 def _describe(spec: FFNSpec | HeadSpec, rule: Rule, found: Found) -> str:
@@ -228,7 +254,12 @@ def _described_spread(spec: FFNSpec | HeadSpec, found: Found) -> str:
 
 
 def _site(
-    found: Found, rule: Rule | None, status: str, reason: str, after: int | None = None
+    found: Found,
+    rule: Rule | None,
+    status: str,
+    reason: str,
+    after: int | None = None,
+    expected: float | None = None,
 ) -> Site:
     match = found.match
     before = dense_bytes(found)
@@ -247,5 +278,6 @@ def _site(
         reason=reason,
         bytes_before=before,
         bytes_after=before if after is None else after,
+        expected=expected,
         source=source_of(match.linears[-1].node),
     )

@@ -9,10 +9,13 @@ from hire_rewrite.ops.predictors.protocol import (
     Certifying,
     Choose,
     Predictor,
+    Read,
     ScoresRows,
     State,
+    Timed,
     certifies,
     hopeful,
+    reads_of,
     written,
 )
 from hire_rewrite.ops.predictors.quantized import Quantized
@@ -24,9 +27,12 @@ __all__ = [
     "LowRank",
     "Predictor",
     "Quantized",
+    "Read",
     "ScoresRows",
     "State",
+    "Timed",
     "certifies",
     "hopeful",
+    "reads_of",
     "written",
 ]

@@ -18,9 +18,11 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors.protocol import (
     Choose,
     Predictor,
+    Read,
     ScoresRows,
     State,
     hopeful,
+    reads_of,
 )
 from hire_rewrite.ops.select import top_k
 
@@ -119,6 +121,13 @@ class Cascade:
         """All of the first predictor, and of the second the kept rows of each token."""
         again = min(n, tokens * self._kept(n))
         return self.first.bytes(n, d, dtype, tokens) + self.second.bytes(again, d, dtype, tokens)
+
+    def reads(self, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+        """See `Timed`; rows that several tokens keep count as often, for each fetches its own."""
+        again = tokens * self._kept(n)
+        fetched = self.second.bytes(again, d, dtype)
+        second = Read("fetched_int8", fetched, pieces=again, scores=tokens * n)
+        return *reads_of(self.first, n, d, dtype, tokens), second
 
     def _kept(self, n: int) -> int:
         if isinstance(self.keep, int):

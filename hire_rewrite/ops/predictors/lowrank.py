@@ -47,7 +47,7 @@ from jax.scipy.stats import norm
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors.protocol import Choose, State, written
+from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
 from hire_rewrite.ops.products import product, quantize_rows
 
 _SHRINKAGE = 1e-3
@@ -182,10 +182,17 @@ class LowRank:
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """U with its scales, offsets and bonus (as far as there are), and Q in float32."""
+        return sum(read.bytes for read in self.reads(n, d, dtype))
+
+    def reads(self, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+        """See `Timed`."""
         rank, wide = self._rank(n, d), jnp.dtype(jnp.float32).itemsize
         if self.bits is None:
-            return n * rank * _stored(dtype).itemsize + (2 * n + rank * d) * wide
-        return n * rank + (3 * n + rank * d) * wide
+            stored, up = _stored(dtype), n * rank * _stored(dtype).itemsize + 2 * n * wide
+        else:
+            stored, up = jnp.dtype(jnp.int8), n * rank + 3 * n * wide
+        down = Read("scored_float32", rank * d * wide, tokens)
+        return Read(f"scored_{stored}", up, tokens), down
 
     def _rank(self, n: int, d: int) -> int:
         return min(n, d, -(-d // 64) * 16) if self.rank is None else self.rank

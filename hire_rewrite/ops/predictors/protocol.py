@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array, lax
 
@@ -82,6 +82,43 @@ class Predictor(Protocol):
           dtype: of the rows themselves.
         """
         ...
+
+
+class Read(NamedTuple):
+    """Numbers that are read, each once, and multiplied with the vectors of some tokens.
+
+    Attributes:
+      kind: how they are stored and multiplied, a field of `hire_rewrite.machine.Machine`.
+      bytes: of all of them.
+      tokens: how many vectors each number is multiplied with.
+      pieces: into how many pieces that lie apart they are fetched; 0 for one.
+      scores: how many scores are compared to choose the pieces.
+    """
+
+    kind: str
+    bytes: int
+    tokens: int = 1
+    pieces: int = 0
+    scores: int = 0
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A predictor that says how what it reads is stored, so that its time can be estimated.
+
+    The bytes of one that does not are taken to be read as fast as a dense product's.
+    """
+
+    def reads(self, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+        """What `bytes` adds up."""
+        ...
+
+
+def reads_of(predictor: Predictor, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+    """What one scoring reads, for any predictor."""
+    if isinstance(predictor, Timed):
+        return predictor.reads(n, d, dtype, tokens)
+    return (Read("dense_float32", predictor.bytes(n, d, dtype, tokens), tokens),)
 
 
 @runtime_checkable

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import rounding
+from hire_rewrite.ops import kernels, rounding
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors.protocol import Choose, State, written
+from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
 from hire_rewrite.ops.products import (
     block_product,
     dequantize_blocks,
@@ -114,20 +114,24 @@ class Quantized:
 
     def score_rows(self, state: State, x: Array, layer: Array | int, rows: Array) -> Array:
         """f32[tokens, m] for rows: i32[tokens, m] (see `ScoresRows`)."""
-        integers = fetch(state["rows"], layer, rows)
-        scale = state["scale"]
-        scale = fetch(scale if self.bits == 4 else scale[..., None], layer, rows)
-        wide, x = integers.astype(jnp.float32), x.astype(jnp.float32)
+        scale, x = state["scale"], x.astype(jnp.float32)
         if self.bits == 4:
-            wide, x = dequantize_blocks(integers, scale), rounded_blocks(x, self._block)
-        scores = lax.dot_general(wide, x, (((2,), (1,)), ((0,), (0,))))
-        return scores if self.bits == 4 else scores * scale[..., 0]
+            integers, scale = (fetch(each, layer, rows) for each in (state["rows"], scale))
+            return _each_product(rounded_blocks(x, self._block), dequantize_blocks(integers, scale))
+        kernel = _fetched_product if kernels.cpu.usable() else None
+        layer = jnp.asarray(layer, jnp.int32)
+        scores = kernels.call(_fetched_reference, x, state["rows"], layer, rows, cpu=kernel)
+        return scores * fetch(scale[..., None], layer, rows)[..., 0]
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """The integers and their scales."""
         if self.bits == 4:
             return n * (d // 2) + n * (d // self._block) * jnp.dtype(jnp.bfloat16).itemsize
         return n * d + n * jnp.dtype(jnp.float32).itemsize
+
+    def reads(self, n: int, d: int, dtype: Any, tokens: int = 1) -> tuple[Read, ...]:
+        """See `Timed`."""
+        return (Read(f"scored_int{self.bits}", self.bytes(n, d, dtype), tokens),)
 
     def fit_bound(self, rows: Array, state: State) -> State:
         """`residual`: f32[n], no less than ‖r‖, and `norm`: f32[n], no less than ‖w‖."""
@@ -170,3 +174,17 @@ class Quantized:
 
     def _quantize_blocks(self, rows: Array) -> tuple[Array, Array]:
         return quantize_blocks(rows, self._block)
+
+
+def _fetched_product(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
+    _, n, d = stacked.shape
+    return kernels.cpu.fetched_product(x, stacked.reshape(-1, 1, d), rows + layer * n)
+
+
+def _fetched_reference(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
+    return _each_product(x, fetch(stacked, layer, rows).astype(jnp.float32))
+
+
+def _each_product(x: Array, rows: Array) -> Array:
+    """f32[tokens, m] for x: f32[tokens, d] and each token's own rows: f32[tokens, m, d]."""
+    return lax.dot_general(rows, x, (((2,), (1,)), ((0,), (0,))))

@@ -1,0 +1,212 @@
+"""`docs/benchmarks.md` from the results of `head`, `ffn`, `top_k` and `overhead`.
+
+`python -m benchmarks.page` writes it; what was not measured yet is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import timing
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+Row = Mapping[str, Any]
+
+
+def write() -> Path:
+    """Write the page and return its path."""
+    PAGE.write_text("\n".join(lines()) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def lines() -> Iterable[str]:
+    yield "# Benchmarks"
+    yield ""
+    yield (
+        "Written by `make bench`. All sides of a table ran in one process and took turns, each "
+        "call with cold caches unless it says otherwise; figures are medians, the spread is the "
+        "range of the middle half of the rounds over the median, and a ratio is the median over "
+        "the rounds of how many times as fast as the first row a side was. The floor is the bytes "
+        "that a side reads over the bandwidth that was measured in the same run: no program that "
+        "reads them can be faster. Weights are float32."
+    )
+    sections: dict[str, Callable[[Row], Iterable[str]]] = {
+        "head": _heads,
+        "ffn": _blocks,
+        "top_k": _top_k,
+        "overhead": _overhead,
+    }
+    for name, section in sections.items():
+        path = timing.RESULTS / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            yield from section(result)
+            yield f"\n{_source(name, result)}"
+
+
+def _source(name: str, result: Row) -> str:
+    machine = result["machine"]
+    return (
+        f"`{result['command']}` on {machine['processor']}, {machine['cores']} cores, jax "
+        f"{machine['jax']}, Python {machine['python']}: "
+        f"[{name}.json](../benchmarks/results/{name}.json)."
+    )
+
+
+def _heads(result: Row) -> Iterable[str]:
+    yield "\n## Vocabulary heads\n"
+    one, many = result["goal"].values()
+    yield (
+        f"Each side takes as few candidates as it needs to find {one:.1%} of the greatest logits "
+        f"and {many:.0%} of the 64 greatest, and returns these 64 and their rows; the row of one "
+        "that does not get there is marked with an asterisk. Ratios are to the dense logits in "
+        "JAX alone, without any selection. “Logits alone” is a side's own approximation of all of "
+        "them: rewritten ones have the exact values at the candidates, those of the other "
+        "libraries are not refined. Setting up is done once; it includes training."
+    )
+    for head in result["heads"]:
+        yield f"\n### {head['what'].removeprefix('head ')}\n"
+        before, after = head["jax logits ms"].values()
+        shown = head["outstanding"]
+        yield (
+            f"{head['queries']:,} queries. The greatest logit stands {shown['1']} standard "
+            f"deviations above the mean, the second {shown['2']}, the 64th {shown['64']}. "
+            f"{head['read_gb_s']} GB/s."
+        )
+        if before is not None:
+            yield (
+                f"Dense logits took {before} ms before the other libraries were loaded, and "
+                f"{after} ms beside them."
+            )
+        for tokens in sorted({row["tokens"] for row in head["rows"]}):
+            yield ""
+            some = [row for row in head["rows"] if row["tokens"] == tokens]
+            yield from table(
+                [f"batch {tokens}", "candidates", "top 1", "top 64", "ms", "spread", "ratio",
+                 "MB", "floor ms", "× floor", "logits alone", "set up s"],
+                [_head_row(row) for row in some],
+            )  # fmt: skip
+        yield from _missing(head)
+
+
+def _head_row(row: Row) -> list[str]:
+    recalls = [f"{one:.4f}" for one in row.get("recall", ())] or ["", ""]
+    alone = f"{row['logits ms']:.2f} ms, {row['logits ratio']:.1f} ×" if "logits ms" in row else ""
+    return [
+        _named(row),
+        str(row.get("candidates", "")),
+        *recalls,
+        *_timed(row),
+        alone,
+        str(row.get("setup s", "")),
+    ]
+
+
+def _blocks(result: Row) -> Iterable[str]:
+    yield "\n## Feed-forward blocks\n"
+    yield (
+        f"Gated, with ReLU; the greatest {result['k']:.0%} of the neurons count, and each "
+        f"predictor takes as few candidates as it needs to find {result['goal']:.0%} of those. "
+        "Neurons are chosen one by one, or in groups (then k and candidates are groups). Ratios "
+        "are to the dense block in JAX. The errors are relative ones of the output: of rewritten "
+        "blocks against the exact top k, of other libraries against the dense block."
+    )
+    for block in result["blocks"]:
+        yield f"\n### {block['what'].removeprefix('gated FFN ')}\n"
+        yield (
+            f"{block['measured tokens']:,} tokens; the {result['k']:.0%} hold "
+            f"{block['share of squares']:.0%} of the sum of squares. {block['read_gb_s']} GB/s."
+        )
+        for tokens in sorted({row["tokens"] for row in block["rows"]}):
+            yield ""
+            some = [row for row in block["rows"] if row["tokens"] == tokens]
+            yield from table(
+                [f"batch {tokens}", "k", "candidates", "recall", "ms", "spread", "ratio", "MB",
+                 "floor ms", "× floor", "error"],
+                [_block_row(row) for row in some],
+            )  # fmt: skip
+        yield from _missing(block)
+
+
+def _block_row(row: Row) -> list[str]:
+    errors = [row[name] for name in ("error to top k", "error to dense") if name in row]
+    recall = f"{row['recall']:.4f}" if "recall" in row else ""
+    sizes = [str(row.get(name, "")) for name in ("k", "candidates")]
+    return [_named(row), *sizes, recall, *_timed(row), "".join(f"{one:.2%}" for one in errors)]
+
+
+def _named(row: Row) -> str:
+    name = f"`{row['side']}`" if "(" in row["side"] else row["side"]
+    name = f"**{name}**" if row["ours"] else name
+    return name if row.get("reached", True) else f"{name} *"
+
+
+def _timed(row: Row) -> list[str]:
+    """Milliseconds, spread, ratio, megabytes, floor, and times the floor."""
+    return [
+        f"{row['median ms']:.2f}",
+        f"{row['spread']:.0%}",
+        f"{row['ratio']:.1f} ×",
+        f"{row['bytes'] / 1e6:.0f}",
+        f"{row['floor ms']:.2f}",
+        f"{row['median ms'] / row['floor ms']:.1f}",
+    ]
+
+
+def _missing(result: Row) -> Iterable[str]:
+    for name, reason in result["missing"].items():
+        yield f"\n{name}: {reason}."
+
+
+def _top_k(result: Row) -> Iterable[str]:
+    yield "\n## The k greatest\n"
+    sides = list(dict.fromkeys(row["side"] for row in result["rows"]))
+    yield (
+        "Milliseconds for n normal numbers in the caches (kernels: "
+        f"{result['kernels']}). The threshold gives a mask of about k instead of an order."
+    )
+    yield ""
+    cells: dict[tuple[int, int], dict[str, str]] = {}
+    for row in result["rows"]:
+        text = f"{row['median ms']:.3f}" + (f" ({row['recall']:.3f})" if row["recall"] < 1 else "")
+        cells.setdefault((row["n"], row["k"]), {})[row["side"]] = text
+    yield from table(
+        ["n", "k", *(f"`{side}`" if "lax" in side else side for side in sides)],
+        [[f"{n:,}", f"{k:,}", *(each[side] for side in sides)] for (n, k), each in cells.items()],
+    )
+    yield "\nIn parentheses: the share of the k that was found, where it was not all."
+
+
+def _overhead(result: Row) -> Iterable[str]:
+    yield "\n## Overhead\n"
+    yield (
+        f"{result['model']}: microseconds of a call, warm. In mode `dense` the transformed "
+        'function computes what the plain one does; in mode "hire" it selects and gathers, which '
+        f"cannot pay at this size. The goal is {result['goal us']:.0f} µs above the plain function."
+    )
+    yield ""
+    yield from table(
+        ["", "µs", "least", "spread", "above plain", "above its own `jax.jit`"],
+        [
+            [label, f"{row['us']}", f"{row['least us']}", f"{row['spread']:.0%}",
+             f"{row['above plain us']}", f"{row['above jit us']}"]
+            for label, row in result["per call"].items()
+        ],
+    )  # fmt: skip
+    phases = ", ".join(f"{phase} {value}" for phase, value in result["once ms"].items())
+    yield f"\nOnce, in milliseconds: {phases}."
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+if __name__ == "__main__":
+    print(f"wrote {write()}")

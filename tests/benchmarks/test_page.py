@@ -1,0 +1,102 @@
+"""The page of benchmarks, from small results."""
+
+import json
+
+import pytest
+
+from benchmarks import page, peers, timing
+
+MACHINE = {"processor": "a chip", "cores": 2, "jax": "0.10.2", "python": "3.11.9"}
+TIMES = {"median ms": 4.0, "spread": 0.1, "ratio": 2.5, "bytes": 8_000_000, "floor ms": 2.0}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+
+    def add(name, result):
+        whole = {"command": f"python -m benchmarks.{name}", "machine": MACHINE, **result}
+        (tmp_path / f"{name}.json").write_text(json.dumps(whole))
+
+    return add
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_heads(results):
+    rows = [
+        {"side": "jax logits", "ours": False, "tokens": 1, **TIMES},
+        {"side": "LowRank(256)", "ours": True, "tokens": 1, "candidates": 512, "reached": True,
+         "recall": [1.0, 0.9912], "logits ms": 3.0, "logits ratio": 3.3, "setup s": 9.0, **TIMES},
+        {"side": "faiss", "ours": False, "tokens": 1, "candidates": 64, "reached": False,
+         "recall": [0.9, 0.5], "setup s": 1.0, **TIMES},
+    ]  # fmt: skip
+    head = {
+        "what": "head 8 × 2, drawn",
+        "queries": 1024,
+        "outstanding": {"1": 5.0, "2": 4.0, "16": 3.0, "64": 2.0, "median gap": 0.3},
+        "read_gb_s": 20.0,
+        "jax logits ms": {"before": 4.1, "beside": 4.0},
+        "missing": {"ScaNN": "not installed (No module named 'scann')"},
+        "rows": rows,
+    }
+    results("head", {"goal": {"greatest": 0.999, "64 greatest": 0.99}, "heads": [head]})
+    text = list(page.lines())
+    (own,) = [cells(line) for line in text if "LowRank" in line]
+    assert own == ["**`LowRank(256)`**", "512", "1.0000", "0.9912", "4.00", "10%", "2.5 ×", "8",
+                   "2.00", "2.0", "3.00 ms, 3.3 ×", "9.0"]  # fmt: skip
+    (other,) = [cells(line) for line in text if line.startswith("| faiss")]
+    assert other[:4] == ["faiss *", "64", "0.9000", "0.5000"]
+    assert any("ScaNN: not installed" in line for line in text)
+    assert any("took 4.1 ms before" in line for line in text)
+    widths = {len(cells(line)) for line in text if line.startswith("|")}
+    assert widths == {12}
+
+
+def test_blocks(results):
+    rows = [
+        {"side": "jax f32", "ours": False, "tokens": 4, **TIMES},
+        {"side": "torch int8", "ours": False, "tokens": 4, "error to dense": 0.1, **TIMES},
+        {"side": "Quantized(8)", "ours": True, "tokens": 4, "k": 5, "candidates": 9,
+         "recall": 0.991, "reached": True, "error to top k": 0.001, **TIMES},
+    ]  # fmt: skip
+    block = {"what": "gated FFN 2 / 8, drawn", "measured tokens": 1024, "share of squares": 0.8,
+             "read_gb_s": 20.0, "missing": {}, "rows": rows}  # fmt: skip
+    results("ffn", {"k": 0.05, "goal": 0.99, "blocks": [block]})
+    found = [cells(line) for line in page.lines() if line.startswith("|")]
+    assert {len(row) for row in found} == {11}
+    assert found[-1][:4] == ["**`Quantized(8)`**", "5", "9", "0.9910"]
+    assert [row[-1] for row in found[2:]] == ["", "10.00%", "0.10%"]
+
+
+def test_top_k_and_overhead(results):
+    rows = [
+        {"n": 8192, "k": 64, "side": side, "median ms": ms, "recall": share}
+        for side, ms, share in (("lax.top_k", 0.05, 1.0), ("ours", 0.02, 0.5))
+    ]
+    results("top_k", {"kernels": "in use", "rows": rows})
+    call = {"us": 99.0, "least us": 90.0, "spread": 0.1, "above plain us": 9.0, "above jit us": 4.0}
+    results(
+        "overhead",
+        {"model": "m", "goal us": 30.0, "per call": {"hire: bare": call}, "once ms": {"trace": 2}},
+    )
+    text = list(page.lines())
+    assert "| 8,192 | 64 | 0.050 | 0.020 (0.500) |" in text
+    assert "| hire: bare | 99.0 | 90.0 | 10% | 9.0 | 4.0 |" in text
+    assert "\nOnce, in milliseconds: trace 2." in text
+
+
+def test_nothing_measured(results):
+    assert not any(line.startswith(("|", "\n##")) for line in page.lines())
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(peers.MODULES, "some", "no_such_module")
+    assert peers.build("head", "some").startswith("not installed (No module")
+
+
+def test_a_library_that_fails_says_how(monkeypatch):
+    monkeypatch.setitem(peers.MODULES, "some", "__init__")
+    assert peers.build("no_such_function", "some").startswith("failed (")
