@@ -51,7 +51,7 @@ def test_kernels_compile_and_copy_no_weight(chip, tokens):
         results = jax.eval_shape(function, *args).size * 4
         small = sum(leaf.size * leaf.dtype.itemsize for leaf in args if leaf.size < 1 << 20)
         assert found.kernels == 1
-        assert most * 0.98 < found.total < most + 70 * small + 3 * results
+        assert most * 0.98 < found.total < most + 140 * small + 3 * results  # x once for each block
 
 
 def whole(args):
