@@ -76,7 +76,7 @@ def test_the_backend_names_a_machine(monkeypatch, backend, kind, status, name):
 
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    monkeypatch.setattr(kernels, "status", lambda: status)
+    monkeypatch.setattr(kernels.cpu, "status", lambda: status)
     assert chosen().name == name
     # The user's own file comes first, for this machine alone.
     save(OTHER, file_of("another"), {})
