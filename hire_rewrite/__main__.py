@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import platform
 import sys
@@ -40,7 +41,7 @@ def calibrate_machine(out: Path | None) -> None:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "machine": machines.default_name(),
-        "jax": jax.__version__,
+        "jax": importlib.metadata.version("jax"),
     }
     machines.save(found, path, about)
     print(found)

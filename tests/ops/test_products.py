@@ -12,6 +12,7 @@ from hire_rewrite.ops.products import (
     product,
     quantize_blocks,
     quantize_rows,
+    rounded_blocks,
     unpack,
 )
 from tests.ops.cases import normal
@@ -130,7 +131,7 @@ def test_a_product_with_blocks(form, tokens):
     x, rows = normal(0, tokens, 24), normal(1, 3, 53, 24)
     packed, scale = quantize_blocks(rows, 6)
     got = jax.jit(block_product)(x, packed, scale, jnp.int32(2))
-    want = np.asarray(x) @ np.asarray(dequantize_blocks(packed, scale)[2]).T
+    want = np.asarray(rounded_blocks(x, 6)) @ np.asarray(dequantize_blocks(packed, scale)[2]).T
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
     _, layers = jax.lax.scan(lambda c, i: (c, block_product(x, packed, scale, i)), 0, jnp.arange(3))
