@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` from the results of `head`, `ffn`, `top_k` and `overhead`.
+"""`docs/benchmarks.md` from the results of the benchmarks.
 
 `python -m benchmarks.page` writes it; what was not measured yet is left out.
 """
@@ -35,9 +35,11 @@ def lines() -> Iterable[str]:
         "reads them can be faster. Weights are float32."
     )
     sections: dict[str, Callable[[Row], Iterable[str]]] = {
+        "decode_1b": _decode,
         "head": _heads,
         "ffn": _blocks,
         "top_k": _top_k,
+        "estimate": _estimate,
         "overhead": _overhead,
     }
     for name, section in sections.items():
@@ -57,6 +59,59 @@ def _source(name: str, result: Row) -> str:
         f"{machine['python']}, {libraries}: "
         f"[{name}.json](../benchmarks/results/{name}.json)."
     )
+
+
+def _decode(result: Row) -> Iterable[str]:
+    yield "\n## A decode step of 1.24 B parameters\n"
+    yield (
+        f"{result['layers']} layers with the sizes of Llama-3.2-1B and random weights, so that "
+        "nothing is said of recall; caches are as warm as one step leaves them. Blocks keep 5 % of "
+        "10 % candidates, guessed by the predictor that is named, and the head 64 of 1024, guessed "
+        "by `LowRank(256)`. “By hand” calls the same operations on the same arrays, written into "
+        "the model's own code. Milliseconds; ratios are to the rewritten step."
+    )
+    yield ""
+    others = [name for name in ("torch f32", "torch int8") if f"{name} ms" in result["rows"][0]]
+    yield from table(
+        ["blocks by", "batch", "dense", "rewritten", "spread", "floor", "**times dense**",
+         "by hand", *others, "sites"],
+        [
+            [f"`{row['blocks by']}`", str(row["batch"]), f"{row['dense ms']:.1f}",
+             f"{row['rewritten ms']:.1f}", f"{row['spread']:.0%}", f"{row['floor ms']:.1f}",
+             f"**{row['times dense']:.2f} ×**",
+             f"{row['by hand ms']:.1f}, {row['times by hand']:.3f} ×",
+             *(f"{row[f'{name} ms']:.1f}, {row[f'times {name}']:.2f} ×" for name in others),
+             row["sites"]]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+    packing = ", ".join(
+        f"`{name}` {seconds:.0f} s" for name, seconds in result["packing s"].items()
+    )
+    yield f"\nPacking: {packing}."
+    if "torch" in result:
+        yield f"\ntorch: {result['torch']}."
+
+
+def _estimate(result: Row) -> Iterable[str]:
+    rows = result["rows"]
+    right = sum(row["sign"] == "right" for row in rows)
+    yield "\n## What the plan expects\n"
+    yield (
+        f"{len(rows)} sites, all rewritten: for {right} the plan is right whether that pays (or "
+        f"it makes less than 5 %). Expected on: {result['expected on']}. Those where it is wrong, "
+        "and those that are slower than dense:"
+    )
+    yield ""
+    some = [row for row in rows if row["sign"] == "wrong" or row["measured"] < 1]
+    yield from table(
+        ["site", "batch", "predictor", "expected", "measured", "sign"],
+        [
+            [row["what"], str(row["tokens"]), f"`{row['predictor']}`", f"{row['expected']:.2f} ×",
+             f"{row['measured']:.2f} ×", row["sign"]]
+            for row in some
+        ],
+    )  # fmt: skip
 
 
 def _heads(result: Row) -> Iterable[str]:

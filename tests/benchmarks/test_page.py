@@ -73,6 +73,57 @@ def test_blocks(results):
     assert [row[-1] for row in found[2:]] == ["", "10.00%", "0.10%"]
 
 
+def test_decode_and_estimate(results):
+    row = {
+        "batch": 1,
+        "blocks by": "LowRank(128)",
+        "sites": "head rewritten",
+        "floor ms": 20.0,
+        "dense ms": 160.0,
+        "rewritten ms": 40.0,
+        "by hand ms": 39.0,
+        "torch f32 ms": 120.0,
+        "spread": 0.05,
+        "times dense": 4.0,
+        "times by hand": 0.975,
+        "times torch f32": 3.0,
+    }
+    results("decode_1b", {"layers": 16, "packing s": {"LowRank(128)": 200.2}, "rows": [row]})
+    sites = [
+        {
+            "what": "head",
+            "tokens": tokens,
+            "predictor": "Quantized(4)",
+            "expected": 1.2,
+            "measured": measured,
+            "sign": sign,
+        }
+        for tokens, measured, sign in ((1, 2.0, "right"), (4, 0.8, "wrong"))
+    ]
+    results("estimate", {"expected on": "cpu", "rows": sites})
+    text = list(page.lines())
+    found = [cells(line) for line in text if line.startswith("| `LowRank")]
+    assert found == [
+        [
+            "`LowRank(128)`",
+            "1",
+            "160.0",
+            "40.0",
+            "5%",
+            "20.0",
+            "**4.00 ×**",
+            "39.0, 0.975 ×",
+            "120.0, 3.00 ×",
+            "head rewritten",
+        ]
+    ]
+    assert any("Packing: `LowRank(128)` 200 s." in line for line in text)
+    assert any(line.startswith("2 sites, all rewritten: for 1 the plan is right") for line in text)
+    assert [cells(line) for line in text if line.startswith("| head")] == [
+        ["head", "4", "`Quantized(4)`", "1.20 ×", "0.80 ×", "wrong"]
+    ]
+
+
 def test_top_k_and_overhead(results):
     rows = [
         {"n": 8192, "k": 64, "side": side, "median ms": ms, "recall": share}
