@@ -72,7 +72,7 @@ class Transformed:
             packed = self._packed_on_sight(args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands))
+        traced = _traced(jax.tree.leaves(operands))
         if packed is None and self.mode == "exact" and not traced:
             # Inside a jit nobody would know how the weights lie on a mesh.
             analysis = self._analyses.of(None, args, kwargs)
@@ -246,7 +246,7 @@ class Transformed:
         analysis.check_decided()
         if not analysis.packing:
             return None
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if _traced(leaves):
             if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
                 raise HireRewriteError(
                     f"{self.name}: raw weights whose types say how they are spread, inside an "
@@ -293,3 +293,13 @@ class Transformed:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
+
+
+def _traced(leaves: Iterable[Any]) -> bool:
+    """Whether one of them is a tracer. Asked at every call: of each type once, for it is slow."""
+    return any(map(_is_tracer, set(map(type, leaves))))
+
+
+@functools.cache
+def _is_tracer(kind: type) -> bool:
+    return issubclass(kind, jax.core.Tracer)
