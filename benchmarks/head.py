@@ -36,7 +36,7 @@ from hire_rewrite.ops.select import top_k
 from hire_rewrite.plan import table
 
 FITTED, QUERIES, TOKENS = 8192, 1024, (1, 4)
-SIZES = ((32_000, 4096), (131_072, 2048), (262_144, 2048))
+SIZES = ((131_072, 2048), (32_000, 4096), (262_144, 2048))
 ROUNDS = 21
 PLAIN = "jax logits"
 

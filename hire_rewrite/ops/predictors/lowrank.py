@@ -149,7 +149,7 @@ class LowRank:
                 seen, metric = w - w.mean(0), covariance + jnp.outer(mean, mean)
                 weight = _weights(w @ mean, _spread(w, covariance), min(top, n / 2))
             gram = (seen * weight[:, None]).T @ seen
-            root = _square_root(metric)
+            root = metric if moments is None else _square_root(metric)
             gram_root = gram @ root
             values, vectors = jnp.linalg.eigh(root @ gram_root)
             # Ascending, so the last are the greatest.
