@@ -1,4 +1,4 @@
-"""The kernels for CPU against the same in JAX."""
+"""The kernels for CPU against the same in JAX. (`kernels_check.cc` has more sizes of each.)"""
 
 import functools
 import os
@@ -43,8 +43,8 @@ def test_they_are_built_where_they_can_be():
 
 @needed
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13])
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (5, 7), (300, 64), (1000, 129)])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("n", "d"), [(5, 7), (1000, 129)])
 def test_product(dtype, tokens, n, d):
     rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
     for layer in (0, 2):
@@ -54,8 +54,8 @@ def test_product(dtype, tokens, n, d):
 
 
 @needed
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize(("n", "d", "block"), [(3, 64, 32), (100, 512, 64), (333, 576, 32)])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("n", "d", "block"), [(100, 512, 64), (333, 576, 32)])
 def test_block_product(tokens, n, d, block):
     packed, scale = products.quantize_blocks(normal(2, n, d), block)
     x = products.round_blocks(normal(tokens, d, seed=1), block)
@@ -89,8 +89,8 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
 
 @needed
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3), (8, 1)])
-@pytest.mark.parametrize(("count", "members", "d"), [(4, 1, 40), (7, 3, 33), (50, 16, 64)])
+@pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("count", "members", "d"), [(7, 3, 33), (50, 16, 64)])
 def test_fetched_product(dtype, tokens, lists, count, members, d):
     rows, x = normal(60, members, d, dtype=dtype), normal(tokens, d, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, (lists, count)), jnp.int32)
@@ -103,7 +103,7 @@ def test_fetched_product(dtype, tokens, lists, count, members, d):
 @needed
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize(("count", "members", "d"), [(4, 1, 40), (7, 3, 33), (50, 8, 256)])
+@pytest.mark.parametrize(("count", "members", "d"), [(7, 3, 33), (50, 8, 256)])
 def test_fetched_sum(dtype, tokens, count, members, d):
     rows, h = normal(60, members, d, dtype=dtype), normal(tokens, count, members, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, count), jnp.int32)
