@@ -2,7 +2,8 @@
 
 `python -m benchmarks.estimate` writes `results/estimate.json`: heads and gated FFN blocks alone,
 from small to large, all rewritten (`force=True`), in alternating calls with cold caches. The sign
-is right where both ratios are on the same side of 1, or the measured one is within 5 % of it.
+is right where both ratios are on the same side of 1, or the measured one is within 5 % of it. (The
+plan rewrites where it expects the machine's `margin`, a little more than 1.)
 Weights and inputs are random, so nothing is said of recall.
 """
 

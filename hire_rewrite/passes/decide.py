@@ -171,8 +171,8 @@ def _with_rule(
         status = "dense"
         reason = (
             f"expected {now.ratio:.2f} times as fast as dense (would read {now.after / 1e6:.1f} MB "
-            f"instead of {now.before / 1e6:.1f}): ask for fewer candidates or a smaller predictor, "
-            "or give force=True"
+            f"instead of {now.before / 1e6:.1f}), and has to be {now.margin:.1f}: ask for fewer "
+            "candidates or a smaller predictor, or give force=True"
         )
     else:
         status, reason = "rewritten", _describe(spec, rule, found)

@@ -35,16 +35,18 @@ class Estimate:
     Attributes:
       before, after: the weight bytes that it reads, dense and rewritten.
       dense, rewritten: nanoseconds.
+      margin: how many times as fast as dense it has to be expected, to be rewritten.
     """
 
     before: int
     after: int
     dense: float
     rewritten: float
+    margin: float = 1.0
 
     @property
     def pays(self) -> bool:
-        return self.rewritten < self.dense
+        return self.rewritten * self.margin < self.dense
 
     @property
     def ratio(self) -> float:
@@ -99,6 +101,7 @@ def estimate(
         found.repeats * found.experts * after,
         found.repeats * _dense_time(found, tokens, machine),
         found.repeats * time,
+        machine.margin,
     )
 
 
