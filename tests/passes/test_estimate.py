@@ -101,13 +101,21 @@ def test_what_would_be_slower_stays_dense_unless_forced():
     assert (site.status, decision.packs) == ("dense", False)
     assert site.expected == pytest.approx(8192 * 64 / (8192 * 64 + 8192 * 17 + 256 * 64))
     assert site.reason.startswith(
-        f"expected {site.expected:.2f} times as fast as dense (would read 0.6 MB instead of 2.1): "
-        "ask for fewer candidates or a smaller predictor, or give force=True"
+        f"expected {site.expected:.2f} times as fast as dense (would read 0.6 MB instead of 2.1), "
+        f"and has to be {slow.margin:.1f}: ask for fewer candidates or a smaller predictor, or "
+        "give force=True"
     )
     plan, decision = decided(hire.Head(force=True), slow)
     assert (plan.sites[0].status, decision.packs) == ("rewritten", True)
     assert plan.sites[0].expected == site.expected
     assert decided(hire.Head(), FREE)[0].sites[0].status == "rewritten"
+
+
+def test_a_site_has_to_gain_more_than_estimates_err():
+    (site,) = decided(hire.Head(), FREE)[0].sites
+    for margin, status in ((0.99 * site.expected, "rewritten"), (1.01 * site.expected, "dense")):
+        machine = dataclasses.replace(FREE, margin=margin)
+        assert decided(hire.Head(), machine)[0].sites[0].status == status
 
 
 def test_what_pays_for_several_tokens_is_packed():
