@@ -33,6 +33,9 @@ __all__ = [
     "usable",
 ]
 
+_VERSION = 2
+"""Of the targets' operands; see `targets.cc`."""
+
 _TARGETS = (
     "hire_block_product",
     "hire_fetched_product",
@@ -54,6 +57,8 @@ def status() -> str:
         return "not built: install again where a C++ compiler is found"
     try:
         library = ctypes.CDLL(str(built[0]))
+        if not hasattr(library, "hire_version") or library.hire_version() != _VERSION:
+            return "not in use: built from other sources; install again"
         for name in _TARGETS:
             target = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, target, platform="cpu")

@@ -165,6 +165,9 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 
 #pragma GCC visibility push(default)
 
+// Which operands the targets take; to be raised here and in `__init__.py` when these change.
+extern "C" int hire_version() { return 2; }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>());
