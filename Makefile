@@ -11,7 +11,7 @@ PYTHONS ?= python3.11 python3.12 python3.13
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
 	@echo "make test      the tests"
-	@echo "make bench     the benchmarks (30 minutes on two cores), and docs/benchmarks.md"
+	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"

@@ -8,13 +8,13 @@ tpu` and `python -m benchmarks.mesh` left in benchmarks/results. Nothing is run.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from benchmarks import timing
+from benchmarks.markdown import table
 from hire_rewrite.ops.merge import Merge, cheapest, described
 from hire_rewrite.ops.recall import expected_recall, kept_per_shard
 
@@ -173,13 +173,7 @@ def _mesh(result: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    def lines() -> Iterator[str]:
-        yield "| " + " | ".join(rows[0]) + " |"
-        yield "|" + " --- |" * len(rows[0])
-        for row in rows:
-            yield "| " + " | ".join(_text(value) for value in row.values()) + " |"
-
-    return "\n".join(lines())
+    return "\n".join(table(list(rows[0]), (list(map(_text, row.values())) for row in rows)))
 
 
 def _text(value: Any) -> str:

@@ -176,11 +176,7 @@ def _times(
     return {
         "side": label,
         "tokens": tokens,
-        "median ms": round(1e3 * timings.median(label), 3),
-        "spread": round(timings.spread(label), 3),
-        "ratio": round(timings.ratio(DENSE, label), 2),
-        "bytes": size,
-        "floor ms": round(1e3 * size / bandwidth, 3),
+        **timings.row(label, DENSE, size, bandwidth),
         "times floor": round(timings.median(label) * bandwidth / size, 2),
     }
 

@@ -67,7 +67,7 @@ class Own:
     setup_s: float
 
     def rule(self, candidates: int) -> Any:
-        # `force`: the estimate does not know this machine's kernels.
+        # `force`: every predictor is measured, whether it is expected to pay or not.
         return hire.Head(k=TOP, candidates=candidates, predictor=self.predictor, force=True)
 
     def compiled(self, fn: Callable[..., Any], candidates: int, x: Array) -> Callable[..., Any]:
@@ -257,11 +257,7 @@ def _dense_row(
         "side": label,
         "ours": False,
         "tokens": tokens,
-        "median ms": round(1e3 * timings.median(label), 3),
-        "spread": round(timings.spread(label), 3),
-        "ratio": round(timings.ratio(PLAIN, label), 2),
-        "bytes": size,
-        "floor ms": round(1e3 * size / bandwidth, 3),
+        **timings.row(label, PLAIN, size, bandwidth),
     }
 
 
@@ -276,11 +272,7 @@ def _row(
         "candidates": candidates,
         "recall": [round(one, 4) for one in got],
         "reached": recall.reaches(got),
-        "median ms": round(1e3 * timings.median(label), 3),
-        "spread": round(timings.spread(label), 3),
-        "ratio": round(timings.ratio(PLAIN, label), 2),
-        "bytes": size,
-        "floor ms": round(1e3 * size / bandwidth, 3),
+        **timings.row(label, PLAIN, size, bandwidth),
         "times floor": round(timings.median(label) * bandwidth / size, 2),
         "setup s": round(side.setup_s, 1),
     }

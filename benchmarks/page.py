@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
+from benchmarks.markdown import table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -139,15 +140,8 @@ def _heads(result: Row) -> Iterable[str]:
                 f"Dense logits took {before} ms before the other libraries were loaded, and "
                 f"{after} ms beside them."
             )
-        for tokens in sorted({row["tokens"] for row in head["rows"]}):
-            yield ""
-            some = [row for row in head["rows"] if row["tokens"] == tokens]
-            yield from table(
-                [f"batch {tokens}", "candidates", "top 1", "top 64", "ms", "spread", "ratio",
-                 "MB", "floor ms", "× floor", "logits alone", "set up s"],
-                [_head_row(row) for row in some],
-            )  # fmt: skip
-        yield from _missing(head)
+        header = ["candidates", "top 1", "top 64", *_TIMED, "logits alone", "set up s"]
+        yield from _by_batch(head, header, _head_row)
 
 
 def _head_row(row: Row) -> list[str]:
@@ -178,15 +172,8 @@ def _blocks(result: Row) -> Iterable[str]:
             f"{block['measured tokens']:,} tokens; the {result['k']:.0%} hold "
             f"{block['share of squares']:.0%} of the sum of squares. {block['read_gb_s']} GB/s."
         )
-        for tokens in sorted({row["tokens"] for row in block["rows"]}):
-            yield ""
-            some = [row for row in block["rows"] if row["tokens"] == tokens]
-            yield from table(
-                [f"batch {tokens}", "k", "candidates", "recall", "ms", "spread", "ratio", "MB",
-                 "floor ms", "× floor", "error"],
-                [_block_row(row) for row in some],
-            )  # fmt: skip
-        yield from _missing(block)
+        header = ["k", "candidates", "recall", *_TIMED, "error"]
+        yield from _by_batch(block, header, _block_row)
 
 
 def _block_row(row: Row) -> list[str]:
@@ -202,8 +189,11 @@ def _named(row: Row) -> str:
     return name if row.get("reached", True) else f"{name} *"
 
 
+_TIMED = ("ms", "spread", "ratio", "MB", "floor ms", "× floor")
+
+
 def _timed(row: Row) -> list[str]:
-    """Milliseconds, spread, ratio, megabytes, floor, and times the floor."""
+    """The cells of _TIMED."""
     return [
         f"{row['median ms']:.2f}",
         f"{row['spread']:.0%}",
@@ -214,7 +204,14 @@ def _timed(row: Row) -> list[str]:
     ]
 
 
-def _missing(result: Row) -> Iterable[str]:
+def _by_batch(
+    result: Row, header: Sequence[str], cells: Callable[[Row], Sequence[str]]
+) -> Iterable[str]:
+    """A table for each batch, and why sides are missing."""
+    for tokens in sorted({row["tokens"] for row in result["rows"]}):
+        yield ""
+        some = (cells(row) for row in result["rows"] if row["tokens"] == tokens)
+        yield from table([f"batch {tokens}", *header], some)
     for name, reason in result["missing"].items():
         yield f"\n{name}: {reason}."
 
@@ -256,13 +253,6 @@ def _overhead(result: Row) -> Iterable[str]:
     )  # fmt: skip
     phases = ", ".join(f"{phase} {value}" for phase, value in result["once ms"].items())
     yield f"\nOnce, in milliseconds: {phases}."
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + " --- |" * len(header)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
+from benchmarks.markdown import table
 
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 
@@ -54,7 +55,7 @@ def _heads(rows: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
         "the 64 greatest logits among 512, and the perplexity through the rewritten head "
         '(`tail="predicted"`) over the dense one\'s.\n'
     )
-    yield from _table(
+    yield from table(
         ["predictor", "MB read", *kinds],
         [
             [f"`{row['rule']}`", f"{row['bytes'] / 1e6:.1f}", *(_cell(row[kind]) for kind in kinds)]
@@ -74,7 +75,7 @@ def _mixing(rows: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
         "The same number of tokens, of one kind or half of each of two; what the model says is "
         "sampled from it at temperature 1, after any first token.\n"
     )
-    yield from _table(
+    yield from table(
         ["fitted to", "predictor", *kinds],
         [
             [row["fitted_to"], f"`{row['rule']}`"]
@@ -119,7 +120,7 @@ def _blocks(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Itera
                  f"{hire / exact - 1:+.2%}", f"{mean:.3f}", f"{worst:.3f}"]
             )  # fmt: skip
     header = ["group", "text", "dense", "exact top-k", "rewritten", "", "recall", "worst layer"]
-    yield from _table(header, rows)
+    yield from table(header, rows)
 
 
 def _tuned(result: Mapping[str, Any], kinds: Sequence[str]) -> Iterable[str]:
@@ -132,7 +133,7 @@ def _tuned(result: Mapping[str, Any], kinds: Sequence[str]) -> Iterable[str]:
     for name, (default, size) in result["bytes"].items():
         recalls = [f"{result[kind][name]:.4f}" for kind in kinds]
         rows.append([name, f"{default / 1e6:.1f}", f"{size / 1e6:.1f}", *recalls])
-    yield from _table(["site", "MB by default", "MB tuned", *kinds], rows)
+    yield from table(["site", "MB by default", "MB tuned", *kinds], rows)
 
 
 def _trained(result: Mapping[str, Any]) -> Iterable[str]:
@@ -158,11 +159,4 @@ def _trained(result: Mapping[str, Any]) -> Iterable[str]:
             )  # fmt: skip
     header = ["FFN", "trained dense", "trained with top-k", "predictor", "neurons", "rewritten",
               "recall of the worst layer", "MB read"]  # fmt: skip
-    yield from _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + " --- |" * len(header)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
+    yield from table(header, rows)

@@ -50,6 +50,16 @@ class Timings:
         pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
+    def row(self, side: str, against: str, size: int, bandwidth: float) -> dict[str, float]:
+        """What a table says of a side that reads `size` bytes."""
+        return {
+            "median ms": round(1e3 * self.median(side), 3),
+            "spread": round(self.spread(side), 3),
+            "ratio": round(self.ratio(against, side), 2),
+            "bytes": size,
+            "floor ms": round(1e3 * size / bandwidth, 3),
+        }
+
     def summary(self) -> dict[str, dict[str, float]]:
         """What a results file holds: milliseconds, and the spread as a fraction."""
         return {

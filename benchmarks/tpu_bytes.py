@@ -33,6 +33,7 @@ import hire_rewrite as hire
 from benchmarks import timing
 from benchmarks.decode_1b import LENGTH, LLAMA_1B
 from benchmarks.hbm import Traffic, traffic
+from benchmarks.markdown import table
 from examples.smollm2 import model
 from hire_rewrite.ops import products
 from hire_rewrite.ops.predictors import Predictor
@@ -327,8 +328,7 @@ the text of all of them back. On GPU everything is plain XLA.
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(table(header, (list(map(str, row)) for row in rows)))
 
 
 def main() -> None:

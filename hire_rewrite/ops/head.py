@@ -22,7 +22,7 @@ from hire_rewrite.ops import certify, kernels, rounding
 from hire_rewrite.ops.da_top_k import da_top_k
 from hire_rewrite.ops.logits import Endpoints, HeadSpec, HeadState, best, check_product
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies, hopeful
-from hire_rewrite.ops.products import fetch
+from hire_rewrite.ops.products import fetch, where_they_are
 from hire_rewrite.ops.rows import Kernel
 from hire_rewrite.ops.select import scatter
 
@@ -227,9 +227,8 @@ def gathered(x: Array, state: HeadState, layer: Array | int, rows: Array, spec: 
         )
 
     def by(kernel: Kernel, x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
-        _, n, d = stacked.shape
-        single = stacked.reshape(-1, 1, d)
-        return kernel(x.astype(jnp.float32), single, rows + layer * n).astype(spec.out_dtype)
+        single, index = where_they_are(stacked, layer, rows)
+        return kernel(x.astype(jnp.float32), single, index).astype(spec.out_dtype)
 
     dtypes = (state.rows.dtype, x.dtype, spec.compute_dtype, spec.out_dtype or x.dtype)
     layer = jnp.asarray(layer, jnp.int32)

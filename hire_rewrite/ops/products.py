@@ -278,3 +278,13 @@ def fetch(rows: Array, layer: Array | int, chosen: Array) -> Array:
     # One flat index: slicing the layer first would copy it.
     flat = rows.reshape(layers * n, d)
     return flat.at[chosen + layer * n].get(mode="promise_in_bounds")
+
+
+def where_they_are(stacked: Array, layer: Array, chosen: Array) -> tuple[Array, Array]:
+    """What kernels fetch stacked[layer, chosen] by, for stacked: [L, G, ..., d].
+
+    Returns:
+      The rows of all layers' groups, [L · G, n, d], and which of them the chosen ones are.
+    """
+    layers, count, *_, d = stacked.shape
+    return stacked.reshape(layers * count, -1, d), chosen + layer * count

@@ -13,6 +13,7 @@ from jax import Array, lax
 from hire_rewrite import _compat
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
+from hire_rewrite.ops.products import where_they_are
 
 Kernel = Callable[[Array, Array, Array], Array]
 """`fetched_product` or `fetched_sum` of a platform."""
@@ -54,7 +55,7 @@ def fetched_products(
         return _on_cpu(in_pieces, product, groups, up)
 
     def by(kernel: Kernel, x: Array, up: Array, layer: Array, groups: Array) -> Array:
-        rows, index = _where_they_are(up, layer, groups)
+        rows, index = where_they_are(up, layer, groups)
         return kernel(x.astype(jnp.float32), rows, index[None]).astype(spec.up_dtype)
 
     dtypes = (state.up.dtype, x.dtype, spec.compute_dtype, spec.up_dtype or x.dtype)
@@ -101,7 +102,7 @@ def fetched_down(
         return _on_cpu(in_pieces, whole, groups, down)
 
     def by(kernel: Kernel, h: Array, down: Array, layer: Array, groups: Array) -> Array:
-        rows, index = _where_they_are(down, layer, groups)
+        rows, index = where_they_are(down, layer, groups)
         return kernel(h.astype(jnp.float32), rows, index).astype(spec.down_dtype)
 
     dtypes = (state.down.dtype, h.dtype, spec.down_dtype or h.dtype)
@@ -112,12 +113,6 @@ def fetched_down(
         "tpu": tpu if kernels.tpu.fits_groups(h, state.down) else None,
     }
     return kernels.call(in_jax, h, state.down, layer, groups, **own)
-
-
-def _where_they_are(stacked: Array, layer: Array, groups: Array) -> tuple[Array, Array]:
-    """The rows of all layers' groups, [L · G, n, d], and which of them `groups` are."""
-    layers, count, *_, d = stacked.shape
-    return stacked.reshape(layers * count, -1, d), groups + layer * count
 
 
 def _on_cpu(

@@ -26,6 +26,7 @@ from hire_rewrite.ops.products import (
     quantize_blocks,
     quantize_rows,
     rounded_blocks,
+    where_they_are,
 )
 
 _BLOCK = 32
@@ -181,8 +182,7 @@ class Quantized:
 
 
 def _fetched_product(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
-    _, n, d = stacked.shape
-    return kernels.cpu.fetched_product(x, stacked.reshape(-1, 1, d), rows + layer * n)
+    return kernels.cpu.fetched_product(x, *where_they_are(stacked, layer, rows))
 
 
 def _fetched_reference(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
