@@ -1,4 +1,4 @@
-"""Bytes that a compiled TPU program moves to and from HBM, counted from its text.
+"""Bytes that a compiled TPU program moves to and from HBM.
 
 Every instruction reads its operands that are in HBM and writes its results that are there. Arrays
 in VMEM or SMEM (`S(1)` and `S(6)` in their layouts) cost nothing, but an asynchronous copy that
@@ -16,50 +16,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Iterator, Sequence
 
+from benchmarks import hlo
+from benchmarks.hlo import Instruction
+
 _ALL = 1 << 62
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
-_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<rest>.*)$")
-_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _COST = re.compile(r'"bytes_accessed":\s*"?(\d+)')
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota", "after-all"}
 _VIEWS = {"bitcast", "copy", "reshape", "transpose", "copy-start", "copy-done"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a type: its bytes as it lies in memory, and in which memory (0 is HBM)."""
-
-    bytes: int
-    space: int
-
-    @property
-    def in_hbm(self) -> int:
-        """Its bytes if it is in HBM."""
-        return self.bytes if self.space == 0 else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line: its arrays, those of a tuple in order, and what it was said to do."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
-
-    def called(self, attribute: str) -> str:
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +57,7 @@ class Traffic:
 
 def traffic(text: str) -> list[Traffic]:
     """All of a program's, from `compiled.as_text()`; of a conditional all branches."""
-    return [one for one in _Program(text).walk() if one.read or one.written or one.cycles]
+    return [one for one in _Reader(text).walk() if one.read or one.written or one.cycles]
 
 
 def by_argument(found: Sequence[Traffic]) -> dict[int | None, int]:
@@ -100,21 +69,12 @@ def by_argument(found: Sequence[Traffic]) -> dict[int | None, int]:
     return dict(total)
 
 
-class _Program:
-    """Instructions by computation, and the walk through what runs."""
+class _Reader(hlo.Program):
+    """The walk through what runs."""
 
     def __init__(self, text: str) -> None:
-        self.computations: dict[str, dict[str, Instruction]] = {}
+        super().__init__(text)
         self.callers: dict[str, tuple[str, Instruction, int]] = {}
-        self.entry = ""
-        here: dict[str, Instruction] = {}
-        for line in text.splitlines():
-            header = _HEADER.match(line)
-            if header:
-                here = self.computations.setdefault(header["name"], {})
-                self.entry = header["name"] if header["entry"] else self.entry
-            elif one := _instruction(line):
-                here[one.name] = one
 
     def walk(self) -> Iterator[Traffic]:
         yield from self._walk(self.entry, 1, branch=False)
@@ -127,7 +87,7 @@ class _Program:
                 trips = self._trips(one.called("condition"))
                 yield from self._walk(body, runs * trips, branch=branch)
             elif one.opcode == "conditional":
-                for i, name in enumerate(_branches(one.rest)):
+                for i, name in enumerate(one.branches):
                     self.callers[name] = (computation, one, i + 1)
                     yield from self._walk(name, runs, branch=True)
             elif one.opcode == "call":
@@ -239,55 +199,3 @@ class _Program:
         if one.opcode in ("while", "dynamic-update-slice") or one.opcode in _VIEWS:
             return self._origin(computation, one.operands[0], index)
         return None
-
-
-def _instruction(line: str) -> Instruction | None:
-    match = _INSTRUCTION.match(line)
-    if not match:
-        return None
-    rest = match["rest"]
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    closing = _closing(rest, opening)
-    operands = re.findall(r"%([\w.\-]+)", rest[opening:closing])
-    if rest.startswith("constant("):
-        operands = []
-    arrays = tuple(_array(*found.groups()) for found in _ARRAY.finditer(kind))
-    return Instruction(
-        match["name"], rest[:opening], arrays, tuple(operands), rest, match["root"] is not None
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """The position behind the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"no closing bracket: {text[start : start + 80]}")
-
-
-def _array(dtype: str, dims: str, order: str | None, layout: str | None) -> Array:
-    sizes = [int(size) for size in dims.split(",") if size]
-    layout = layout or ""
-    tile = re.search(r"T\(([\d,]+)\)", layout)
-    if tile and order:
-        steps = [int(step) for step in tile[1].split(",")]
-        for step, axis in zip(reversed(steps), order.split(","), strict=False):
-            sizes[int(axis)] = -(-sizes[int(axis)] // step) * step
-    space = re.search(r"S\((\d+)\)", layout)
-    return Array(math.prod(sizes) * _bits(dtype) // 8, int(space[1]) if space else 0)
-
-
-def _bits(dtype: str) -> int:
-    digits = re.search(r"\d+", dtype)
-    return _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
-
-
-def _branches(rest: str) -> list[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
-    if listed:
-        return [name.strip().lstrip("%") for name in listed[1].split(",")]
-    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)

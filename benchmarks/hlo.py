@@ -1,85 +1,120 @@
-"""Collectives of a compiled program, read from its text."""
+"""A compiled program, read from its text (`compiled.as_text()`)."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
-_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2} | {
-    f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (32, 64)
-}
-_COLLECTIVE = re.compile(
-    r"= (?P<result>.+?) (?P<kind>all-gather|all-reduce|all-to-all|reduce-scatter|"
-    r"collective-permute|ragged-all-to-all|collective-broadcast)(?:-start)?\("
-)
-_SHAPE = re.compile(r"\b(pred|[sufb]f?\d+)\[([\d,]*)\]")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([\w.%\-, ]+)")
-_CALLED = re.compile(r"(?:to_apply|body|condition|calls)=%?([\w.\-]+)")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<rest>.*)$")
+_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One of a program: its kind, the bytes of its result on each device, and its line.
+class Array:
+    """One array of a type.
 
-    `branch` says whether it stands in a branch of a conditional, so that not every call runs it.
+    Attributes:
+      data: bytes of its elements.
+      bytes: those that it takes in memory, where tiles pad it.
+      space: in which memory it is; 0 is HBM.
     """
 
-    kind: str
+    data: int
     bytes: int
-    text: str
-    branch: bool
+    space: int
+
+    @property
+    def in_hbm(self) -> int:
+        """The bytes that it takes there."""
+        return self.bytes if self.space == 0 else 0
 
 
-def collectives(text: str) -> list[Collective]:
-    """Those of a compiled program's text; in the body of a loop each is counted once.
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: its arrays, those of a tuple in order, and what it was said to do."""
 
-    The result of a started operation is a tuple with its operand; the greatest part counts.
-    """
-    computations = dict(_computations(text))
-    rare = _reached_by_branches(computations)
-    found = []
-    for name, lines in computations.items():
-        for line in lines:
-            match = _COLLECTIVE.search(line)
-            if match:
-                sizes = [_bytes(*shape) for shape in _SHAPE.findall(match["result"])]
-                started = f"{match['kind']}-start(" in line
-                size = max(sizes) if started else sum(sizes)
-                found.append(Collective(match["kind"], size, line.strip(), name in rare))
-    return found
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
 
+    def called(self, attribute: str) -> str:
+        """The computation that an attribute such as `body` names; empty if there is none."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", list[str]()
-    for line in text.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            if lines:
-                yield name, lines
-            name, lines = header[1], []
-        else:
-            lines.append(line)
-    yield name, lines
+    @property
+    def branches(self) -> list[str]:
+        """The computations that a conditional chooses from."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        if listed:
+            return [name.strip().lstrip("%") for name in listed[1].split(",")]
+        return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", self.rest)
 
 
-def _reached_by_branches(computations: dict[str, list[str]]) -> set[str]:
-    """The computations that are called from branches of conditionals."""
-    everything = [line for lines in computations.values() for line in lines]
-    stack = [
-        name.strip().lstrip("%")
-        for line in everything
-        for group in _BRANCHES.findall(line)
-        for name in group.split(",")
-    ]
-    found: set[str] = set()
-    while stack:
-        name = stack.pop()
-        if name not in found and name in computations:
-            found.add(name)
-            stack += [called for line in computations[name] for called in _CALLED.findall(line)]
-    return found
+class Program:
+    """Instructions by computation and name."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        here: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            header = _HEADER.match(line)
+            if header:
+                here = self.computations.setdefault(header["name"], {})
+                self.entry = header["name"] if header["entry"] else self.entry
+            elif one := _instruction(line):
+                here[one.name] = one
 
 
-def _bytes(dtype: str, dims: str) -> int:
-    return _WIDTHS[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+def _instruction(line: str) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if not match:
+        return None
+    rest = match["rest"]
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = re.findall(r"%([\w.\-]+)", rest[opening:closing])
+    if rest.startswith("constant("):
+        operands = []
+    arrays = tuple(_array(*found.groups()) for found in _ARRAY.finditer(kind))
+    return Instruction(
+        match["name"], rest[:opening], arrays, tuple(operands), rest, match["root"] is not None
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The position behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"no closing bracket: {text[start : start + 80]}")
+
+
+def _array(dtype: str, dims: str, order: str | None, layout: str | None) -> Array:
+    sizes = [int(size) for size in dims.split(",") if size]
+    data = math.prod(sizes) * _bits(dtype) // 8
+    layout = layout or ""
+    tile = re.search(r"T\(([\d,]+)\)", layout)
+    if tile and order:
+        steps = [int(step) for step in tile[1].split(",")]
+        for step, axis in zip(reversed(steps), order.split(","), strict=False):
+            sizes[int(axis)] = -(-sizes[int(axis)] // step) * step
+    space = re.search(r"S\((\d+)\)", layout)
+    padded = math.prod(sizes) * _bits(dtype) // 8
+    return Array(data, padded, int(space[1]) if space else 0)
+
+
+def _bits(dtype: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    return _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from benchmarks import timing
-from benchmarks.hlo import collectives
+from benchmarks.collectives import collectives
 
 TOPOLOGIES = {"v5e:2x2": (4,), "v5e:4x4": (4, 4), "v5p:2x2x1": (4,)}
 UNREAD = ("v5p:2x2x1",)

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
-from benchmarks.hlo import collectives
+from benchmarks.collectives import collectives
 from hire_rewrite.ops import products, rows
 from tests.test_spread import LAYERS, TOKEN, VOCABULARY, D, batches, quick, weights
 from tests.test_spread import step as one_device

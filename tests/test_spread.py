@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
-from benchmarks.hlo import collectives
+from benchmarks.collectives import collectives
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.spread import Spread
 from hire_rewrite.passes import placement

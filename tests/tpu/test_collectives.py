@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("libtpu")
 
 from benchmarks import tpu
-from benchmarks.hlo import collectives
+from benchmarks.collectives import collectives
 
 TOPOLOGIES = list(tpu.TOPOLOGIES)
 READABLE = [topology for topology in TOPOLOGIES if topology not in tpu.UNREAD]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
-from benchmarks.hlo import collectives
+from benchmarks.collectives import collectives
 from tests.cases import FEW, FULL, close, packed, run
 from tests.zoo.catalog import MODELS
 from tests.zoo.model import Built, Model
