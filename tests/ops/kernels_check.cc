@@ -73,21 +73,26 @@ void CheckDot(hire::Kernels::Dot<Row> dot, const std::vector<Row>& rows, int64_t
 }
 
 template <typename Row>
-void CheckAdd(hire::Kernels::Add<Row> add, const std::vector<Row>& rows, int64_t n, int64_t d) {
-  const std::vector<float> h = Normal(n);
-  std::vector<float> out(d, 1.0f);
-  add(h.data(), rows.data(), n, d, d, out.data());
-  for (int64_t j = 0; j < d; ++j) {
-    double want = 1;
-    for (int64_t i = 0; i < n; ++i) want += static_cast<double>(h[i]) * Wide(rows[i * d + j]);
-    Expect("add", out[j], want, n + 1);
+void CheckAdd(hire::Kernels::Add<Row> add, const std::vector<Row>& rows, int64_t tokens, int64_t n,
+              int64_t d) {
+  const std::vector<float> h = Normal(tokens * n);
+  std::vector<float> out(tokens * d, 1.0f);
+  add(h.data(), tokens, n, rows.data(), n, d, d, out.data(), d);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t j = 0; j < d; ++j) {
+      double want = 1;
+      for (int64_t i = 0; i < n; ++i) want += static_cast<double>(h[t * n + i]) * Wide(rows[i * d + j]);
+      Expect("add", out[t * d + j], want, n + 1);
+    }
   }
 }
 
-void CheckBlocks(const hire::Kernels& kernels, int64_t tokens, int64_t n, int64_t d, int64_t block) {
+// `extreme`: all numbers are the greatest that there are, so that sums are too.
+void CheckBlocks(const hire::Kernels& kernels, int64_t tokens, int64_t n, int64_t d, int64_t block,
+                 bool extreme = false) {
   const int64_t blocks = d / block, half = d / 2;
-  const std::vector<int8_t> x = Integers(tokens * d, -127, 127);
-  const std::vector<int8_t> rows = Integers(n * half, -128, 127);
+  const std::vector<int8_t> x = Integers(tokens * d, extreme ? 127 : -127, 127);
+  const std::vector<int8_t> rows = Integers(n * half, extreme ? 0x77 : -128, extreme ? 0x77 : 127);
   const std::vector<float> x_scale = Normal(tokens * blocks), wide = Normal(n * blocks);
   std::vector<float> offset(tokens * blocks), out(tokens * n);
   std::vector<hire::BFloat16> scale(n * blocks);
@@ -136,13 +141,15 @@ void CheckKernels(const hire::Kernels& kernels) {
         CheckDot(kernels.dot_f32, wide, tokens, n, d);
         CheckDot(kernels.dot_bf16, narrow, tokens, n, d);
         CheckDot(kernels.dot_i8, Integers(n * d, -127, 127), tokens, n, d);
-        CheckAdd(kernels.add_f32, wide, n, d);
-        CheckAdd(kernels.add_bf16, narrow, n, d);
+        CheckAdd(kernels.add_f32, wide, tokens, n, d);
+        CheckAdd(kernels.add_bf16, narrow, tokens, n, d);
       }
     }
     CheckBlocks(kernels, tokens, 3, 64, 32);
     CheckBlocks(kernels, tokens, 2, 576, 32);
+    CheckBlocks(kernels, tokens, 2, 384, 64);
     CheckBlocks(kernels, tokens, 2, 1024, 64);
+    CheckBlocks(kernels, tokens, 2, 1024, 128, true);
   }
 }
 
@@ -176,6 +183,9 @@ int main() {
   CheckKernels(hire::kPortable);
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) CheckKernels(hire::kAvx2);
+  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    CheckKernels(hire::kVnni);
+  }
 #endif
   const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   for (int64_t n : {1, 5, 100, 5000, 40000}) {

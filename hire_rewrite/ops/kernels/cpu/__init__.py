@@ -3,7 +3,8 @@
 They compute what `ops.products`, `ops.rows` and `ops.select` compute in JAX, without widened or
 gathered copies. Installing the package builds them where there is a C++ compiler; without one, or
 with `HIRE_REWRITE_KERNELS=0` in the environment, everything runs in JAX alone. `status` says which.
-(`HIRE_REWRITE_KERNELS=portable` runs the form for processors without AVX2 and FMA.)
+There are three forms, and the fastest that the processor knows is used: with the integer products of
+AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and `portable` ask for the others.
 
 They sum in float32, in an order of their own.
 """
@@ -111,7 +112,7 @@ def block_product(x: Array, x_scale: Array, packed: Array, scale: Array, layer: 
 
 def fits_blocks(d: int, block: int) -> bool:
     """Whether `block_product` takes such rows: it reads both halves of a row in whole blocks."""
-    return usable() and (d // 2) % block == 0 and block % 32 == 0 and d // block <= 2048
+    return usable() and (d // 2) % block == 0 and block % 32 == 0 and d <= 65536
 
 
 def fetched_product(x: Array, rows: Array, index: Array) -> Array:

@@ -25,7 +25,7 @@ struct Rounded {
   const float* offset;     // [tokens, d / block]: 8 Σ of a block's integers
   int64_t tokens, d, block;
 };
-constexpr int64_t kMaxBlocks = 2048;
+constexpr int64_t kMaxPieces = 2048;  // of 32 numbers, in a row
 
 // The functions of `rows.inc` for one kind of processor. Tokens are rows of x: [tokens, d].
 struct Kernels {
@@ -40,10 +40,11 @@ struct Kernels {
   // is a multiple of kBytes long and divides half of a row.
   void (*dot_i4)(const Rounded& x, const int8_t* rows, const BFloat16* scale, int64_t count,
                  float* out, int64_t stride);
-  // out[j] += Σ_i h[i] rows[i * d + j] for `width` columns j of `count` rows.
+  // out[t * stride + j] += Σ_i h[t * h_stride + i] rows[i * d + j] for `width` columns j of `count`
+  // rows.
   template <typename Row>
-  using Add = void (*)(const float* h, const Row* rows, int64_t count, int64_t d, int64_t width,
-                       float* out);
+  using Add = void (*)(const float* h, int64_t tokens, int64_t h_stride, const Row* rows,
+                       int64_t count, int64_t d, int64_t width, float* out, int64_t stride);
   Add<float> add_f32;
   Add<BFloat16> add_bf16;
 };
@@ -51,6 +52,7 @@ struct Kernels {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;  // with FMA
+extern const Kernels kVnni;  // those of AVX-512
 #endif
 
 }  // namespace hire

@@ -16,15 +16,8 @@ namespace hire {
 namespace avx2 {
 namespace {
 
-inline Ints LoadInts(const int8_t* p) {
-  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
+#include "x86.inc"
 
-inline Ints LoadInts(const uint16_t* p) {
-  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
-// Each sum is of four products.
 inline Ints Products(Bytes unsigned_ones, const int8_t* signed_ones) {
   const __m256i others = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(signed_ones));
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)unsigned_ones, others);

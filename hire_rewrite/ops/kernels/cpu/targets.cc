@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -26,16 +27,21 @@ using S32 = ffi::Buffer<ffi::S32>;
 using BF16 = ffi::Buffer<ffi::BF16>;
 using Result = ffi::Result<F32>;
 
+// The fastest form that this processor runs, unless another is asked for.
 const Kernels& Best() {
 #if defined(__x86_64__)
-  static const bool avx2 = [] {
-    const char* asked = std::getenv("HIRE_REWRITE_KERNELS");
-    const bool portable = asked != nullptr && std::strcmp(asked, "portable") == 0;
-    return !portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const Kernels& best = []() -> const Kernels& {
+    const char* variable = std::getenv("HIRE_REWRITE_KERNELS");
+    const std::string asked = variable == nullptr ? "" : variable;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (asked == "portable" || !avx2) return kPortable;
+    return asked == "avx2" || !vnni ? kAvx2 : kVnni;
   }();
-  if (avx2) return kAvx2;
-#endif
+  return best;
+#else
   return kPortable;
+#endif
 }
 
 int64_t Grain(int64_t row_bytes) { return std::max<int64_t>(1, kPiece / std::max<int64_t>(1, row_bytes)); }
@@ -84,8 +90,8 @@ ffi::Error BlockProduct(ffi::ThreadPool pool, S8 x, F32 x_scale, S8 rows, BF16 s
                         Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
   const int64_t blocks = scale.dimensions()[2], block = d / blocks;
-  if (blocks > kMaxBlocks || block % kBytes || (d / 2) % block) {
-    return ffi::Error::InvalidArgument("blocks must be of 32 numbers, and at most 2048 in a row");
+  if (d > kMaxPieces * kBytes || block % kBytes || (d / 2) % block) {
+    return ffi::Error::InvalidArgument("blocks must be of 32 numbers, and rows of at most 65,536");
   }
   std::vector<float> offset(tokens * blocks);
   for (int64_t b = 0; b < tokens * blocks; ++b) {
@@ -136,14 +142,15 @@ ffi::Error FetchedSum(ffi::ThreadPool pool, F32 h, ffi::AnyBuffer rows, S32 inde
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t offset = index.typed_data()[i] * members * d + begin;
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* own = h.typed_data() + (t * count + i) * members;
-        float* sums = out->typed_data() + t * d + begin;
-        if (type == ffi::F32) {
-          Best().add_f32(own, Data<float>(rows) + offset, members, d, end - begin, sums);
-        } else {
-          Best().add_bf16(own, Data<BFloat16>(rows) + offset, members, d, end - begin, sums);
-        }
+      const float* own = h.typed_data() + i * members;
+      float* sums = out->typed_data() + begin;
+      const auto add = [&](auto run, auto* first) {
+        run(own, tokens, count * members, first + offset, members, d, end - begin, sums, d);
+      };
+      if (type == ffi::F32) {
+        add(Best().add_f32, Data<float>(rows));
+      } else {
+        add(Best().add_bf16, Data<BFloat16>(rows));
       }
     }
   });
