@@ -3,8 +3,8 @@
 They compute what `ops.products`, `ops.rows` and `ops.select` compute in JAX, without widened or
 gathered copies. Installing the package builds them where there is a C++ compiler; without one, or
 with `HIRE_REWRITE_KERNELS=0` in the environment, everything runs in JAX alone. `status` says which.
-There are three forms, and the fastest that the processor knows is used: with the integer products of
-AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and `portable` ask for the others.
+There are three forms, and the fastest that the processor knows is used: with the integer products
+of AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and `portable` ask for the others.
 
 They sum in float32, in an order of their own.
 """
