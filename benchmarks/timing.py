@@ -1,8 +1,9 @@
 """How this project measures time, so that two figures can be compared.
 
 Sides alternate in one process, in another order every round, after a warm-up, and each call is
-waited for. A figure is a median of many rounds. Beside it stands the floor: the bytes that must be
-read over the bandwidth measured in the same process.
+waited for. Orders are random: what a call leaves behind, in caches and in the allocator, is met by
+the next one, and no side always follows the same other. A figure is a median of many rounds. Beside
+it stands the floor: the bytes that must be read over the bandwidth measured in the same process.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -85,9 +87,9 @@ def alternate(
     names = list(sides)
     evictor = jnp.ones(LONG // 4) if cold else None
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for number in range(-2, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             if evictor is not None:
                 _greatest(evictor).block_until_ready()
             start = time.perf_counter()
