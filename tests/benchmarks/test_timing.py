@@ -11,14 +11,19 @@ from benchmarks import timing
 def test_sides_alternate_and_the_warm_up_does_not_count():
     calls = []
     timings = timing.alternate(
-        {name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4
+        {name: lambda name=name: calls.append(name) for name in "abc"}, rounds=40
     )
     rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
+    assert len(rounds) == 42
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    # no side always follows the same other
+    for name in "abc":
+        before = [calls[i - 1] for i, call in enumerate(calls) if call == name and i]
+        assert all(before.count(other) >= 10 for other in "abc" if other != name)
     assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {
-        "a": 4,
-        "b": 4,
-        "c": 4,
+        "a": 40,
+        "b": 40,
+        "c": 40,
     }
 
 
