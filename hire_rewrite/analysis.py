@@ -232,4 +232,7 @@ class Analyses:
         """`args` with None for the weights where a `Packed` stands for them."""
         if packed is None:
             return args
-        return tuple(None if i in self.weights else arg for i, arg in enumerate(args))
+        others: list[Any] = list(args)
+        for i in self.weights:
+            others[i] = None
+        return tuple(others)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
 from hire_rewrite import _compat
@@ -72,7 +73,7 @@ class Transformed:
             packed = self._packed_on_sight(args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
-        traced = _traced(jax.tree.leaves(operands))
+        traced = _tracing() and _traced(jax.tree.leaves(operands))
         if packed is None and self.mode == "exact" and not traced:
             # Inside a jit nobody would know how the weights lie on a mesh.
             analysis = self._analyses.of(None, args, kwargs)
@@ -296,10 +297,13 @@ class Transformed:
 
 
 def _traced(leaves: Iterable[Any]) -> bool:
-    """Whether one of them is a tracer. Asked at every call: of each type once, for it is slow."""
-    return any(map(_is_tracer, set(map(type, leaves))))
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
-@functools.cache
-def _is_tracer(kind: type) -> bool:
-    return issubclass(kind, jax.core.Tracer)
+def _tracing() -> bool:
+    """Whether there is a trace around, without which nothing is traced: a quick answer."""
+    return get_opaque_trace_state() != _NO_TRACE
+
+
+with jax.core.eval_context():
+    _NO_TRACE = get_opaque_trace_state()
