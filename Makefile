@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test bench mesh quality pretrain tpu docs lint format matrix clean help
+.PHONY: demo test zoo bench mesh quality pretrain tpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
+	@echo "make zoo       the zoo of models in bfloat16 too"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make docs      the generated pages of docs/"
@@ -44,6 +45,9 @@ quality: $(VENV)/.demo
 
 pretrain: $(VENV)/.pretrain
 	$(RUN) -m examples.pretrain
+
+zoo: $(VENV)/.test
+	$(RUN) -m pytest -n auto -m zoo tests/zoo
 
 mesh: $(VENV)/.test
 	$(RUN) -m pytest -n auto -m mesh tests/zoo

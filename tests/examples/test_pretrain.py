@@ -183,6 +183,7 @@ def test_stages(setting):
     assert [setting.k(step) for step in range(7)] == [1.0, 1.0, 0.5, 0.5, 0.125, 0.125, 0.125]
 
 
+@pytest.mark.parametrize("config", ["gated"], indirect=True)
 def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, monkeypatch):
     whole = train(setting, text, tmp_path / "whole")
 
@@ -213,6 +214,7 @@ def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, mon
     assert done.seconds == broken.seconds
 
 
+@pytest.mark.parametrize("config", ["gated"], indirect=True)
 def test_checkpoints_of_another_setting_are_an_error(setting, text, tmp_path):
     setting = dataclasses.replace(setting, stages=((0.0, 1.0),))
     train(setting, text, tmp_path)

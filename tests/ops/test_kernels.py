@@ -209,7 +209,7 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("form", ["0", "portable", "avx2"])
+@pytest.mark.parametrize("form", ["0", "portable"])
 def test_other_forms(form):
     """Without the kernels, and with those for other processors, products are the same."""
     environment = os.environ | {"HIRE_REWRITE_KERNELS": form, "JAX_PLATFORMS": "cpu"}

@@ -44,7 +44,7 @@ def test_the_page_is_current():
     assert page.read_text() == document((model, plan_of(model)) for model in MODELS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", POSITIVE, ids=str)
 def test_full_budget(model, dtype):
     one = built(model, dtype)
