@@ -1,8 +1,8 @@
 """The cost of da_top_k from 8 to 4,096 devices, on paper, and what compilers make of it.
 
 `python -m benchmarks.da_top_k` writes docs/da_top_k.md and its plot: bytes, rounds and recall by
-the formulas of `hire_rewrite.ops.merge` and `hire_rewrite.ops.recall`, with the tables that `make
-tpu` and `python -m benchmarks.mesh` left in benchmarks/results. Nothing is run.
+the formulas of `ops.top_k.merge` and `ops.top_k.recall`, with the tables that `make tpu`
+and `python -m benchmarks.mesh` left in benchmarks/results. Nothing is run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 
 from benchmarks import timing
 from benchmarks.markdown import table
-from hire_rewrite.ops.merge import Merge, cheapest, described
-from hire_rewrite.ops.recall import expected_recall, kept_per_shard
+from hire_rewrite.ops.top_k.merge import Merge, cheapest, described
+from hire_rewrite.ops.top_k.recall import expected_recall, kept_per_shard
 
 VOCABULARY, ROWS, K, TARGET, HOST = 262_144, 8, 64, 0.99, 8
 DEVICES = tuple(2**i for i in range(3, 13))

@@ -24,9 +24,9 @@ import hire_rewrite as hire
 from benchmarks import peers, timing
 from examples.layers import rms_norm
 from examples.smollm2 import model
-from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.ffn import hire_ffn
-from hire_rewrite.ops.head import HeadSpec, hire_head
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.ffn.ffn import hire_ffn
+from hire_rewrite.ops.head.head import HeadSpec, hire_head
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import table
 from hire_rewrite.transformed import Transformed

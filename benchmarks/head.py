@@ -32,7 +32,7 @@ from benchmarks import peers, real, recall, timing
 from benchmarks.peers import TOP, Side
 from benchmarks.structured import draw_queries, draw_rows, outstanding
 from hire_rewrite.ops.predictors import Predictor, hopeful
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.top_k.select import top_k
 from hire_rewrite.plan import table
 
 FITTED, QUERIES, TOKENS = 8192, 1024, (1, 4)

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from benchmarks import recall, timing
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.select import plain_top_k, threshold_mask, top_k
+from hire_rewrite.ops.top_k.select import plain_top_k, threshold_mask, top_k
 from hire_rewrite.plan import table
 
 SIZES = (8192, 32_768, 131_072, 262_144)

@@ -12,7 +12,7 @@ The way of the data: `trace → detect → plan → pack → rewrite → run`.
 
 from hire_rewrite.api import diff, inspect, transform
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.da_top_k import da_top_k
+from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import Plan, Rejection, Site
 from hire_rewrite.report import ModelReport, Report, SiteReport

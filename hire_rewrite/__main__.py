@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from hire_rewrite import machine as machines
+from hire_rewrite.cost import machine as machines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,13 +17,13 @@ from hire_rewrite.passes.ahead import pack_shapes
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.pack import Calibration, fingerprint, pack
-from hire_rewrite.passes.placement import around_packing
 from hire_rewrite.passes.raw import raw_replacement
 from hire_rewrite.passes.replace import Functions, packed_replacements
-from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace, abstract, placed, trace
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
+from hire_rewrite.sharding.placement import around_packing
+from hire_rewrite.sites.replacement import SiteReplacement
 
 __all__ = ["Analyses", "Analysis"]
 

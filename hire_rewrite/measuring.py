@@ -1,4 +1,4 @@
-"""Measure the constants of a machine (see `hire_rewrite.machine`) with this package's operations.
+"""Measure the constants of a machine (see `cost.machine`) with this package's operations.
 
 Reads are timed one by one, on matrices that fit no cache. What a rewritten site costs besides is
 then fitted to whole sites: what the reads leave of their times is the least squares' sum of so much
@@ -21,14 +21,14 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.api import transform
-from hire_rewrite.machine import COSTS, KINDS, TOKENS, Machine
-from hire_rewrite.ops.block import FFNSpec, FFNState
+from hire_rewrite.cost.estimate import estimate
+from hire_rewrite.cost.machine import COSTS, KINDS, TOKENS, Machine
+from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
+from hire_rewrite.ops.ffn.products import fetched_products
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.ops.products import block_product, product, quantize_blocks, quantize_rows
-from hire_rewrite.ops.rows import fetched_products
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.estimate import estimate
 from hire_rewrite.passes.trace import trace
 from hire_rewrite.rules import FFN, Head, Rule
 

@@ -74,7 +74,7 @@ class Rejection:
 class Plan:
     """Sites, near misses (closest first), opaque equations with products inside, unused rules,
     whether the kernels for CPU are in use (see `ops.kernels`), and the machine by whose times
-    sites were judged (see `hire_rewrite.machine`)."""
+    sites were judged (see `hire_rewrite.cost.machine`)."""
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()

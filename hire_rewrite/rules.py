@@ -12,7 +12,7 @@ import numbers
 import re
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.block import check_choices
+from hire_rewrite.ops.ffn.block import check_choices
 from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, written
 
 __all__ = ["FFN", "Cascade", "Head", "LowRank", "Quantized", "Rule", "count"]

@@ -12,7 +12,7 @@ import jax
 from hire_rewrite.analysis import Analyses
 from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.block import FFNSpec
+from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, certifies
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.sizes import scored_rows

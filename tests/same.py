@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire_rewrite.graph.nodes import Node, Scope, Value
+from hire_rewrite.graph.view import evaluate
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.trace import trace
-from hire_rewrite.passes.view import evaluate
-from hire_rewrite.patterns.graph import Node, Scope, Value
 from tests.cases import run
 
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.activity import relative_error
-from hire_rewrite.ops.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn import guess, kept_down, masked, ranked, topk_mask
-from hire_rewrite.ops.head import (
+from hire_rewrite.ops.ffn.activity import relative_error
+from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
+from hire_rewrite.ops.ffn.ffn import guess, kept_down, masked, ranked, topk_mask
+from hire_rewrite.ops.ffn.importance import best_mask, with_common
+from hire_rewrite.ops.ffn.products import all_down, all_products
+from hire_rewrite.ops.head.head import (
     Endpoints,
     HeadSpec,
     HeadState,
@@ -24,10 +26,8 @@ from hire_rewrite.ops.head import (
     exact_head,
     finished,
 )
-from hire_rewrite.ops.importance import best_mask, with_common
 from hire_rewrite.ops.predictors import Predictor, hopeful
-from hire_rewrite.ops.rows import all_down, all_products
-from hire_rewrite.ops.select import marked, top_k
+from hire_rewrite.ops.top_k.select import marked, top_k
 
 
 class Quality(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hire_rewrite.ops.spread import state_specs
+from hire_rewrite.ops.ffn.sharded import state_specs
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.pack import Calibration, pack
-from hire_rewrite.passes.placement import automatic
 from hire_rewrite.passes.trace import Trace
+from hire_rewrite.sharding.placement import automatic
 
 __all__ = ["pack_shapes"]
 

@@ -14,23 +14,23 @@ import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.view import run_node
 from hire_rewrite.learned import Learned
-from hire_rewrite.ops.activity import Activity, expected_union, smallest_k
-from hire_rewrite.ops.block import FFNSpec
+from hire_rewrite.ops.ffn.activity import Activity, expected_union, smallest_k
+from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.observe import by_layer
 from hire_rewrite.passes.pack import Calibration
-from hire_rewrite.passes.placement import automatic
 from hire_rewrite.passes.raw import observed
 from hire_rewrite.passes.rewrite import Rewritten, rewrite
-from hire_rewrite.passes.rows import to_rows
-from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import run_node
-from hire_rewrite.passes.weights import site_loops
-from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.rules import FFN
+from hire_rewrite.sharding.placement import automatic
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.layout import to_rows
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weights import site_loops
 
 __all__ = ["conclude", "tapped"]
 

@@ -6,19 +6,19 @@ import dataclasses
 import re
 from collections.abc import Hashable, Mapping, Sequence
 
-from hire_rewrite import machine as machines
+from hire_rewrite.cost import machine as machines
+from hire_rewrite.cost.estimate import dense_bytes, estimate
+from hire_rewrite.cost.machine import Machine
 from hire_rewrite.learned import Learned
-from hire_rewrite.machine import Machine
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.head import HeadSpec
-from hire_rewrite.ops.merge import cheapest, described
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.head.head import HeadSpec
+from hire_rewrite.ops.top_k.merge import cheapest, described
 from hire_rewrite.passes.detect import Detection, Found, source_of
-from hire_rewrite.passes.estimate import dense_bytes, estimate
 from hire_rewrite.passes.sizes import Unfit, budget_of, scored_rows, spec_of
-from hire_rewrite.patterns.ffn import FFNMatch
 from hire_rewrite.plan import Plan, Site
 from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.sites.ffn.match import FFNMatch
 
 __all__ = ["DEFAULT_RULES", "Decision", "decide", "min_width"]
 

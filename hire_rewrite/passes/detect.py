@@ -15,18 +15,18 @@ from jax.extend.core import primitives as p
 from jax.sharding import Mesh
 
 from hire_rewrite import _compat
-from hire_rewrite.ops.spread import Spread
-from hire_rewrite.passes.placement import placement_of
-from hire_rewrite.passes.shards import Shards, pieces_of, shards_of
+from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
+from hire_rewrite.graph.view import inner_jaxprs
+from hire_rewrite.ops.ffn.sharded import Spread
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import inner_jaxprs
-from hire_rewrite.patterns.activation import Activation
-from hire_rewrite.patterns.ffn import FFNMatch, match_ffn
-from hire_rewrite.patterns.graph import Frame, Node, Scope, Value
-from hire_rewrite.patterns.head import HeadMatch, match_head
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
 from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.plan import Rejection
+from hire_rewrite.sharding.manual import Shards, pieces_of, shards_of
+from hire_rewrite.sharding.placement import placement_of
+from hire_rewrite.sites.ffn.activation import Activation
+from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
+from hire_rewrite.sites.head.match import HeadMatch, match_head
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.graph.nodes import Node, Scope, Value
+from hire_rewrite.graph.view import evaluate
+from hire_rewrite.ops.head.head import HeadSpec
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.rows import to_rows
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate
-from hire_rewrite.patterns.graph import Node, Scope, Value
-from hire_rewrite.patterns.head import HeadMatch
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.layout import to_rows
 
 __all__ = ["ModelSums", "evaluation"]
 

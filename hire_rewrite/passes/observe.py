@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.passes.shards import Shards
+from hire_rewrite.graph.nodes import Scope
 from hire_rewrite.passes.trace import abstract
-from hire_rewrite.patterns.graph import Scope
+from hire_rewrite.sharding.manual import Shards
 
 __all__ = ["add_up", "by_layer"]
 

@@ -15,21 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.nodes import Scope
 from hire_rewrite.learned import Learned, Learnings
-from hire_rewrite.ops.block import FFNState
-from hire_rewrite.ops.head import HeadState
+from hire_rewrite.ops.ffn.block import FFNState
+from hire_rewrite.ops.head.head import HeadState
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.placement import on_mesh
 from hire_rewrite.passes.replace import packed_replacements
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.shards import on_each_device
 from hire_rewrite.passes.sizes import scored_rows
 from hire_rewrite.passes.state import site_state
 from hire_rewrite.passes.trace import Trace, abstract
-from hire_rewrite.passes.weights import Stacked, Stacker, layers, site_loops
-from hire_rewrite.patterns.graph import Scope
+from hire_rewrite.sharding.manual import on_each_device
+from hire_rewrite.sharding.placement import on_mesh
+from hire_rewrite.sites.weights import Stacked, Stacker, layers, site_loops
 
 __all__ = ["Calibration", "fingerprint", "pack"]
 

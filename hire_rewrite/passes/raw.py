@@ -14,24 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.ops import head as head_ops
-from hire_rewrite.ops.activity import activity
-from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.ffn import topk_mask
-from hire_rewrite.ops.importance import importance
+from hire_rewrite.graph.calls import CUSTOM_DERIVATIVES
+from hire_rewrite.graph.nodes import Frame, Node, Value
+from hire_rewrite.graph.view import look_up, run_node
+from hire_rewrite.ops.ffn.activity import activity
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.ffn.ffn import topk_mask
+from hire_rewrite.ops.ffn.importance import importance
+from hire_rewrite.ops.head import head as head_ops
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.passes.calls import CUSTOM_DERIVATIVES
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
-from hire_rewrite.passes.rows import cut_out, from_rows, to_rows
-from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import look_up, run_node
-from hire_rewrite.passes.weights import site_loops
-from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.graph import Frame, Node, Value
-from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.patterns.window import Window
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.head.epilogue import endpoint_values, endpoints_of
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.layout import cut_out, from_rows, to_rows
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weights import site_loops
 
 __all__ = ["observed", "raw_replacement"]
 

@@ -13,24 +13,24 @@ from typing import Any
 
 import jax
 
-from hire_rewrite.ops import ffn as ffn_ops
-from hire_rewrite.ops import head as head_ops
-from hire_rewrite.ops.block import Activation, FFNSpec
+from hire_rewrite.graph.nodes import Scope
+from hire_rewrite.ops.ffn import ffn as ffn_ops
+from hire_rewrite.ops.ffn.block import Activation, FFNSpec
+from hire_rewrite.ops.ffn.products import add_joined, part_inputs
+from hire_rewrite.ops.ffn.sharded import spread_ffn
+from hire_rewrite.ops.head import head as head_ops
+from hire_rewrite.ops.head.sharded import spread_head
 from hire_rewrite.ops.quality import measured_ffn, measured_head
-from hire_rewrite.ops.rows import add_joined, part_inputs
-from hire_rewrite.ops.spread import spread_ffn
-from hire_rewrite.ops.spread_head import spread_head
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.experts import side_by_side
-from hire_rewrite.passes.head_code import endpoint_values, endpoints_of
-from hire_rewrite.passes.rows import from_rows, to_rows
-from hire_rewrite.passes.searches import searches
-from hire_rewrite.passes.site import SiteReplacement
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.weights import site_loops
-from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.graph import Scope
-from hire_rewrite.patterns.head import HeadMatch
+from hire_rewrite.sites.ffn.experts import side_by_side
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.head.epilogue import endpoint_values, endpoints_of
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.head.top_k import searches
+from hire_rewrite.sites.layout import from_rows, to_rows
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weights import site_loops
 
 __all__ = ["Functions", "packed_replacements"]
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from hire_rewrite import _compat
-from hire_rewrite.passes.calls import BodyResult, inline_calls, structured_calls
-from hire_rewrite.passes.liveness import Liveness, liveness
-from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Replacement, schedule
+from hire_rewrite.graph.calls import BodyResult, inline_calls, structured_calls
+from hire_rewrite.graph.liveness import Liveness, liveness
+from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.graph.view import evaluate, look_up
+from hire_rewrite.passes.emit.schedule import Call, Item, Keep, Loop, Replacement, schedule
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.view import evaluate, look_up
-from hire_rewrite.patterns.graph import Body, Node, Scope, Value
 
 __all__ = ["Rewritten", "rewrite"]
 

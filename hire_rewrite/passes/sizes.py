@@ -10,18 +10,18 @@ import jax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.learned import Learned
-from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.certify import chain_of
-from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.ops.certify.proof import chain_of
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.ffn.sharded import Spread
+from hire_rewrite.ops.head.head import HeadSpec
 from hire_rewrite.ops.predictors import Cascade, certifies
-from hire_rewrite.ops.recall import kept_per_shard
-from hire_rewrite.ops.spread import Spread
+from hire_rewrite.ops.top_k.recall import kept_per_shard
 from hire_rewrite.passes.detect import Found
-from hire_rewrite.passes.head_code import endpoints_of
-from hire_rewrite.patterns.activation import Activation
-from hire_rewrite.patterns.ffn import FFNMatch
-from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.rules import FFN, Head, Rule, count
+from hire_rewrite.sites.ffn.activation import Activation
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.head.epilogue import endpoints_of
+from hire_rewrite.sites.head.match import HeadMatch
 
 __all__ = ["Unfit", "budget_of", "scored_rows", "spec_of"]
 

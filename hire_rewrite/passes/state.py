@@ -16,19 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.block import FFNSpec, FFNState, PartState
-from hire_rewrite.ops.head import HeadSpec, HeadState
+from hire_rewrite.graph.nodes import Scope
+from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, PartState
+from hire_rewrite.ops.ffn.sharded import state_specs
+from hire_rewrite.ops.head.head import HeadSpec, HeadState
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Certifying, Predictor
-from hire_rewrite.ops.spread import state_specs
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.placement import put, put_rows
-from hire_rewrite.passes.rows import cut_out
-from hire_rewrite.passes.weights import Stacker, narrow
-from hire_rewrite.patterns.graph import Scope
-from hire_rewrite.patterns.head import HeadMatch
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
+from hire_rewrite.sharding.placement import put, put_rows
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.layout import cut_out
+from hire_rewrite.sites.weights import Stacker, narrow
 
 __all__ = ["site_state"]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.block import FFNSpec
-from hire_rewrite.ops.head import HeadSpec
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.head.head import HeadSpec
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.estimate import estimate
 from hire_rewrite.passes.observe import by_layer
 from hire_rewrite.passes.trace import Trace
-from hire_rewrite.passes.weights import site_loops
 from hire_rewrite.report import ModelReport, Report, SiteReport
+from hire_rewrite.sites.weights import site_loops
 
 __all__ = ["summarize"]
 

@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.passes.liveness import Liveness, liveness
-from hire_rewrite.passes.view import flatten
-from hire_rewrite.patterns.devices import Differences
-from hire_rewrite.patterns.graph import Scope, Value
-from hire_rewrite.patterns.provenance import Provenance
+from hire_rewrite.graph.liveness import Liveness, liveness
+from hire_rewrite.graph.nodes import Scope, Value
+from hire_rewrite.graph.provenance import Provenance
+from hire_rewrite.graph.varying import Differences
+from hire_rewrite.graph.view import flatten
 
 __all__ = ["Trace", "abstract", "placed", "spread_sharding", "trace"]
 

@@ -20,7 +20,7 @@ from typing import Any
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.patterns.window import Window
 
 __all__ = [

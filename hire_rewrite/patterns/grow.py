@@ -16,12 +16,12 @@ from typing import Any
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
+from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.patterns.axes import Blocked, axis_rules, keeps_tokens
-from hire_rewrite.patterns.graph import Node, Uses, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.one_hot import is_one_hot
-from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.region import Projection, Region, Vector
 from hire_rewrite.patterns.window import Window
 

@@ -11,8 +11,8 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
+from hire_rewrite.graph.nodes import Node
 from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule, rerun
-from hire_rewrite.patterns.graph import Node
 from hire_rewrite.patterns.one_hot import chooses, free_axes
 from hire_rewrite.patterns.window import Window
 

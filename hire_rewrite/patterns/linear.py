@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.one_hot import free_axes
-from hire_rewrite.patterns.provenance import Provenance
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["Linear", "as_linear", "chosen_from", "is_product", "wide_axes"]

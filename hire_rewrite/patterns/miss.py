@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hire_rewrite.patterns.graph import Node
+from hire_rewrite.graph.nodes import Node
 
 __all__ = ["Contracted", "Miss"]
 

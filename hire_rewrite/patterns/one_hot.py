@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite.patterns.graph import Node, Value
+from hire_rewrite.graph.nodes import Node, Value
 
 __all__ = ["chooses", "free_axes", "is_one_hot"]
 

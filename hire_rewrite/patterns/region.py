@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.patterns.axes import axis_rules, rerun
-from hire_rewrite.patterns.graph import Node, Value
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.window import Window
 

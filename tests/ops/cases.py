@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_rewrite.ops.block import FFNSpec, FFNState
-from hire_rewrite.ops.head import HeadSpec, HeadState
+from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
+from hire_rewrite.ops.head.head import HeadSpec, HeadState
 from tests.cases import Oracle
 
 __all__ = ["Oracle", "ffn", "fitted", "head", "normal", "scaled", "stack"]

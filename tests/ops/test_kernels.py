@@ -16,7 +16,7 @@ from jax import lax
 
 import hire_rewrite as hire
 from hire_rewrite.ops import kernels, products
-from hire_rewrite.ops.rows import fetch_groups
+from hire_rewrite.ops.ffn.products import fetch_groups
 
 needed = pytest.mark.skipif(
     kernels.cpu.status() != "in use", reason=f"kernels for CPU are {kernels.cpu.status()}"

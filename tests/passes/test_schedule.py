@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from hire_rewrite.passes.liveness import liveness
-from hire_rewrite.passes.schedule import Call, Keep, Loop, Swap, schedule
-from hire_rewrite.passes.view import flatten
-from hire_rewrite.patterns.graph import Frame
+from hire_rewrite.graph.liveness import liveness
+from hire_rewrite.graph.nodes import Frame
+from hire_rewrite.graph.view import flatten
+from hire_rewrite.passes.emit.schedule import Call, Keep, Loop, Swap, schedule
 from tests.cases import inputs
 
 X = inputs(3, 4)

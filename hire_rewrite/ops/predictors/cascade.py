@@ -24,7 +24,7 @@ from hire_rewrite.ops.predictors.protocol import (
     hopeful,
     reads_of,
 )
-from hire_rewrite.ops.select import top_k
+from hire_rewrite.ops.top_k.select import top_k
 
 _TOGETHER = 8
 """Tokens whose rows are scored again at a time."""

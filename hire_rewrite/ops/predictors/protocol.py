@@ -88,7 +88,7 @@ class Read(NamedTuple):
     """Numbers that are read, each once, and multiplied with the vectors of some tokens.
 
     Attributes:
-      kind: how they are stored and multiplied, a field of `hire_rewrite.machine.Machine`.
+      kind: how they are stored and multiplied, a field of `hire_rewrite.cost.machine.Machine`.
       bytes: of all of them.
       tokens: how many vectors each number is multiplied with.
       pieces: into how many pieces that lie apart they are fetched; 0 for one.

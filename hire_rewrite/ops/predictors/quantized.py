@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import kernels, rounding
+from hire_rewrite.ops import kernels
+from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
 from hire_rewrite.ops.products import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.head import HeadSpec, HeadState, hire_head
+from hire_rewrite.ops.head.head import HeadSpec, HeadState, hire_head
 from hire_rewrite.ops.predictors import (
     Cascade,
     LowRank,

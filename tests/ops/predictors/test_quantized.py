@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import products, rounding
+from hire_rewrite.ops import products
+from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.predictors import Certifying, Predictor, Quantized, ScoresRows, certifies
 from tests.ops.cases import fitted, normal
 

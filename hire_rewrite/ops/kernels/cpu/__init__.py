@@ -1,6 +1,6 @@
 """Kernels in C++ for CPU, which XLA calls through its foreign function interface.
 
-They compute what `ops.products`, `ops.rows` and `ops.select` compute in JAX, without widened or
+They compute what `ops.products`, `ops.ffn` and `ops.top_k` compute in JAX, without widened or
 gathered copies. Installing the package builds them where there is a C++ compiler; without one, or
 with `HIRE_REWRITE_KERNELS=0` in the environment, everything runs in JAX alone. `status` says which.
 There are three forms, and the fastest that the processor knows is used: with the integer products

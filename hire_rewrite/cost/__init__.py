@@ -1,0 +1,1 @@
+"""What a site costs: bytes, and the time of a machine."""

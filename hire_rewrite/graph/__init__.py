@@ -1,0 +1,1 @@
+"""The function as a graph: traced, flattened, and turned back into code."""

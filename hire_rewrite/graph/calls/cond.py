@@ -1,0 +1,55 @@
+"""`lax.cond` and `lax.switch`: one of several branches on the same operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from hire_rewrite.graph.calls.table import BodyResult, BodySpec, BodyWriter
+from hire_rewrite.graph.nodes import Input, Node, Output
+
+
+class Cond:
+    """A branch that was not taken reports zeros."""
+
+    controls = 1
+
+    def bodies(self, eqn: Any, ins: Sequence[Any]) -> list[BodySpec]:
+        inputs = tuple(Input(value, "const") for value in ins[1:])
+        outputs = tuple(Output(i) for i in range(len(eqn.outvars)))
+        return [BodySpec(branch, 1, inputs, outputs) for branch in eqn.params["branches"]]
+
+    def write(self, node: Node, writer: BodyWriter) -> BodyResult:
+        live = [i for i, value in enumerate(node.outs) if writer.is_live(value)]
+
+        def branch(number: int) -> Any:
+            body = node.bodies[number]
+
+            def run() -> tuple[list[Any], dict[str, Any]]:
+                inputs = {
+                    i: writer.read(link.outer)
+                    for i, link in enumerate(body.inputs)
+                    if writer.is_live(body.scope.inputs[i])
+                }
+                result = writer.run(body, inputs, None)
+                return [result.outputs[i] for i in live], result.reports
+
+            return run
+
+        branches = [branch(number) for number in range(len(node.bodies))]
+        zeros: dict[str, Any] = {}
+        for run in branches:
+            zeros |= writer.report_zeros(run)
+
+        def padded(run: Any) -> Any:
+            def full() -> tuple[list[Any], dict[str, Any]]:
+                outputs, reports = run()
+                return outputs, zeros | reports
+
+            return full
+
+        index = writer.read(node.ins[0])
+        outputs, reports = jax.lax.switch(index, [padded(run) for run in branches])
+        return BodyResult(dict(zip(live, outputs, strict=True)), reports)

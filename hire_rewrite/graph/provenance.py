@@ -1,0 +1,179 @@
+"""Where a value comes from: from weights alone, or from an activation too.
+
+A *weight* is a value that depends on weight arguments, closed-over arrays and numbers, and on
+nothing else, whatever was done to it on the way: transposed, cast, reshaped, dequantized, sliced
+by a `scan` or indexed by a loop's counter. What depends on weights alone is computed once, when
+the weights are packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Hashable
+
+import numpy as np
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+
+__all__ = ["Counter", "Provenance", "body_of", "carried_unchanged", "counter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """A carried integer that starts at `start` and grows by `step` in each iteration."""
+
+    start: Value
+    step: int
+
+
+class Provenance:
+    """Which values of a function depend on weights alone.
+
+    Args:
+      root: the function's scope.
+      weights: numbers of the function's inputs that hold weights.
+    """
+
+    def __init__(self, root: Scope, weights: Collection[int]) -> None:
+        self._weights: set[Value] = {root.inputs[i] for i in weights}
+        self._varies: dict[Value, frozenset[Scope]] = {}
+        self._identities: dict[Value, Hashable] = {}
+        self._visit(root)
+
+    def is_weight(self, value: Value) -> bool:
+        """Whether the value depends on weights (and constants) alone."""
+        return value.literal is not None or value.const is not None or value in self._weights
+
+    def roots(self, value: Value, within: Scope | None = None) -> list[Value]:
+        """The inputs and constants that a weight is computed from, in order of discovery.
+
+        Args:
+          within: a scope around the value whose own inputs are asked for; None for the function's.
+        """
+        outermost = within.parent if within is not None else None
+        found: dict[Value, None] = {}
+        stack, seen = [value], {value}
+        while stack:
+            current = stack.pop()
+            if current.node is not None:
+                sources = list(current.node.ins)
+            elif current.const is not None or (
+                current.is_input and current.scope.parent is outermost
+            ):
+                found[current] = None
+                continue
+            elif current.is_input:
+                body, i = body_of(current)
+                sources = [body.inputs[i].outer]
+            else:
+                sources = []
+            for source in sources:
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return list(found)
+
+    def identity(self, value: Value) -> Hashable:
+        """Equal for weights that are computed alike from the same arrays, wherever they stand."""
+        if value not in self._identities:
+            found: Hashable = ("array", id(value.const) if value.const is not None else id(value))
+            if value.literal is not None:
+                found = ("literal", str(value.literal), str(value.dtype))
+            elif value.node is not None:
+                node = value.node
+                ins = tuple(map(self.identity, node.ins))
+                found = (node.primitive, str(node.params), node.outs.index(value), ins)
+            elif value.is_input and value.scope.parent is not None:
+                body, i = body_of(value)
+                found = self.identity(body.inputs[i].outer)
+                if body.inputs[i].role == "shard":
+                    found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
+                if value.scope in self.varies_over(value):
+                    count = counter(body, i) if body.inputs[i].role == "carry" else None
+                    order = count and (count.step, value.scope.parent.params.get("reverse"))
+                    depth = len(list(value.scope.ancestors()))
+                    found = (value.scope.length, depth, order, found)
+            self._identities[value] = found
+        return self._identities[value]
+
+    def varies_over(self, value: Value) -> frozenset[Scope]:
+        """The scans around a weight from one iteration of which to the next it changes."""
+        if value not in self._varies:
+            if value.node is not None:
+                scopes = frozenset[Scope]().union(*map(self.varies_over, value.node.ins))
+            elif value.is_input and value.scope.parent is not None:
+                body, i = body_of(value)
+                link = body.inputs[i]
+                scopes = self.varies_over(link.outer)
+                if link.role == "slice" or (link.role == "carry" and counter(body, i)):
+                    scopes |= {value.scope}
+            else:
+                scopes = frozenset()
+            self._varies[value] = scopes
+        return self._varies[value]
+
+    def _visit(self, scope: Scope) -> None:
+        for node in scope.nodes:
+            for body in node.bodies:
+                self._enter(body)
+                self._visit(body.scope)
+            if not _compat.has_effects(node.eqn) and all(map(self.is_weight, node.ins)):
+                self._weights.update(node.outs)
+
+    def _enter(self, body: Body) -> None:
+        for i, (value, link) in enumerate(zip(body.scope.inputs, body.inputs, strict=True)):
+            varying = link.role == "carry" and not carried_unchanged(body, i)
+            if self.is_weight(link.outer) and (not varying or counter(body, i) is not None):
+                self._weights.add(value)
+
+
+def body_of(value: Value) -> tuple[Body, int]:
+    """The body of a loop or branch that a value is an input of, and its number there."""
+    node = value.scope.parent
+    assert node is not None
+    for body in node.bodies:
+        if body.scope is value.scope:
+            return body, body.scope.inputs.index(value)
+    raise AssertionError("a scope's parent lists the scope among its bodies")
+
+
+def carried_unchanged(body: Body, i: int) -> bool:
+    """Whether carry `i` of a loop's body leaves each iteration as it came in.
+
+    The condition of a `while_loop` hands nothing on; its carries are judged by the body.
+    """
+    ends = _ends(body, i)
+    return bool(ends) and all(end is start for start, end in ends)
+
+
+def counter(body: Body, i: int) -> Counter | None:
+    """Carry `i` as a counter, if its body only adds a number to it."""
+    for start, end in _ends(body, i):
+        node = end.node
+        if node is None or node.primitive is not p.add_p or body.scope.length is None:
+            return None
+        others = [value for value in node.ins if value is not start]
+        if len(others) != 1 or others[0].literal is None:
+            return None
+        if start.shape or not np.issubdtype(start.dtype, np.integer):
+            return None
+        return Counter(body.inputs[i].outer, int(np.asarray(others[0].literal)))
+    return None
+
+
+def _ends(body: Body, i: int) -> list[tuple[Value, Value]]:
+    """(carry at the start, carry at the end) of the iteration that input `i` belongs to."""
+    node: Node | None = body.scope.parent
+    assert node is not None
+    number = node.bodies.index(body)
+    found = []
+    for other in node.bodies:
+        for j, output in enumerate(other.outputs):
+            if (number, i) in output.feeds:
+                start = next(
+                    other.scope.inputs[k] for b, k in output.feeds if node.bodies[b] is other
+                )
+                found.append((start, other.scope.outputs[j]))
+    return found

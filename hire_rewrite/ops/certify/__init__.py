@@ -1,0 +1,1 @@
+"""Proofs that a head's greatest values are those of the dense head."""

@@ -1,0 +1,75 @@
+"""A vocabulary head whose rows are spread over the devices of a mesh.
+
+Each device guesses the logits of its own rows, takes as many candidates among them as one device
+would take of all, and computes those exactly. Logits stay where they were computed: they come out
+spread over the vocabulary, in its order, and the model's own code behind them works on them so.
+Between devices travel the greatest values alone, for the limit that keeps wrong guesses below them.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from hire_rewrite.ops.ffn.sharded import Spread, state_specs
+from hire_rewrite.ops.head.head import at, gathered, with_tail
+from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
+from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.top_k.keys import lowest
+from hire_rewrite.ops.top_k.select import scatter, top_k
+
+__all__ = ["spread_head"]
+
+
+def spread_head(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    *,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+    spread: Spread,
+) -> tuple[Array, ...]:
+    """`hire_head` on state that is spread as `state_specs` says; `spec.parts` are the devices."""
+    some = spread.tokens(x.shape[0])
+    tokens, whole, across = P(some), P(), P(some, spread.axes)
+    specs = state_specs(state, spec, predictor, spread)
+    padding = ((0, 0), (0, spec.rows - spec.width))
+    count = spec.candidates // spec.parts
+
+    def guess(x: Array, state: HeadState, layer: Array) -> Array:
+        return predictor.score(state.predictor, x, layer)
+
+    def compute(
+        x: Array, state: HeadState, layer: Array, guessed: Array, hopes: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        found = tuple(top_k(values, count)[1] for values in hopes)
+        rows = jnp.concatenate(found, axis=-1)
+        exact = gathered(x, state, layer, rows, spec).astype(spec.out_dtype)
+        return scatter(guessed, rows, exact), found
+
+    def finish(values: Array, guesses: Array, found: Array) -> Array:
+        return with_tail(at(values, found), found, guesses, spec, spread.axes)
+
+    def cut(spread_out: Array) -> Array:
+        return spread_out[:, : spec.width]
+
+    def padded(values: Array) -> Array:
+        return jnp.pad(values, padding, constant_values=lowest(values.dtype))
+
+    scores = spread.map(guess, (tokens, specs, whole), across)(x, state, layer)
+    better = endpoints(cut(hopeful(scores, state.predictor, layer)).astype(spec.out_dtype))
+    scores = scores.astype(spec.out_dtype)
+    guesses = endpoints(cut(scores))
+    ends = (across,) * len(guesses)
+    exact, found = spread.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
+        x, state, layer, scores, tuple(map(padded, better))
+    )
+    values = endpoints(cut(exact))
+    tail = spread.map(finish, (across, across, across), across)
+    return tuple(
+        cut(tail(padded(one), padded(guess), own))
+        for one, guess, own in zip(values, guesses, found, strict=True)
+    )

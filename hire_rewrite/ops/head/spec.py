@@ -1,0 +1,121 @@
+"""What a vocabulary head is made of: its sizes, its arrays, and what its logits go through."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import State
+from hire_rewrite.ops.top_k.keys import lowest
+from hire_rewrite.ops.top_k.select import part_top_k
+
+Endpoints = Callable[[Array], tuple[Array, ...]]
+"""Raw logits [tokens, V] to the values that the model goes on with, each [tokens, V] and each
+pointwise along V."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """What is to be computed at a head.
+
+    Attributes:
+      width: V.
+      k: how many of the greatest values are certainly exact.
+      candidates: how many rows a token fetches for each endpoint, at least k.
+      tail: what values that are no candidates become, `"predicted"` or `"-inf"`.
+      out_dtype: of the raw logits.
+      precision: of the product, as in `lax.dot_general`.
+      compute_dtype: to which rows are cast after they were fetched.
+      starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
+        endpoint may have fewer than V values: padding of the vocabulary is cut off.)
+      certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.
+      parts: the rows are taken as so many equal parts, one behind the other, and of each part the
+        same number are candidates: one part for each device that has some.
+      recall_target: of searches for the greatest values of all devices (see `da_top_k`).
+    """
+
+    width: int
+    k: int
+    candidates: int
+    tail: str
+    out_dtype: Any
+    precision: Any
+    compute_dtype: Any
+    starts: tuple[int, ...] = ()
+    certify: int = 0
+    parts: int = 1
+    recall_target: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.candidates <= self.width:
+            raise HireRewriteError(
+                f"HeadSpec: k={self.k}, candidates={self.candidates}, width={self.width}: they "
+                "must be in that order, and k at least 1"
+            )
+        if self.tail not in ("predicted", "-inf"):
+            raise HireRewriteError(f'HeadSpec: tail={self.tail!r} must be "predicted" or "-inf"')
+        each = self.candidates // self.parts
+        if self.candidates % self.parts or each > self.width - (self.parts - 1) * self.part_rows:
+            raise HireRewriteError(
+                f"HeadSpec: candidates={self.candidates} cannot be taken alike from parts="
+                f"{self.parts} of {self.part_rows} rows, {self.width} in all: give a multiple, "
+                "and no more of each than the last part has"
+            )
+        if not 0 <= self.certify <= self.k:
+            raise HireRewriteError(
+                f"HeadSpec: certify={self.certify} of k={self.k}: only the k greatest values are "
+                "exact, so give at most k, or a greater k"
+            )
+        if self.certify:
+            check_product(self.compute_dtype, self.out_dtype, self.precision)
+
+    @property
+    def part_rows(self) -> int:
+        """The rows of a part; those behind the last row of the vocabulary are zero."""
+        return -(-self.width // self.parts)
+
+    @property
+    def rows(self) -> int:
+        """The rows of all parts together."""
+        return self.parts * self.part_rows
+
+
+class HeadState(NamedTuple):
+    """The arrays of a head: rows [L, spec.rows, d], and the predictor's with the same leading axis.
+
+    `bound` are those of `Certifying.fit_bound`, if the head is certified.
+    """
+
+    rows: Array
+    predictor: State
+    bound: State = {}  # noqa: RUF012 - a NamedTuple's default; never changed
+
+
+def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
+    """Raise HireRewriteError if nothing is known about the rounding of such a product."""
+    known = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    for dtype in (compute_dtype, out_dtype):
+        if dtype is None or jnp.dtype(dtype) not in known:
+            raise HireRewriteError(
+                f"certify: a product of {compute_dtype} that returns {out_dtype} cannot be "
+                "certified, only float32 and bfloat16 can: leave certify out, or cast the weight"
+            )
+    for one in precision if isinstance(precision, tuple) else (precision,):
+        if one is not None and not isinstance(one, lax.Precision):
+            raise HireRewriteError(
+                f"certify: the rounding of precision={one} is not known: leave certify out, or "
+                'give one of "default", "high" and "highest"'
+            )
+
+
+def best(values: Array, k: int, parts: int = 1) -> tuple[Array, Array]:
+    """`part_top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
+    short = -values.shape[-1] % parts
+    if short:
+        values = jnp.pad(values, ((0, 0), (0, short)), constant_values=lowest(values.dtype))
+    return part_top_k(values, min(k, values.shape[-1]), parts)

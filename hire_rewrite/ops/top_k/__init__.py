@@ -1,0 +1,1 @@
+"""The greatest of many values, on one device or several."""

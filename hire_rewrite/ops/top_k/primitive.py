@@ -1,0 +1,218 @@
+"""The primitive behind `da_top_k`: its type, what it computes, its derivative and its batching.
+
+It is bound for one shard of the last axis. Its parameters:
+
+  k         how many values are wanted
+  axes      names of the mesh's axes that the last axis is spread over
+  kept      how many values a shard hands on
+  allowed   how many of the k greatest a row may miss; None if they need no counting
+  few       the merge of lists of `kept`
+  whole     the merge of lists of k (or of all that a shard has)
+  together  all axes of the mesh that `shard_map` makes known: other rows may be elsewhere, but
+            collectives are everyone's, so that all devices must agree on whether to merge again
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from hire_rewrite._compat import invariant_over, manual_axes, varying_over
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.top_k.buckets import bucket_top_k
+from hire_rewrite.ops.top_k.keys import from_keys, lowest, to_keys
+from hire_rewrite.ops.top_k.merge import Merge, cheapest, first, merged
+from hire_rewrite.ops.top_k.select import top_k
+
+Select = Callable[[Array, int], tuple[Array, Array]]
+"""The greatest values along the last axis and their places, as `lax.top_k`."""
+
+
+def axis_size(name: str) -> int:
+    """How many shards an axis has; an error if `shard_map` does not make it known here."""
+    try:
+        return lax.axis_size(name)
+    except NameError:
+        raise HireRewriteError(
+            f"da_top_k: no axis {name!r} is bound here: call it inside shard_map over a mesh with "
+            "that axis, or give mesh and spec in place of axis_name"
+        ) from None
+
+
+def merges_of(
+    x: Array,
+    k: int,
+    counts: tuple[int, int],
+    axes: tuple[str, ...],
+    sizes: tuple[int, ...],
+    slow: tuple[str, ...] = (),
+    how: str | None = None,
+) -> tuple[Merge, Merge]:
+    """The merges of shorter and longer lists of the rows of x."""
+    rows, pair = math.prod(x.shape[:-1]), 16 if x.dtype.itemsize > 4 else 8
+    few, whole = (
+        cheapest(axes, sizes, count, k, rows=rows, pair_bytes=pair, slow=slow, how=how)
+        for count in counts
+    )
+    return few, whole
+
+
+def bind(
+    x: Array,
+    indices: Array,
+    k: int,
+    axes: tuple[str, ...],
+    kept: int,
+    allowed: int | None,
+    merges: tuple[Merge, Merge],
+) -> list[Array]:
+    """Values [..., k] and indices i32[..., k] of a shard x: [..., m], with `merges_of` it."""
+    few, whole = merges
+    together = manual_axes()
+    settings = {"allowed": allowed, "few": few, "whole": whole, "together": together}
+    return da_top_k_p.bind(x, indices, k=k, axes=axes, kept=kept, **settings)
+
+
+def _abstract(x: Any, indices: Any, *, k: int, axes: tuple[str, ...], **_: Any) -> tuple[Any, Any]:
+    if x.sharding.spec[x.ndim - 1] is not None:
+        raise HireRewriteError(
+            f"da_top_k: the last axis of {x.str_short()} is spread by its type: give mesh and "
+            "spec, or call it inside shard_map with axis_name"
+        )
+    if indices.shape[-1] != x.shape[-1]:
+        raise HireRewriteError(
+            f"da_top_k: indices of shape {indices.shape} for values of shape {x.shape}"
+        )
+    values = invariant_over(x.update(shape=(*x.shape[:-1], k), weak_type=False), axes)
+    return values, values.update(dtype=np.dtype(np.int32))
+
+
+def _select(
+    x: Array,
+    indices: Array,
+    *,
+    k: int,
+    axes: tuple[str, ...],
+    kept: int,
+    allowed: int | None,
+    few: Merge,
+    whole: Merge,
+    together: tuple[str, ...],
+    some: Select,
+    all_of: Select,
+) -> tuple[Array, Array]:
+    """What the primitive computes, in other operations.
+
+    `all_of` finds a shard's greatest, and so does `some`, which may lose a few: they are counted.
+    """
+    x = jnp.where(indices < 0, lowest(x.dtype), x)
+    indices = jnp.broadcast_to(indices, x.shape)
+
+    def best(count: int, select: Select, merge: Merge) -> tuple[Array, Array]:
+        values, places = select(x, count)
+        own = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
+        return first(*merged(to_keys(values), own, merge), k)
+
+    if allowed is None:
+        keys, found = best(kept, all_of, few)
+    else:
+        keys, found = best(kept, some, few)
+        known = (found[..., :-1] >= 0).sum(-1)
+        missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - known
+        keys, found = lax.cond(
+            _anywhere((missed > allowed).any(), together),
+            lambda: best(min(k, x.shape[-1]), all_of, whole),
+            lambda: (keys, found),
+        )
+    return from_keys(keys, x.dtype), found
+
+
+def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
+    """Whether a flag is set on any device along some axes: all then take the same branch."""
+    return lax.pmax(varying_over(flag.astype(jnp.int32), axes), axes) > 0
+
+
+def _before(keys: Array, indices: Array, found_keys: Array, found: Array) -> Array:
+    """i32[...], how many pairs of a shard come before the last one that was found."""
+    key, index = found_keys[..., -1:], found[..., -1:]
+    unsigned = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    tied = (keys == key) & (unsigned(indices) < unsigned(index))
+    return ((keys < key) | tied).sum(-1, dtype=jnp.int32)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    (x, indices), (tangent, _) = primals, tangents
+    values, found = da_top_k_p.bind(x, indices, **params)
+    moved: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
+    if type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0:
+        moved = _taken(tangent, indices, found, params["axes"])
+    return (values, found), (moved, ad.Zero(jax.typeof(found).to_tangent_aval()))
+
+
+def _taken(array: Array, indices: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
+    """The entries of a spread array: [..., m] at the global indices wanted: i32[..., k]."""
+    own, theirs = (array.astype(jnp.uint32) for array in (indices, wanted))
+    own = jnp.broadcast_to(own, (*wanted.shape[:-1], own.shape[-1]))
+    search = jnp.vectorize(jnp.searchsorted, signature="(m),(k)->(k)")
+    places = jnp.minimum(search(own, theirs), own.shape[-1] - 1)
+    at = functools.partial(jnp.take_along_axis, indices=places, axis=-1, mode="promise_in_bounds")
+    here = (at(own) == theirs) & (wanted >= 0)
+    return lax.psum(jnp.where(here, at(array), jnp.zeros((), array.dtype)), axes)
+
+
+def _batch(
+    axis: Any, operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Any, tuple[int | None, int | None]]:
+    """Of one more axis of rows; or, if `axis` is one of the mesh's, of its shards side by side."""
+    outside = axis.name not in params["axes"]
+    if outside and all(dim is None for dim in dims):
+        return da_top_k_p.bind(*operands, **params), (None, None)
+    rows = [
+        jnp.broadcast_to(operand, (axis.size, *operand.shape))
+        if dim is None
+        else jnp.moveaxis(operand, dim, 0)
+        for operand, dim in zip(operands, dims, strict=True)
+    ]
+    x, indices = rows
+    if outside:
+        lead = (1,) * (x.ndim - indices.ndim)
+        indices = indices.reshape(axis.size, *lead, *indices.shape[1:])
+        return da_top_k_p.bind(x, indices, **params), (0, 0)
+    x, indices = (jnp.moveaxis(one, 0, -2).reshape(*one.shape[1:-1], -1) for one in rows)
+    axes = tuple(name for name in params["axes"] if name != axis.name)
+    k, whole = params["k"], min(params["k"], x.shape[-1])
+    kept = min(k, axis.size * params["kept"]) if axes else whole
+    allowed = params["allowed"] if kept < whole else None
+    how = params["whole"][-1].how if params["whole"] else None
+    merges = merges_of(x, k, (kept, whole), axes, tuple(map(axis_size, axes)), how=how)
+    return bind(x, indices, k, axes, kept, allowed, merges), (None, None)
+
+
+da_top_k_p = Primitive("da_top_k")
+da_top_k_p.multiple_results = True
+da_top_k_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[da_top_k_p] = _jvp
+batching.fancy_primitive_batchers[da_top_k_p] = _batch
+for platform, some in ((None, top_k), ("tpu", bucket_top_k)):
+    lowered = mlir.lower_fun(functools.partial(_select, some=some, all_of=top_k), True)
+    mlir.register_lowering(da_top_k_p, lowered, platform=platform)
+
+
+_STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _compiled(x: Array, indices: Array, **params: Any) -> list[Array]:
+    return da_top_k_p.bind(x, indices, **params)
+
+
+da_top_k_p.def_impl(_compiled)

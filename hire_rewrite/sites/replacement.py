@@ -1,0 +1,72 @@
+"""A replacement that is one function of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from hire_rewrite import _compat
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.nodes import Node, Scope, Value
+from hire_rewrite.sharding.manual import Shards
+
+__all__ = ["SiteReplacement"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SiteReplacement:
+    """A `Replacement` made of one function.
+
+    `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
+    packed arrays of the site. It returns those of `outputs`, and with `reports` a report beside.
+    """
+
+    name: str
+    nodes: frozenset[Node]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    run: Callable[[Sequence[Any], Any, Any], Any]
+    state: Any = None
+    shards: Shards | None = None
+    loops: tuple[Scope, ...] = ()
+    reports: bool = False
+
+    def emit(
+        self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
+    ) -> tuple[list[Any], Any]:
+        run, layer = self.run, _layer_of(self.loops, index)
+        specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
+        if any(spec is None for spec in specs):
+            found = run(list(ins), layer, state)
+        else:
+            # Inside, the mesh's axes are the compiler's business; the results' types are kept.
+            out = (specs, PartitionSpec()) if self.reports else specs
+            with jax.sharding.use_abstract_mesh(self.outputs[0].aval.sharding.mesh):
+                run = jax.sharding.auto_axes(run, out_sharding=out)
+                found = run(list(ins), layer, state)
+        results, report = found if self.reports else (found, None)
+        for value, result in zip(self.outputs, results, strict=True):
+            got = jax.typeof(result)
+            if (got.shape, got.dtype) != (value.shape, value.dtype):
+                raise HireRewriteError(
+                    f"{self.name}: its replacement returns {got.str_short()} where the function "
+                    f"has {value.aval.str_short()}; this is a bug of hire_rewrite: exclude the "
+                    "site with a rule's path= and report it"
+                )
+        pairs = zip(results, self.outputs, strict=True)
+        return [_compat.varying_like(result, value.aval) for result, value in pairs], report
+
+
+def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
+    """The number of the current iteration among all of the scans `loops`, i32[]."""
+    if not loops:
+        return np.int32(0)
+    layer = index[loops[0]]
+    for scope in loops[1:]:
+        layer = layer * scope.length + index[scope]
+    return layer

@@ -1,0 +1,136 @@
+"""Compute weights outside the loops that use them.
+
+Inside a `scan` over layers a weight is one slice of a stacked array. Packing needs all slices at
+once. `Stacker` evaluates any value that depends on weights alone, with a leading axis for each scan
+over which it varies: an operation of a loop's body runs under `vmap` over those axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Scope, Value
+from hire_rewrite.graph.provenance import body_of, counter
+from hire_rewrite.graph.view import run_untyped
+from hire_rewrite.passes.trace import Trace
+from hire_rewrite.patterns.region import literal_array
+from hire_rewrite.sharding.placement import automatic
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.head.match import HeadMatch
+
+__all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow", "site_loops"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A value in all iterations: `array` has a leading axis for each of the scans `over`."""
+
+    array: jax.Array
+    over: tuple[Scope, ...]
+
+
+class Stacker:
+    """Evaluates weights of a function.
+
+    Args:
+      inputs: what stands for the function's inputs, as far as they are weights.
+    """
+
+    def __init__(self, inputs: Mapping[Value, Stacked]) -> None:
+        self._done = {
+            value: Stacked(automatic(item.array), item.over) for value, item in inputs.items()
+        }
+
+    def stack(self, value: Value, over: Sequence[Scope]) -> jax.Array:
+        """The value with one leading axis for the iterations of the scans `over`, in row-major
+        order ([1, ...] if there are none)."""
+        stacked = self(value)
+        array, axes = stacked.array, list(stacked.over)
+        for position, scope in enumerate(over):
+            if scope not in axes:
+                assert scope.length is not None
+                array = jnp.broadcast_to(
+                    jnp.expand_dims(array, position),
+                    (*array.shape[:position], scope.length, *array.shape[position:]),
+                )
+                axes.insert(position, scope)
+        size = math.prod(array.shape[: len(axes)])
+        return array.reshape(size, *array.shape[len(axes) :])
+
+    def __call__(self, value: Value) -> Stacked:
+        if value not in self._done:
+            self._done[value] = self._compute(value)
+        return self._done[value]
+
+    def _compute(self, value: Value) -> Stacked:
+        if value.const is not None:
+            return Stacked(jnp.asarray(value.const), ())
+        if value.literal is not None:
+            return Stacked(literal_array(value), ())
+        if value.node is None:
+            return self._input(value)
+        node = value.node
+        ins = [self(operand) for operand in node.ins]
+        over = loops_of(value.scope, {scope for item in ins for scope in item.over})
+
+        def run(*arrays: Any) -> Any:
+            return tuple(run_untyped(node, arrays))
+
+        mapped = run
+        for scope in reversed(over):
+            mapped = jax.vmap(mapped, in_axes=tuple(0 if scope in i.over else None for i in ins))
+        for result, array in zip(node.outs, mapped(*(i.array for i in ins)), strict=True):
+            self._done[result] = Stacked(array, over)
+        return self._done[value]
+
+    def _input(self, value: Value) -> Stacked:
+        """An input of a loop's or branch's body."""
+        body, i = body_of(value)
+        link = body.inputs[i]
+        outer = self(link.outer)
+        if link.role == "slice":
+            return Stacked(outer.array, (*outer.over, value.scope))
+        count = counter(body, i) if link.role == "carry" else None
+        if count is None:
+            return outer
+        assert value.scope.length is not None
+        steps = count.step * jnp.arange(value.scope.length, dtype=value.dtype)
+        assert value.scope.parent is not None
+        if value.scope.parent.params.get("reverse"):  # slices come last to first
+            steps = steps[::-1]
+        return Stacked(jnp.asarray(outer.array)[..., None] + steps, (*outer.over, value.scope))
+
+
+def narrow(value: Value) -> Value:
+    """The value before casts to a wider float: they lose nothing, and come again after reading."""
+    while (
+        value.node is not None
+        and value.node.primitive is p.convert_element_type_p
+        and jnp.issubdtype(value.node.ins[0].dtype, jnp.floating)
+        and jnp.promote_types(value.node.ins[0].dtype, value.dtype) == value.dtype
+    ):
+        value = value.node.ins[0]
+    return value
+
+
+def loops_of(scope: Scope, varying: set[Scope]) -> tuple[Scope, ...]:
+    """Those of the scopes around `scope` over which something varies, outermost first."""
+    return tuple(reversed([s for s in scope.ancestors() if s in varying]))
+
+
+def layers(loops: Sequence[Scope]) -> int:
+    """Iterations of all of the scans together."""
+    return math.prod(scope.length or 1 for scope in loops)
+
+
+def site_loops(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Scope, ...]:
+    """The scans over whose iterations a site's weights vary, outermost first."""
+    varying = {scope for value in match.weights for scope in trace.provenance.varies_over(value)}
+    return loops_of(match.linears[0].node.scope, varying)

@@ -1,0 +1,313 @@
+"""FFN blocks are found however they are written, and near misses say what stopped them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from tests.cases import FULL, D, F, T, inputs, plan_of, rand
+from tests.cases_ffn import (
+    ACTIVATION_CASES,
+    BIASED,
+    DOWN,
+    FFN_CASES,
+    GATE,
+    GATED,
+    PLAIN,
+    STACK,
+    UP,
+    plain,
+)
+
+
+@pytest.mark.parametrize("case", ACTIVATION_CASES + FFN_CASES, ids=str)
+def test_found(case):
+    plan = plan_of(case.fn, case.params, *case.args)
+    (site,) = plan.sites
+    assert {name: getattr(site, name) for name in case.expected} == case.expected
+    assert site.rule == FULL[0]
+    assert plan.rejected == ()
+    assert plan.opaque == ()
+
+
+def _normed(h):
+    return (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-5)
+
+
+def _attention(p, x):
+    q, k, v = (x @ p[name] for name in "qkv")
+    weights = jax.nn.softmax(q @ k.T / 4)
+    return (weights @ v) @ p["o"]
+
+
+def _decode(p, x, keys, values):
+    """One token of two heads with a cache."""
+    q, k, v = ((x @ p[name]).reshape(2, D // 2) for name in "qkv")
+    keys = lax.dynamic_update_slice(keys, k[None], (2, 0, 0))
+    values = lax.dynamic_update_slice(values, v[None], (2, 0, 0))
+    weights = jax.nn.softmax(jnp.einsum("hd,shd->hs", q, keys))
+    return jnp.einsum("hs,shd->hd", weights, values).reshape(D) @ p["o"], keys, values
+
+
+def _dropout(p, x, key):
+    h = jax.nn.relu(x @ p["up"])
+    return jnp.where(jax.random.bernoulli(key, 0.9, h.shape), h / 0.9, 0) @ p["down"]
+
+
+def _hidden_twice(p, x):
+    h = jax.nn.relu(x @ p["up"])
+    return h @ p["down"], h.sum()
+
+
+def _hidden_carried(p, x):
+    def body(h, _):
+        y = jax.nn.relu(h) @ p["down"]
+        return y @ p["up"], y
+
+    return lax.scan(body, x @ p["up"], length=2)[1]
+
+
+def _two_inputs(p, x):
+    return (jax.nn.silu(x @ p["gate"]) * (jnp.tanh(x) @ p["up"])) @ p["down"]
+
+
+def _two_precisions(p, x):
+    up = jnp.matmul(x, p["up"], precision="highest")
+    return (jax.nn.silu(x @ p["gate"]) * up) @ p["down"]
+
+
+def _gate_read_elsewhere(p, x):
+    gate = jax.nn.silu(x @ p["gate"])
+    return (gate * (x @ p["up"])) @ p["down"], gate.max()
+
+
+def _by_tokens(fn):
+    return lambda p, x: fn(jax.nn.relu(x @ p["up"])) @ p["down"]
+
+
+def _while_layers(p, x):
+    def body(state):
+        i, x = state
+        return i + 1, plain()({name: w[i] for name, w in p.items()}, x)
+
+    return lax.while_loop(lambda s: s[0] < 4, body, (0, x))[1]
+
+
+def _by_batch(p, x):
+    h = jax.nn.relu(jnp.stack([x, 2 * x]) @ p["up"])
+    return jnp.swapaxes(h, 0, 1) @ p["down"]
+
+
+ATTENTION = {name: rand(D, D, seed=i) for i, name in enumerate("qkvo")}
+FUSED = {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}
+CACHE = (inputs(4, 2, D // 2), inputs(4, 2, D // 2))
+NEAR = {
+    "low rank": (lambda p, x: x @ p["up"] @ p["down"], PLAIN, (), "nothing non-linear"),
+    "low rank with biases": (
+        lambda p, x: (x @ p["up"] + p["b1"]) @ p["down"],
+        BIASED,
+        (),
+        "nothing non-linear",
+    ),
+    "normed hidden": (_by_tokens(_normed), PLAIN, (), "changes each position by what reduce_sum"),
+    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "by what reduce_sum finds"),
+    "normed, then relu": (
+        lambda p, x: jax.nn.relu(_normed(x @ p["up"])) @ p["down"],
+        PLAIN,
+        (),
+        "changes each position by what reduce_sum",
+    ),
+    "above the mean": (
+        lambda p, x: (lambda h: jnp.where(h > 5 * h.min(-1, keepdims=True), h, 0) @ p["down"])(
+            x @ p["up"]
+        ),
+        PLAIN,
+        (),
+        "selects no few of them",
+    ),
+    "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
+    "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
+    "a weight for each token": (
+        lambda p, x, i: jnp.einsum(
+            "tf,tfd->td", jax.nn.relu(jnp.einsum("td,tdf->tf", x, p["up"][i])), p["down"][i]
+        ),
+        STACK,
+        (jnp.array([0, 2, 1]),),
+        "an expert, a task or a layer that is chosen at run time",
+    ),
+    "no tokens": (lambda p, x: plain()(p, x[:0]), PLAIN, (), "there are no tokens"),
+    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "joined anew"),
+    "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
+    "hidden cast to heads": (
+        _by_tokens(lambda h: jnp.tanh(h.reshape(T, 4, F // 4)).reshape(T, F)),
+        PLAIN,
+        (),
+        "split or merged by a reshape",
+    ),
+    "hidden also summed": (_hidden_twice, PLAIN, (), "also read by reduce_sum"),
+    "hidden also returned": (
+        lambda p, x: (lambda h: (h @ p["down"], h))(jax.nn.relu(x @ p["up"])),
+        PLAIN,
+        (),
+        "also a result",
+    ),
+    "hidden's range also returned": (
+        lambda p, x: (lambda h: (h @ p["down"], jnp.abs(h).max()))(jax.nn.relu(x @ p["up"])),
+        PLAIN,
+        (),
+        "also read by abs",
+    ),
+    "hidden joined with itself": (
+        lambda p, x: (lambda h: jnp.concatenate([h, h], -1) @ p["out"])(jax.nn.relu(x @ p["up"])),
+        PLAIN | {"out": rand(2 * F, D)},
+        (),
+        "cut to pieces and joined anew",
+    ),
+    "gate also read": (_gate_read_elsewhere, GATED, (), "also read by reduce_max"),
+    "dropout": (_dropout, PLAIN, (jax.random.key(0),), "random_bits is not known"),
+    "no first layer": (lambda p, x: jax.nn.relu(x) @ p["q"], ATTENTION, (), "from outside"),
+    "carried hidden": (_hidden_carried, PLAIN, (), "from outside"),
+    "two inputs": (_two_inputs, GATED, (), "read different inputs"),
+    "two precisions": (_two_precisions, GATED, (), "differ in dtype or precision"),
+    "one token of many": (
+        _by_tokens(lambda h: h[-1:]),
+        PLAIN,
+        (),
+        "single tokens of its input are picked",
+    ),
+    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "slice picks, reorders"),
+    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
+    "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
+    "weight made of an activation": (
+        lambda p, x: jax.nn.relu(x @ (p["up"] * x.mean())) @ p["down"],
+        PLAIN,
+        (),
+        "not linear in a weight",
+    ),
+    "layers of a while_loop": (_while_layers, STACK, (), "no counter of a loop of known length"),
+    "low-rank sum": (
+        lambda p, x: jax.nn.relu(x @ p["up"] + x @ p["a"] @ p["b"]) @ p["down"],
+        PLAIN | {"a": rand(D, 2), "b": rand(2, F)},
+        (),
+        "low-rank product of rank 2 (LoRA) is added",
+    ),
+    "halves of different sizes": (
+        lambda p, x: (lambda h: jax.nn.relu(h[:, :F]).reshape(T, 2, -1).sum(1) @ p["out"])(
+            x @ p["fused"]
+        ),
+        FUSED | {"out": rand(F // 2, D)},
+        (),
+        "reduce_sum is not known",
+    ),
+    "attention": (_attention, ATTENTION, (), "not linear in a weight"),
+    "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
+}
+LAST = {
+    "halves of different sizes": "p/out",
+    "hidden joined with itself": "p/out",
+    "no first layer": "p/q",
+    "attention": "p/o",
+    "decode attention": "p/o",
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_miss(name):
+    fn, params, rest, reason = NEAR[name]
+    x = inputs(D) if name == "decode attention" else inputs(T, D)
+    plan = plan_of(fn, params, x, *rest)
+    assert plan.sites == ()
+    reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
+    assert reason in reasons[LAST.get(name, "p/down")]
+
+
+def _dynamic(p, x):
+    """int8 by int8: both inputs are rounded to the range of their greatest entry."""
+
+    def linear(x, w, scale):
+        reach = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-6) / 127
+        x = jnp.clip(jnp.round(x / reach), -127, 127).astype(jnp.int8)
+        y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32) * reach * scale
+
+    return linear(jax.nn.silu(linear(x, p["up"], p["s"])), p["down"], 0.05)
+
+
+INT8 = {
+    "up": jnp.asarray(np.round(20 * UP), jnp.int8),
+    "down": jnp.asarray(np.round(20 * DOWN), jnp.int8),
+}
+OBSTACLES = {
+    "dynamic int8": (_dynamic, INT8 | {"s": jnp.full(F, 0.05)}, 1, "silu", "dynamic quantization"),
+    "experts of groups": (
+        lambda p, x: jnp.einsum(
+            "gech,ehd->gecd",
+            jax.nn.relu(jnp.einsum("gecd,edh->gech", jnp.stack([jnp.stack([x] * 4)] * 2), p["up"])),
+            p["down"],
+        ),
+        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "relu",
+        "are put into another order",
+    ),
+    "experts with biases": (
+        lambda p, x: jnp.einsum(
+            "eth,ehd->etd",
+            jax.nn.relu(jnp.einsum("td,edh->eth", x, p["up"]) + p["b"][:, None]),
+            p["down"],
+        ),
+        {"up": jnp.stack([UP] * 4), "b": inputs(4, F), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "relu",
+        "4 experts have biases",
+    ),
+    "experts, summed up": (
+        lambda p, x: jnp.einsum(
+            "teh,ehd->td", jax.nn.silu(jnp.einsum("td,edh->teh", x, p["up"])), p["down"]
+        ),
+        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
+        4,
+        "silu",
+        "4 experts compute is summed up",
+    ),
+    "experts of sorted tokens": (
+        lambda p, x: lax.ragged_dot(
+            jax.nn.relu(lax.ragged_dot(x, p["up"], p["sizes"])), p["down"], p["sizes"]
+        ),
+        {"up": jnp.stack([UP] * 2), "down": jnp.stack([DOWN] * 2), "sizes": jnp.array([1, 2])},
+        2,
+        "relu",
+        "known at run time",
+    ),
+    "a weight for each token": (
+        lambda p, x: jax.nn.relu(x @ p["up"] + p["table"]) @ p["down"],
+        PLAIN | {"table": inputs(T, F)},
+        1,
+        "relu",
+        "differs from token to token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_found_but_dense(name):
+    """A block that cannot be rewritten is a site all the same, and says why."""
+    fn, params, experts, activation, reason = OBSTACLES[name]
+    (site,) = plan_of(fn, params, inputs(T, D)).sites
+    assert (site.kind, site.width, site.experts) == ("ffn", F, experts)
+    assert (site.activation, site.status) == (activation, "dense")
+    assert reason in site.reason
+
+
+def test_code_that_does_not_run_by_itself(monkeypatch):
+    """It is a near miss with the error's text, not an exception out of `inspect`."""
+
+    def refuse(region):
+        raise NotImplementedError("no rule\nfor this")
+
+    monkeypatch.setattr("hire_rewrite.sites.ffn.match.classify", refuse)
+    plan = plan_of(plain(), PLAIN, inputs(T, D))
+    assert plan.sites == ()
+    reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
+    assert reasons["p/down"].startswith("its code does not run by itself: no rule")
