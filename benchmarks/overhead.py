@@ -21,8 +21,8 @@ from jax import Array
 
 import hire_rewrite as hire
 from benchmarks import timing
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
 from hire_rewrite.plan import table
 
 D, WIDTH, VOCABULARY, LAYERS = 64, 256, 4096, 1

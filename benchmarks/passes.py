@@ -15,8 +15,8 @@ from jax import Array
 
 import hire_rewrite as hire
 from benchmarks import timing
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
 from hire_rewrite.plan import table
 
 LAYERS = (12, 24, 48, 96)

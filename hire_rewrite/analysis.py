@@ -1,28 +1,25 @@
-"""What is known of a function at the shapes of each kind of call, and what follows from it."""
+"""Cache of traces and plans of a function, one per set of input shapes and trace context."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.learned import Learnings
+from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
 from hire_rewrite.packed import Origin, Packed
-from hire_rewrite.passes.ahead import pack_shapes
-from hire_rewrite.passes.decide import Decision, decide, min_width
+from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
-from hire_rewrite.passes.pack import Calibration, fingerprint, pack
-from hire_rewrite.passes.raw import raw_replacement
-from hire_rewrite.passes.replace import Functions, packed_replacements
-from hire_rewrite.passes.trace import Trace, abstract, placed, trace
+from hire_rewrite.passes.modes import Packing
+from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
-from hire_rewrite.sharding.placement import around_packing
+from hire_rewrite.sharding.arrays import packing_context
 from hire_rewrite.sites.replacement import SiteReplacement
 
 __all__ = ["Analyses", "Analysis"]
@@ -36,47 +33,47 @@ class Analysis:
     plan: Plan
     decisions: tuple[Decision, ...]
     origin: Origin
-    functions: Functions = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, Any]
 
     @property
     def packing(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.packs]
 
-    @property
-    def changes(self) -> bool:
-        """Whether a call with raw weights differs from the function's own in mode "exact"."""
-        return any(decision.asked for decision in self.decisions)
+    @functools.cached_property
+    def exact_forms(self) -> list[SiteReplacement]:
+        """What takes the place of sites on raw weights in mode "exact"."""
+        forms = (d.op.exact_form() for d in self.decisions if d.asked and not d.undecided)
+        return [form for form in forms if form is not None]
 
     @property
     def undecided(self) -> list[Decision]:
-        """Sites whose k calibration has to find."""
+        """Sites whose sizes calibration has to find."""
         return [decision for decision in self.decisions if decision.undecided]
 
     def check_decided(self) -> None:
-        """Raise HireRewriteError if a site's k is yet to be found."""
+        """Raise HireRewriteError if a site's sizes are yet to be found."""
         for decision in self.undecided:
             raise HireRewriteError(
-                f'{decision.found.name}: k="auto" is found by calibration: give '
-                "pack(..., calibration=batches) and call with the Packed, or give a number"
+                f"{decision.name}: {decision.op.undecided}; call with the Packed, or give a number"
             )
 
     @property
     def wants_calibration(self) -> bool:
         """Whether a predictor of the packed sites is fitted to activations."""
-        rules = (decision.site.rule for decision in self.packing)
-        return any(rule.predictor.wants_calibration for rule in rules if rule is not None)
+        return any(decision.op.rule.predictor.wants_calibration for decision in self.packing)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.decisions, self.origin)
+    def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
+        """The weights, arrays or shapes, in packed form."""
+        shapes = any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights)
+        calibration = calibration or Calibration(statistics=self.statistics)
+        with packing_context(weights):
+            make = pack_shapes if shapes else pack
+            return make(self.trace, self.decisions, self.origin, weights, calibration)
 
-    def pack(self, weights: Sequence[Any], calibration: Calibration) -> Packed:
-        with around_packing(weights):
-            return pack(self.trace, self.decisions, self.origin, weights, calibration)
-
-    def pack_shapes(self, weights: Sequence[Any]) -> Packed:
-        with around_packing(weights):
-            return pack_shapes(self.trace, self.decisions, self.origin, weights)
+    def serves(self, packed: Packed) -> bool:
+        """Whether a `Packed` that was made for another kind of call has all that this one packs."""
+        names = (packed.info.site(d.name, d.site.key) for d in self.packing)
+        return all(site is not None for site in names)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -92,16 +89,12 @@ class Analysis:
                 inputs[i] = packed.weights[self.trace.paths[i]]
         return inputs
 
-    def replacements(self, packed: Packed | None, mode: str) -> list[SiteReplacement]:
-        """What takes the place of the packed sites; without a `Packed` their exact top-k."""
-        if packed is None:
-            return [raw_replacement(decision) for decision in self.decisions if decision.asked]
+    def replacements(self, packed: Packed, packing: Packing) -> list[SiteReplacement]:
+        """What takes the place of the packed sites."""
         return [
-            swap
-            for d in self.packing
-            for swap in packed_replacements(
-                self.trace, d, packed.sites[d.state], mode, self.functions
-            )
+            replacement
+            for decision in self.packing
+            for replacement in packing(decision, packed.sites[decision.packed_name])
         ]
 
 
@@ -110,7 +103,7 @@ class Analyses:
 
     Args:
       weights: the positions of the arguments that hold weights.
-      mesh: where to spread the rows of sites whose weights are not spread.
+      mesh: where to shard the rows of sites whose weights are not sharded.
       on_miss, warn: what to do when a rule fits no site, and how.
     """
 
@@ -138,28 +131,19 @@ class Analyses:
         packed: Packed | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        learned: Learnings = (),
+        statistics: Mapping[str, Any] | None = None,
     ) -> Analysis:
         """The analysis of a call.
 
         Args:
           packed: the `Packed` that stands for the weights among `args`, if one does.
           args, kwargs: arrays or shapes.
-          learned: what calibration told, if there is no `Packed` to tell it.
+          statistics: what calibration told, if there is no `Packed` to tell it.
 
         Raises:
           HireRewriteError: the `Packed` was made for something else.
         """
-        full = list(args)
-        if packed is not None:
-            originals = jax.tree.unflatten(packed.origin.tree, packed.origin.specs)
-            if len(originals) != len(self.weights):
-                raise HireRewriteError(
-                    f"{self.name}: the Packed was made of {len(originals)} weight arguments, "
-                    f"but this function has {len(self.weights)}: pack with this function"
-                )
-            for position, original in zip(self.weights, originals, strict=True):
-                full[position] = original
+        full = list(args) if packed is None else self._with_origin(packed, args)
         try:
             typed = [
                 jax.tree.map(placed if i in self.weights else abstract, arg)
@@ -169,62 +153,73 @@ class Analyses:
         except TypeError:
             trace(self.fn, full, kwargs, self.weights)  # raises the error that names the leaf
             raise
-        learned = learned if packed is None else packed.learned
-        specs = tuple(leaves)
-        key = (tree, specs, learned)
-        if key not in self._known:
-            try:
-                self._known[key] = self._new(tree, specs, learned)
-            except (TypeError, ValueError) as error:
-                if packed is None or isinstance(error, HireRewriteError):
-                    raise
-                raise HireRewriteError(
-                    f"{self.name}: the function cannot be traced with weights of the shapes that "
-                    f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
-                    "arguments are right, pack again from this function's weights"
-                ) from error
-        analysis = self._known[key]
-        if packed is None:
-            return analysis
-        if packed.fingerprint != analysis.fingerprint:
+        traced = (trace_context(), tree, tuple(leaves))
+        told = packed.info if packed is not None else tuple(sorted((statistics or {}).items()))
+        if (traced, told) not in self._known:
+            self._known[traced, told] = self._new(traced, packed, statistics or {})
+        if packed is not None:
+            packed.check()
+        return self._known[traced, told]
+
+    def _with_origin(self, packed: Packed, args: Sequence[Any]) -> list[Any]:
+        """The arguments with the shapes that a `Packed` was made of in its place."""
+        origin = packed.info.origin
+        originals = jax.tree.unflatten(origin.tree, origin.specs)
+        if len(originals) != len(self.weights):
             raise HireRewriteError(
-                f"{self.name}: the Packed was made for the plan {packed.fingerprint}, but this "
-                f"call has the plan {analysis.fingerprint}: the rules, the sites, the shapes of "
-                "the weights or the machine that they have to pay on differ; pack again with this "
-                "function, or give force=True where machines differ"
+                f"{self.name}: the Packed was made of {len(originals)} weight arguments, "
+                f"but this function has {len(self.weights)}: pack with this function"
             )
-        packed.check()
-        return analysis
+        full = list(args)
+        for position, original in zip(self.weights, originals, strict=True):
+            full[position] = original
+        return full
 
     def _new(
-        self,
-        tree: Any,
-        specs: tuple[jax.ShapeDtypeStruct, ...],
-        learned: Learnings,
+        self, traced: tuple[Any, Any, Any], packed: Packed | None, statistics: Mapping[str, Any]
     ) -> Analysis:
+        _, tree, specs = traced
         args, kwargs = jax.tree.unflatten(tree, specs)
-        if (tree, specs) not in self._detections:
-            traced = trace(self.fn, args, kwargs, self.weights)
-            detection = detect(traced, min_width(self.rules), self.mesh)
-            self._detections[tree, specs] = traced, detection
-        traced, detection = self._detections[tree, specs]
-        plan, decisions = decide(detection, self.rules, dict(learned))
-        if plan.unused_rules and self.on_miss != "ignore":
-            unused = ", ".join(map(str, plan.unused_rules))
-            message = (
-                f"no site of {self.name} fits {unused}: look at .plan(...), which says why "
-                "each linear layer is what it is, and change the rule's path or sizes"
-            )
-            if self.on_miss == "raise":
-                raise HireRewriteError(message)
-            self._warn(message)
+        if traced not in self._detections:
+            self._detections[traced] = self._detect(args, kwargs, packed)
+        graph, detection = self._detections[traced]
+        info = None if packed is None else packed.info
+        plan, decisions = decide(detection, self.rules, statistics, info)
+        self._check_unused(plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
-        origin = Origin(tree, tuple(traced.paths[i] for i in traced.weights), tuple(leaves))
-        return Analysis(traced, plan, decisions, origin)
+        origin = Origin(tree, tuple(graph.paths[i] for i in graph.weights), tuple(leaves))
+        return Analysis(graph, plan, decisions, origin, statistics)
+
+    def _detect(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
+    ) -> tuple[Trace, Detection]:
+        try:
+            graph = trace(self.fn, args, kwargs, self.weights)
+        except (TypeError, ValueError) as error:
+            if packed is None or isinstance(error, HireRewriteError):
+                raise
+            raise HireRewriteError(
+                f"{self.name}: the function cannot be traced with weights of the shapes that "
+                f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
+                "arguments are right, pack again from this function's weights"
+            ) from error
+        return graph, detect(graph, self.rules, self.mesh)
+
+    def _check_unused(self, plan: Plan) -> None:
+        if not plan.unused_rules or self.on_miss == "ignore":
+            return
+        unused = ", ".join(map(str, plan.unused_rules))
+        message = (
+            f"no site of {self.name} fits {unused}: look at .plan(...), which says why "
+            "each linear layer is what it is, and change the rule's path or sizes"
+        )
+        if self.on_miss == "raise":
+            raise HireRewriteError(message)
+        self._warn(message)
 
     def joined(self, args: Sequence[Any] | Mapping[int, Any], batch: Sequence[Any]) -> list[Any]:
         """A batch with the weights among `args` in their places."""
-        rest = iter(batch)
+        rest: Iterator[Any] = iter(batch)
         count = len(batch) + len(self.weights)
         return [args[i] if i in self.weights else next(rest) for i in range(count)]
 
@@ -232,7 +227,4 @@ class Analyses:
         """`args` with None for the weights where a `Packed` stands for them."""
         if packed is None:
             return args
-        others: list[Any] = list(args)
-        for i in self.weights:
-            others[i] = None
-        return tuple(others)
+        return tuple(None if i in self.weights else arg for i, arg in enumerate(args))

@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.diff import Diff
+from hire_rewrite.passes.modes import MODES
 from hire_rewrite.plan import Plan
-from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites import kind_of, site_kinds
 from hire_rewrite.transformed import Transformed
 
 __all__ = ["diff", "inspect", "transform"]
 
-_MODES = ("hire", "exact", "dense")
 _ON_MISS = ("ignore", "warn", "raise")
 
 
@@ -35,12 +36,13 @@ def transform(
 
     Args:
       fn: any function of arrays that JAX can trace.
-      rules: what to rewrite and how; the first that fits a site decides. Without any: `Head()`
-        for every head, and `FFN(k=0.05)` for FFN blocks that are sparse by construction.
+      rules: what to rewrite and how; the first that fits a site decides. Without any, what does
+        not change the model: `Head()` for every head, and for FFN blocks that select a top-k by
+        themselves their own k.
       weights: the positions of the arguments that hold weights, as `argnums` in `jax.grad`.
         Arrays that `fn` closes over are weights too; `()` if there are no others.
-      mesh: spread the rows of sites over all devices of this mesh, where their weights are not
-        spread over one already. (How weights lie on a mesh is read from the arrays, or from the
+      mesh: shard the rows of sites over all devices of this mesh, where their weights are not
+        sharded over one already. (How weights lie on a mesh is read from the arrays, or from the
         shardings of shapes.)
       mode: `"hire"` predicts and gathers; `"exact"` has the same meaning (the same top-k) in dense
         arithmetic on the weights as they are, and is differentiable (inside a `jit` of your own
@@ -53,7 +55,7 @@ def transform(
     Raises:
       HireRewriteError: an argument is out of its range.
     """
-    if fn is None or isinstance(fn, FFN | Head):
+    if fn is None or isinstance(fn, Rule):
         given = rules if fn is None else (fn, *rules)
         return functools.partial(
             _transform, rules=given, weights=weights, mesh=mesh, mode=mode, on_miss=on_miss
@@ -72,10 +74,11 @@ def _transform(
     if not callable(fn):
         raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
     for rule in rules:
-        if not isinstance(rule, FFN | Head):
-            raise HireRewriteError(f"transform: {rule!r} is no rule: give FFN(...) or Head(...)")
-    if mode not in _MODES:
-        raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(_MODES)}")
+        if not isinstance(rule, Rule) or kind_of(rule) is None:
+            known = " or ".join(f"{kind.rule.__name__}(...)" for kind in site_kinds())
+            raise HireRewriteError(f"transform: {rule!r} is not a rule: give {known}")
+    if mode not in MODES:
+        raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(MODES)}")
     if on_miss not in _ON_MISS:
         raise HireRewriteError(
             f"transform: on_miss={on_miss!r} must be one of {', '.join(_ON_MISS)}"
@@ -87,9 +90,9 @@ def _transform(
         )
     if mesh is not None and not isinstance(mesh, Mesh):
         raise HireRewriteError(
-            f"transform: mesh={mesh!r} is no jax.sharding.Mesh: give one, or None"
+            f"transform: mesh={mesh!r} is not a jax.sharding.Mesh: give one, or None"
         )
-    return Transformed(fn, rules, tuple(sorted(set(positions))), mesh, mode, on_miss)
+    return Transformed(fn, rules, tuple(sorted(set(positions))), mesh, MODES[mode], on_miss)
 
 
 def inspect(

@@ -23,13 +23,13 @@ from jax import Array
 from hire_rewrite.api import transform
 from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import COSTS, KINDS, TOKENS, Machine
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.ffn.products import fetched_products
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.ops.products import block_product, product, quantize_blocks, quantize_rows
 from hire_rewrite.passes.decide import Decision, decide, min_width
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
 from hire_rewrite.rules import FFN, Head, Rule
 
 __all__ = ["measured"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.learned import Learnings
 
-__all__ = ["Origin", "Packed"]
+__all__ = ["Origin", "Packed", "PackedInfo", "PackedSite"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,45 +23,81 @@ class Origin:
     paths: tuple[str, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
 
+
+@dataclasses.dataclass(frozen=True)
+class PackedSite:
+    """What was decided about a site when it was packed.
+
+    Attributes:
+      name: the site's, in the function that it was packed for.
+      key: of its weights, equal wherever they are computed alike.
+      layout: what its arrays depend on.
+      statistics: what calibration told about it.
+    """
+
+    name: str
+    key: str
+    layout: str
+    statistics: Hashable = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInfo:
+    """The static part of a `Packed`: it is part of its type, and decides what a call compiles to.
+
+    Attributes:
+      origin: what it was made from.
+      sites: what was decided about each site.
+      shapes: shapes and dtypes of all arrays.
+    """
+
+    origin: Origin
+    sites: tuple[PackedSite, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
         """Computed once: a `jit` asks for it at every call."""
-        return hash(self.paths)
+        return hash((self.origin.paths, self.sites))
+
+    def site(self, name: str, key: str) -> PackedSite | None:
+        """The packed site with these weights, or else of this name."""
+        same_weights = (site for site in self.sites if site.key == key)
+        same_name = (site for site in self.sites if site.name == name)
+        return next(same_weights, None) or next(same_name, None)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["weights", "sites"],
-    meta_fields=["fingerprint", "origin", "layout", "learned"],
+    jax.tree_util.register_dataclass, data_fields=["weights", "sites"], meta_fields=["info"]
 )
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A pytree of arrays, made by `pack` and passed where the weights stood.
 
+    Example:
+      >>> import jax.numpy as jnp, hire_rewrite as hire
+      >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+      >>> step.pack({"vocabulary": jnp.zeros((8, 16))}, jnp.zeros((1, 8)))
+      Packed(1 weights, 0 sites, 0.0 MB)
+
     Attributes:
       weights: the weights that the rewritten function still reads, by path. The dense copies of
         rewritten weights are not among them (a tied embedding stays).
       sites: for each rewritten site its rows, row-major, and what its predictor needs.
-      fingerprint: of the plan that it was made for.
-      origin: what it was made from.
-      layout: shapes and dtypes of all its arrays.
-      learned: what calibration told about sites, as pairs (name, static numbers).
+      info: the static part, which says what was packed and how.
     """
 
     weights: dict[str, jax.Array]
     sites: dict[str, Any]
-    fingerprint: str
-    origin: Origin
-    layout: tuple[jax.ShapeDtypeStruct, ...]
-    learned: Learnings = ()
+    info: PackedInfo
 
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
-        found = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
-        for (path, leaf), want in zip(found, self.layout, strict=True):
+        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
+        for (path, leaf), want in zip(leaves, self.info.shapes, strict=True):
             if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
                 raise HireRewriteError(
                     f"Packed{jax.tree_util.keystr(path[1:])} is {leaf.dtype}{list(leaf.shape)} but "
@@ -71,8 +107,6 @@ class Packed:
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.weights, self.sites))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        return (
-            f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB, "
-            f"plan {self.fingerprint})"
-        )
+        arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"

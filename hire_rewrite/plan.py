@@ -11,15 +11,15 @@ __all__ = ["Plan", "Rejection", "Site", "table"]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An FFN block or a vocabulary head.
+    """A site of a function, as the plan has it.
 
     Attributes:
       name: the path of its weights in the arguments.
-      kind: `"ffn"` or `"head"`.
+      kind: `"ffn"`, `"head"`, or the name of another kind that was registered.
       d_model: positions of its input.
-      width: hidden neurons, or rows of the vocabulary.
+      width: hidden neurons, rows of the vocabulary, or results.
       gated: whether an FFN multiplies two projections.
-      activation: `"relu"`, `"silu"`, ...; empty for a head.
+      activation: of an FFN, `"relu"`, `"silu"`, ...; empty for others.
       repeats: times it runs in one call, lengths of the scans around it multiplied.
       experts: blocks of these sizes that lie side by side in it (mixture of experts); 1 if plain.
       tokens: tokens in one run.
@@ -108,8 +108,8 @@ class Plan:
 
 def _site_row(site: Site) -> list[str]:
     layer = f"{site.d_model} → {site.width}"
-    if site.kind == "ffn":
-        layer += f" {site.activation}" + (" gated" if site.gated else "")
+    layer += f" {site.activation}" if site.activation else ""
+    layer += " gated" if site.gated else ""
     read = f"{site.bytes_before / 1e6:.1f}"
     if site.bytes_after != site.bytes_before:
         read += f" → {site.bytes_after / 1e6:.1f}"

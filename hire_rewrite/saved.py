@@ -9,11 +9,16 @@ from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
-from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites import site_kinds
 
 __all__ = ["load_rules", "save_rules"]
 
-_KINDS = {kind.__name__: kind for kind in (FFN, Head, LowRank, Quantized, Cascade)}
+
+def _classes() -> dict[str, type]:
+    """The rules and predictors that there are, by name."""
+    classes = (*(kind.rule for kind in site_kinds()), LowRank, Quantized, Cascade)
+    return {cls.__name__: cls for cls in classes}
 
 
 def save_rules(rules: Iterable[Rule], path: str) -> None:
@@ -36,13 +41,12 @@ def load_rules(path: str) -> tuple[Rule, ...]:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     try:
-        found = json.loads(text)
-        rules = tuple(_built(item) for item in found)
+        rules = tuple(_built(item) for item in json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HireRewriteError(f"load_rules: {path} holds no rules: {error}") from error
     for rule in rules:
-        if not isinstance(rule, FFN | Head):
-            raise HireRewriteError(f"load_rules: {path} holds {rule!r}, which is no rule")
+        if not isinstance(rule, Rule):
+            raise HireRewriteError(f"load_rules: {path} holds {rule!r}, which is not a rule")
     return rules
 
 
@@ -50,9 +54,10 @@ def _plain(item: Any) -> Any:
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     name = type(item).__name__
-    if _KINDS.get(name) is not type(item):
+    known = _classes()
+    if known.get(name) is not type(item):
         raise HireRewriteError(
-            f"save_rules: {item!r} is none of {', '.join(_KINDS)}: write it in code instead"
+            f"save_rules: {item!r} is none of {', '.join(known)}: write it in code instead"
         )
     fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
     return {"type": name, **fields}
@@ -62,4 +67,4 @@ def _built(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     fields = {name: _built(value) for name, value in item.items() if name != "type"}
-    return _KINDS[item["type"]](**fields)
+    return _classes()[item["type"]](**fields)

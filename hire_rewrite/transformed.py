@@ -1,4 +1,4 @@
-"""A transformed function: traces, plans, packs and runs, and remembers what it found."""
+"""A transformed function: traces, plans, packs and runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
-from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
+from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
-from hire_rewrite.passes.pack import Calibration
+from hire_rewrite.passes.evaluate import evaluate
+from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.trace import abstract, placed
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
@@ -49,7 +50,7 @@ class Transformed:
         rules: tuple[Rule, ...],
         weights: tuple[int, ...],
         mesh: Mesh | None,
-        mode: str,
+        mode: Mode,
         on_miss: str,
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
@@ -60,25 +61,25 @@ class Transformed:
         self.mode = mode
         self.on_miss = on_miss
         self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
-        self._seen: tuple[tuple[Any, ...], Packed] | None = None
+        self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
         self._warned: set[str] = set()
         self._compiled = jax.jit(self._run)
+        # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.cache(
             lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed, args = self._split(args)
-        if packed is None and self.mode == "hire":
+        if packed is None and self.mode.packs_on_sight:
             packed = self._packed_on_sight(args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
-        traced = _tracing() and _traced(jax.tree.leaves(operands))
-        if packed is None and self.mode == "exact" and not traced:
-            # Inside a jit nobody would know how the weights lie on a mesh.
-            analysis = self._analyses.of(None, args, kwargs)
-            return self._compiled_for(analysis)(*operands)
-        return (self._run if traced else self._compiled)(*operands)
+        if _tracing() and _traced(jax.tree.leaves(operands)):
+            return self._run(*operands)
+        if packed is None and self.mode.exact_form:
+            return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
+        return self._compiled(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
@@ -118,10 +119,9 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis = self._analyses.of(None, args, kwargs)
-        calibrated = Calibration()
+        analysis, seen = self._analyses.of(None, args, kwargs), None
         if calibration is not None:
-            analysis, calibrated = calibrate(self._analyses, args, kwargs, calibration)
+            analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
         else:
             analysis.check_decided()
         if calibration is None and analysis.wants_calibration:
@@ -129,11 +129,9 @@ class Transformed:
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
             )
-        if shapes:
-            return analysis.pack_shapes(list(map(placed, leaves)))
-        packed = analysis.pack(leaves, calibrated)
-        if not self.weights:
-            self._seen = ((), packed)
+        packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
+        if not self.weights and not shapes:
+            self._seen = (), [packed]
         return packed
 
     def evaluate(
@@ -159,14 +157,14 @@ class Transformed:
           A `Report`; `print` it, or see `to_json` and `plot`.
 
         Raises:
-          HireRewriteError: `packed` is no `Packed`, there is no batch, or targets do not fit.
+          HireRewriteError: `packed` is not a `Packed`, there is no batch, or targets do not fit.
         """
         if not isinstance(packed, Packed):
             raise HireRewriteError(
                 f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}: make it with "
                 ".pack(...)"
             )
-        return measure(self._analyses, packed, batches, targets, kwargs, sites_only=False)
+        return evaluate(self._analyses, packed, batches, targets, kwargs)
 
     def tune(
         self,
@@ -202,8 +200,8 @@ class Transformed:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after."""
         packed, args = self._split(args)
         analysis = self._analyses.of(packed, args, kwargs)
-        if packed is None and self.mode == "hire" and analysis.packing:
-            packed = analysis.pack_shapes(list(map(placed, self._weight_leaves(args))))
+        if packed is None and self.mode.packs_on_sight and analysis.packing:
+            packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(args, packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         return Diff(analysis.trace.closed, jax.make_jaxpr(self._run)(*specs))
@@ -218,15 +216,18 @@ class Transformed:
         analysis: Analysis | None = None,
     ) -> Any:
         """The function on a `Packed` (`args` have None for the weights) or on raw weights."""
-        if packed is None and self.mode == "dense":
+        if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
         analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
-        if packed is None and (self.mode == "hire" or not analysis.changes):
-            return self.fn(*args, **kwargs)  # nothing is packed, or nothing is asked for
+            if not (self.mode.exact_form and analysis.exact_forms):
+                return self.fn(*args, **kwargs)  # nothing is packed, or nothing is asked for
+            swaps = analysis.exact_forms
+        else:
+            swaps = analysis.replacements(packed, self.mode.packed)
         inputs = analysis.inputs(packed, args, kwargs)
-        rewritten = rewrite(analysis.trace, analysis.replacements(packed, self.mode))
+        rewritten = rewrite(analysis.trace, swaps)
         missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
         if missing:
             raise HireRewriteError(
@@ -239,18 +240,21 @@ class Transformed:
     def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
         """A `Packed` made of the raw weights in `args`; None if no site asks for one."""
         leaves = tuple(self._weight_leaves(args))
-        if self._seen is not None:
-            seen, packed = self._seen
-            if len(seen) == len(leaves) and all(map(operator.is_, seen, leaves)):
-                return packed
+        seen, known = self._seen
+        same = len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
+        if not self.weights and known:
+            return known[0]
         analysis = self._analyses.of(None, args, kwargs)
         analysis.check_decided()
         if not analysis.packing:
             return None
+        for packed in known if same else ():
+            if analysis.serves(packed):
+                return packed
         if _traced(leaves):
             if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
                 raise HireRewriteError(
-                    f"{self.name}: raw weights whose types say how they are spread, inside an "
+                    f"{self.name}: raw weights whose types say how they are sharded, inside an "
                     "outer trace: pack ahead with .pack(...) and pass the Packed in their place"
                 )
             self._warn(
@@ -258,7 +262,7 @@ class Transformed:
                 "graph at every call, which is slow; pack ahead with .pack(...) and pass the "
                 "Packed in place of the weights"
             )
-            return analysis.pack(leaves, Calibration())
+            return analysis.pack(leaves)
         hint = (
             ", without calibration, so LowRank predictors will recall badly"
             if analysis.wants_calibration
@@ -270,9 +274,9 @@ class Transformed:
         )
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-            packed = analysis.pack(leaves, Calibration())
+            packed = analysis.pack(leaves)
         if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
-            self._seen = (leaves, packed)
+            self._seen = leaves, [*(known if same else ()), packed]
         return packed
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from hire_rewrite.analysis import Analyses
-from hire_rewrite.batches import calibrate, measure
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.predictors import Cascade, LowRank, Predictor, Quantized, certifies
+from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.sizes import scored_rows
+from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.plan import table
 from hire_rewrite.report import SiteReport
-from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.rules import Rule
 from hire_rewrite.saved import save_rules
+from hire_rewrite.sites import Operation
 
-__all__ = ["Trial", "Tunable", "Tuned", "choose", "held_out", "predictors_for", "tunable", "tune"]
+__all__ = ["Trial", "Tuned", "choose", "held_out", "tune"]
 
 _MARGIN = 0.5
 """The part of the misses allowed that may be used up on the held-out batches. The rest is left for
@@ -29,33 +27,6 @@ text of other kinds, on which fitted predictors miss more."""
 
 _RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 1 / 3)
 """Ranks that are tried, as parts of d."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tunable:
-    """A site whose predictor can be chosen.
-
-    Attributes:
-      unit: rows that are candidates together: neurons of a group, or 1.
-      rows, d: the size of the matrix whose products are guessed.
-    """
-
-    name: str
-    rule: Rule
-    unit: int
-    rows: int
-    d: int
-
-    def probe(self) -> Rule:
-        """A rule for this site alone that calibration tells everything about."""
-        rule = self.trial(Quantized())
-        certified = isinstance(rule, Head) and rule.certify
-        return rule if certified else dataclasses.replace(rule, predictor=LowRank())
-
-    def trial(self, predictor: Predictor) -> Rule:
-        """The rule for this site alone with another predictor."""
-        path = f"^{re.escape(self.name)}$"
-        return dataclasses.replace(self.rule, predictor=predictor, path=path, force=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +59,9 @@ class Tuned(tuple[Rule, ...]):
     def __new__(
         cls, rules: Iterable[Rule], chosen: Iterable[Trial] = (), trials: Iterable[Trial] = ()
     ) -> Tuned:
-        found = super().__new__(cls, rules)
-        found.chosen, found.trials = tuple(chosen), tuple(trials)
-        return found
+        tuned = super().__new__(cls, rules)
+        tuned.chosen, tuned.trials = tuple(chosen), tuple(trials)
+        return tuned
 
     def __str__(self) -> str:
         rows = [
@@ -105,47 +76,15 @@ class Tuned(tuple[Rule, ...]):
         save_rules(self, path)
 
 
-def predictors_for(site: Tunable, tokens: int) -> list[Predictor]:
-    """What is worth trying at a site that is calibrated on so many tokens."""
-    n, d = site.rows, site.d
-    most = min(n, d, tokens)
+def _ranks(operation: Operation, tokens: int) -> list[int]:
+    """The ranks that are worth a trial at a site that is calibrated on so many tokens."""
+    n, d = operation.scored
     ranks = sorted({max(8, round(d * share / 8) * 8) for share in _RANKS})
-    ranks = [rank for rank in ranks if rank <= most]
-    found: list[Predictor] = [LowRank(rank) for rank in ranks]
-    found.append(Quantized())
-    if d % 32 == 0:
-        found.append(Quantized(4))
-    if not isinstance(site.rule, FFN):
-        keep = max(1024, n // 24)
-        found += [Cascade(LowRank(rank), Quantized(), keep) for rank in ranks if 4 * keep <= n]
-    if isinstance(site.rule, Head) and site.rule.certify:
-        found = [predictor for predictor in found if certifies(predictor)]
-    return found
-
-
-def tunable(decisions: Sequence[Decision]) -> list[Tunable]:
-    """The sites that a rule asks for, with their sizes written out in the rule."""
-    found = []
-    for decision in decisions:
-        spec, rule = decision.spec, decision.site.rule
-        if spec is None or rule is None:
-            continue
-        unit = 1
-        if isinstance(spec, FFNSpec):
-            unit = spec.group
-            if not decision.undecided:
-                assert isinstance(rule, FFN)
-                candidates = spec.candidate_groups * unit
-                rule = dataclasses.replace(
-                    rule, k=spec.k_groups * unit, candidates=candidates, group=unit
-                )
-        d = decision.found.match.linears[0].in_dim
-        found.append(Tunable(decision.found.name, rule, unit, scored_rows(spec), d))
-    return found
+    return [rank for rank in ranks if rank <= min(n, d, tokens)]
 
 
 def choose(
-    sites: Sequence[Tunable],
+    sites: Sequence[Operation],
     recall: float,
     tokens: int,
     measure: Callable[[Sequence[Rule]], Sequence[SiteReport]],
@@ -158,29 +97,31 @@ def choose(
       measure: rules, one for each of some sites, to what the held-out batches say about them.
     """
     target = 1.0 - (1.0 - recall) * _MARGIN
-    options = {site.name: predictors_for(site, tokens) for site in sites}
-    trials: dict[str, list[Trial]] = {site.name: [] for site in sites}
+    options = {op.site.name: op.predictors(_ranks(op, tokens)) for op in sites}
+    trials: dict[str, list[Trial]] = {op.site.name: [] for op in sites}
     for turn in range(max(map(len, options.values()), default=0)):
         rules = {
-            site.name: site.trial(options[site.name][turn])
-            for site in sites
-            if turn < len(options[site.name])
+            op.site.name: op.tuned_rule().for_site(
+                op.site.name, predictor=options[op.site.name][turn], force=True
+            )
+            for op in sites
+            if turn < len(options[op.site.name])
         }
         reports = {report.name: report for report in measure(list(rules.values()))}
-        for site in sites:
-            if site.name in rules and site.name in reports:
-                rule = rules[site.name]
-                trials[site.name].append(_trial(site, rule, reports[site.name], target))
-    chosen = [min(own, key=lambda trial: trial.bytes) for own in trials.values() if own]
-    return chosen, [trial for own in trials.values() for trial in own]
+        for op in sites:
+            name = op.site.name
+            if name in rules and name in reports:
+                trials[name].append(_trial(op, rules[name], reports[name], target))
+    chosen = [min(several, key=lambda trial: trial.bytes) for several in trials.values() if several]
+    return chosen, [trial for several in trials.values() for trial in several]
 
 
-def _trial(site: Tunable, rule: Rule, report: SiteReport, target: float) -> Trial:
+def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) -> Trial:
     enough = (point for point in report.curve if min(point[2]) >= target)
     # All units are candidates at the end of the curve, and nothing is missed.
     candidates, size, recalls = next(enough, report.curve[-1])
-    settled = dataclasses.replace(rule, candidates=candidates * site.unit, force=site.rule.force)
-    return Trial(site.name, settled, size, min(recalls))
+    settled = rule.replace(candidates=candidates * operation.unit, force=operation.rule.force)
+    return Trial(operation.site.name, settled, size, min(recalls))
 
 
 def held_out(batches: Iterable[tuple[object, ...]]) -> tuple[list, list]:  # type: ignore[type-arg]
@@ -208,34 +149,41 @@ def tune(
     fitting, other = held_out(batches)
     given = dict(zip(analyses.weights, _as_arguments(weights, analyses.weights), strict=True))
     args = analyses.joined(given, fitting[0])
-    sites = tunable(analyses.of(None, args, kwargs).decisions)
+    sites = [d.operation for d in analyses.of(None, args, kwargs).decisions if d.operation]
     if not sites:
         raise HireRewriteError(
             f"tune: no rule asks for a site of {analyses.name}: look at .plan(...)"
         )
-    counts = (analyses.of(None, analyses.joined(given, b), kwargs).decisions for b in fitting)
-    tokens = sum(min(decision.found.tokens for decision in found) for found in counts)
+    tokens = sum(_tokens(analyses.of(None, analyses.joined(given, b), kwargs).decisions)
+                 for b in fitting)  # fmt: skip
+    probes = (
+        op.tuned_rule().for_site(op.site.name, predictor=op.probe_predictor(), force=True)
+        for op in sites
+    )
+    _, calibration = calibrate(analyses.again(tuple(probes)), args, kwargs, fitting)
 
-    probe = analyses.again(tuple(site.probe() for site in sites))
-    _, seen = calibrate(probe, args, kwargs, fitting)
+    def measure(rules: Sequence[Rule]) -> Sequence[SiteReport]:
+        again = analyses.again(tuple(rules))
+        analysis = again.of(None, args, kwargs, calibration.statistics)
+        leaves = jax.tree.leaves([args[i] for i in analyses.weights])
+        packed = analysis.pack(leaves, calibration)
+        return evaluate(again, packed, other, None, kwargs, sites_only=True).sites
 
-    def measured(rules: Sequence[Rule]) -> Sequence[SiteReport]:
-        own = analyses.again(tuple(rules))
-        analysis = own.of(None, args, kwargs, seen.learnings)
-        packed = analysis.pack(jax.tree.leaves([args[i] for i in analyses.weights]), seen)
-        return measure(own, packed, other, None, kwargs, sites_only=True).sites
-
-    chosen, trials = choose(sites, recall, tokens, measured)
+    chosen, trials = choose(sites, recall, tokens, measure)
     # Default rules spare blocks that are not sparse; written out they would not.
     return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)
 
 
+def _tokens(decisions: Sequence[Decision]) -> int:
+    return min(decision.site.tokens for decision in decisions)
+
+
 def _as_arguments(weights: Any, positions: Sequence[int]) -> tuple[Any, ...]:
     """The arguments that hold weights, in order."""
-    found = (weights,) if len(positions) == 1 else tuple(weights)
-    if len(found) != len(positions):
+    arguments = (weights,) if len(positions) == 1 else tuple(weights)
+    if len(arguments) != len(positions):
         raise HireRewriteError(
-            f"tune: {len(found)} weight argument(s), but the function has {len(positions)}: give a "
-            "tuple of them"
+            f"tune: {len(arguments)} weight argument(s), but the function has {len(positions)}: "
+            "give a tuple of them"
         )
-    return found
+    return arguments

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hire_rewrite as hire
+from hire_rewrite.graph.trace import Trace, trace
 from hire_rewrite.passes.detect import Found, detect
-from hire_rewrite.passes.trace import Trace, trace
 
 D, F, V, T = 16, 64, 128, 3
 MIN_WIDTH = 100

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from jax.extend import core as jex_core
 
-__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value", "mesh_axes"]
+__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value"]
 
 
 class Value:
@@ -166,13 +166,6 @@ class Body:
     scope: Scope
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
-
-
-def mesh_axes(spec: Any) -> list[str]:
-    """The axes of a mesh in a `PartitionSpec`, or in one part of it."""
-    if spec is None or isinstance(spec, str):
-        return [] if spec is None else [spec]
-    return [name for part in spec for name in mesh_axes(part)]
 
 
 def is_drop(var: Any) -> bool:

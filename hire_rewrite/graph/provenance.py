@@ -9,7 +9,7 @@ the weights are packed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 from jax.extend.core import primitives as p
@@ -34,9 +34,13 @@ class Provenance:
     Args:
       root: the function's scope.
       weights: numbers of the function's inputs that hold weights.
+      paths: the paths of the inputs, by which their identities are the same in other traces.
     """
 
-    def __init__(self, root: Scope, weights: Collection[int]) -> None:
+    def __init__(
+        self, root: Scope, weights: Collection[int], paths: Sequence[str] | None = None
+    ) -> None:
+        self._paths = dict(zip(root.inputs, paths or (), strict=False))
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._varies: dict[Value, frozenset[Scope]] = {}
         self._identities: dict[Value, Hashable] = {}
@@ -78,7 +82,8 @@ class Provenance:
     def identity(self, value: Value) -> Hashable:
         """Equal for weights that are computed alike from the same arrays, wherever they stand."""
         if value not in self._identities:
-            found: Hashable = ("array", id(value.const) if value.const is not None else id(value))
+            place: Hashable = self._paths.get(value, id(value))
+            found: Hashable = ("array", place if value.const is None else id(value.const))
             if value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
             elif value.node is not None:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.nodes import Body, Node, Scope, Value, mesh_axes
+from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.sharding.rows import mesh_axes
 
 __all__ = ["Differences"]
 

@@ -1,135 +1,110 @@
-"""What calibration asks of a function's sites, and what is concluded from it.
+"""Run a function on batches, have its sites say what they see, and conclude their sizes from it.
 
-A tap stands in the place of a head's product: it computes the product as it was, and reports the
-moments of its input. A block reports besides which of its neurons were active. Loops stack the
-reports of sites that have weights of their own in each iteration, and sum all others.
+A tap stands in the place of each site: it computes what the model computes and reports what it saw.
+Loops stack the reports of sites that have weights of their own in each iteration, and sum all
+others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.view import run_node
-from hire_rewrite.learned import Learned
-from hire_rewrite.ops.ffn.activity import Activity, expected_union, smallest_k
-from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.moments import Moments
+from hire_rewrite.passes.accumulate import accumulate, by_layer
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.observe import by_layer
 from hire_rewrite.passes.pack import Calibration
-from hire_rewrite.passes.raw import observed
-from hire_rewrite.passes.rewrite import Rewritten, rewrite
-from hire_rewrite.passes.trace import Trace
-from hire_rewrite.rules import FFN
-from hire_rewrite.sharding.placement import automatic
-from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.layout import to_rows
-from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weights import site_loops
+from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.sharding.arrays import automatic
 
-__all__ = ["conclude", "tapped"]
-
-_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-"""For so many tokens in a call the rows that they share are estimated."""
+__all__ = ["calibrate"]
 
 
-def tapped(trace: Trace, decisions: Sequence[Decision]) -> Rewritten:
-    """The traced function with taps; its reports are `Moments` and, of blocks, their `Activity`.
+def calibrate(
+    analyses: Analyses,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    batches: Iterable[tuple[Any, ...]],
+) -> tuple[Analysis, Calibration]:
+    """What the batches say about a call's sites, and the plan that follows from it.
 
-    Both have leading axes for the scans, and for the shards, over which the site's weights vary.
-    """
-    return rewrite(trace, [_tap(trace, decision) for decision in decisions])
-
-
-def conclude(
-    trace: Trace, decisions: Sequence[Decision], reports: Mapping[str, Any] | None
-) -> Calibration:
-    """What the sum of all reports says about the sites that are packed, or yet undecided.
+    Args:
+      args, kwargs: the call's; weights are arrays.
+      batches: tuples of the arguments after the weights.
 
     Raises:
-      HireRewriteError: no batch reached a site, or its inputs hold a NaN or an infinity.
+      HireRewriteError: a batch does not fit the call, no batch reached a site that needs one, or a
+        site's inputs hold a NaN or an infinity.
     """
-    moments: dict[str, Moments] = {}
-    kept: dict[str, Any] = {}
-    learned: dict[str, Learned] = {}
+    statistics: Mapping[str, Any] = {}
+    if analyses.of(None, args, kwargs).undecided:
+        batches = list(batches)  # the sizes first, then what depends on them
+        first = _watch(analyses, args, kwargs, batches, {}, lambda d: d.undecided)
+        statistics = first.statistics
+    seen = _watch(analyses, args, kwargs, batches, statistics, lambda d: d.packs and d.op.learns)
+    calibration = Calibration(seen.sites, {**statistics, **seen.statistics})
+    return analyses.of(None, args, kwargs, calibration.statistics), calibration
+
+
+def _watch(
+    analyses: Analyses,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    batches: Iterable[tuple[Any, ...]],
+    statistics: Mapping[str, Any],
+    chosen: Callable[[Decision], bool],
+) -> Calibration:
+    """What the batches say about the chosen sites."""
+    analysis = analyses.of(None, args, kwargs, statistics)
+    decisions = [decision for decision in analysis.decisions if chosen(decision)]
+    names = {decision.name for decision in decisions}
+    example = [arg for i, arg in enumerate(args) if i not in analyses.weights]
+
+    @functools.cache
+    def tapped(analysis: Analysis) -> Any:
+        taps = [d.op.observed() for d in analysis.decisions if d.name in names and d.operation]
+        return rewrite(analysis.trace, taps)
+
+    def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
+        full = analyses.joined(args, batch)
+        analysis = analyses.of(None, full, kwargs, statistics)
+        inputs = analysis.inputs(None, full, kwargs)
+        return analysis, {i: inputs[i] for i in tapped(analysis).needs}
+
+    def build(analysis: Analysis) -> Callable[[Any], Any]:
+        return lambda inputs: tapped(analysis)(inputs)[1]
+
+    reports = accumulate("calibration batch", batches, example, prepare, build)
+    return _conclude(decisions, reports or {})
+
+
+def _conclude(decisions: Sequence[Decision], reports: Mapping[str, Any]) -> Calibration:
+    """What the sum of all reports says about sites."""
+    sites: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
     for decision in decisions:
-        name, loops = decision.found.name, site_loops(trace, decision.found.match)
-        if reports is None:
-            raise _unreached(name)
-        if name not in reports:
-            if not _needs(decision):
+        name, report = decision.name, reports.get(decision.name)
+        seen = None if report is None else by_layer(report, decision.site)
+        if seen is None or not bool(seen[0].count.all()):
+            if not decision.op.needs_calibration:
                 continue
-            raise _unreached(name)
-        seen, active = by_layer(reports[name], loops, decision.found.shards)
-        if not bool(seen.count.all()):
-            if not _needs(decision):
-                continue
-            raise _unreached(name)
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(seen)):
+            raise HireRewriteError(
+                f"{name}: no calibration batch reached it: give batches of calls that run it"
+            )
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(seen[0])):
             raise HireRewriteError(
                 f"{name}: its input holds a NaN or an infinity in the calibration batches: look "
                 "at the weights and the batches"
             )
-        before = moments.get(decision.state)
-        moments[decision.state] = seen if before is None else before + seen
-        if active is not None:
-            learned[name] = _learned(decision, active)
-            now = kept.get(decision.state)
-            kept[decision.state] = active.kept if now is None else now + active.kept
-    moments, kept = jax.tree.map(automatic, (moments, kept))
-    return Calibration(moments, kept, learned)
-
-
-def _learned(decision: Decision, active: Activity) -> Learned:
-    spec, rule = decision.spec, decision.site.rule
-    assert isinstance(spec, FFNSpec)
-    assert isinstance(rule, FFN)
-    if decision.undecided:
-        return Learned(k=smallest_k(active, rule.keep, spec.groups) * spec.group)
-    union = tuple(round(expected_union(active, n) * spec.group) for n in _TOKENS)
-    return Learned(k=spec.k_groups * spec.group if rule.k == "auto" else None, union=union)
-
-
-def _tap(trace: Trace, decision: Decision) -> SiteReplacement:
-    """A site as it is, which reports what it sees."""
-    match = decision.found.match
-    if isinstance(match, FFNMatch):
-        return observed(trace, decision, shares=decision.undecided)
-    found, node = decision.found, match.linear.node
-    inputs = tuple(dict.fromkeys(v for v in node.ins if v.literal is None and v.const is None))
-
-    def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
-        env = dict(zip(inputs, ins, strict=True))
-        run_node(node, env)
-        moments = Moments.of(to_rows(env[match.linear.x], match.linear.x_axes))
-        return [env[match.linear.out]], (moments, None)
-
-    return SiteReplacement(
-        found.name,
-        frozenset({node}),
-        inputs,
-        node.outs,
-        run,
-        shards=found.shards,
-        loops=site_loops(trace, match),
-        reports=True,
-    )
-
-
-def _needs(decision: Decision) -> bool:
-    """Whether a site cannot be packed as its rule says without having been seen."""
-    rule = decision.site.rule
-    assert rule is not None
-    auto = isinstance(rule, FFN) and (rule.k == "auto" or bool(rule.common))
-    return auto or rule.predictor.wants_calibration
-
-
-def _unreached(name: str) -> HireRewriteError:
-    return HireRewriteError(
-        f"{name}: no calibration batch reached it: give batches of calls that run it"
-    )
+        known = decision.op.statistics(seen)
+        if known is not None:
+            statistics[name] = known
+        before = sites.get(decision.packed_name)
+        both = seen if before is None else jax.tree.map(jnp.add, before, seen)
+        sites[decision.packed_name] = both
+    return Calibration(jax.tree.map(automatic, sites), statistics)

@@ -9,96 +9,119 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from jax.extend import source_info_util
 from jax.extend.core import primitives as p
 from jax.sharding import Mesh
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
+from hire_rewrite.graph.nodes import Frame, Node, Value
+from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.view import inner_jaxprs
-from hire_rewrite.ops.ffn.sharded import Spread
-from hire_rewrite.passes.trace import Trace
+from hire_rewrite.graph.weights import loops_of
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
 from hire_rewrite.patterns.miss import Contracted, Miss
 from hire_rewrite.plan import Rejection
-from hire_rewrite.sharding.manual import Shards, pieces_of, shards_of
-from hire_rewrite.sharding.placement import placement_of
-from hire_rewrite.sites.ffn.activation import Activation
-from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
-from hire_rewrite.sites.head.match import HeadMatch, match_head
+from hire_rewrite.rules import Rule
+from hire_rewrite.sharding.placement import sharding_of
+from hire_rewrite.sites import Match, MatchedSite, SiteKind, site_kinds
+from hire_rewrite.sites.base import weights_identity
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
 
-__all__ = ["Detection", "Found", "detect", "name_stack", "source_of"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """A match with what a user calls it; sites with equal `weights` can share one packed copy.
-
-    `spread` says over which devices its rows are spread, `spread_obstacle` why it has to stay
-    dense for that, if it has to, and `spreads_itself` whether its weights lie so. `shards` is the
-    `shard_map` that it stands in.
-    """
-
-    name: str
-    match: FFNMatch | HeadMatch
-    weights: Hashable
-    spread: Spread | None = None
-    spread_obstacle: str | None = None
-    spreads_itself: bool = True
-    shards: Shards | None = None
-
-    @property
-    def kind(self) -> str:
-        return "ffn" if isinstance(self.match, FFNMatch) else "head"
-
-    @property
-    def experts(self) -> int:
-        return self.match.experts if isinstance(self.match, FFNMatch) else 1
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why it has to stay dense, whatever the rules say."""
-        typed = any(_compat.is_sharded_by_type(value.aval) for value in self.match.weights)
-        if typed and self.spread is None:
-            return "its weights are sharded by their types (a mesh with explicit axes)"
-        return self.match.obstacle or self.spread_obstacle
-
-    @property
-    def scope(self) -> Scope:
-        return self.match.linears[0].node.scope
-
-    @property
-    def repeats(self) -> int:
-        """Runs in one call; a `while_loop` counts as one."""
-        return math.prod(scope.length or 1 for scope in self.scope.ancestors())
-
-    @property
-    def tokens(self) -> int:
-        return self.match.linears[0].tokens
+__all__ = ["Detection", "detect", "name_stack", "source_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    found: tuple[Found, ...]
+    """The sites of a function, its other linear layers, and equations that are not looked into."""
+
+    sites: tuple[MatchedSite, ...]
     rejected: tuple[Rejection, ...]
     opaque: tuple[str, ...]
 
 
-def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
+@dataclasses.dataclass(frozen=True)
+class _ScopeContext:
+    """What the kinds know of a scope.
+
+    Attributes:
+      linears: its linear layers.
+      taken: nodes of the sites that were matched before.
+      activations: those that were classified before, by the signature of their region.
+    """
+
+    trace: Trace
+    linears: dict[Node, Linear]
+    taken: set[Node]
+    activations: dict[Hashable, Any]
+
+    @property
+    def provenance(self) -> Any:
+        return self.trace.provenance
+
+    @property
+    def uses(self) -> Any:
+        return self.trace.live
+
+
+@dataclasses.dataclass
+class _Matches:
+    """Matches with their kinds, and near misses, of the scopes that were searched so far."""
+
+    trace: Trace
+    rules: Sequence[Rule]
+    found: list[tuple[SiteKind, Match]] = dataclasses.field(default_factory=list)
+    misses: dict[Node, Miss] = dataclasses.field(default_factory=dict)
+    activations: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def search(self, linears: dict[Node, Linear]) -> None:
+        """Offer the linear layers of a scope to each kind, in turn."""
+        context = _ScopeContext(self.trace, linears, set(), self.activations)
+        for kind in site_kinds():
+            rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
+            for node, linear in linears.items():
+                if node not in context.taken:
+                    self._try(kind, linear, context, rules)
+            for node in context.taken:
+                self.misses.pop(node, None)
+
+    def _try(
+        self, kind: SiteKind, linear: Linear, context: _ScopeContext, rules: Sequence[Rule]
+    ) -> None:
+        try:
+            match = kind.match(linear, context, rules)
+            nodes = match.nodes | match.shared
+            if nodes & context.taken:
+                raise Miss("a product of it belongs to the site before", linear.node, len(nodes))
+        except Miss as miss:
+            self._add_miss(linear, miss)
+        else:
+            self.found.append((kind, match))
+            context.taken.update(nodes)
+
+    def _add_miss(self, linear: Linear, miss: Miss) -> None:
+        """Keep the near miss that says most: of the kind that the layer was meant to be, if it is
+        known, or the one that got furthest."""
+        before = self.misses.get(linear.node)
+        # What widens its input was meant to be a vocabulary, if anything.
+        if before is None or linear.out_dim > linear.in_dim or miss.matched > before.matched:
+            self.misses[linear.node] = miss
+        elif before.matched <= 2:
+            reason = f"{before.reason}; and {miss.reason}"
+            self.misses[linear.node] = Miss(reason, before.node, before.matched)
+
+
+def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -> Detection:
     """Match every linear layer of the function, in all scopes.
 
     Args:
-      min_width: linear layers narrower than this, all their shards together, are no vocabulary.
-      mesh: where to spread the rows of sites whose weights are not spread.
+      rules: the user's; how small a site may be is for them to say.
+      mesh: where to shard the rows of sites whose weights are not sharded.
     """
-    matches: list[FFNMatch | HeadMatch] = []
-    misses: dict[Node, Miss] = {}
-    opaque = []
-    activations: dict[Hashable, Activation] = {}
+    matches, opaque = _Matches(trace, rules), []
     for scope in trace.scope.walk():
         linears: dict[Node, Linear] = {}
         for node in scope.nodes:
@@ -109,67 +132,40 @@ def detect(trace: Trace, min_width: int, mesh: Mesh | None = None) -> Detection:
             try:
                 linear = as_linear(node, trace.provenance)
             except Miss as miss:
-                misses[node] = miss
+                matches.misses[node] = miss
                 continue
             if linear is not None:
                 linears[node] = linear
-        matches += _match(trace, linears, min_width, misses, activations)
-    names = _names(trace, matches)
-    found = tuple(_found(trace, *both, mesh) for both in zip(names, matches, strict=True))
-    return Detection(found, _rejections(trace, misses), tuple(opaque))
+        matches.search(linears)
+    names = _names(trace, [match for _, match in matches.found])
+    sites = tuple(
+        _site(trace, kind, name, match, mesh)
+        for name, (kind, match) in zip(names, matches.found, strict=True)
+    )
+    return Detection(sites, _rejections(trace, matches.misses), tuple(opaque))
 
 
-def _found(trace: Trace, name: str, match: FFNMatch | HeadMatch, mesh: Mesh | None) -> Found:
-    weights = _weights(trace, match)
-    shards, obstacle = shards_of(trace, match)
-    if shards is not None:
-        return Found(name, match, weights, None, obstacle, shards=shards)
-    return Found(name, match, weights, *placement_of(trace, match, mesh))
-
-
-def _match(
-    trace: Trace,
-    linears: dict[Node, Linear],
-    min_width: int,
-    misses: dict[Node, Miss],
-    activations: dict[Hashable, Activation],
-) -> list[FFNMatch | HeadMatch]:
-    """The sites among the linear layers of one scope; `misses` gets the others."""
-    matches: list[FFNMatch | HeadMatch] = []
-    taken: set[Node] = set()
-    heads: set[Node] = set()
-    for node, linear in linears.items():
-        try:
-            ffn = match_ffn(linear, linears, trace.provenance, trace.live, activations)
-            nodes = ffn.nodes | ffn.shared
-            if nodes & taken:
-                raise Miss("a product of it belongs to the site before", node, len(nodes))
-        except Miss as miss:
-            misses[node] = miss
-        else:
-            matches.append(ffn)
-            taken |= nodes
-    for node, linear in linears.items():
-        if node in taken:
-            misses.pop(node, None)
-            continue
-        try:
-            least = -(-min_width // pieces_of(trace, linear))
-            head = match_head(linear, least, linears, trace.provenance, trace.live, heads)
-        except Miss as miss:
-            # What widens its input was meant to be a vocabulary, if anything.
-            widens = linear.out_dim > linear.in_dim
-            before = misses.get(node)
-            if before is None or widens or miss.matched > before.matched:
-                misses[node] = miss
-            elif before.matched <= 2:
-                reason = f"{before.reason}; and {miss.reason}"
-                misses[node] = Miss(reason, before.node, before.matched)
-        else:
-            matches.append(head)
-            heads |= head.nodes
-            misses.pop(node, None)
-    return matches
+def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | None) -> MatchedSite:
+    sharding, reason, optional = sharding_of(
+        trace,
+        match.linears[0].x,
+        [linear.weight for linear in match.linears],
+        match.weights,
+        match.outputs,
+        mesh,
+        lambda sharding: kind.unsupported_sharding(match, sharding),
+    )
+    varying = {loop for value in match.weights for loop in trace.provenance.varies_over(value)}
+    return MatchedSite(
+        kind,
+        name,
+        match,
+        weights_identity(trace, kind, match),
+        sharding,
+        match.unsupported or reason,
+        optional,
+        loops_of(match.linears[0].node.scope, varying),
+    )
 
 
 def name_stack(node: Node) -> str:
@@ -219,7 +215,7 @@ def _holds_product(node: Node) -> bool:
 def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]:
     """Near misses, closest first."""
     weights = {node: _weight_of(trace, node) for node in misses}
-    found = []
+    rejections = []
     for node, miss in misses.items():
         weight, name = weights[node]
         if not trace.provenance.roots(weight) and trace.provenance.is_weight(weight):
@@ -228,8 +224,8 @@ def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]
         if isinstance(miss, Contracted) and miss.node in misses:
             other = weights[miss.node][1]
             reason += f"; and {other} behind it ends no FFN: {misses[miss.node].reason}"
-        found.append(Rejection(name, weight.shape, reason, miss.matched, source_of(miss.node)))
-    return tuple(sorted(found, key=lambda rejection: -rejection.matched))
+        rejections.append(Rejection(name, weight.shape, reason, miss.matched, source_of(miss.node)))
+    return tuple(sorted(rejections, key=lambda rejection: -rejection.matched))
 
 
 def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
@@ -249,7 +245,7 @@ def _weight_path(trace: Trace, weight: Value) -> str:
     return trace.path(max(roots, key=lambda root: math.prod(root.shape)))
 
 
-def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
+def _names(trace: Trace, matches: Sequence[Match]) -> list[str]:
     """Names of the sites: where their weights are, made unique in order of appearance.
 
     The folder that holds the weights of one site and nothing else names it; otherwise the
@@ -270,15 +266,3 @@ def _names(trace: Trace, matches: Sequence[FFNMatch | HeadMatch]) -> list[str]:
             seen[name] += 1
             names[i] = f"{name}#{seen[name]}"
     return names
-
-
-def _weights(trace: Trace, match: FFNMatch | HeadMatch) -> Hashable:
-    identity = trace.provenance.identity
-    found: list[Hashable] = list(map(identity, match.weights))
-    if isinstance(match, FFNMatch):
-        region = match.region
-        found += [vector.window for part in match.regions for vector in part.vectors]
-        found += [projection.window for part in match.regions for projection in part.projections]
-        found += [match.piece.start]
-        found += [match.linears.index(item.linear) for item in region.projections]
-    return tuple(found)

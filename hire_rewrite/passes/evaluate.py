@@ -7,26 +7,27 @@ rewritten one; logits of a head outside all loops are compared between the three
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
-from hire_rewrite.graph.view import evaluate
-from hire_rewrite.ops.head.head import HeadSpec
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.graph.view import evaluate as evaluate_node
+from hire_rewrite.packed import Packed
+from hire_rewrite.passes.accumulate import accumulate
+from hire_rewrite.passes.modes import MODES, Packing
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.trace import Trace
-from hire_rewrite.sites.head.match import HeadMatch
-from hire_rewrite.sites.layout import to_rows
+from hire_rewrite.passes.summarize import summarize
+from hire_rewrite.report import Report
+from hire_rewrite.sites import Logits
+from hire_rewrite.sites.layout import to_tokens
 
-__all__ = ["ModelSums", "evaluation"]
-
-_MODES = ("dense", "exact", "measure")
+__all__ = ["ModelSums", "evaluate"]
 
 
 class ModelSums(NamedTuple):
@@ -49,26 +50,60 @@ class ModelSums(NamedTuple):
     nll: Array
 
 
-def evaluation(
-    trace: Trace,
-    decisions: Sequence[Decision],
-    replacements: Callable[[Any, str], Sequence[Any]],
+def evaluate(
+    analyses: Analyses,
+    packed: Packed,
+    batches: Iterable[tuple[Any, ...]],
+    targets: Callable[..., Any] | None,
+    kwargs: Mapping[str, Any],
     *,
     sites_only: bool = False,
-) -> Callable[[Any], dict[str, Any]]:
-    """A function of (Packed, inputs by number, classes or None) to `sites` and `model` sums.
+) -> Report:
+    """Run batches and report what sites miss; the arguments are those of `Transformed.evaluate`.
 
     Args:
-      replacements: of a `Packed` in a mode.
-      sites_only: run the exact model alone, with reports of the sites.
+      sites_only: leave out the model, and have all sites see what the exact model computes.
     """
-    head = None if sites_only else _last_head(decisions)
-    alone = "measure exact" if sites_only else "measure"
+    weights = dict.fromkeys(analyses.weights[1:]) | dict.fromkeys(analyses.weights[:1], packed)
+    kinds: list[Analysis] = []
 
-    packing = [decision for decision in decisions if decision.packs]
-    # Then the exact model is the dense one.
-    no_topk = all(isinstance(d.spec, HeadSpec) and d.spec.tail == "predicted" for d in packing)
-    modes = _MODES if head is not None else (alone,)
+    def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
+        args = analyses.joined(weights, batch)
+        analysis = analyses.of(packed, args, kwargs)
+        kinds.append(analysis)
+        known = analysis.inputs(packed, analyses.without_weights(tuple(args), packed), kwargs)
+        wanted = None if targets is None else jnp.asarray(targets(*batch)).reshape(-1)
+        return analysis, (packed, known, wanted)
+
+    def build(analysis: Analysis) -> Callable[[Any], Any]:
+        return _site_sums(analysis) if sites_only else _sums(analysis)
+
+    total = accumulate("evaluation batch", batches, None, prepare, build)
+    if total is None:
+        raise HireRewriteError(f"{analyses.name}: no batches to evaluate on: give at least one")
+    return summarize(kinds[0].packing, total)
+
+
+def _site_sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
+    """(Packed, inputs by number, None) to the sums of the sites, which all see the exact model."""
+
+    def run(operands: Any) -> dict[str, Any]:
+        packed, inputs, _ = operands
+        swaps = analysis.replacements(packed, _measured(follow_exact=True))
+        rewritten = rewrite(analysis.trace, swaps)
+        return {"sites": rewritten({i: inputs[i] for i in rewritten.needs})[1]}
+
+    return run
+
+
+def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
+    """(Packed, inputs by number, classes or None) to the sums of the sites and of the model."""
+    head = _last_logits(analysis)
+    modes = [_measured(follow_exact=False)]
+    if head is not None:
+        exact_is_dense = all(decision.op.exact_is_dense for decision in analysis.packing)
+        others = [MODES["dense"].packed, MODES["exact"].packed]
+        modes = [*(others[:1] if exact_is_dense else others), *modes]
 
     def run(operands: Any) -> dict[str, Any]:
         packed, inputs, classes = operands
@@ -77,52 +112,54 @@ def evaluation(
                 "evaluate: targets are given, but there is no vocabulary head outside of loops and "
                 "shard_maps to compare them with: leave targets out"
             )
-        sites: dict[str, Any] = {}
+        reports: dict[str, Any] = {}
         logits: list[Array] = []
         for mode in modes:
-            if mode == "exact" and no_topk:
-                logits.append(logits[-1])
-                continue
-            swaps, watched = list(replacements(packed, mode)), ""
+            swaps, name = analysis.replacements(packed, mode), ""
             if head is not None:
-                swaps, watched = _watched(swaps, head)
-            rewritten = rewrite(trace, swaps)
-            _, reports = rewritten({i: inputs[i] for i in rewritten.needs})
+                swaps, name = _with_logits(swaps, head)
+            rewritten = rewrite(analysis.trace, swaps)
+            reports = rewritten({i: inputs[i] for i in rewritten.needs})[1]
             if head is not None:
-                own, values = reports.pop(watched)
+                own, values = reports.pop(name)
                 logits.append(values)
                 if own is not None:
-                    reports[watched] = own
-            if mode.startswith("measure"):
-                sites = reports
-        model = None if head is None else _compare(logits, classes, _first_row(head))
-        return {"sites": sites, "model": model}
+                    reports[name] = own
+        sums: dict[str, Any] = {"sites": reports}
+        if head is not None:
+            sums["model"] = _compare(logits[0], logits[-2], logits[-1], classes, head.start)
+        return sums
 
     return run
 
 
-def _last_head(decisions: Sequence[Decision]) -> HeadMatch | None:
-    """The last head that runs once in a call."""
-    matches = [d.found.match for d in decisions]
-    heads = [m for m in matches if isinstance(m, HeadMatch) and m.linear.node.scope.parent is None]
-    return max(heads, key=lambda match: match.linear.node.index) if heads else None
+def _measured(*, follow_exact: bool) -> Packing:
+    return lambda decision, arrays: decision.op.measured(arrays, follow_exact=follow_exact)
 
 
-def _first_row(head: HeadMatch) -> int:
-    return head.places[head.endpoints[-1]][1]
+def _last_logits(analysis: Analysis) -> Logits | None:
+    """The last logits that are computed once in a call."""
+    sites = (decision.site for decision in analysis.decisions)
+    logits = (site.kind.logits(site.match) for site in sites if site.scope.parent is None)
+    places = [place for place in logits if place is not None]
+    return max(places, key=_index, default=None)
+
+
+def _index(logits: Logits) -> int:
+    assert logits.value.node is not None
+    return logits.value.node.index
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Watched:
-    """A replacement, or the last node of a head that stays, which reports the logits too."""
+class _WithLogits:
+    """A replacement, or the node that makes logits, which reports the logits too."""
 
     name: str
     nodes: frozenset[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     run: Callable[[Sequence[Any], Mapping[Scope, Any], Any], tuple[list[Any], Any]]
-    logits: Value
-    axis: int
+    logits: Logits
     state: Any = None
     shards: None = None
     loops: tuple[Scope, ...] = ()
@@ -132,37 +169,34 @@ class _Watched:
         self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
     ) -> tuple[list[Any], Any]:
         results, report = self.run(ins, index, state)
-        rows = to_rows(results[self.outputs.index(self.logits)], (self.axis,))
-        return results, (report, rows.astype(jnp.float32))
+        values = results[self.outputs.index(self.logits.value)]
+        return results, (report, to_tokens(values, (self.logits.axis,)).astype(jnp.float32))
 
 
-def _watched(swaps: Sequence[Any], head: HeadMatch) -> tuple[list[Any], str]:
-    """The replacements, with one that reports the head's logits, and its name."""
-    value = head.endpoints[-1]
-    axis = head.places[value][0]
-    found, name = [], ""
-    for swap in swaps:
-        if value in swap.outputs:
-            name = swap.name
-            swap = _Watched(
-                name, swap.nodes, swap.inputs, swap.outputs, swap.emit, value, axis, swap.state
+def _with_logits(swaps: Sequence[Any], logits: Logits) -> tuple[list[Any], str]:
+    """The replacements, with one that reports the logits, and its name."""
+    for i, swap in enumerate(swaps):
+        if logits.value in swap.outputs:
+            reporting = _WithLogits(
+                swap.name, swap.nodes, swap.inputs, swap.outputs, swap.emit, logits, swap.state
             )
-        found.append(swap)
-    if not name:
-        name, node = "logits", value.node
-        assert node is not None
+            return [*swaps[:i], reporting, *swaps[i + 1 :]], swap.name
+    node = logits.value.node
+    assert node is not None
 
-        def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
-            return evaluate(node, ins), None
+    def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
+        return evaluate_node(node, ins), None
 
-        found.append(_Watched(name, frozenset({node}), node.ins, node.outs, run, value, axis))
-    return found, name
+    reporting = _WithLogits("logits", frozenset({node}), node.ins, node.outs, run, logits)
+    return [*swaps, reporting], "logits"
 
 
-def _compare(logits: Sequence[Array], classes: Array | None, first: int) -> ModelSums:
+def _compare(
+    dense: Array, exact: Array, rewritten: Array, classes: Array | None, start: int
+) -> ModelSums:
     """Sums of what dense, exact and rewritten logits, [tokens, V] each, differ by."""
-    dense, exact, hire = (jax.nn.log_softmax(z, axis=-1) for z in logits)
-    best = [z.argmax(-1) for z in logits]
+    best = [values.argmax(-1) for values in (dense, exact, rewritten)]
+    dense, exact, rewritten = (jax.nn.log_softmax(z, axis=-1) for z in (dense, exact, rewritten))
     tokens, width = dense.shape
     nll, count = jnp.zeros(3), jnp.zeros(())
     if classes is not None:
@@ -171,18 +205,21 @@ def _compare(logits: Sequence[Array], classes: Array | None, first: int) -> Mode
                 f"evaluate: targets gives {classes.size} classes for {tokens} rows of logits: give "
                 "one for each, negative where there is none"
             )
-        place = classes.astype(jnp.int32) - first
+        place = classes.astype(jnp.int32) - start
         known = (place >= 0) & (place < width)
         place = jnp.clip(place, 0, width - 1)[:, None]
-        each = [-jnp.take_along_axis(z, place, axis=-1)[:, 0] for z in (dense, exact, hire)]
-        nll = jnp.stack([jnp.where(known, z, 0.0).sum() for z in each])
+        losses = [
+            -jnp.take_along_axis(values, place, axis=-1)[:, 0]
+            for values in (dense, exact, rewritten)
+        ]
+        nll = jnp.stack([jnp.where(known, loss, 0.0).sum() for loss in losses])
         count = known.sum().astype(jnp.float32)
     return ModelSums(
         tokens=jnp.float32(tokens),
         agree=(best[2] == best[0]).sum().astype(jnp.float32),
         agree_exact=(best[2] == best[1]).sum().astype(jnp.float32),
-        kl=_kl(dense, hire),
-        kl_exact=_kl(exact, hire),
+        kl=_kl(dense, rewritten),
+        kl_exact=_kl(exact, rewritten),
         targets=count,
         nll=nll,
     )

@@ -7,61 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.nodes import Scope
-from hire_rewrite.learned import Learned, Learnings
-from hire_rewrite.ops.ffn.block import FFNState
-from hire_rewrite.ops.head.head import HeadState
-from hire_rewrite.ops.moments import Moments
-from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.graph.trace import Trace, abstract
+from hire_rewrite.graph.weights import Stacked, Stacker
+from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.replace import packed_replacements
+from hire_rewrite.passes.modes import MODES
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.sizes import scored_rows
-from hire_rewrite.passes.state import site_state
-from hire_rewrite.passes.trace import Trace, abstract
-from hire_rewrite.sharding.manual import on_each_device
-from hire_rewrite.sharding.placement import on_mesh
-from hire_rewrite.sites.weights import Stacked, Stacker, layers, site_loops
+from hire_rewrite.sharding.arrays import automatic, on_mesh
+from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sites.base import SiteCalibration
+from hire_rewrite.sites.weight_rows import WeightRows
 
-__all__ = ["Calibration", "fingerprint", "pack"]
+__all__ = ["Calibration", "pack", "pack_shapes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What calibration saw, by the name of a site's packed state.
+    """What calibration told.
 
     Attributes:
-      moments: of the sites' inputs, with one leading axis of layers.
-      kept: f32[layers, G] of blocks, how often each group was among the k greatest.
-      learned: static numbers, by the name of the site.
+      sites: what it saw of each packed site, by the name under which the site is packed.
+      statistics: static numbers, by the name of the site.
     """
 
-    moments: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
-    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    learned: Mapping[str, Learned] = dataclasses.field(default_factory=dict)
-
-    @property
-    def learnings(self) -> Learnings:
-        """`learned` as a part of a `Packed`'s type."""
-        return tuple(sorted(self.learned.items()))
-
-
-def fingerprint(decisions: Sequence[Decision], origin: Origin) -> str:
-    """A short hash of everything that the layout of a `Packed` depends on."""
-    lines = [f"{path} {spec.dtype}{list(spec.shape)}" for path, spec in _leaves(origin)]
-    for decision in decisions:
-        if decision.packs:
-            shards = f" in shard_map: {decision.found.shards}" if decision.found.shards else ""
-            lines.append(f"{decision.state} {decision.spec} {decision.site.rule}{shards}")
-    return hashlib.sha256("\n".join(dict.fromkeys(lines)).encode()).hexdigest()[:12]
+    sites: Mapping[str, SiteCalibration] = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def pack(
@@ -75,7 +53,7 @@ def pack(
 
     Args:
       weights: its weight inputs, in order.
-      calibration: sites that it has no moments of have predictors fitted to the weights alone.
+      calibration: sites that it has not seen have predictors fitted to the weights alone.
 
     Raises:
       HireRewriteError: a site's weights hold a NaN or an infinity, its calibration has too few
@@ -84,74 +62,107 @@ def pack(
     arrays = dict(zip(trace.weights, weights, strict=True))
     stacker = Stacker({trace.scope.inputs[i]: Stacked(array, ()) for i, array in arrays.items()})
     packing = [decision for decision in decisions if decision.packs]
-    firsts = [decision for decision in packing if decision.state == decision.found.name]
-    total = sum(layers(site_loops(trace, d.found.match)) * d.found.experts for d in firsts)
-    states: dict[str, Any] = {}
-    with _progress(total) as advance:
+    firsts = [decision for decision in packing if decision.packed_name == decision.name]
+    sites: dict[str, Any] = {}
+    with _progress(sum(decision.site.layers for decision in firsts)) as advance:
         for decision in firsts:
-            name, loops = decision.found.name, site_loops(trace, decision.found.match)
-            _check_tokens(decision, calibration)
-            states[name] = _placed_state(decision, stacker, loops, calibration, advance)
-            _check_finite(name, states[name])
-    swaps = [
-        swap for d in packing for swap in packed_replacements(trace, d, states[d.state], "hire", {})
-    ]
+            sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
+    swaps = [swap for d in packing for swap in MODES["hire"].packed(d, sites[d.packed_name])]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
-    spreads = [decision.found.spread for decision in packing if decision.found.spread]
-    if spreads:  # all on the same devices
-        kept, states = jax.tree.map(lambda array: on_mesh(array, spreads[0]), (kept, states))
-    layout = tuple(map(abstract, jax.tree.leaves((kept, states))))
-    name = fingerprint(decisions, origin)
-    return Packed(kept, states, name, origin, layout, calibration.learnings)
+    meshes = [d.site.sharding for d in packing if isinstance(d.site.sharding, RowSharding)]
+    if meshes:  # all on the same devices
+        kept, sites = jax.tree.map(lambda array: on_mesh(array, meshes[0]), (kept, sites))
+    info = PackedInfo(
+        origin,
+        tuple(_info(decision, calibration) for decision in firsts),
+        tuple(map(abstract, jax.tree.leaves((kept, sites)))),
+    )
+    return Packed(kept, sites, info)
 
 
-def _placed_state(
+def pack_shapes(
+    trace: Trace,
+    decisions: Sequence[Decision],
+    origin: Origin,
+    weights: Sequence[jax.ShapeDtypeStruct],
+    calibration: Calibration,
+) -> Packed:
+    """`pack` of shapes: a `Packed` of shapes, with shardings where weights are sharded."""
+    packed: Packed = jax.eval_shape(
+        lambda arrays: pack(trace, decisions, origin, arrays, calibration),
+        list(map(automatic, weights)),
+    )
+    placed: dict[str, Any] = {}
+    for decision in decisions:
+        if decision.packs and decision.packed_name not in placed:
+            arrays = packed.sites[decision.packed_name]
+            shardings = decision.site.sharding.shardings(arrays, decision.op.partition_specs)
+            if shardings is not None:
+                placed[decision.packed_name] = jax.tree.map(_with_sharding, arrays, shardings)
+    if not placed:
+        return packed
+    mesh = jax.tree.leaves(placed)[0].sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+    sites = {
+        name: placed.get(name) or jax.tree.map(lambda a: _with_sharding(a, replicated), arrays)
+        for name, arrays in packed.sites.items()
+    }
+    specs = dict(zip(origin.paths, origin.specs, strict=True))
+    kept: dict[str, Any] = {
+        path: _with_sharding(array, specs[path].sharding or replicated)
+        for path, array in packed.weights.items()
+    }
+    return dataclasses.replace(packed, weights=kept, sites=sites)
+
+
+def _with_sharding(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _packed_site(
     decision: Decision,
     stacker: Stacker,
-    loops: tuple[Scope, ...],
     calibration: Calibration,
     advance: Callable[[], None],
 ) -> Any:
-    """A site's state; inside a `shard_map` of the function's, that of each device's own weights."""
-    name, shards = decision.found.name, decision.found.shards
-    moments, kept = calibration.moments.get(name), calibration.kept.get(name)
-    if shards is None:
-        return site_state(decision, stacker, loops, moments, kept, advance)
+    """The packed arrays of a site, on the devices that are to hold them."""
+    site, operation = decision.site, decision.op
+    seen = calibration.sites.get(decision.name)
+    if seen is not None:
+        tokens = int(seen[0].count.min())
+        operation.rule.predictor.check(*operation.scored, site=site.name, tokens=tokens)
+    steps = 0
 
-    def own(stacker: Stacker, seen: Any) -> Any:
-        moments, kept = seen
-        return site_state(decision, stacker, loops, moments, kept, lambda: None)
-
-    state = jax.block_until_ready(on_each_device(shards, stacker, own, (moments, kept)))
-    for _ in range(layers(loops) * decision.found.experts):
+    def step() -> None:
+        nonlocal steps
+        steps += 1
         advance()
-    return state
+
+    def pack_rows(stacker: Stacker, seen: SiteCalibration | None) -> Any:
+        return operation.pack(WeightRows(stacker, site.loops), seen, step)
+
+    arrays = site.sharding.pack(pack_rows, stacker, seen)
+    for _ in range(site.layers - steps):  # devices pack all of their layers at once
+        advance()
+    arrays = site.sharding.put(arrays, operation.partition_specs)
+    _check_finite(site.name, operation.rows(arrays))
+    return arrays
 
 
-def _check_tokens(decision: Decision, calibration: Calibration) -> None:
-    """Raise HireRewriteError if a predictor is to be fitted to fewer tokens than it needs."""
-    name, spec, rule = decision.found.name, decision.spec, decision.site.rule
-    moments = calibration.moments.get(name)
-    assert spec is not None
-    assert rule is not None
-    if moments is not None:
-        d_in, tokens = decision.found.match.linears[0].in_dim, int(moments.count.min())
-        rule.predictor.check(scored_rows(spec), d_in, site=name, tokens=tokens)
+def _info(decision: Decision, calibration: Calibration) -> PackedSite:
+    statistics = calibration.statistics.get(decision.name)
+    return PackedSite(decision.name, decision.site.key, repr(decision.op.layout), statistics)
 
 
-def _check_finite(name: str, state: FFNState | HeadState) -> None:
+def _check_finite(name: str, rows: Sequence[Any]) -> None:
     """Raise HireRewriteError if a site's rows hold a NaN or an infinity."""
-    rows = state.rows if isinstance(state, HeadState) else state.up
-    if not isinstance(rows, jax.core.Tracer) and not bool(jnp.isfinite(rows).all()):
-        raise HireRewriteError(
-            f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
-            "predicted: look at the weights, or exclude the site with a rule's path="
-        )
-
-
-def _leaves(origin: Origin) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    return zip(origin.paths, origin.specs, strict=True)
+    for array in rows:
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+            raise HireRewriteError(
+                f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
+                "predicted: look at the weights, or exclude the site with a rule's path="
+            )
 
 
 @contextlib.contextmanager

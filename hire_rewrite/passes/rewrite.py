@@ -18,9 +18,9 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.calls import BodyResult, inline_calls, structured_calls
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.view import evaluate, look_up
 from hire_rewrite.passes.emit.schedule import Call, Item, Keep, Loop, Replacement, schedule
-from hire_rewrite.passes.trace import Trace
 
 __all__ = ["Rewritten", "rewrite"]
 

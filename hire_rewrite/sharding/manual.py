@@ -1,15 +1,15 @@
-"""Sites inside a `shard_map` of the function's own, where a weight is one device's shard.
+"""Sites inside a `shard_map` of the function's own (a manual region): each device has a shard.
 
 Each device packs its own shards, in a `shard_map` like the function's, and the packed arrays have
-the devices on their leading axis: `[devices · layers, ...]`, each device its own layers. To the
-rewritten function they are operands of the `shard_map` more.
+the devices on their leading axis: `[devices · layers, ...]`, each device its own layers. They
+become extra `shard_map` operands.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,43 +18,42 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.nodes import Scope, Value, mesh_axes
+from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of
-from hire_rewrite.passes.trace import Trace
+from hire_rewrite.graph.trace import Trace
+from hire_rewrite.graph.weights import Stacked, Stacker
 from hire_rewrite.patterns.linear import Linear
-from hire_rewrite.sharding.placement import shardings_of
-from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.head.match import HeadMatch
-from hire_rewrite.sites.weights import Stacked, Stacker
+from hire_rewrite.sharding.rows import Sharding, put
 
-__all__ = ["Shards", "on_each_device", "pieces_of", "shards_of"]
+__all__ = ["ManualSharding", "exchanges_weights", "manual_sharding", "vocabulary_shards"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Shards:
-    """A `shard_map` around a site.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ManualSharding(Sharding):
+    """A site in a manual region: each device computes on its own shards alone.
 
     Attributes:
-      scope: its body.
+      scope: the body of the `shard_map`.
       mesh: as the function gives it.
       manual: the axes of the mesh that the body knows, in the mesh's order.
-      axes: those along which the site's weights differ.
-      split: those along which its inputs do: other devices have other tokens, or other parts of
-        the contracted axis.
+      axes: those along which the site's weights vary.
+      token_axes: those along which its inputs vary: other devices have other tokens, or other
+        shards of the contracted axis.
       weights: the inputs of the body that the site's weights are computed from.
-      outside: how many scans around it the site's weights differ in.
+      outer_loops: in how many scans around the region the site's weights vary.
     """
 
     scope: Scope
     mesh: Mesh | AbstractMesh
     manual: tuple[str, ...]
     axes: tuple[str, ...]
-    split: frozenset[str]
+    token_axes: frozenset[str]
     weights: tuple[Value, ...]
-    outside: int
+    outer_loops: int
 
-    def __str__(self) -> str:
-        return " × ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes)
+    @property
+    def region(self) -> ManualSharding:
+        return self
 
     @property
     def count(self) -> int:
@@ -62,63 +61,126 @@ class Shards:
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
-    def pieces(self) -> int:
-        """Into how many the rows of a vocabulary are divided."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes if axis not in self.split)
+    def vocabulary_shards(self) -> int:
+        axes = (axis for axis in self.axes if axis not in self.token_axes)
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def spec(self) -> PartitionSpec:
         """Of arrays with the devices on their leading axis."""
         return PartitionSpec(self.axes) if self.axes else PartitionSpec()
 
-    def together(self, report: Any) -> Any:
+    def describe(self) -> str:
+        return f", for each device of {self} by itself" if self.axes else ""
+
+    def shardings(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
+        return jax.tree.map(lambda _: NamedSharding(self.mesh, self.spec), arrays)
+
+    def combine(self, report: Any) -> Any:
         """What all devices report, `[devices, ...]`, as `[count, ...]` for the different shards,
         or `[...]` if there is one.
 
-        What devices report of one shard is added up where they have different tokens, and the
-        same everywhere else.
+        Reports of the same shard are added up where its devices have different tokens, and are
+        the same everywhere else.
         """
         sizes = [self.mesh.shape[axis] for axis in self.manual]
 
-        def one(leaf: Any) -> Any:
+        def combine_leaf(leaf: Any) -> Any:
             leaf = leaf.reshape(*sizes, *leaf.shape[1:])
             for place, axis in reversed(list(enumerate(self.manual))):
                 if axis not in self.axes:
-                    leaf = leaf.sum(place) if axis in self.split else leaf.take(0, place)
+                    leaf = leaf.sum(place) if axis in self.token_axes else leaf.take(0, place)
             first = (self.count,) if self.axes else ()
             return leaf.reshape(*first, *leaf.shape[len(self.axes) :])
 
-        return jax.tree.map(one, report)
+        return jax.tree.map(combine_leaf, report)
+
+    def pack(self, pack: Callable[[Any, Any], Any], weights: Any, calibration: Any) -> Any:
+        """What `pack` makes of each device's own weights and its part of the calibration, which
+        has the devices on its leading axis."""
+        parent = self.scope.parent
+        assert parent is not None
+        (body,) = parent.bodies
+        links = [body.inputs[self.scope.inputs.index(value)] for value in self.weights]
+        outer = [weights(link.outer) for link in links]
+        specs = [
+            PartitionSpec(*(None,) * len(stacked.over), *link.spec)
+            for stacked, link in zip(outer, links, strict=True)
+        ]
+        arrays = [stacked.array for stacked in outer]
+        mesh = self._concrete_mesh(arrays)
+
+        def pack_shard(shards: list[Any], calibration: Any) -> Any:
+            stacked = zip(self.weights, shards, outer, strict=True)
+            inputs = {value: Stacked(shard, whole.over) for value, shard, whole in stacked}
+            return pack(Stacker(inputs), calibration)
+
+        if isinstance(mesh, Mesh):
+            arrays = [_put(array, mesh, spec) for array, spec in zip(arrays, specs, strict=True)]
+            calibration = jax.tree.map(lambda leaf: _put(leaf, mesh, self.spec), calibration)
+        mapped = jax.shard_map(
+            pack_shard,
+            mesh=_compat.mesh_around(mesh),
+            in_specs=(specs, self.spec),
+            out_specs=self.spec,
+            axis_names=set(self.manual),
+            check_vma=False,
+        )
+        return jax.block_until_ready(jax.jit(mapped)(arrays, calibration))
+
+    def _concrete_mesh(self, arrays: list[Any]) -> Mesh | AbstractMesh:
+        """The devices of a mesh that the function knows by its axes alone.
+
+        Raises:
+          HireRewriteError: nothing says which they are.
+        """
+        if isinstance(self.mesh, Mesh) or any(isinstance(a, jax.core.Tracer) for a in arrays):
+            return self.mesh
+        shardings = [getattr(array, "sharding", None) for array in arrays]
+        known = [item.mesh for item in shardings if isinstance(item, NamedSharding)]
+        for mesh in (*known, jax.sharding.get_mesh()):
+            if mesh.axis_names and dict(mesh.shape) == dict(self.mesh.shape):
+                return mesh
+        raise HireRewriteError(
+            f"pack: a shard_map takes its mesh of axes {dict(self.mesh.shape)} from the context: "
+            "pack under jax.set_mesh(mesh), or lay the weights out on the mesh"
+        )
 
 
-def shards_of(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Shards | None, str | None]:
-    """The `shard_map` around a site, if there is one, and why the site has to stay dense in it."""
-    scopes = [scope for scope in match.linears[0].node.scope.ancestors() if _is_manual(scope)]
+def manual_sharding(
+    trace: Trace, x: Value, weights: Iterable[Value]
+) -> tuple[ManualSharding | None, bool]:
+    """The manual region around a site with these weights, if there is one, and whether that is
+    nested in another one.
+
+    Args:
+      x: the site's input.
+    """
+    scopes = [scope for scope in x.scope.ancestors() if _is_manual(scope)]
     if not scopes:
-        return None, None
-    scope, provenance = scopes[0], trace.provenance
+        return None, False
+    scope, provenance, weights = scopes[0], trace.provenance, tuple(weights)
     assert scope.parent is not None
     params = scope.parent.params
     names = set(map(str, params["newly_manual_axes"]))
-    manual = tuple(str(axis) for axis in params["mesh"].axis_names if axis in names)
-    differs = frozenset[str]().union(*(trace.differences[weight] for weight in match.weights))
-    roots = (root for weight in match.weights for root in provenance.roots(weight, scope))
-    varying = {s for weight in match.weights for s in provenance.varies_over(weight)}
-    around = set(scope.parent.scope.ancestors())
-    shards = Shards(
-        scope,
-        params["mesh"],
-        manual,
-        tuple(axis for axis in manual if axis in differs),
-        trace.differences[match.linears[0].x] & names,
-        tuple(root for root in dict.fromkeys(roots) if root.is_input),
-        len(varying & around),
+    manual = tuple(str(axis) for axis in params["mesh"].axis_names if str(axis) in names)
+    varying = frozenset[str]().union(*(trace.differences[weight] for weight in weights))
+    roots = (root for weight in weights for root in provenance.roots(weight, scope))
+    loops = {loop for weight in weights for loop in provenance.varies_over(weight)}
+    region = ManualSharding(
+        scope=scope,
+        mesh=params["mesh"],
+        manual=manual,
+        axes=tuple(axis for axis in manual if axis in varying),
+        token_axes=trace.differences[x] & names,
+        weights=tuple(root for root in dict.fromkeys(roots) if root.is_input),
+        outer_loops=len(loops & set(scope.parent.scope.ancestors())),
     )
-    return shards, _obstacle(trace, match, shards, nested=len(scopes) > 1)
+    return region, len(scopes) > 1
 
 
-def pieces_of(trace: Trace, linear: Linear) -> int:
-    """Into how many the outputs of a linear layer are divided in the `shard_map`s around it."""
+def vocabulary_shards(trace: Trace, linear: Linear) -> int:
+    """Into how many shards the manual regions around a linear layer divide its outputs."""
     axes = trace.differences[linear.weight] - trace.differences[linear.x]
     count = 1
     for scope in linear.node.scope.ancestors():
@@ -128,73 +190,8 @@ def pieces_of(trace: Trace, linear: Linear) -> int:
     return count
 
 
-def on_each_device(
-    shards: Shards, stacker: Stacker, pack: Callable[[Stacker, Any], Any], more: Any
-) -> Any:
-    """What `pack` makes of each device's own weights.
-
-    Args:
-      stacker: of the function's weights.
-      pack: a device's stacker and its part of `more` to arrays with a leading axis of layers.
-      more: a pytree of arrays with the devices on their leading axis.
-    """
-    parent = shards.scope.parent
-    assert parent is not None
-    (body,) = parent.bodies
-    links = [body.inputs[shards.scope.inputs.index(value)] for value in shards.weights]
-    outer = [stacker(link.outer) for link in links]
-    specs = [
-        PartitionSpec(*(None,) * len(stacked.over), *link.spec)
-        for stacked, link in zip(outer, links, strict=True)
-    ]
-    arrays = [stacked.array for stacked in outer]
-    mesh = _concrete(shards, arrays)
-
-    def own(arrays: list[Any], more: Any) -> Any:
-        parts = zip(shards.weights, arrays, outer, strict=True)
-        inputs = {value: Stacked(part, whole.over) for value, part, whole in parts}
-        return pack(Stacker(inputs), more)
-
-    if isinstance(mesh, Mesh):
-        arrays = [_put(array, mesh, spec) for array, spec in zip(arrays, specs, strict=True)]
-        more = jax.tree.map(lambda array: _put(array, mesh, shards.spec), more)
-    mapped = jax.shard_map(
-        own,
-        mesh=_compat.mesh_around(mesh),
-        in_specs=(specs, shards.spec),
-        out_specs=shards.spec,
-        axis_names=set(shards.manual),
-        check_vma=False,
-    )
-    return jax.jit(mapped)(arrays, more)
-
-
-def _is_manual(scope: Scope) -> bool:
-    return scope.parent is not None and scope.parent.primitive is _compat.shard_map_p
-
-
-def _obstacle(
-    trace: Trace, match: FFNMatch | HeadMatch, shards: Shards, *, nested: bool
-) -> str | None:
-    """Why a site in a `shard_map` has to stay dense, if it has to."""
-    over = ", ".join(shards.manual)
-    if nested:
-        return f"inside shard_map over {over}, inside another shard_map"
-    for value in match.weights:
-        if _is_gathered(value, shards.scope):
-            return f"inside shard_map over {over}, where its weights are sent between devices"
-    if any(_compat.explicit_spec(value.aval) is not None for value in match.outputs):
-        return f"inside shard_map over {over}, and types say how arrays lie along other axes"
-    shardings = shardings_of(trace, match.weights)
-    used = {name for sharding in shardings for name in mesh_axes(sharding.spec)}
-    others = sorted(used - set(shards.manual))
-    if others:
-        return f"inside shard_map over {over}, and its weights are spread over {', '.join(others)}"
-    return None
-
-
-def _is_gathered(value: Value, within: Scope) -> bool:
-    """Whether devices exchange a weight before it is used."""
+def exchanges_weights(value: Value, within: Scope) -> bool:
+    """Whether devices exchange a weight of a manual region before it is used."""
     stack, seen = [value], {value}
     while stack:
         current = stack.pop()
@@ -212,26 +209,11 @@ def _is_gathered(value: Value, within: Scope) -> bool:
     return False
 
 
-def _concrete(shards: Shards, arrays: list[Any]) -> Mesh | AbstractMesh:
-    """The devices of a mesh that the function knows by its axes alone.
-
-    Raises:
-      HireRewriteError: nothing says which they are.
-    """
-    if isinstance(shards.mesh, Mesh) or any(isinstance(a, jax.core.Tracer) for a in arrays):
-        return shards.mesh
-    lies = [getattr(array, "sharding", None) for array in arrays]
-    known = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
-    for mesh in (*known, jax.sharding.get_mesh()):
-        if mesh.axis_names and dict(mesh.shape) == dict(shards.mesh.shape):
-            return mesh
-    raise HireRewriteError(
-        f"pack: a shard_map takes its mesh of axes {dict(shards.mesh.shape)} from the context: "
-        "pack under jax.set_mesh(mesh), or lay the weights out on the mesh"
-    )
+def _is_manual(scope: Scope) -> bool:
+    return scope.parent is not None and scope.parent.primitive is _compat.shard_map_p
 
 
 def _put(array: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     if isinstance(array, jax.core.Tracer):
         return array
-    return jax.device_put(jnp.asarray(array), NamedSharding(mesh, spec))
+    return put(jnp.asarray(array), mesh, spec)

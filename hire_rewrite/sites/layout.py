@@ -1,4 +1,4 @@
-"""Between the layout of a traced value and the [tokens, n] that the operations work on."""
+"""Between the layout of a traced value and the token layout [tokens, n] that operations work on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from jax import lax
 
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["cut_out", "from_rows", "to_rows"]
+__all__ = ["cut_out", "from_tokens", "to_tokens"]
 
 
-def to_rows(array: Any, axes: Sequence[int]) -> Any:
+def to_tokens(array: Any, axes: Sequence[int]) -> Any:
     """[tokens, n] with `axes` merged to the last one and all others to the first."""
     size = math.prod(array.shape[axis] for axis in axes)
-    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(-1, size)
+    others = [n for axis, n in enumerate(array.shape) if axis not in axes]
+    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(math.prod(others), size)
 
 
-def from_rows(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+def from_tokens(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
     """[tokens, n] laid out as `shape`, n on `axes` of it."""
     others = [size for i, size in enumerate(shape) if i not in axes]
     split = rows.reshape(*others, *(shape[axis] for axis in axes))

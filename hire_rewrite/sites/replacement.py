@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
-from hire_rewrite.sharding.manual import Shards
+from hire_rewrite.sharding.manual import ManualSharding
 
 __all__ = ["SiteReplacement"]
 
@@ -32,7 +32,7 @@ class SiteReplacement:
     outputs: tuple[Value, ...]
     run: Callable[[Sequence[Any], Any, Any], Any]
     state: Any = None
-    shards: Shards | None = None
+    shards: ManualSharding | None = None
     loops: tuple[Scope, ...] = ()
     reports: bool = False
 

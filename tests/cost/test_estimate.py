@@ -10,10 +10,10 @@ import hire_rewrite as hire
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import KINDS
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.ops.predictors import Read, reads_of
 from hire_rewrite.passes.decide import decide, min_width
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
 from tests.cases import Oracle
 
 FREE = machines._PUBLISHED["bytes"]

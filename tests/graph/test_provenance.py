@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import io_callback
 
 from hire_rewrite.graph.provenance import body_of, carried_unchanged, counter
-from hire_rewrite.passes.trace import trace
+from hire_rewrite.graph.trace import trace
 from tests.cases import inputs, rand
 
 W, STACK, X = rand(4, 4), rand(3, 4, 4), inputs(2, 4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite import HireRewriteError
-from hire_rewrite.passes.trace import abstract, trace
+from hire_rewrite.graph.trace import abstract, trace
 from tests.cases import inputs
 
 X = inputs(3, 4)

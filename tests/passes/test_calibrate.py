@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hire_rewrite.passes.observe import add_up
 from jax import lax
 
 from hire_rewrite import FFN, Head, HireRewriteError, LowRank
 from hire_rewrite.passes.calibrate import conclude, tapped
 from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import Detection
-from hire_rewrite.passes.observe import add_up
 from tests.cases import D, T, found_in, inputs, run
 from tests.cases_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
 from tests.cases_head import EMBED

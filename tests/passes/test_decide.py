@@ -8,9 +8,9 @@ import pytest
 
 import hire_rewrite as hire
 from hire_rewrite.cost.estimate import dense_bytes, estimate
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.decide import DEFAULT_RULES, decide, min_width
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
 from tests.cases import D, F, Oracle, T, V, inputs, plan_of, rand
 from tests.cases_ffn import GATED, PLAIN, STACK, gated, plain
 from tests.cases_head import EMBED

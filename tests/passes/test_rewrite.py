@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core import primitives as p
 
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.trace import trace
 from tests.cases import inputs, run
 from tests.cases_ffn import FFN_CASES
 from tests.cases_head import HEAD_CASES

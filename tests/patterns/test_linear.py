@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from hire_rewrite.passes.trace import trace
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.window import Window

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hire_rewrite.sites.weights import Stacked, Stacker, layers, loops_of, narrow, site_loops
 from jax import lax
 
-from hire_rewrite.passes.trace import trace
-from hire_rewrite.sites.weights import Stacked, Stacker, layers, loops_of, narrow, site_loops
+from hire_rewrite.graph.trace import trace
 from tests.cases import D, F, T, found_in, inputs, rand
 from tests.cases_ffn import NEST, PLAIN, STACK, plain
 

@@ -1,74 +1,29 @@
-"""Sites whose rows are spread over the devices of a mesh.
+"""A feed-forward block whose rows are sharded over the devices of a mesh.
 
-Each device guesses, chooses and fetches among its own rows, all at the same time, inside a
-`shard_map`. Tokens are spread over the other axes of the mesh (a data-parallel batch is so
+Each device guesses, chooses and gathers among its own rows, all at the same time, inside a
+`shard_map`. Tokens are sharded over the other axes of the mesh (a data-parallel batch is so
 already), so that no device computes what another one does. The results of a block are added up:
 that is the all-reduce that the dense block has too.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from hire_rewrite import _compat
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
 from hire_rewrite.ops.ffn.ffn import hire_ffn
-from hire_rewrite.ops.head.spec import HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.predictors.sharded import fitted_specs
+from hire_rewrite.sharding.rows import RowSharding
 
-__all__ = ["Spread", "spread_ffn", "state_specs"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Axes of a mesh, over all of which together rows are spread, the major one first."""
-
-    mesh: Mesh | AbstractMesh
-    axes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return " × ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes)
-
-    @property
-    def parts(self) -> int:
-        """How many devices share the rows."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes)
-
-    def along(self, axis: int) -> PartitionSpec:
-        """Of an array whose axis `axis` is spread."""
-        return PartitionSpec(*(None,) * axis, self.axes)
-
-    def tokens(self, count: int) -> tuple[str, ...]:
-        """The other axes of the mesh, for so many tokens; none if they do not divide them."""
-        others = tuple(str(axis) for axis in self.mesh.axis_names if axis not in self.axes)
-        return others if count % math.prod(self.mesh.shape[axis] for axis in others) == 0 else ()
-
-    def groups(self, count: int) -> int:
-        """Into how many groups so many tokens are spread."""
-        return math.prod(self.mesh.shape[axis] for axis in self.tokens(count))
-
-    def map(
-        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
-    ) -> Callable[..., Any]:
-        """`function` on each device, of its own parts of the arguments."""
-        return jax.shard_map(
-            function,
-            mesh=_compat.mesh_around(self.mesh),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
+__all__ = ["ffn_specs", "sharded_ffn"]
 
 
-def spread_ffn(
+def sharded_ffn(
     x: Array,
     state: FFNState,
     layer: Array | int,
@@ -76,11 +31,11 @@ def spread_ffn(
     spec: FFNSpec,
     activation: Activation,
     predictor: Predictor,
-    spread: Spread,
+    sharding: RowSharding,
     together: bool,
     budget: int | None = None,
 ) -> Array:
-    """`hire_ffn` on state that is spread as `state_specs` says; `spec.parts` are the devices.
+    """`hire_ffn` on arrays that are sharded as `ffn_specs` says; `spec.parts` are the devices.
 
     Args:
       together: keep the tokens together, for the activation knows something of each.
@@ -105,52 +60,22 @@ def spread_ffn(
             predictor=predictor,
             budget=part,
         )
-        return lax.psum(y, spread.axes)
+        return lax.psum(y, sharding.axes)
 
-    tokens = PartitionSpec(() if together else spread.tokens(count))
-    specs = state_specs(state, spec, predictor, spread)
-    return spread.map(own, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
+    tokens = PartitionSpec(() if together else sharding.token_axes(count))
+    specs = ffn_specs(state, spec, predictor, sharding)
+    return sharding.map(own, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
 
 
-def state_specs(
-    state: FFNState | HeadState, spec: FFNSpec | HeadSpec, predictor: Predictor, spread: Spread
-) -> Any:
-    """How the arrays of a packed site are spread: its rows, and what belongs to them.
-
-    Args:
-      state: of arrays or shapes.
-
-    Returns:
-      Of the structure of `state`, with a `PartitionSpec` for each array.
-    """
-    rows: Any = spread.along(1)
-    if isinstance(state, HeadState):
-        assert isinstance(spec, HeadSpec)
-        fitted = _fitted_specs(predictor, state.rows, state.rows.shape[1], spec.candidates, spread)
-        return HeadState(rows, fitted, {})
-    assert isinstance(spec, FFNSpec)
+def ffn_specs(
+    state: FFNState, spec: FFNSpec, predictor: Predictor, sharding: RowSharding
+) -> FFNState:
+    """How the packed arrays (or shapes) of a block are sharded: a `PartitionSpec` for each."""
+    rows: Any = sharding.along(1)
     return FFNState(
         up=rows,
         down=rows,
         vectors=(rows,) * len(state.vectors),
-        predictor=_fitted_specs(predictor, state.up, spec.scored_rows, None, spread),
+        predictor=fitted_specs(predictor, state.up, spec.scored_rows, None, sharding),
         norms=None if state.norms is None else rows,
     )
-
-
-def _fitted_specs(
-    predictor: Predictor, rows: Any, n: int, top: int | None, spread: Spread
-) -> dict[str, Any]:
-    """Of a predictor's arrays, those of which an axis grows with the number of rows are spread."""
-
-    def shapes(n: int) -> dict[str, Any]:
-        some = jax.ShapeDtypeStruct((n, rows.shape[-1]), rows.dtype)
-        return dict(jax.eval_shape(lambda some: predictor.fit(some, None, top), some))
-
-    once, twice = shapes(n), shapes(2 * n)
-    specs: dict[str, Any] = {}
-    for name, array in once.items():
-        sizes = enumerate(zip(array.shape, twice[name].shape, strict=True))
-        axis = next((i for i, pair in sizes if pair == (n, 2 * n)), None)
-        specs[name] = PartitionSpec() if axis is None else spread.along(axis + 1)
-    return specs

@@ -1,8 +1,8 @@
-"""A vocabulary head whose rows are spread over the devices of a mesh.
+"""A vocabulary head whose rows are sharded over the devices of a mesh.
 
 Each device guesses the logits of its own rows, takes as many candidates among them as one device
 would take of all, and computes those exactly. Logits stay where they were computed: they come out
-spread over the vocabulary, in its order, and the model's own code behind them works on them so.
+sharded over the vocabulary, in its order, and the model's own code behind them works on them so.
 Between devices travel the greatest values alone, for the limit that keeps wrong guesses below them.
 """
 
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from hire_rewrite.ops.ffn.sharded import Spread, state_specs
 from hire_rewrite.ops.head.head import at, gathered, with_tail
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.predictors.sharded import fitted_specs
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import scatter, top_k
+from hire_rewrite.sharding.rows import RowSharding
 
-__all__ = ["spread_head"]
+__all__ = ["head_specs", "sharded_head"]
 
 
-def spread_head(
+def sharded_head(
     x: Array,
     state: HeadState,
     layer: Array | int,
@@ -30,12 +31,12 @@ def spread_head(
     spec: HeadSpec,
     endpoints: Endpoints,
     predictor: Predictor,
-    spread: Spread,
+    sharding: RowSharding,
 ) -> tuple[Array, ...]:
-    """`hire_head` on state that is spread as `state_specs` says; `spec.parts` are the devices."""
-    some = spread.tokens(x.shape[0])
-    tokens, whole, across = P(some), P(), P(some, spread.axes)
-    specs = state_specs(state, spec, predictor, spread)
+    """`hire_head` on arrays that are sharded as `head_specs` says; `spec.parts` are the devices."""
+    some = sharding.token_axes(x.shape[0])
+    tokens, whole, across = P(some), P(), P(some, sharding.axes)
+    specs = head_specs(state, spec, predictor, sharding)
     padding = ((0, 0), (0, spec.rows - spec.width))
     count = spec.candidates // spec.parts
 
@@ -51,25 +52,33 @@ def spread_head(
         return scatter(guessed, rows, exact), found
 
     def finish(values: Array, guesses: Array, found: Array) -> Array:
-        return with_tail(at(values, found), found, guesses, spec, spread.axes)
+        return with_tail(at(values, found), found, guesses, spec, sharding.axes)
 
-    def cut(spread_out: Array) -> Array:
-        return spread_out[:, : spec.width]
+    def cut(sharded: Array) -> Array:
+        return sharded[:, : spec.width]
 
     def padded(values: Array) -> Array:
         return jnp.pad(values, padding, constant_values=lowest(values.dtype))
 
-    scores = spread.map(guess, (tokens, specs, whole), across)(x, state, layer)
+    scores = sharding.map(guess, (tokens, specs, whole), across)(x, state, layer)
     better = endpoints(cut(hopeful(scores, state.predictor, layer)).astype(spec.out_dtype))
     scores = scores.astype(spec.out_dtype)
     guesses = endpoints(cut(scores))
     ends = (across,) * len(guesses)
-    exact, found = spread.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
+    exact, found = sharding.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
         x, state, layer, scores, tuple(map(padded, better))
     )
     values = endpoints(cut(exact))
-    tail = spread.map(finish, (across, across, across), across)
+    tail = sharding.map(finish, (across, across, across), across)
     return tuple(
         cut(tail(padded(one), padded(guess), own))
         for one, guess, own in zip(values, guesses, found, strict=True)
     )
+
+
+def head_specs(
+    state: HeadState, spec: HeadSpec, predictor: Predictor, sharding: RowSharding
+) -> HeadState:
+    """How the packed arrays (or shapes) of a head are sharded: a `PartitionSpec` for each."""
+    fitted = fitted_specs(predictor, state.rows, state.rows.shape[1], spec.candidates, sharding)
+    return HeadState(sharding.along(1), fitted, {})  # type: ignore[arg-type]

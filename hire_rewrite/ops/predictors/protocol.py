@@ -93,6 +93,8 @@ class Read(NamedTuple):
       tokens: how many vectors each number is multiplied with.
       pieces: into how many pieces that lie apart they are fetched; 0 for one.
       scores: how many scores are compared to choose the pieces.
+      distinct: how many of the bytes come from memory, where several tokens read the same pieces;
+        None for all.
     """
 
     kind: str
@@ -100,6 +102,12 @@ class Read(NamedTuple):
     tokens: int = 1
     pieces: int = 0
     scores: int = 0
+    distinct: int | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that come from memory."""
+        return self.bytes if self.distinct is None else self.distinct
 
 
 @runtime_checkable

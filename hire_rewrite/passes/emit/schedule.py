@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from hire_rewrite.graph.calls import inline_calls
 from hire_rewrite.graph.liveness import Liveness
 from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
-from hire_rewrite.sharding.manual import Shards
+from hire_rewrite.sharding.manual import ManualSharding
 
 __all__ = ["Call", "Item", "Keep", "Loop", "Replacement", "Swap", "schedule"]
 
@@ -44,7 +44,7 @@ class Replacement(Protocol):
     def state(self) -> Any: ...
 
     @property
-    def shards(self) -> Shards | None: ...
+    def shards(self) -> ManualSharding | None: ...
 
     @property
     def loops(self) -> tuple[Scope, ...]: ...

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.layout import to_rows
+from hire_rewrite.sites.layout import to_tokens
 
 __all__ = ["side_by_side"]
 
@@ -92,7 +92,7 @@ def side_by_side(
 def _by_expert(x: Any, axis: int | None, contracted: Sequence[int], experts: int) -> Any:
     """x as [experts, tokens, d]; the same for all experts if it has no axis of theirs."""
     if axis is None:
-        rows = to_rows(x, contracted)
+        rows = to_tokens(x, contracted)
         return jnp.broadcast_to(rows, (experts, *rows.shape))
     size = math.prod(x.shape[i] for i in contracted)
     last = range(x.ndim - len(contracted), x.ndim)

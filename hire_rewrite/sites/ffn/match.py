@@ -43,7 +43,7 @@ class FFNMatch:
     Attributes:
       piece: what of the input of `down` the region is.
       experts: blocks of these sizes that lie side by side (mixture of experts), mostly one.
-      obstacle: why it cannot be rewritten, if it cannot.
+      unsupported: why it cannot be rewritten, if it cannot.
     """
 
     region: Region
@@ -51,7 +51,7 @@ class FFNMatch:
     piece: Piece
     activation: Activation
     experts: int
-    obstacle: str | None
+    unsupported: str | None
 
     @property
     def x(self) -> Value:
@@ -208,7 +208,9 @@ def _match_piece(
     no_block = _no_block(region, first, down, d_out, count, uses)
     if no_block is not None:
         raise Miss(no_block, down.node, matched)
-    return FFNMatch(region, down, piece, activation, count, _obstacle(region, down, piece, count))
+    return FFNMatch(
+        region, down, piece, activation, count, _unsupported(region, down, piece, count)
+    )
 
 
 def _no_block(
@@ -252,7 +254,7 @@ def _is_bias(node: Node) -> bool:
     return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in made)
 
 
-def _obstacle(region: Region, down: Linear, piece: Piece, experts: int) -> str | None:
+def _unsupported(region: Region, down: Linear, piece: Piece, experts: int) -> str | None:
     """Why a block cannot be rewritten."""
     ups = [(item.linear, item.linear.expert_axes(item.window)) for item in region.projections]
     if any(linear.grouped is not None for linear, _ in ups):

@@ -7,28 +7,29 @@ from typing import Any
 
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.view import run_node
-from hire_rewrite.ops.head.head import Endpoints
+from hire_rewrite.ops.head.spec import Endpoints
 from hire_rewrite.sites.head.match import HeadMatch
-from hire_rewrite.sites.layout import from_rows, to_rows
+from hire_rewrite.sites.layout import from_tokens, to_tokens
 
-__all__ = ["endpoint_values", "endpoints_of"]
+__all__ = ["epilogue_of", "output_values"]
 
 
-def endpoints_of(match: HeadMatch, sides: Mapping[Value, Any]) -> Endpoints:
-    """The function's own code behind the logits, from [tokens, V] to [tokens, V]."""
+def epilogue_of(match: HeadMatch, sides: Mapping[Value, Any]) -> Endpoints:
+    """The function's own code behind the logits: [tokens, V] to [tokens, V] for each output."""
 
     def run(raw: Any) -> tuple[Any, ...]:
-        linear = match.linear
-        env = {**sides, linear.out: from_rows(raw, linear.out.shape, (match.axis,))}
+        logits = match.linear.out
+        env = {**sides, logits: from_tokens(raw, logits.shape, (match.axis,))}
         for node in match.chain:
             run_node(node, env)
-        return tuple(to_rows(env[v], match.places[v][:1]) for v in match.endpoints)
+        return tuple(to_tokens(env[v], match.places[v][:1]) for v in match.endpoints)
 
     return run
 
 
-def endpoint_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
+def output_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
+    """The outputs [tokens, V] as the function lays them out."""
     return [
-        from_rows(rows, value.shape, match.places[value][:1])
+        from_tokens(rows, value.shape, match.places[value][:1])
         for value, rows in zip(match.endpoints, results, strict=True)
     ]

@@ -48,7 +48,7 @@ class HeadMatch:
     `chain` are the nodes behind the product that treat each logit separately, in order; `places`
     the vocabulary in each value between: its axis, and the row that position 0 of it belongs to;
     `endpoints` the values that others read; `searches` the operations behind them that look for the
-    greatest of the whole vocabulary. `obstacle` says why it cannot be rewritten, if so.
+    greatest of the whole vocabulary. `unsupported` says why it cannot be rewritten, if so.
     """
 
     linear: Linear
@@ -63,7 +63,7 @@ class HeadMatch:
         return self.linear.out.shape[self.axis]
 
     @property
-    def obstacle(self) -> str | None:
+    def unsupported(self) -> str | None:
         if self.linear.out_dim != self.width or self.linear.experts() > 1:
             return "several vocabularies lie side by side in one product"
         return None
@@ -71,6 +71,10 @@ class HeadMatch:
     @property
     def nodes(self) -> frozenset[Node]:
         return frozenset({self.linear.node, *self.chain})
+
+    @property
+    def shared(self) -> frozenset[Node]:
+        return frozenset()
 
     @property
     def sides(self) -> tuple[Value, ...]:

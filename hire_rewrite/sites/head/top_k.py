@@ -1,7 +1,7 @@
-"""What looks for the greatest logits of a head whose rows are spread over devices.
+"""The top k of the logits of a head whose rows are sharded over devices.
 
-For a `top_k` along an axis that is spread the compiler gathers all logits; inside a `shard_map` the
-function itself does. `da_top_k` compares a few of each device instead.
+For a `top_k` along an axis that is sharded the compiler gathers all logits; inside a `shard_map`
+the function itself does. `da_top_k` compares a few of each device instead.
 """
 
 from __future__ import annotations
@@ -14,24 +14,19 @@ from jax.extend.core import primitives as p
 from jax.sharding import PartitionSpec
 
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.ops.ffn.sharded import Spread
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
-from hire_rewrite.sharding.manual import Shards
+from hire_rewrite.sharding.rows import RowSharding, Sharding
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["searches"]
+__all__ = ["logit_top_k"]
 
 
-def searches(
-    name: str,
-    match: HeadMatch,
-    spread: Spread | None,
-    shards: Shards | None,
-    recall_target: float,
+def logit_top_k(
+    name: str, match: HeadMatch, sharding: Sharding, recall_target: float
 ) -> list[SiteReplacement]:
-    """The replacements of a head's searches."""
-    found = []
+    """The replacements of what looks for the greatest logits of a head."""
+    replacements = []
     for search in match.searches:
         node, gather = search.node, search.gather
         if node.primitive is p.approx_top_k_p and not (
@@ -39,20 +34,21 @@ def searches(
         ):
             continue
         label = f"{name} ({node.primitive})"
-        if gather is not None and shards is not None:
+        if gather is not None and sharding.region is not None:
             find = _within(gather.params["axis_name"], recall_target)
-            found.append(_search(label, node, gather.ins[0], find, shards))
-        elif gather is None and spread is not None:
-            found.append(_search(label, node, node.ins[0], _between(spread, recall_target)))
-    return found
+            replacements.append(_search(label, node, gather.ins[0], find, sharding.region))
+        elif gather is None and isinstance(sharding, RowSharding):
+            find = _between(sharding, recall_target)
+            replacements.append(_search(label, node, node.ins[0], find, None))
+    return replacements
 
 
-def _between(spread: Spread, recall_target: float) -> Callable[[Any, int], Any]:
-    """For rows that are spread over a mesh."""
+def _between(sharding: RowSharding, recall_target: float) -> Callable[[Any, int], Any]:
+    """For rows that are sharded over a mesh."""
 
     def find(rows: Any, k: int) -> Any:
-        spec = PartitionSpec(spread.tokens(rows.shape[0]), spread.axes)
-        return da_top_k(rows, k, mesh=spread.mesh, spec=spec, recall_target=recall_target)
+        spec = PartitionSpec(sharding.token_axes(rows.shape[0]), sharding.axes)
+        return da_top_k(rows, k, mesh=sharding.mesh, spec=spec, recall_target=recall_target)
 
     return find
 
@@ -67,7 +63,7 @@ def _search(
     node: Node,
     operand: Value,
     find: Callable[[Any, int], Any],
-    shards: Shards | None = None,
+    region: Any,
 ) -> SiteReplacement:
     """Finds in `operand` what a node finds in what is made of it."""
     best = node.primitive is p.argmax_p
@@ -85,4 +81,4 @@ def _search(
         places = places.astype(dtype)
         return [places.squeeze(axis)] if best else [values, places]
 
-    return SiteReplacement(name, frozenset({node}), (operand,), node.outs, run, shards=shards)
+    return SiteReplacement(name, frozenset({node}), (operand,), node.outs, run, shards=region)

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.nodes import Scope
-from hire_rewrite.passes.trace import abstract
-from hire_rewrite.sharding.manual import Shards
+from hire_rewrite.graph.trace import abstract
+from hire_rewrite.sites import MatchedSite
 
-__all__ = ["add_up", "by_layer"]
+__all__ = ["accumulate", "by_layer"]
 
 
-def add_up(
+def accumulate(
     what: str,
     batches: Iterable[tuple[Any, ...]],
     example: Sequence[Any] | None,
@@ -32,13 +31,14 @@ def add_up(
       batches: tuples of the arguments after the weights.
       example: those arguments in a call, or None for those of the first batch.
       prepare: a batch to the kind of call that it is, and what a function of that kind works on.
-      build: a kind of call to its function, which returns a pytree of sums. It is compiled.
+      build: a kind of call to its function, which returns dictionaries of pytrees of sums. It is
+        compiled. Calls of different kinds may report different sites.
 
     Raises:
       HireRewriteError: a batch has another structure than `example`.
     """
     compiled: dict[Hashable, Callable[[Any], Any]] = {}
-    total = None
+    total: dict[str, Any] | None = None
     for number, batch in enumerate(batches):
         if not isinstance(batch, tuple):
             raise HireRewriteError(
@@ -51,21 +51,30 @@ def add_up(
         if kind not in compiled:
             compiled[kind] = jax.jit(build(kind))
         report = jax.tree.map(_in_context, compiled[kind](operands))
-        total = report if total is None else jax.tree.map(jnp.add, total, report)
+        total = report if total is None else _sum(total, report)
     return total
 
 
-def by_layer(report: Any, loops: Sequence[Scope], shards: Shards | None, experts: int = 1) -> Any:
+def by_layer(report: Any, site: MatchedSite, *, experts: bool = False) -> Any:
     """A report with one leading axis for shards, scans and experts, as packed arrays have it."""
-    apart = shards is not None and bool(shards.axes)
-    axes = len(loops) + apart + (experts > 1)
+    region = site.sharding.region
+    sharded = region is not None and bool(region.axes)
+    axes = len(site.loops) + sharded + (experts and site.experts > 1)
 
-    def one(leaf: Any) -> Any:
-        if shards is not None and apart:
-            leaf = jnp.moveaxis(leaf, shards.outside, 0)
+    def merge(leaf: Any) -> Any:
+        if sharded:
+            leaf = jnp.moveaxis(leaf, region.outer_loops, 0)
         return leaf.reshape(math.prod(leaf.shape[:axes]), *leaf.shape[axes:])
 
-    return jax.tree.map(one, report)
+    return jax.tree.map(merge, report)
+
+
+def _sum(total: Any, report: Any) -> Any:
+    """Both reports, added up where both have one."""
+    if not isinstance(total, dict):
+        return jax.tree.map(jnp.add, total, report)
+    both = {name: _sum(total[name], report[name]) for name in total if name in report}
+    return total | report | both
 
 
 def _in_context(leaf: Any) -> Any:

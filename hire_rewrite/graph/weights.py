@@ -19,13 +19,10 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
 from hire_rewrite.graph.view import run_untyped
-from hire_rewrite.passes.trace import Trace
 from hire_rewrite.patterns.region import literal_array
-from hire_rewrite.sharding.placement import automatic
-from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sharding.arrays import automatic
 
-__all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow", "site_loops"]
+__all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +125,3 @@ def loops_of(scope: Scope, varying: set[Scope]) -> tuple[Scope, ...]:
 def layers(loops: Sequence[Scope]) -> int:
     """Iterations of all of the scans together."""
     return math.prod(scope.length or 1 for scope in loops)
-
-
-def site_loops(trace: Trace, match: FFNMatch | HeadMatch) -> tuple[Scope, ...]:
-    """The scans over whose iterations a site's weights vary, outermost first."""
-    varying = {scope for value in match.weights for scope in trace.provenance.varies_over(value)}
-    return loops_of(match.linears[0].node.scope, varying)

@@ -19,7 +19,7 @@ from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.varying import Differences
 from hire_rewrite.graph.view import flatten
 
-__all__ = ["Trace", "abstract", "placed", "spread_sharding", "trace"]
+__all__ = ["Trace", "abstract", "placed", "sharding_over_mesh", "trace", "trace_context"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Trace:
       weights: numbers of the inputs that hold weights.
       paths: the path of each input, as `params/layers/w_up`.
       out_tree: the structure of its results.
-      shardings: of the inputs that are weights and spread over a mesh.
+      shardings: of the inputs that are weights and sharded over a mesh.
     """
 
     closed: Any
@@ -96,13 +96,13 @@ def trace(
         weights=tuple(holds_weights),
         paths=tuple(paths),
         out_tree=jax.tree_util.tree_structure(shapes),
-        provenance=Provenance(scope, holds_weights),
+        provenance=Provenance(scope, holds_weights, paths),
         differences=Differences(scope),
         live=liveness(scope),
         shardings={
             scope.inputs[i]: sharding
             for i in holds_weights
-            if (sharding := spread_sharding(leaves[i][1])) is not None
+            if (sharding := sharding_over_mesh(leaves[i][1])) is not None
         },
     )
 
@@ -119,14 +119,14 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
     found = abstract(leaf)
-    sharding = spread_sharding(leaf) or (None if leaf is found else found.sharding)
+    sharding = sharding_over_mesh(leaf) or (None if leaf is found else found.sharding)
     return jax.ShapeDtypeStruct(
         found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding
     )
 
 
-def spread_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array, or of a shape, that is spread over a mesh."""
+def sharding_over_mesh(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array, or of a shape, that is sharded over a mesh."""
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return None
     sharding = leaf.sharding
@@ -161,3 +161,16 @@ def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
 
 def _name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def trace_context() -> Any:
+    """Equal wherever JAX would take a trace from its cache, as far as shapes do not matter.
+
+    x64, matmul precision, promotion rules, the mesh, compute types and whatever else a version of
+    JAX keys its traces by: the jaxpr that it has of a probe is another one in another context.
+    """
+    return _probe.trace(_PROBED).jaxpr
+
+
+_probe = jax.jit(lambda x: x)
+_PROBED = jax.ShapeDtypeStruct((), jax.numpy.float32)

@@ -1,0 +1,155 @@
+"""Weight rows on devices: together, or sharded over axes of a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from hire_rewrite import _compat
+
+__all__ = ["UNSHARDED", "RowSharding", "Sharding", "mesh_axes", "put"]
+
+
+class Sharding:
+    """How a site's weight rows lie on devices; by itself: not sharded.
+
+    Attributes:
+      mesh: the mesh that they lie on, or None.
+      axes: its axes over which they are sharded, the major one first.
+      region: the function's own `shard_map` around the site, or None (see `manual`).
+    """
+
+    mesh: Any = None
+    axes: tuple[str, ...] = ()
+    region: Any = None
+
+    def __str__(self) -> str:
+        return " × ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes)
+
+    @property
+    def num_shards(self) -> int:
+        """How many devices share the rows that the site's operation sees."""
+        return 1
+
+    @property
+    def vocabulary_shards(self) -> int:
+        """Into how many shards a vocabulary is divided of which the operation sees one."""
+        return 1
+
+    def describe(self) -> str:
+        """What a plan adds to a site's reason."""
+        return ""
+
+    def put_rows(self, array: Any, axis: int) -> Any:
+        """An array with its weight rows, which lie along `axis`, on the devices that hold them."""
+        return array
+
+    def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
+        """A pytree of packed arrays on the devices that hold them; `specs` are its partition specs
+        by its structure."""
+        return arrays
+
+    def shardings(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
+        """The `NamedSharding` of each packed array; None where none is set."""
+        return None
+
+    def pack(self, pack: Callable[[Any, Any], Any], weights: Any, calibration: Any) -> Any:
+        """What `pack` makes of the function's weights (a `Stacker`) and of a calibration."""
+        return pack(weights, calibration)
+
+
+UNSHARDED = Sharding()
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSharding(Sharding):
+    """Weight rows sharded over all of the `axes` of a mesh together, the major one first.
+
+    Each device guesses, chooses and gathers among its own rows, in a `shard_map`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
+
+    @property
+    def num_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def describe(self) -> str:
+        return f", sharded over {self}"
+
+    def along(self, axis: int) -> PartitionSpec:
+        """Of an array whose axis `axis` is sharded."""
+        return PartitionSpec(*(None,) * axis, self.axes)
+
+    def token_axes(self, tokens: int) -> tuple[str, ...]:
+        """The other axes of the mesh, for so many tokens; none if they do not divide them."""
+        others = tuple(str(axis) for axis in self.mesh.axis_names if axis not in self.axes)
+        size = math.prod(self.mesh.shape[axis] for axis in others)
+        return others if isinstance(tokens, int) and tokens % size == 0 else ()
+
+    def token_shards(self, tokens: int) -> int:
+        """Into how many shards so many tokens are divided."""
+        return math.prod(self.mesh.shape[axis] for axis in self.token_axes(tokens))
+
+    def map(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """`function` on each device, of its shards of the arguments."""
+        return jax.shard_map(
+            function,
+            mesh=_compat.mesh_around(self.mesh),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+    def put_rows(self, array: Any, axis: int) -> Any:
+        """See `Sharding.put_rows`.
+
+        Where other axes of the array are sharded, each device sends every other one its part of
+        their rows. The compiler's own way would be to gather the whole array on all devices first.
+        """
+        here = getattr(array, "sharding", None)
+        if not isinstance(array, jax.core.Tracer) and isinstance(here, NamedSharding):
+            parts = [*here.spec, *(None,) * (array.ndim - len(here.spec))]
+            for other, part in enumerate(parts):
+                if part is not None and other != axis:
+                    before, names = PartitionSpec(*parts), tuple(mesh_axes(part))
+                    parts[other], parts[axis] = None, (*mesh_axes(parts[axis]), *names)
+
+                    def exchange(shard: Any, names: Any = names, other: int = other) -> Any:
+                        return lax.all_to_all(shard, names, axis, other, tiled=True)
+
+                    after = PartitionSpec(*parts)
+                    array = jax.jit(
+                        jax.shard_map(exchange, mesh=here.mesh, in_specs=before, out_specs=after)
+                    )(array)
+        return put(array, self.mesh, self.along(axis))
+
+    def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
+        return jax.tree.map(lambda array, spec: put(array, self.mesh, spec), arrays, specs(arrays))
+
+    def shardings(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
+        return jax.tree.map(lambda _, spec: NamedSharding(self.mesh, spec), arrays, specs(arrays))
+
+
+def put(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
+    """An array laid out on a mesh, a traced one too."""
+    sharding = NamedSharding(mesh, spec)
+    if isinstance(array, jax.core.Tracer):
+        return lax.with_sharding_constraint(array, sharding)
+    return jax.device_put(array, sharding)
+
+
+def mesh_axes(spec: Any) -> list[str]:
+    """The axes of a mesh in a `PartitionSpec`, or in one part of it."""
+    if spec is None or isinstance(spec, str):
+        return [] if spec is None else [spec]
+    return [name for part in spec for name in mesh_axes(part)]

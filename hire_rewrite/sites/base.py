@@ -1,0 +1,378 @@
+"""What a kind of site is: how it is matched, resolved with a rule, packed, run and measured.
+
+A site goes through four hands. Its `SiteKind` finds it in the graph (a `Match`); detection gives
+it a name and says how its weights lie on devices (a `MatchedSite`); a rule that asks for it is
+resolved to an `Operation` of fixed sizes; and the operation packs the site's weights and says what
+takes the site's place in each mode. The passes are loops over these and know no kind.
+
+A new kind is one file with a rule, a `SiteKind` and an `Operation`, and one `register_kind`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+from hire_rewrite.graph.nodes import Node, Scope, Value
+from hire_rewrite.graph.trace import Trace
+from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.rules import Rule
+from hire_rewrite.sharding.rows import RowSharding, Sharding
+from hire_rewrite.sites.observe import tap
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows
+
+__all__ = [
+    "Functions",
+    "Logits",
+    "Match",
+    "MatchedSite",
+    "Operation",
+    "SiteCalibration",
+    "SiteKind",
+    "Unfit",
+]
+
+Functions = dict[Hashable, Callable[..., Any]]
+"""Jitted functions by what they compute: layers that are alike are traced once."""
+
+SiteCalibration = tuple[Moments, Any]
+"""What calibration saw of a site: the moments of its input, and what its kind observes besides.
+Both have a leading axis of layers."""
+
+
+class Unfit(Exception):  # noqa: N818 (a finding, not an error: the site stays dense)
+    """A rule that cannot be applied to a site, and why."""
+
+
+class Match(Protocol):
+    """Where a site stands in the graph."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its linear layers; the first reads its input, the last makes its result."""
+
+    @property
+    def nodes(self) -> frozenset[Node]:
+        """The nodes that a replacement takes the place of."""
+
+    @property
+    def shared(self) -> frozenset[Node]:
+        """Other nodes that no other site may have."""
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What it reads besides its weights, its input first."""
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """What others read of it."""
+
+    @property
+    def weights(self) -> tuple[Value, ...]:
+        """Its matrices and vectors."""
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why it has to stay dense, whatever a rule says; None if it may be rewritten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Logits that are compared with the dense model's: a value, the axis of the vocabulary, and the
+    row of the vocabulary that position 0 of the axis belongs to."""
+
+    value: Value
+    axis: int
+    start: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatchedSite:
+    """A match with the name that a user knows it by.
+
+    Attributes:
+      weights: equal for sites that can share one packed copy.
+      sharding: how its weight rows lie on devices.
+      unsupported: why it has to stay dense, if it has to.
+      optional_sharding: whether it may as well not be sharded.
+      loops: the scans over whose iterations its weights vary, outermost first.
+    """
+
+    kind: SiteKind
+    name: str
+    match: Any
+    weights: Hashable
+    sharding: Sharding
+    unsupported: str | None
+    optional_sharding: bool
+    loops: tuple[Scope, ...]
+
+    @property
+    def scope(self) -> Scope:
+        return self.linears[0].node.scope
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(self.match.linears)
+
+    @property
+    def d_model(self) -> int:
+        """The size of its input."""
+        return self.linears[0].in_dim
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one run."""
+        return self.linears[0].tokens
+
+    @property
+    def experts(self) -> int:
+        """Sites of these sizes that lie side by side in it."""
+        return int(self.kind.summary(self.match).get("experts", 1))
+
+    @property
+    def repeats(self) -> int:
+        """Runs in one call; a `while_loop` counts as one."""
+        return math.prod(scope.length or 1 for scope in self.scope.ancestors())
+
+    @property
+    def layers(self) -> int:
+        """Layers that its packed arrays have: iterations of its loops, times experts."""
+        return math.prod(scope.length or 1 for scope in self.loops) * self.experts
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A short hash of `weights`, equal in every trace that computes them alike."""
+        return hashlib.sha256(repr(self.weights).encode()).hexdigest()[:16]
+
+
+class SiteKind(abc.ABC):
+    """A kind of site. Subclasses are stateless; one instance is registered.
+
+    Attributes:
+      name: as in `Site.kind`.
+      rule: the class of the rules that ask for it.
+    """
+
+    name: str
+    rule: type[Rule]
+
+    @abc.abstractmethod
+    def match(self, linear: Linear, context: Any, rules: Sequence[Rule]) -> Match:
+        """The site that a linear layer belongs to.
+
+        Args:
+          context: what is known of the scope (see `patterns`).
+          rules: the rules of this kind; empty for the default.
+
+        Raises:
+          Miss: it belongs to none.
+        """
+
+    @abc.abstractmethod
+    def resolve(
+        self, site: MatchedSite, rule: Any, statistics: Any, functions: Functions
+    ) -> Operation:
+        """The operation that a rule asks for at a site.
+
+        Args:
+          statistics: what calibration told about the site (`Operation.statistics`), or None.
+          functions: those of other sites of the plan.
+
+        Raises:
+          HireRewriteError: the rule asks for more than there is.
+          Unfit: the rule cannot be applied to this site.
+        """
+
+    def default_rule(self, match: Any) -> Rule | None:
+        """What is done without rules; None where that might change what the model means."""
+        return None
+
+    def asks(self, rule: Any, site: MatchedSite) -> bool:
+        """Whether a rule of this kind, whose `path` fits, asks for a site."""
+        return True
+
+    def unasked(self, match: Any) -> str:
+        """The reason of a site that no rule asks for."""
+        return f"no rule asks for it; {self.rule.__name__}(...) does"
+
+    def summary(self, match: Any) -> Mapping[str, Any]:
+        """The fields of `plan.Site` that only the kind knows: `width`, and if they are not as usual
+        `gated`, `activation` and `experts`."""
+        return {"width": match.linears[-1].out_dim}
+
+    def identity(self, match: Any) -> Hashable:
+        """What sites that share a packed copy have in common besides their weights."""
+        return ()
+
+    def unsupported_sharding(self, match: Any, sharding: RowSharding) -> str | None:
+        """Why a site has to stay dense if its rows are sharded so; None if it need not."""
+        return f"its rows are sharded over {sharding}, which {self.name} sites do not support"
+
+    def logits(self, match: Any) -> Logits | None:
+        """The logits that the site makes, if it makes some."""
+        return None
+
+
+class Operation(abc.ABC):
+    """A site's operation: what its weights are packed to, and what takes its place.
+
+    Attributes:
+      site, rule: what it was resolved from.
+      undecided: why it cannot be run before calibration has told its sizes; None if it can.
+      unit: rows that are chosen together.
+      k, candidates: in units, what is chosen and from how many; 0 where nothing is chosen.
+      fixed_units: units that are candidates of every token.
+      exact_is_dense: whether its exact form is the dense site.
+      proves: whether it proves what it chooses.
+    """
+
+    site: MatchedSite
+    rule: Rule
+    undecided: str | None = None
+    unit: int = 1
+    k: int = 0
+    candidates: int = 0
+    fixed_units: int = 1
+    exact_is_dense: bool = True
+    proves: bool = False
+
+    @property
+    @abc.abstractmethod
+    def layout(self) -> Hashable:
+        """All that its packed arrays depend on besides the weights; prints alike if equal."""
+
+    @property
+    @abc.abstractmethod
+    def scored(self) -> tuple[int, int]:
+        """The size n × d of the matrix whose products the predictor guesses."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What it does, for the plan."""
+
+    @abc.abstractmethod
+    def reads(self, tokens: int) -> Sequence[Read]:
+        """What one run reads for so many tokens, on one device, for one of its experts."""
+
+    @abc.abstractmethod
+    def pack(
+        self,
+        weights: WeightRows,
+        calibration: SiteCalibration | None,
+        advance: Callable[[], None],
+    ) -> Any:
+        """The packed arrays, a pytree with a leading axis of layers.
+
+        Args:
+          calibration: what calibration saw of the site, if it did.
+          advance: called when a layer is done.
+
+        Raises:
+          HireRewriteError: the rule needs calibration and there is none.
+        """
+
+    def rows(self, arrays: Any) -> Sequence[Any]:
+        """The copies of weights among the packed arrays, in which no number may be infinite."""
+        return ()
+
+    @abc.abstractmethod
+    def rewritten(self, arrays: Any) -> list[SiteReplacement]:
+        """Predict, gather, and compute: what takes the site's place in mode "hire"."""
+
+    @abc.abstractmethod
+    def exact(self, arrays: Any) -> list[SiteReplacement]:
+        """The same meaning in dense arithmetic on the packed arrays."""
+
+    @abc.abstractmethod
+    def dense(self, arrays: Any) -> list[SiteReplacement]:
+        """What the model computes, on the packed arrays."""
+
+    @abc.abstractmethod
+    def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
+        """`rewritten`, or `exact`, which reports its `Quality` besides."""
+
+    def exact_form(self) -> SiteReplacement | None:
+        """`exact` on the weights as they are; None where that is the model's own code."""
+        return None
+
+    def observed(self) -> SiteReplacement:
+        """The site as it is, which reports a `SiteCalibration`."""
+        return tap(self.site.name, self.site.linears[0], self.site.sharding, self.site.loops)
+
+    def statistics(self, calibration: SiteCalibration) -> Hashable:
+        """What calibration told, as static numbers that sizes and costs depend on."""
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration tells it anything."""
+        return self.rule.predictor.wants_calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it cannot be packed as its rule says without having been seen."""
+        return self.rule.predictor.wants_calibration
+
+    @property
+    def calibrated_tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens in a call for which calibration told what they read together."""
+        return ()
+
+    def partition_specs(self, arrays: Any) -> Any:
+        """A `PartitionSpec` for each packed array, where rows are sharded over a mesh."""
+        raise NotImplementedError
+
+    def with_candidates(self, candidates: int) -> Operation:
+        """The same with another number of candidates."""
+        raise NotImplementedError
+
+    def tuned_rule(self) -> Rule:
+        """The rule with its sizes written out, from which tuning starts."""
+        return self.rule
+
+    def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
+        """The predictors that are worth a trial here, of low rank and others."""
+        raise NotImplementedError
+
+    def probe_predictor(self) -> Predictor:
+        """A predictor that calibration tells everything about."""
+        raise NotImplementedError
+
+    def replacement(
+        self,
+        run: Callable[[Sequence[Any], Any, Any], Any],
+        arrays: Any,
+        *,
+        reports: bool = False,
+    ) -> SiteReplacement:
+        """What takes the site's place: `run` of its inputs, the layer and its packed arrays."""
+        match, site = self.site.match, self.site
+        return SiteReplacement(
+            site.name,
+            match.nodes,
+            match.inputs,
+            match.outputs,
+            run,
+            arrays,
+            site.sharding.region,
+            site.loops,
+            reports,
+        )
+
+
+def weights_identity(trace: Trace, kind: SiteKind, match: Match) -> Hashable:
+    """Equal for sites that can share one packed copy, in any trace that computes them alike."""
+    return (
+        kind.name,
+        tuple(map(trace.provenance.identity, match.weights)),
+        kind.identity(match),
+    )

@@ -1,0 +1,82 @@
+"""FFN blocks as a kind of site."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.rules import Rule
+from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sites.base import Functions, MatchedSite, SiteKind
+from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
+from hire_rewrite.sites.ffn.operation import FFNOperation
+from hire_rewrite.sites.ffn.rule import FFN
+from hire_rewrite.sites.ffn.sizes import ffn_spec, own_k
+from hire_rewrite.sites.ffn.statistics import FFNStatistics
+
+__all__ = ["FFNKind"]
+
+
+class FFNKind(SiteKind):
+    """FFN blocks, plain and gated, with experts side by side and with fused products."""
+
+    name = "ffn"
+    rule = FFN
+
+    def match(self, linear: Linear, context: Any, rules: Sequence[Rule]) -> FFNMatch:
+        return match_ffn(
+            linear, context.linears, context.provenance, context.uses, context.activations
+        )
+
+    def default_rule(self, match: FFNMatch) -> FFN | None:
+        """What the graph itself selects, by its own k."""
+        if match.activation.keeps is None:
+            return None
+        return FFN(k=own_k(match.activation, match.region.size), group=1)
+
+    def unasked(self, match: FFNMatch) -> str:
+        name = match.activation.name
+        if match.activation.keeps is not None:
+            return f"no rule asks for it; FFN(k=...) does ({name} selects neurons by itself)"
+        zeroes = (
+            "zeroes some neurons, but how many the data say"
+            if match.activation.sparse
+            else ("zeroes no neuron")
+        )
+        return (
+            f"{name} {zeroes}, so a top-k changes a model that was not trained with one; ask with "
+            "FFN(k=...)"
+        )
+
+    def summary(self, match: FFNMatch) -> Mapping[str, Any]:
+        return {
+            "width": match.region.size,
+            "gated": len(match.region.projections) > 1,
+            "activation": match.activation.name,
+            "experts": match.experts,
+        }
+
+    def identity(self, match: FFNMatch) -> Hashable:
+        vectors = tuple(vector.window for part in match.regions for vector in part.vectors)
+        windows = tuple(item.window for part in match.regions for item in part.projections)
+        order = tuple(match.linears.index(item.linear) for item in match.region.projections)
+        return vectors, windows, match.piece.start, order
+
+    def unsupported_sharding(self, match: FFNMatch, sharding: RowSharding) -> str | None:
+        rows = f"its rows are sharded over {sharding}"
+        if match.experts > 1:
+            return f"its experts are sharded over {sharding}"
+        if match.region.siblings or match.piece.others:
+            return f"{rows}, and it shares a product with other layers"
+        if match.activation.keeps is not None:
+            return f"{rows}, and it selects among all of them itself"
+        return None
+
+    def resolve(
+        self, site: MatchedSite, rule: FFN, statistics: FFNStatistics | None, functions: Functions
+    ) -> FFNOperation:
+        undecided = rule.k == "auto" and not (statistics and statistics.k)
+        wanted = rule.replace(k=1.0, candidates=None) if undecided else rule
+        spec = ffn_spec(site, wanted, statistics)
+        return FFNOperation(site, rule, spec, statistics, undecided, functions)

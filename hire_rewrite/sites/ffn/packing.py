@@ -1,0 +1,102 @@
+"""The arrays that a block is packed to: its rows laid out for gathering, and a fitted predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, PartState
+from hire_rewrite.sites.base import MatchedSite, SiteCalibration
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.ffn.rule import FFN
+from hire_rewrite.sites.weight_rows import WeightRows, expert_axis, fit_predictor
+
+__all__ = ["packed_ffn"]
+
+
+def packed_ffn(
+    site: MatchedSite,
+    rule: FFN,
+    spec: FFNSpec,
+    weights: WeightRows,
+    calibration: SiteCalibration | None,
+    advance: Callable[[], None],
+) -> FFNState:
+    """The packed arrays of a block; see `Operation.pack`."""
+    match: FFNMatch = site.match
+    width, group = spec.width, spec.group
+    groups = width // group
+    moments, active = (None, None) if calibration is None else calibration
+    if moments is not None:  # experts are told apart by their weights alone
+        moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
+    up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
+    up = site.sharding.put_rows(up, 2)
+    layers, projections, _, d_in = up.shape
+    order = _group_order(site, spec, None if active is None else active.kept)
+
+    def grouped(rows: jax.Array) -> jax.Array:
+        """[layers, f, ...] as [layers, G, group, ...], the common groups first."""
+        split = rows.reshape(layers, groups, group, *rows.shape[2:])
+        if order is None:
+            return split
+        places = order.reshape(order.shape + (1,) * (split.ndim - 2))
+        return jnp.take_along_axis(split, places, axis=1)
+
+    up = jnp.stack([grouped(up[:, i]) for i in range(projections)], axis=1)
+    scored = up[:, :, spec.common_groups :]
+    scored = scored.reshape(layers, projections, spec.parts, -1, d_in)
+    scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
+    scored = site.sharding.put_rows(scored, 1)
+    predictor = fit_predictor(rule.predictor, scored, moments, advance)
+    down = jnp.swapaxes(weights.linear(match.down, expert_axis(match.down.expert_axes())), 1, 2)
+    down = site.sharding.put_rows(down, 1)
+    joined = tuple(
+        lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
+        for value, start in match.piece.others
+    )
+    down = lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1)
+    down = grouped(down)
+    norms = None
+    if spec.criterion == "output":
+        norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
+    fused = tuple(
+        PartState(
+            tuple(map(weights.projection, sibling.projections)),
+            weights.vectors(sibling),
+        )
+        for sibling in match.region.siblings
+    )
+    return FFNState(
+        up=jnp.swapaxes(up, 1, 2),
+        down=down,
+        vectors=tuple(map(grouped, weights.vectors(match.region))),
+        predictor=predictor,
+        fused=fused,
+        joined=joined,
+        norms=norms,
+    )
+
+
+def _group_order(site: MatchedSite, spec: FFNSpec, kept: jax.Array | None) -> jax.Array | None:
+    """i32[layers, G]: the groups with the most common ones first; None if they stay as they are.
+
+    Among the common ones and among the others they keep the order of the model.
+
+    Args:
+      kept: f32[layers, G], how often each group was among the k greatest.
+    """
+    if not spec.common_groups:
+        return None
+    if kept is None:
+        raise HireRewriteError(
+            f"{site.name}: common neurons are those that calibration found most active: give "
+            "pack(..., calibration=batches), or common=0"
+        )
+    kept = jnp.repeat(kept, site.experts, axis=0)
+    best = jnp.argsort(-kept, axis=1, stable=True)
+    common = jnp.sort(best[:, : spec.common_groups], axis=1)
+    return jnp.concatenate([common, jnp.sort(best[:, spec.common_groups :], axis=1)], axis=1)

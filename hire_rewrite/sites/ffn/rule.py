@@ -1,0 +1,94 @@
+"""The rule of FFN blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import Predictor, Quantized
+from hire_rewrite.rules import Rule, check_amount, check_amounts, is_int
+
+__all__ = ["FFN"]
+
+_CRITERIA = ("hidden", "output")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FFN(Rule):
+    """Run FFN blocks on the top k of their hidden neurons.
+
+    Example:
+      >>> import hire_rewrite as hire
+      >>> hire.FFN(k=0.05, candidates=0.1, predictor=hire.LowRank(128))
+      FFN(k=0.05, candidates=0.1, predictor=LowRank(rank=128))
+
+    Args:
+      k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int), rounded up
+        to whole groups. All others are zero: on a model that was not trained so, a small k gives
+        another model. `"auto"` lets calibration find the smallest k that keeps `keep`.
+      candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
+        fraction or a number like `k`. By default twice `k`.
+      group: neurons that are chosen and fetched together. Where it does not divide the width,
+        the greatest common divisor of both is taken.
+      predictor: how the pre-activations of all neurons are guessed. `Quantized()` recalls nearly
+        all and needs no calibration; `LowRank(rank)` reads less and recalls less.
+      criterion: what a neuron is ranked by: `"hidden"`, |h|, or `"output"`, |h| times the norm of
+        its row of the last matrix. A group is ranked by the sum of its members' squares.
+      common: neurons that are always computed, without prediction: those that were among the k
+        most often in calibration. A fraction or a number; they are among the candidates.
+      budget: neurons that are fetched for all tokens of a call together, at most, a fraction or a
+        number, but never less than one token's candidates; a call whose tokens ask for more reads
+        all. None for as many as they may ask for.
+      keep: what `k="auto"` keeps, at least, on average over the calibration: of an activation
+        that zeroes neurons the share of non-zero ones, of any other 1 − relative error of the
+        block's output.
+      parts: the neurons are taken as so many equal parts, and the top k is that of each part
+        together. None for 1, and where weights are packed that are sharded over a mesh, one for
+        each device. Give it on one device, or in training, to compute what several will.
+      max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
+        their candidates together are most of the rows; None for no limit.
+      path: a regular expression; only sites whose name contains a match are asked for.
+      force: rewrite even where the estimate says that it does not pay.
+
+    Raises:
+      HireRewriteError: an argument is out of its range.
+    """
+
+    k: float | int | str
+    _: dataclasses.KW_ONLY
+    candidates: float | int | None = None
+    group: int = 8
+    predictor: Predictor = Quantized()
+    criterion: str = "hidden"
+    common: float | int = 0
+    budget: float | int | None = None
+    keep: float = 0.95
+    parts: int | None = None
+    max_tokens: int | None = 8
+    path: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, str):
+            if self.k != "auto":
+                raise HireRewriteError(f'FFN: k={self.k!r} must be an amount or "auto"')
+            if self.candidates is not None:
+                check_amount("FFN", "candidates", self.candidates)
+        else:
+            check_amounts("FFN", self.k, self.candidates)
+        if self.budget is not None:
+            check_amount("FFN", "budget", self.budget)
+        if self.common != 0:
+            check_amount("FFN", "common", self.common)
+        if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
+            raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")
+        if self.criterion not in _CRITERIA:
+            raise HireRewriteError(
+                f"FFN: criterion={self.criterion!r} must be one of {', '.join(_CRITERIA)}"
+            )
+        if self.parts is not None and (not is_int(self.parts) or self.parts < 1):
+            raise HireRewriteError(f"FFN: parts={self.parts!r} must be a positive int or None")
+        if not is_int(self.group) or self.group < 1:
+            raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
+        self.check_common()

@@ -1,0 +1,193 @@
+"""The operation of a head: its modes, laid out as the function has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.graph.view import look_up, run_node
+from hire_rewrite.ops.head import head as ops
+from hire_rewrite.ops.head.sharded import head_specs, sharded_head
+from hire_rewrite.ops.head.spec import HeadSpec, HeadState
+from hire_rewrite.ops.predictors import (
+    Cascade,
+    Certifying,
+    LowRank,
+    Predictor,
+    Quantized,
+    Read,
+    certifies,
+)
+from hire_rewrite.ops.quality import measured_head
+from hire_rewrite.ops.top_k.merge import cheapest, described
+from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sites.base import MatchedSite, Operation, SiteCalibration
+from hire_rewrite.sites.head.cost import head_reads
+from hire_rewrite.sites.head.epilogue import epilogue_of, output_values
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.head.rule import Head
+from hire_rewrite.sites.head.top_k import logit_top_k
+from hire_rewrite.sites.layout import to_tokens
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows, each_layer, fit_predictor
+
+__all__ = ["HeadOperation"]
+
+
+class HeadOperation(Operation):
+    """A head whose k greatest logits are exact."""
+
+    def __init__(self, site: MatchedSite, rule: Head, spec: HeadSpec) -> None:
+        self.site, self.rule, self.spec = site, rule, spec
+        self._rule, self._match = rule, site.match
+        self.k, self.candidates = spec.k, spec.candidates
+        self.exact_is_dense = spec.tail == "predicted"
+        self.proves = bool(spec.certify)
+
+    @property
+    def layout(self) -> Hashable:
+        spec = self.spec
+        return "head", spec.width, spec.parts, bool(spec.certify), self.rule.predictor
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        return self.spec.rows, self.site.d_model
+
+    def describe(self) -> str:
+        spec, predictor = self.spec, self.rule.predictor
+        proved = f", {spec.certify} proved" if spec.certify else ""
+        hint = " (calibrate it in pack)" if predictor.wants_calibration else ""
+        return (
+            f"top {spec.k} of {spec.candidates} candidates of {spec.width}{proved}, guessed by "
+            f"{predictor}{hint}{self.site.sharding.describe()}{self._described_merge()}"
+        )
+
+    def _described_merge(self) -> str:
+        """What devices send each other."""
+        spec, sharding = self.spec, self.site.sharding
+        if not isinstance(sharding, RowSharding) or spec.tail == "-inf":
+            return ""
+        sizes = [sharding.mesh.shape[axis] for axis in sharding.axes]
+        kept = min(spec.k, spec.candidates // spec.parts)
+        rows = self.site.tokens // sharding.token_shards(self.site.tokens)
+        merge = cheapest(sharding.axes, sizes, kept, spec.k, rows=rows)
+        return f", compared by {described(merge, rows)}"
+
+    def reads(self, tokens: int) -> list[Read]:
+        return head_reads(self._match, self.spec, self.rule.predictor, tokens)
+
+    def pack(
+        self,
+        weights: WeightRows,
+        calibration: SiteCalibration | None,
+        advance: Callable[[], None],
+    ) -> HeadState:
+        spec, predictor = self.spec, self.rule.predictor
+        rows = weights.linear(self._match.linear)
+        rows = jnp.pad(rows, ((0, 0), (0, spec.rows - spec.width), (0, 0)))
+        rows = self.site.sharding.put_rows(rows, 1)
+        moments = None if calibration is None else calibration[0]
+        fitted = fit_predictor(predictor, rows, moments, advance, spec.candidates)
+        bound: Any = {}
+        if spec.certify:
+            assert isinstance(predictor, Certifying)
+            bound = each_layer(predictor.fit_bound, rows.astype(spec.compute_dtype), fitted)
+        return HeadState(rows, fitted, bound)
+
+    def rows(self, arrays: HeadState) -> Sequence[Any]:
+        return (arrays.rows,)
+
+    def partition_specs(self, arrays: Any) -> Any:
+        assert isinstance(self.site.sharding, RowSharding)
+        return head_specs(arrays, self.spec, self.rule.predictor, self.site.sharding)
+
+    def rewritten(self, arrays: Any) -> list[SiteReplacement]:
+        sharding = self.site.sharding
+        head: Callable[..., Any] = ops.hire_head
+        if isinstance(sharding, RowSharding):
+            head = functools.partial(sharded_head, sharding=sharding)
+        head = functools.partial(head, predictor=self.rule.predictor)
+        searches = logit_top_k(self.site.name, self._match, sharding, self.spec.recall_target)
+        return [self._replacement(head, arrays), *searches]
+
+    def exact(self, arrays: Any) -> list[SiteReplacement]:
+        def head(x: Any, arrays: Any, layer: Any, *, spec: HeadSpec, endpoints: Any) -> Any:
+            (raw,) = ops.dense_head(x, arrays, layer, spec=spec, endpoints=lambda z: (z,))
+            return ops.exact_head(raw, spec=spec, endpoints=endpoints)
+
+        return [self._replacement(head, arrays)]
+
+    def dense(self, arrays: Any) -> list[SiteReplacement]:
+        return [self._replacement(ops.dense_head, arrays)]
+
+    def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
+        head = functools.partial(
+            measured_head,
+            predictor=self.rule.predictor,
+            follow="exact" if follow_exact else "hire",
+        )
+        return [self._replacement(head, arrays, reports=True)]
+
+    def exact_form(self) -> SiteReplacement:
+        match, node = self._match, self._match.linear.node
+        read = dict.fromkeys((*node.ins, *match.sides))
+        inputs = tuple(v for v in read if v.literal is None and v.const is None)
+
+        def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
+            env = dict(zip(inputs, ins, strict=True))
+            run_node(node, env)
+            raw = to_tokens(env[match.linear.out], (match.axis,))
+            epilogue = epilogue_of(match, {v: look_up(v, env) for v in match.sides})
+            return output_values(match, ops.exact_head(raw, spec=self.spec, endpoints=epilogue))
+
+        def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
+            return jax.jit(exact_head)(ins)
+
+        return SiteReplacement(self.site.name, match.nodes, inputs, match.outputs, run)
+
+    def with_candidates(self, candidates: int) -> HeadOperation:
+        rows = -(-candidates // self.spec.parts) * self.spec.parts
+        k = min(self.spec.k, candidates)
+        spec = dataclasses.replace(self.spec, k=k, candidates=rows)
+        return HeadOperation(self.site, self._rule.replace(k=k, candidates=rows), spec)
+
+    def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
+        rows, d = self.scored
+        keep = max(1024, rows // 24)
+        choices: list[Predictor] = [*map(LowRank, ranks), Quantized()]
+        choices += [Quantized(4)] if d % 32 == 0 else []
+        if 4 * keep <= rows:
+            choices += [Cascade(LowRank(rank), Quantized(), keep) for rank in ranks]
+        if self.spec.certify:
+            choices = [predictor for predictor in choices if certifies(predictor)]
+        return choices
+
+    def probe_predictor(self) -> Predictor:
+        return Quantized() if self.spec.certify else LowRank()
+
+    def _replacement(
+        self, head: Callable[..., Any], arrays: Any, *, reports: bool = False
+    ) -> SiteReplacement:
+        """The head by (x: [tokens, d], arrays, layer, spec, endpoints) to the outputs
+        [tokens, V], or those and a report."""
+        match, spec = self._match, self.spec
+
+        def hire_head(x: Any, sides: Sequence[Any], arrays: Any, layer: Any) -> Any:
+            epilogue = epilogue_of(match, dict(zip(match.sides, sides, strict=True)))
+            return head(x, arrays, layer, spec=spec, endpoints=epilogue)
+
+        def run(ins: Sequence[Any], layer: Any, arrays: Any) -> Any:
+            x, *sides = ins
+            rows = to_tokens(x, match.linear.x_axes)
+            results = jax.jit(hire_head)(rows, sides, arrays, layer)
+            if not reports:
+                return output_values(match, results)
+            values, report = results
+            return output_values(match, values), report
+
+        return self.replacement(run, arrays, reports=reports)

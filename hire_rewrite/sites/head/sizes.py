@@ -1,0 +1,91 @@
+"""From the rule of a head to the sizes of its operation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.certify.proof import chain_of
+from hire_rewrite.ops.head.spec import HeadSpec
+from hire_rewrite.ops.predictors import Cascade, certifies
+from hire_rewrite.ops.top_k.recall import kept_per_shard
+from hire_rewrite.rules import candidate_count, count
+from hire_rewrite.sites.base import MatchedSite, Unfit
+from hire_rewrite.sites.head.epilogue import epilogue_of
+from hire_rewrite.sites.head.match import HeadMatch
+from hire_rewrite.sites.head.rule import Head
+
+__all__ = ["head_spec"]
+
+
+def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
+    """The sizes that a rule asks for at a head.
+
+    Raises:
+      HireRewriteError: the rule asks for more than there is.
+      Unfit: the rule cannot be applied to this head.
+    """
+    match: HeadMatch = site.match
+    linear, width, sharding = match.linear, match.width, site.sharding
+    k = count(rule.k, width, f"{site.name}: k")
+    candidates = candidate_count(site.name, rule, k, min(width, max(256, 4 * k)), width)
+    num_shards = sharding.num_shards
+    if num_shards > 1:
+        if rule.certify or isinstance(rule.predictor, Cascade):
+            what = "proofs are" if rule.certify else f"{rule.predictor} is"
+            raise Unfit(f"its rows are sharded over {sharding}, where {what} not supported")
+        last = width - (num_shards - 1) * -(-width // num_shards)
+        kept = kept_per_shard(width, candidates, num_shards, rule.recall_target)
+        if last < kept:
+            raise Unfit(
+                f"its {width} rows are sharded over {sharding}, which leaves the last device "
+                f"{max(0, last)} of them, fewer than the {kept} candidates of each"
+            )
+        candidates = kept * num_shards
+    spec = HeadSpec(
+        width=width,
+        k=k,
+        candidates=candidates,
+        tail=rule.tail,
+        out_dtype=linear.out.dtype,
+        precision=linear.node.params["precision"],
+        compute_dtype=linear.weight.dtype,
+        starts=tuple(match.places[value][1] for value in match.endpoints),
+        parts=num_shards,
+        recall_target=rule.recall_target,
+    )
+    return _certified(site, rule, spec) if rule.certify else spec
+
+
+def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
+    """The sizes with proofs.
+
+    Raises:
+      HireRewriteError: the predictor has no bound, or fewer logits are exact than are to be proved.
+      Unfit: nothing can be proved about this head.
+    """
+    match: HeadMatch = site.match
+    if not certifies(rule.predictor):
+        raise HireRewriteError(
+            f"{site.name}: certify needs a predictor that bounds its errors, and {rule.predictor} "
+            "does not: give Quantized(), or leave certify out"
+        )
+    if int(rule.certify) > spec.k:
+        raise HireRewriteError(
+            f"{site.name}: certify={rule.certify} of k={rule.k}: only the k greatest logits are "
+            "exact, so give at most k, or a greater k"
+        )
+    sides = {side: jax.ShapeDtypeStruct(side.shape, side.dtype) for side in match.sides}
+
+    def examine(arrays: Any) -> None:
+        chain_of(epilogue_of(match, dict(zip(sides, arrays, strict=True))), site.tokens, proved)
+
+    try:
+        proved = dataclasses.replace(spec, certify=int(rule.certify))
+        jax.eval_shape(examine, list(sides.values()))
+    except HireRewriteError as error:
+        raise Unfit(str(error)) from error
+    return proved

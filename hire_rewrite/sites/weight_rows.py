@@ -1,0 +1,115 @@
+"""A site's weights as rows, which packing lays out for gathering.
+
+All arrays have a leading axis of layers: the iterations of the scans in which the site's weights
+vary, times its experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_rewrite.graph.nodes import Scope
+from hire_rewrite.graph.weights import Stacker, narrow
+from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.region import Projection, Region
+from hire_rewrite.sites.layout import cut_out
+
+__all__ = ["WeightRows", "each_layer", "fit_predictor"]
+
+
+class WeightRows:
+    """The rows of linear layers, and the vectors that belong to them.
+
+    Args:
+      stacker: evaluates the function's weights.
+      loops: the scans in whose iterations the site's weights vary.
+    """
+
+    def __init__(self, stacker: Stacker, loops: tuple[Scope, ...]) -> None:
+        self._stacker, self._loops = stacker, loops
+
+    def linear(self, linear: Linear, expert: int | None = None) -> jax.Array:
+        """A layer's weight as [layers · experts, out, in], as narrow as the model stores it.
+
+        Args:
+          expert: the weight's axis of experts, if it has one.
+        """
+        weight = self._stacker.stack(narrow(linear.weight), self._loops)
+        first = () if expert is None else (expert,)
+        order = (*first, *(a for a, _ in linear.free if a != expert), *linear.weight_in)
+        unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
+        rows = jnp.transpose(weight, (0, *(axis + 1 for axis in (*order, *unit))))
+        experts = 1 if expert is None else linear.weight.shape[expert]
+        return rows.reshape(rows.shape[0] * experts, -1, linear.in_dim)
+
+    def projection(self, projection: Projection) -> jax.Array:
+        """The rows of a layer that a projection reads, [layers · experts, n, in]."""
+        linear = projection.linear
+        expert = expert_axis(linear.expert_axes(projection.window))
+        rows = self.linear(linear, expert)
+        free = [(axis, out) for axis, out in linear.free if axis != expert]
+        rows = rows.reshape(rows.shape[0], *(linear.weight.shape[axis] for axis, _ in free), -1)
+        for i, (axis, out) in enumerate(free):
+            if axis == projection.weight_axis or axis in projection.weight_picks:
+                start, stop, stride = projection.window.cut(out)
+                rows = lax.slice_in_dim(rows, start, stop, stride, axis=i + 1)
+        return rows.reshape(rows.shape[0], projection.window.size, linear.in_dim)
+
+    def vectors(self, region: Region) -> tuple[jax.Array, ...]:
+        """The numbers of each position of a region, each [layers, n]."""
+        vectors = []
+        for vector in region.vectors:
+            array = self._stacker.stack(vector.value, self._loops)
+            array = cut_out(array, vector.window, leading=1)
+            vectors.append(array.reshape(array.shape[0], vector.window.size))
+        return tuple(vectors)
+
+
+def expert_axis(axes: tuple[int | None, int, int] | None) -> int | None:
+    """The weight's axis of experts, of `Linear.expert_axes`."""
+    return None if axes is None else axes[1]
+
+
+def fit_predictor(
+    predictor: Predictor,
+    rows: jax.Array,
+    moments: Moments | None,
+    advance: Callable[[], None],
+    top: int | None = None,
+) -> Any:
+    """The predictor's arrays for rows [layers, n, d], with a leading axis of layers."""
+
+    def fit(rows: jax.Array, moments: Moments | None) -> Any:
+        fitted = jax.block_until_ready(_fit_layer(predictor, top, rows, moments))
+        advance()
+        return fitted
+
+    return each_layer(fit, rows, moments)
+
+
+def each_layer(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
+    """The results of `function` for each layer of rows and of another pytree, stacked."""
+    if isinstance(rows, jax.core.Tracer):
+        return lax.map(lambda both: function(*both), (rows, more))
+    results = [
+        function(rows[layer], jax.tree.map(operator.itemgetter(layer), more))
+        for layer in range(rows.shape[0])
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit_layer(
+    predictor: Predictor, top: int | None, rows: jax.Array, moments: Moments | None
+) -> Any:
+    """`predictor.fit`, compiled once for all layers and sites of a size."""
+    return predictor.fit(rows, moments, top)
