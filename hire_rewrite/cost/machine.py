@@ -6,8 +6,8 @@ unpacks them; choosing and fetching rows costs what no byte count shows. So the 
 its bytes times a constant, which depends on how the numbers are stored and for how many tokens
 they are read, and a rewritten site has a cost of its own besides.
 
-`python -m hire_rewrite calibrate-machine` measures these constants. Those of some machines come
-with the package: a file in `machines/` for each that was measured, and others below.
+`python -m benchmarks.machine` measures these constants. Those of some machines come with the
+package: a file in `machines/` for each that was measured, and others below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ import jax
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.predictors import Read
-from hire_rewrite.plan import table
 
-__all__ = ["KINDS", "TOKENS", "Machine", "current", "default_name", "file_of", "load", "save"]
+__all__ = ["KINDS", "TOKENS", "Machine", "current", "default_name", "file_of", "load"]
 
 VARIABLE = "HIRE_REWRITE_MACHINE"
 TOKENS = (1, 2, 4, 8, 32)
@@ -87,14 +85,6 @@ class Machine:
             )
         each = _between(getattr(self, read.kind), read.tokens)
         return read.bytes * each + read.pieces * self.piece + read.scores * self.score
-
-    def __str__(self) -> str:
-        """The constants as a table."""
-        rows = [["ns for each", *(f"{n} token(s)" for n in TOKENS)]]
-        for kind in KINDS:
-            rows.append([f"byte, {kind}", *(f"{each:.3g}" for each in getattr(self, kind))])
-        rows += [[name, f"{getattr(self, name):.3g}", *[""] * 4] for name in COSTS]
-        return table(rows)
 
 
 KINDS = tuple(f.name for f in dataclasses.fields(Machine) if "_" in f.name)
@@ -159,7 +149,7 @@ def current() -> Machine:
     """The machine that plans are made for; what says which is read once in a process.
 
     The environment's HIRE_REWRITE_MACHINE is the name of a machine that is known, or the path of a
-    file that `calibrate-machine` wrote. Otherwise it is the user's own file for this backend, if
+    file that `benchmarks.machine` wrote. Otherwise it is the user's own file for this backend, if
     there is one, and then what is known for the backend.
 
     Raises:
@@ -174,8 +164,7 @@ def current() -> Machine:
     if not Path(given).exists():
         raise HireRewriteError(
             f"{VARIABLE}={given!r} is no file, and none of {', '.join(_names())}: give one of "
-            "these, or the path of a file that `python -m hire_rewrite calibrate-machine --out "
-            "FILE` wrote"
+            "these, or the path of a file that `python -m benchmarks.machine FILE` wrote"
         )
     return load(Path(given))
 
@@ -198,15 +187,6 @@ def file_of(name: str) -> Path:
     return folder / "hire_rewrite" / f"{name}.json"
 
 
-def save(machine: Machine, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a JSON file, which `load` reads; `about` says where it was measured."""
-    constants = {name: getattr(machine, name) for name in (*KINDS, *COSTS)}
-    lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in constants.items()]
-    lines.append(f'"about": {json.dumps(dict(about), ensure_ascii=False)}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
-
-
 def load(path: Path) -> Machine:
     """The machine in a file, with the file's name.
 
@@ -225,8 +205,8 @@ def load(path: Path) -> Machine:
         constants |= {name: _numbers(name, [found[name]], 1, 0.0)[0] for name in COSTS}
     except (OSError, ValueError) as error:
         raise HireRewriteError(
-            f"{path} holds no machine ({error}): write it again with `python -m hire_rewrite "
-            "calibrate-machine`, or delete it"
+            f"{path} holds no machine ({error}): write it again with `python -m "
+            "benchmarks.machine`, or delete it"
         ) from error
     name = path.stem if path.parent == _SHIPPED else f"{path.stem}, measured ({path})"
     return Machine(name, **constants)
