@@ -24,11 +24,12 @@ import hire_rewrite as hire
 from benchmarks import peers, timing
 from examples.layers import rms_norm
 from examples.smollm2 import model
-from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.ffn import hire_ffn
-from hire_rewrite.ops.head.head import HeadSpec, hire_head
+from hire_rewrite.ops.head.head import hire_head
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import table
+from hire_rewrite.sites.ffn.operation import FFNOperation
+from hire_rewrite.sites.head.operation import HeadOperation
 from hire_rewrite.transformed import Transformed
 
 LLAMA_1B = model.Config(
@@ -80,14 +81,11 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
       args: of a call of `step`, which says which sizes it has chosen.
     """
     analysis = step._analyses.of(args[0], args, {})
-    specs = {decision.found.kind: decision for decision in analysis.decisions}
-    block, head = specs["ffn"], specs["head"]
-    block_spec, head_spec = block.spec, head.spec
-    assert isinstance(block_spec, FFNSpec)
-    assert isinstance(head_spec, HeadSpec)
-    assert block.site.rule is not None
-    assert head.site.rule is not None
-    block_rule, head_rule = block.site.rule, head.site.rule
+    decisions = {decision.site.kind.name: decision for decision in analysis.decisions}
+    block, head = decisions["ffn"].op, decisions["head"].op
+    assert isinstance(block, FFNOperation)
+    assert isinstance(head, HeadOperation)
+    block_rows, head_rows = decisions["ffn"].packed_name, decisions["head"].packed_name
 
     def run(packed: Packed, token: Array, cache: model.Cache) -> tuple[Array, model.Cache]:
         weights: dict[str, Any] = {}
@@ -109,26 +107,26 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
             h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
             y = hire_ffn(
                 h,
-                packed.sites[block.state],
+                packed.sites[block_rows],
                 index,
-                spec=block_spec,
+                spec=block.spec,
                 activation=lambda pre, _: jax.nn.silu(pre[gate]) * pre[1 - gate],
-                predictor=block_rule.predictor,
+                predictor=block.rule.predictor,
                 budget=block.budget,
             )
             return (x + y[:, None], keys, values), None
 
-        gate = block_spec.gate
+        gate = block.spec.gate
         carry = (weights["embed"][token[:, None]], cache["k"], cache["v"])
         (x, keys, values), _ = lax.scan(layer, carry, (layers, jnp.arange(config.layers)))
         x = rms_norm(x, weights["final_norm"], config.norm_eps)[:, 0]
         (logits,) = hire_head(
             x,
-            packed.sites[head.state],
+            packed.sites[head_rows],
             0,
-            spec=head_spec,
+            spec=head.spec,
             endpoints=lambda z: (z,),
-            predictor=head_rule.predictor,
+            predictor=head.rule.predictor,
         )
         return logits, {"k": keys, "v": values, "pos": pos + 1}
 

@@ -31,14 +31,17 @@ from hire_rewrite.api import transform
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import COSTS, KINDS, TOKENS, Machine
+from hire_rewrite.graph.trace import trace
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.ffn.products import fetched_products
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.ops.products import block_product, product, quantize_blocks, quantize_rows
-from hire_rewrite.passes.decide import Decision, decide, min_width
+from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import detect
-from hire_rewrite.passes.trace import trace
-from hire_rewrite.rules import FFN, Head, Rule
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites import Operation
+from hire_rewrite.sites.ffn.rule import FFN
+from hire_rewrite.sites.head.rule import Head
 
 N, D = 16_384, 2048  # rows of the matrix that is read, and their length
 GROUP, FETCHED = 8, 1024  # rows of a group, and groups that are fetched
@@ -141,18 +144,16 @@ def _fetch(spec: FFNSpec, x: Array, up: Array, groups: Array) -> tuple[Array, ..
 
 @dataclasses.dataclass(frozen=True)
 class TimedSite:
-    """A function of one site, dense or rewritten, and what was decided for it."""
+    """A function of one site, dense or rewritten, and its operation."""
 
     call: Callable[[], Any]
-    decision: Decision
+    operation: Operation
     tokens: int
     dense: bool
 
     def expected(self, machine: Machine) -> float:
         """Nanoseconds."""
-        spec = self.decision.spec
-        assert spec is not None
-        both = estimate(self.decision.found, spec, Quantized(), self.tokens, machine=machine)
+        both = estimate(self.operation, self.tokens, machine)
         return both.dense if self.dense else both.rewritten
 
 
@@ -173,10 +174,9 @@ def _of_tokens(fn: Callable[..., Array], rule: Rule, weights: Any, d: int) -> It
     packed = run.pack(weights, jnp.ones((1, d)))
     for tokens in (1, 4):
         x = jax.random.normal(jax.random.key(3), (tokens, d))
-        detection = detect(trace(fn, (weights, x), {}, (0,)), min_width([rule]))
-        _, (decision,) = decide(detection, [rule], {})
-        yield TimedSite(jitted(run.__call__, packed, x), decision, tokens, dense=False)
-        yield TimedSite(jitted(fn, weights, x), decision, tokens, dense=True)
+        _, (decision,) = decide(detect(trace(fn, (weights, x), {}, (0,)), [rule]), [rule], {})
+        yield TimedSite(jitted(run.__call__, packed, x), decision.op, tokens, dense=False)
+        yield TimedSite(jitted(fn, weights, x), decision.op, tokens, dense=True)
 
 
 def costs(machine: Machine, sites: Sequence[TimedSite], times: Sequence[float]) -> dict[str, float]:

@@ -93,7 +93,7 @@ def measure(layers: int, rounds: int) -> dict[str, Any]:
         {
             "make_jaxpr": lambda: (jax.make_jaxpr(again())(*args), None)[1],
             "trace": lambda: (trace(again(), args, {}, (0,)), None)[1],
-            "detect": lambda: (detect(traced, 4096), None)[1],
+            "detect": lambda: (detect(traced), None)[1],
             "rewrite": lambda: (rewrite(), None)[1],
         },
         rounds,

@@ -209,14 +209,14 @@ def test_auto_keeps_what_it_was_asked_to_and_not_much_more():
     rule = hire.FFN(k="auto", keep=0.8, group=4, predictor=Oracle(), force=True)
     step, calibration = hire.transform(model, rule), batches(3)
     packed = step.pack(PARAMS, *batches(1)[0], calibration=calibration)
-    ((_, learned),) = packed.learned
+    (learned,) = (site.statistics for site in packed.info.sites)
     tokens = np.concatenate([np.asarray(b) for (b,) in calibration])
     hidden = [h for h, _ in hidden_of(PARAMS, tokens)]
     assert min(kept_share(h, learned.k) for h in hidden) >= 0.8
     assert min(kept_share(h, learned.k - 8) for h in hidden) < 0.8
     (site,) = step.plan(packed, tokens[:1]).sites
     assert f"top {learned.k} of" in site.reason
-    want = hire.transform(model, hire.FFN(**vars(rule) | {"k": learned.k}), mode="exact")
+    want = hire.transform(model, rule.replace(k=learned.k), mode="exact")
     close(step(packed, tokens[:2]), want(PARAMS, tokens[:2]))
 
 
@@ -231,7 +231,8 @@ def test_auto_of_a_smooth_activation_bounds_the_error():
     packed = step.pack(PARAMS, *batches(1)[0], calibration=calibration)
     _, _, report = None, None, step.evaluate(packed, calibration)
     assert report.sites[0].cost <= 0.3
-    smaller = hire.transform(smooth, hire.FFN(**vars(rule) | {"k": packed.learned[0][1].k - 8}))
+    (site,) = packed.info.sites
+    smaller = hire.transform(smooth, rule.replace(k=site.statistics.k - 8))
     less = smaller.evaluate(smaller.pack(PARAMS, *batches(1)[0]), calibration)
     assert less.sites[0].cost > 0.3
 

@@ -12,7 +12,7 @@ from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import KINDS
 from hire_rewrite.graph.trace import trace
 from hire_rewrite.ops.predictors import Read, reads_of
-from hire_rewrite.passes.decide import decide, min_width
+from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import detect
 from tests.cases import Oracle
 
@@ -37,16 +37,14 @@ def decided(rule, machine, tokens=1, n=8192, d=64, dtype=jnp.float32):
         fn, weights = head, shapes(n, d, dtype=dtype)
     else:
         fn, weights = block, {name: shapes(n, d, dtype=dtype) for name in ("gate", "up", "down")}
-    detection = detect(
-        trace(fn, (weights, shapes(tokens, d, dtype=dtype)), {}, (0,)), min_width([rule])
-    )
-    plan, (decision,) = decide(detection, [rule], {}, machine)
+    traced = trace(fn, (weights, shapes(tokens, d, dtype=dtype)), {}, (0,))
+    plan, (decision,) = decide(detect(traced, [rule]), [rule], {}, machine=machine)
     return plan, decision
 
 
 def estimated(rule, machine, tokens=1, **sizes):
     _, decision = decided(dataclasses.replace(rule, force=True), machine, tokens, **sizes)
-    return estimate(decision.found, decision.spec, rule.predictor, tokens, machine=machine)
+    return estimate(decision.op, tokens, machine)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +84,11 @@ def test_a_site_runs_as_often_as_its_loop():
         return jax.lax.scan(lambda x, w: (block(w, x), None), x, w)[0]
 
     weights = {name: shapes(3, 512, 64) for name in ("gate", "up", "down")}
-    found = detect(trace(layers, (weights, shapes(1, 64)), {}, (0,)), 4096)
+    found = detect(trace(layers, (weights, shapes(1, 64)), {}, (0,)))
     rule = hire.FFN(k=0.05, force=True)
     slow = dataclasses.replace(FREE, site=7.0)
-    _, (decision,) = decide(found, [rule], {}, slow)
-    got = estimate(decision.found, decision.spec, rule.predictor, 1, machine=slow)
+    _, (decision,) = decide(found, [rule], {}, machine=slow)
+    got = estimate(decision.op, 1, slow)
     assert got.rewritten == got.after + 3 * 7.0
 
 
@@ -136,10 +134,10 @@ def test_a_wide_product_of_narrow_weights_takes_the_less_of_both():
 
     slow_half = dataclasses.replace(FREE, dense_bfloat16=(50.0,) * 5)
     args = (shapes(64, 8192, dtype=jnp.bfloat16), shapes(1, 64))
-    found = detect(trace(widened, args, {}, (0,)), 4096)
+    found = detect(trace(widened, args, {}, (0,)))
     for machine, each in ((FREE, 2), (slow_half, 4)):
-        _, (decision,) = decide(found, [hire.Head(force=True)], {}, machine)
-        got = estimate(decision.found, decision.spec, hire.Quantized(), 1, machine=machine)
+        _, (decision,) = decide(found, [hire.Head(force=True)], {}, machine=machine)
+        got = estimate(decision.op, 1, machine)
         assert got.dense == 8192 * 64 * each
     assert estimated(hire.Head(), slow_half, dtype=jnp.bfloat16).dense == 8192 * 64 * 2 * 50
 

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hire_rewrite.passes.observe import add_up
 from jax import lax
 
+import hire_rewrite as hire
 from hire_rewrite import FFN, Head, HireRewriteError, LowRank
-from hire_rewrite.passes.calibrate import conclude, tapped
-from hire_rewrite.passes.decide import decide
-from hire_rewrite.passes.detect import Detection
-from tests.cases import D, T, found_in, inputs, run
+from hire_rewrite.passes.calibrate import calibrate
+from hire_rewrite.passes.rewrite import rewrite
+from tests.cases import D, T, inputs, run
 from tests.cases_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
 from tests.cases_head import EMBED
 
@@ -24,19 +23,14 @@ RULES = (
 )
 
 
-def decisions_of(fn, params, *args):
-    trace, found = found_in(fn, params, *args)
-    return trace, decide(Detection(tuple(found), (), ()), RULES, {})[1]
-
-
 def moments(fn, params, *args):
     """The moments that each site reports in one run, by name."""
     return {name: report[0] for name, report in reports_of(fn, params, *args).items()}
 
 
 def reports_of(fn, params, *args):
-    trace, decisions = decisions_of(fn, params, *args)
-    taps = tapped(trace, decisions)
+    analysis = hire.transform(fn, *RULES)._analyses.of(None, (params, *args), {})
+    taps = rewrite(analysis.trace, [decision.op.observed() for decision in analysis.decisions])
     leaves = jax.tree.leaves((params, *args))
     return run(lambda leaves: taps({i: leaves[i] for i in taps.needs})[1], leaves)
 
@@ -176,31 +170,18 @@ def test_inside_calls():
 
 def gather(fn, params, batches, example):
     """What several batches say about the sites of a function."""
-    kinds = {}
-
-    def prepare(batch):
-        kind = str(jax.tree.map(jnp.shape, batch))
-        if kind not in kinds:
-            kinds[kind] = decisions_of(fn, params, *batch)
-        return kind, dict(enumerate(jax.tree.leaves((params, *batch))))
-
-    def build(kind):
-        taps = tapped(*kinds[kind])
-        return lambda leaves: taps({i: leaves[i] for i in taps.needs})[1]
-
-    total = add_up("calibration batch", batches, example, prepare, build)
-    return conclude(*decisions_of(fn, params, *example), total)
+    return calibrate(hire.transform(fn, *RULES)._analyses, (params, *example), {}, batches)[1]
 
 
 def test_batches_of_several_sizes_add_up():
     batches = [(inputs(n, D, seed=n),) for n in (1, 4, 2, 4)]
-    totals = gather(plain(), PLAIN, batches, (X,)).moments
-    check(totals["p"], np.concatenate([batch[0] for batch in batches])[None])
+    totals = gather(plain(), PLAIN, batches, (X,)).sites
+    check(totals["p"][0], np.concatenate([batch[0] for batch in batches])[None])
 
 
 def test_batches_may_come_from_a_generator():
-    totals = gather(plain(), PLAIN, ((X * i,) for i in range(3)), (X,)).moments
-    check(totals["p"], np.concatenate([X * i for i in range(3)])[None])
+    totals = gather(plain(), PLAIN, ((X * i,) for i in range(3)), (X,)).sites
+    check(totals["p"][0], np.concatenate([X * i for i in range(3)])[None])
 
 
 def test_sites_with_one_state_add_up():
@@ -208,8 +189,8 @@ def test_sites_with_one_state_add_up():
         return plain()(p, x), plain()(p, 2 * x)
 
     totals = gather(fn, PLAIN, [(X,)], (X,))
-    check(totals.moments["p#1"], np.concatenate([X, 2 * X])[None])
-    assert totals.kept["p#1"].sum() == 2 * T * (PLAIN["up"].shape[1] // 2)
+    check(totals.sites["p#1"][0], np.concatenate([X, 2 * X])[None])
+    assert totals.sites["p#1"][1].kept.sum() == 2 * T * (PLAIN["up"].shape[1] // 2)
 
 
 def test_active_neurons_are_counted():
@@ -224,14 +205,14 @@ def test_active_neurons_are_counted():
 
 def test_what_several_tokens_share():
     """Each neuron is a candidate with its frequency, independently for each token."""
-    learned = gather(plain(), PLAIN, [(X,)], (X,)).learned["p"]
+    learned = gather(plain(), PLAIN, [(X,)], (X,)).statistics["p"]
     (report,) = reports_of(plain(), PLAIN, X).values()
     chance = np.asarray(report[1].chosen) / T
     for i, tokens in enumerate((1, 2, 4, 8)):
         assert learned.union[i] == round((1 - (1 - chance) ** tokens).sum())
-    assert learned.fetched(1) == learned.union[0]
-    assert learned.union[1] <= learned.fetched(3) <= learned.union[2]
-    assert learned.fetched(10**6) is None
+    assert learned.gathered(1) == learned.union[0]
+    assert learned.union[1] <= learned.gathered(3) <= learned.union[2]
+    assert learned.gathered(10**6) is None
 
 
 BAD = {

@@ -1,5 +1,7 @@
 """What is packed: rows laid out for gathering, once for each weight, and what is still read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
+from hire_rewrite.cost import machine as machines
 from tests.cases import FULL, D, F, Oracle, T, V, inputs, packed, rand, run
 from tests.cases_ffn import BIASED, DOWN, GATE, GATED, LAYERS, PLAIN, STACK, UP, gated, plain
 from tests.cases_head import EMBED, TIED, UNTIED
@@ -150,15 +153,48 @@ def test_sites_that_stay_dense_are_not_packed():
     assert set(result.weights) == {"p/up", "p/down"}
 
 
-def test_fingerprint():
+def test_a_packed_serves_rules_that_leave_its_arrays_as_they_are():
     rule = hire.FFN(k=8, predictor=Oracle(), force=True)
-    one = pack(plain(), PLAIN, X, rules=(rule,)).fingerprint
-    other = hire.FFN(k=16, predictor=Oracle(), force=True)
-    assert pack(plain(), jax.tree.map(lambda w: w + 1, PLAIN), X, rules=(rule,)).fingerprint == one
-    assert pack(plain(), PLAIN, X[:1], rules=(rule,)).fingerprint == one
-    assert pack(plain(), PLAIN, X, rules=(other,)).fingerprint != one
-    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PLAIN)
-    assert pack(plain(), narrow, X, rules=(rule,)).fingerprint != one
+    result = pack(plain(), PLAIN, X, rules=(rule,))
+    others = ({"k": 16}, {"candidates": 32}, {"path": "p"}, {"budget": 0.5}, {"max_tokens": 4})
+    for other in others:
+        step = hire.transform(plain(), rule.replace(**other))
+        fresh = pack(plain(), PLAIN, X, rules=(rule.replace(**other),))
+        np.testing.assert_array_equal(run(step, result, X), run(step, fresh, X))
+    for other in ({"group": 4}, {"predictor": hire.Quantized()}, {"criterion": "output"}):
+        with pytest.raises(hire.HireRewriteError, match="p: the Packed has it as"):
+            hire.transform(plain(), rule.replace(**other)).plan(result, X)
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), result)
+    with pytest.raises(hire.HireRewriteError, match="pack again"):
+        hire.transform(plain(), rule).plan(narrow, X)
+
+
+def test_a_packed_of_a_decode_step_serves_a_prefill_with_fewer_sites():
+    def decode(p, x):
+        return plain()(p, x) @ p["embed"].T
+
+    def prefill(p, x):  # fills caches, and has no use for logits
+        return plain()(p, x)
+
+    rules = hire.FFN(k=8, max_tokens=None, predictor=Oracle(), force=True), FULL[1]
+    result = pack(decode, PLAIN | TIED, X, rules=rules)
+    step = hire.transform(prefill, *rules)
+    assert [site.status for site in step.plan(result, X).sites] == ["rewritten"]
+    fresh = pack(prefill, PLAIN | TIED, X, rules=rules)
+    np.testing.assert_array_equal(run(step, result, X), run(step, fresh, X))
+
+
+def test_a_packed_goes_to_another_machine(monkeypatch):
+    """What was packed where it pays is run where it does not: in dense arithmetic."""
+    rule = hire.FFN(k=8, predictor=Oracle())
+    result = pack(plain(), PLAIN, X[:1], rules=(rule,))
+    slow = dataclasses.replace(machines.current(), name="slow", site=1e12)
+    monkeypatch.setattr(machines, "current", lambda: slow)
+    step = hire.transform(plain(), rule)
+    assert not step.pack(PLAIN, X[:1]).sites
+    assert [site.status for site in step.plan(result, X[:1]).sites] == ["dense"]
+    want = run(hire.transform(plain(), rule, mode="exact"), PLAIN, X[:1])
+    np.testing.assert_allclose(run(step, result, X[:1]), want, atol=1e-5)
 
 
 def test_packing_traces():

@@ -430,7 +430,7 @@ def test_what_stays_dense_and_why():
     for fn, reason in (
         (sent, "where its weights are sent between devices"),
         (_nested(mesh), "inside shard_map over model, inside another shard_map"),
-        (some, "inside shard_map over data, and its weights are spread over model"),
+        (some, "inside shard_map over data, and its weights are sharded over model"),
     ):
         run = hire.transform(fn, HEAD)
         params = laid_out(mesh)

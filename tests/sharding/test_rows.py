@@ -1,4 +1,4 @@
-"""Models whose weights are spread over a mesh: the same results, and little between devices."""
+"""Models whose weights are sharded over a mesh: the same results, and little between devices."""
 
 import dataclasses
 import functools
@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from benchmarks.collectives import collectives
-from hire_rewrite.ops.ffn.sharded import Spread
 from hire_rewrite.ops.predictors import Predictor
-from hire_rewrite.sharding import placement
+from hire_rewrite.sharding import rows as sharding_rows
 
 QUANTIZED = hire.Quantized()
 LAYERS, D, WIDTH, VOCABULARY, TOKENS = 3, 64, 512, 4104, 4
@@ -214,14 +213,12 @@ def test_little_goes_between_devices(name):
 )
 def test_rows_are_exchanged_and_not_gathered(mesh, spec, monkeypatch):
     devices = np.array(jax.devices()).reshape(tuple(mesh.values()))
-    spread = Spread(Mesh(devices, tuple(mesh)), tuple(mesh))
+    sharding = sharding_rows.RowSharding(Mesh(devices, tuple(mesh)), tuple(mesh))
     array = np.random.default_rng(0).normal(size=(2, 128, 64)).astype(np.float32)
     seen = []
-    put = placement.put
-    monkeypatch.setattr(placement, "put", lambda *args: seen.append(args[0]) or put(*args))
-    there = placement.put_rows(
-        jax.device_put(array, NamedSharding(spread.mesh, spec)), spread, axis=1
-    )
+    put = sharding_rows.put
+    monkeypatch.setattr(sharding_rows, "put", lambda *args: seen.append(args[0]) or put(*args))
+    there = sharding.put_rows(jax.device_put(array, NamedSharding(sharding.mesh, spec)), axis=1)
     np.testing.assert_array_equal(there, array)
     assert there.sharding.spec == P(None, tuple(mesh))
     # What is left to the compiler moves whole pieces from one device to another.
@@ -253,7 +250,7 @@ def test_the_plan_counts_one_device():
     assert ffn.bytes_before == LAYERS * 3 * D * WIDTH * 4 // 8
     assert "top 16 of 512 candidates of 4104" in head.reason
     # 7 others send 16 pairs of 8 bytes for each of 4 tokens.
-    assert head.reason.endswith("spread over model=8, compared by gather over model (3.6 kB)")
+    assert head.reason.endswith("sharded over model=8, compared by gather over model (3.6 kB)")
 
 
 def test_shapes_say_how_they_are_spread():
@@ -265,7 +262,7 @@ def test_shapes_say_how_they_are_spread():
     )
     assert str(run.plan(shapes, token)) == str(run.plan(params, token))
     packed, ahead = run.pack(params, token), run.pack(shapes, token)
-    assert ahead.fingerprint == packed.fingerprint
+    assert ahead.info.sites == packed.info.sites
     same = jax.tree.map(
         lambda a, b: (
             (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -303,7 +300,7 @@ def test_what_cannot_be_spread_stays_dense(settings, reason):
 def test_parts_that_do_not_fit():
     layout = LAYOUTS["tensor"]
     run = hire.transform(step, hire.FFN(k=0.25, parts=3))
-    with pytest.raises(hire.HireRewriteError, match="spread over 8 devices"):
+    with pytest.raises(hire.HireRewriteError, match="sharded over 8 devices"):
         run.plan(layout.put(weights()), layout.token())
     with pytest.raises(hire.HireRewriteError, match="parts=3 does not divide the width 512"):
         run.plan(weights(), TOKEN)
@@ -486,7 +483,7 @@ def test_what_cannot_be_spread_over_a_given_mesh_is_not():
     run = hire.transform(step, head, hire.FFN(k=0.25, force=True), mesh=mesh)
     plan = run.plan(weights(), TOKEN)
     assert [site.status for site in plan.sites] == ["rewritten"] * 2
-    assert ["spread over a=8" in site.reason for site in plan.sites] == [False, True]
+    assert ["sharded over a=8" in site.reason for site in plan.sites] == [False, True]
     logits = quick(run)(run.pack(weights(), TOKEN), TOKEN)
     one = hire.transform(step, head, hire.FFN(k=0.25, parts=8, force=True))
     wanted = one(one.pack(weights(), TOKEN), TOKEN)
@@ -497,7 +494,7 @@ def test_arrays_that_are_closed_over_are_spread_too():
     layout = LAYOUTS["tensor"]
     params, token = layout.put(weights()), layout.token()
     run = hire.transform(lambda token: step(params, token), *rules(), weights=())
-    assert all("spread over model=8" in site.reason for site in run.plan(token).sites)
+    assert all("sharded over model=8" in site.reason for site in run.plan(token).sites)
     run.pack(token)
     np.testing.assert_allclose(run(token), together_by_argument(layout), atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Every model of the zoo with its weights spread over a mesh. Long: `make mesh` runs it."""
+"""Every model of the zoo with its weights sharded over a mesh. Long: `make mesh` runs it."""
 
 from __future__ import annotations
 

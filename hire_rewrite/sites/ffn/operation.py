@@ -26,7 +26,6 @@ from hire_rewrite.sites.base import Functions, MatchedSite, Operation, SiteCalib
 from hire_rewrite.sites.ffn.cost import ffn_reads
 from hire_rewrite.sites.ffn.exact import exact_form, observed
 from hire_rewrite.sites.ffn.experts import side_by_side
-from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import packed_ffn
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.statistics import TOKENS, FFNStatistics, ffn_statistics

@@ -29,7 +29,6 @@ from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.base import MatchedSite, Operation, SiteCalibration
 from hire_rewrite.sites.head.cost import head_reads
 from hire_rewrite.sites.head.epilogue import epilogue_of, output_values
-from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.top_k import logit_top_k
 from hire_rewrite.sites.layout import to_tokens

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hire_rewrite.sites.weights import Stacked, Stacker, layers, loops_of, narrow, site_loops
 from jax import lax
 
 from hire_rewrite.graph.trace import trace
+from hire_rewrite.graph.weights import Stacked, Stacker, layers, loops_of, narrow
 from tests.cases import D, F, T, found_in, inputs, rand
 from tests.cases_ffn import NEST, PLAIN, STACK, plain
 
@@ -186,13 +186,13 @@ def test_layers_and_site_loops():
         NEST,
         inputs(T, D),
     )
-    trace_, (one,) = found_in(
+    _, (one,) = found_in(
         lambda p, x: lax.scan(lambda c, _: (plain()(p, c), None), x, length=7)[0],
         PLAIN,
         inputs(T, D),
     )
-    assert layers(site_loops(trace_, one.match)) == 1
-    traced, (both,) = found_in(
+    assert layers(one.loops) == 1
+    _, (both,) = found_in(
         lambda p, x: lax.scan(lambda c, u: (jax.nn.relu(c @ u) @ p["down"], None), x, STACK["up"])[
             0
         ],
@@ -200,7 +200,7 @@ def test_layers_and_site_loops():
         inputs(T, D),
     )
     # One of its weights varies, so the site does.
-    assert layers(site_loops(traced, both.match)) == len(STACK["up"])
+    assert layers(both.loops) == len(STACK["up"])
     assert found.repeats == 4
 
 
