@@ -73,6 +73,11 @@ def _transform(
 ) -> Transformed:
     if not callable(fn):
         raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
+    if isinstance(fn, Transformed):
+        raise HireRewriteError(
+            f"transform: {fn.name} is transformed already: give all rules in one call of "
+            f"transform, or transform its original, {fn.name}.fn"
+        )
     for rule in rules:
         if not isinstance(rule, Rule) or kind_of(rule) is None:
             known = " or ".join(f"{kind.rule.__name__}(...)" for kind in site_kinds())

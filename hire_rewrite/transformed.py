@@ -60,6 +60,8 @@ class Transformed:
         self.weights = weights
         self.mode = mode
         self.on_miss = on_miss
+        self._settings = rules, weights, mesh, mode, on_miss
+        self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
         self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
         self._warned: set[str] = set()
@@ -68,6 +70,16 @@ class Transformed:
         self._compiled_for = functools.cache(
             lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
         )
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Transformed:
+        """The transformed method of an instance: `weights` counts the arguments after `self`."""
+        if instance is None:
+            return self
+        bound = self._bound.get(id(instance))
+        if bound is None or bound.fn.__self__ is not instance:  # type: ignore[attr-defined]
+            bound = Transformed(self.fn.__get__(instance, owner), *self._settings)
+            self._bound[id(instance)] = bound
+        return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed, args = self._split(args)

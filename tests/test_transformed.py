@@ -371,7 +371,7 @@ def test_more_rows_than_the_site_has(params, call):
 
 def test_packed_for_another_plan(params, call):
     packed = pack(hire.transform(step, *FULL), params, call)
-    with pytest.raises(hire.HireRewriteError, match="made for the plan"):
+    with pytest.raises(hire.HireRewriteError, match="the Packed has it as"):
         hire.transform(step, *SMALL)(packed, *call)
 
 
@@ -486,3 +486,32 @@ def test_exact_mode_selects_whether_it_pays_or_not():
     np.testing.assert_allclose(step(params, x), forced(params, x), rtol=1e-5)
     assert not np.allclose(step(params, x), block(params, x))
     np.testing.assert_array_equal(hire.transform(block, rule)(params, x), jax.jit(block)(params, x))
+
+
+class Model:
+    """A model with a transformed method, which is given its weights."""
+
+    def __init__(self, cap):
+        self.cap = cap
+
+    @hire.transform(*FULL)
+    def step(self, params, x):
+        """One step."""
+        return jnp.tanh(x @ params["embed"].T / self.cap) * self.cap
+
+
+def test_a_method():
+    small, large = Model(0.1), Model(1000.0)
+    params, x = {"embed": init()["embed"]}, jnp.ones((1, D))
+    for model in (small, large, small):
+        weights = model.step.pack(params, x)
+        want = jnp.tanh(x @ params["embed"].T / model.cap) * model.cap
+        np.testing.assert_allclose(model.step(weights, x), want, rtol=1e-5)
+        assert model.step is model.step
+        assert [site.status for site in model.step.plan(weights, x).sites] == ["rewritten"]
+    assert Model.step.__doc__ == "One step."
+
+
+def test_what_is_transformed_is_not_transformed_again():
+    with pytest.raises(hire.HireRewriteError, match="is transformed already"):
+        hire.transform(hire.transform(step, *FULL))

@@ -82,13 +82,11 @@ def trace(
 
     try:
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
-    except TypeError as error:
-        if "not a valid JAX type" not in str(error):
+    except (TypeError, ValueError) as error:
+        message = _explained(fn, error, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
+        if message is None:
             raise
-        raise HireRewriteError(
-            f"{_name(fn)} returns something that is no array: {str(error).splitlines()[0]} "
-            "Return arrays (or pytrees of them) alone, and keep other values outside."
-        ) from error
+        raise HireRewriteError(message) from error
     scope = flatten(closed)
     return Trace(
         closed=closed,
@@ -146,6 +144,25 @@ def _check_leaf(path: str, leaf: Any) -> None:
             f"argument {path} is a {type(leaf).__name__}, not an array: close over it (with "
             "functools.partial, say) instead of passing it"
         ) from None
+
+
+def _explained(fn: Callable[..., Any], error: Exception, leaves: Mapping[str, Any]) -> str | None:
+    """What a user should change where a function cannot be traced; None if the error says it."""
+    first = (str(error).splitlines() or [""])[0]
+    if "not a valid JAX type" in first:
+        return (
+            f"{_name(fn)} returned a value that is not a JAX array: {first} Return arrays (or "
+            "pytrees of them) alone, and keep other values outside."
+        )
+    static = isinstance(error, jax.errors.JAXTypeError) or "static argument" in first
+    numbers = [path for path, leaf in leaves.items() if getattr(leaf, "weak_type", False)]
+    if static and numbers:
+        return (
+            f"{_name(fn)} needs the value of an argument that is traced as an array, perhaps of "
+            f"{', '.join(numbers)}: close over it (with functools.partial, say) instead of passing "
+            f"it. ({first})"
+        )
+    return None
 
 
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:

@@ -79,7 +79,7 @@ class Activation:
 
 def classify(region: Region) -> Activation:
     """Name the activation of a region of one or two projections."""
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(_NO_MESH):
+    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
         return _classify(region)
 
 
