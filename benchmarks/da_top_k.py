@@ -23,11 +23,11 @@ DEVICES = tuple(2**i for i in range(3, 13))
 DOCS = Path(__file__).parents[1] / "docs"
 
 TEXT = """\
-# The greatest of a spread axis: `da_top_k`
+# The greatest of a sharded axis: `da_top_k`
 
 Written by `python -m benchmarks.da_top_k`, except for the two tables below that say otherwise.
 
-A vocabulary head that is spread over devices leaves on each of them the logits of its own rows. To
+A vocabulary head that is sharded over devices leaves on each of them the logits of its own rows. To
 choose a token, only the greatest few matter. DA-TOP-k (arXiv 2402.09360) has each device select
 its own greatest, and merges those: pairs of a value and a global index, 8 bytes each.
 
@@ -56,7 +56,7 @@ recall of every row is at least the target, whatever the data**, and the greates
 lost. q is chosen so that of a thousand rows whose values lie at random one is merged again.
 
 The head keeps the vocabulary in its order, and does not interleave its rows over the devices:
-logits then come out as the model had them, spread over the vocabulary, without a byte between
+logits then come out as the model had them, sharded over the vocabulary, without a byte between
 devices, and the model's own code behind them (masks, biases, noise) works on them as it is.
 Interleaved rows would need an exchange of all logits for that. The price is that placement is not
 random, for which the count above is there.
@@ -165,7 +165,7 @@ def _mesh(result: dict[str, Any]) -> str:
         "SmolLM2-135M with its vocabulary and FFNs on eight CPU devices, following the greedy "
         "tokens of the rewritten model on one device (`python -m benchmarks.mesh`). With a quarter "
         "of its neurons, for which it was not trained, near ties are common, and rounding decides "
-        "them: stored in shards, the residual stream is spread too, and its norms are summed in "
+        "them: stored in shards, the residual stream is sharded too, and its norms are summed in "
         "another order (the dense model's logits then differ by 6e-5, the rewritten one's by "
         "2e-5)."
     )

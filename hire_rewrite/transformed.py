@@ -24,10 +24,10 @@ from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.tune import Tuned, tune
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
-from hire_rewrite.tune import Tuned, tune
 
 __all__ = ["Transformed"]
 

@@ -1,9 +1,8 @@
-"""What the package does, a verb each.
+"""What the package does, a verb each; none of them knows a kind of site.
 
-`trace` flattens a function, `detect` finds its sites, `estimate` tells what they read and how long
-that takes, `decide` matches rules with sites, `calibrate` and `pack` prepare the weights, `rewrite`
-emits the new function, and `diff` shows it. What takes the place of a site is in `replace` (from
-packed weights) and `raw` (from weights as they are). `observe` adds up what sites report on
-batches, `evaluate` has them report what they miss, and `summarize` makes figures of it. `calls` is
-the one table of primitives that hold jaxprs.
+The way of a function: `graph.trace` flattens it, `detect` finds its sites, `decide` matches rules
+with them, `calibrate` has them say what they see, `pack` lays out their weights, `rewrite` emits the
+function with the sites' operations in the place of the sites, in one of the `modes` (`emit` orders
+the code). `evaluate` has sites report what they miss, on batches that `accumulate` adds up, and
+`summarize` makes figures of it; `tune` chooses rules by them. `diff` shows what was changed.
 """
