@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.rules import Rule
 
 __all__ = ["Origin", "Packed", "PackedInfo", "PackedSite"]
 
@@ -48,11 +49,13 @@ class PackedInfo:
     Attributes:
       origin: what it was made from.
       sites: what was decided about each site.
+      rules: a rule for each site that reads them, with its sizes written out.
       shapes: shapes and dtypes of all arrays.
     """
 
     origin: Origin
     sites: tuple[PackedSite, ...]
+    rules: tuple[Rule, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
     def __hash__(self) -> int:
@@ -93,6 +96,16 @@ class Packed:
     weights: dict[str, jax.Array]
     sites: dict[str, Any]
     info: PackedInfo
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that make a `Packed` like this one, anywhere: all sizes are written out, those
+        that calibration found too, and nothing is left to a machine's estimate.
+
+        With `save_rules` they go beside a checkpoint of the arrays, and `transform(fn, *rules)`
+        packs shapes to what the checkpoint is restored to.
+        """
+        return self.info.rules
 
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""

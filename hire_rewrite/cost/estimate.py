@@ -14,7 +14,8 @@ from typing import Any
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.cost.reads import whole
 from hire_rewrite.graph.weights import narrow
-from hire_rewrite.sites.base import MatchedSite, Operation
+from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.operation import Operation
 
 __all__ = ["Estimate", "dense_bytes", "estimate"]
 

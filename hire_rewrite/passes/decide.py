@@ -17,7 +17,7 @@ from hire_rewrite.plan import Plan, Site
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import UNSHARDED
 from hire_rewrite.sites import MatchedSite, Operation, Unfit
-from hire_rewrite.sites.base import Functions
+from hire_rewrite.sites.kind import Functions
 
 __all__ = ["Decision", "decide"]
 

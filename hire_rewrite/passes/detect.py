@@ -26,7 +26,7 @@ from hire_rewrite.plan import Rejection
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.placement import sharding_of
 from hire_rewrite.sites import Match, MatchedSite, SiteKind, site_kinds
-from hire_rewrite.sites.base import weights_identity
+from hire_rewrite.sites.kind import weights_identity
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""

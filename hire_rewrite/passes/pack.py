@@ -23,7 +23,7 @@ from hire_rewrite.passes.modes import MODES
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.arrays import automatic, on_mesh
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.base import SiteCalibration
+from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows
 
 __all__ = ["Calibration", "pack", "pack_shapes"]
@@ -76,6 +76,7 @@ def pack(
     info = PackedInfo(
         origin,
         tuple(_info(decision, calibration) for decision in firsts),
+        tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),
         tuple(map(abstract, jax.tree.leaves((kept, sites)))),
     )
     return Packed(kept, sites, info)

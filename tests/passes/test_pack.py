@@ -205,3 +205,23 @@ def test_packing_traces():
     jax.tree.map(np.testing.assert_array_equal, jitted, want)
     shapes = jax.eval_shape(lambda p: packed(step, p, X), PLAIN)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, want)
+
+
+def test_a_checkpoint_is_restored_by_the_rules_of_its_packed(tmp_path):
+    """Also where calibration found k, and on a machine where the site would not pay."""
+    rule = hire.FFN(k="auto", keep=0.5, group=4, predictor=hire.LowRank(4), force=True)
+    step = hire.transform(plain(), rule)
+    result = step.pack(PLAIN, X, calibration=[(inputs(64, D),)])
+    hire.save_rules(result.rules, str(tmp_path / "rules.json"))
+    again = hire.transform(plain(), *hire.load_rules(str(tmp_path / "rules.json")))
+    shapes = again.pack(jax.eval_shape(lambda: PLAIN), X)
+    restored = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(result))
+    np.testing.assert_array_equal(run(again, restored, X), run(step, result, X))
+    assert "top" in again.plan(restored, X).sites[0].reason
+
+
+def test_a_packed_is_mapped_to_anything():
+    result = pack(plain(), PLAIN, X)
+    for value in (None, "spec", object(), 3):
+        mapped = jax.tree.map(lambda _, value=value: value, result)
+        assert "Packed(" in repr(mapped)

@@ -6,9 +6,9 @@ from hire_rewrite.cost.reads import gathered, whole
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.predictors import Predictor, Read, reads_of
-from hire_rewrite.sites.base import MatchedSite
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
+from hire_rewrite.sites.kind import MatchedSite
 
 __all__ = ["ffn_reads"]
 

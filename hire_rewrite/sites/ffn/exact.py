@@ -17,8 +17,8 @@ from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.ffn import topk_mask
 from hire_rewrite.ops.ffn.importance import importance
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.sites.base import MatchedSite
 from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.layout import from_tokens, to_tokens
 from hire_rewrite.sites.replacement import SiteReplacement
 

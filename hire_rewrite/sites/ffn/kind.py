@@ -8,12 +8,12 @@ from typing import Any
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.base import Functions, MatchedSite, SiteKind
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import ffn_spec, own_k
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
+from hire_rewrite.sites.kind import Functions, MatchedSite, SiteKind
 
 __all__ = ["FFNKind"]
 

@@ -22,14 +22,15 @@ from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.ops.quality import measured_ffn
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.base import Functions, MatchedSite, Operation, SiteCalibration
 from hire_rewrite.sites.ffn.cost import ffn_reads
 from hire_rewrite.sites.ffn.exact import exact_form, observed
 from hire_rewrite.sites.ffn.experts import side_by_side
 from hire_rewrite.sites.ffn.packing import packed_ffn
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.statistics import TOKENS, FFNStatistics, ffn_statistics
+from hire_rewrite.sites.kind import Functions, MatchedSite
 from hire_rewrite.sites.layout import from_tokens, to_tokens
+from hire_rewrite.sites.operation import Operation, SiteCalibration
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 

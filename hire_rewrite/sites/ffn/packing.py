@@ -10,9 +10,10 @@ from jax import lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, PartState
-from hire_rewrite.sites.base import MatchedSite, SiteCalibration
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
+from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows, expert_axis, fit_predictor
 
 __all__ = ["packed_ffn"]

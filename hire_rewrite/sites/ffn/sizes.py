@@ -7,11 +7,11 @@ import math
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.rules import candidate_count, count
-from hire_rewrite.sites.base import MatchedSite, Unfit
 from hire_rewrite.sites.ffn.activation import Activation
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
+from hire_rewrite.sites.kind import MatchedSite, Unfit
 
 __all__ = ["ffn_spec", "own_k"]
 

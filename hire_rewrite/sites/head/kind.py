@@ -8,11 +8,11 @@ from typing import Any
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.sharding.manual import vocabulary_shards
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.base import Functions, Logits, MatchedSite, SiteKind
 from hire_rewrite.sites.head.match import HeadMatch, match_head
 from hire_rewrite.sites.head.operation import HeadOperation
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.sizes import head_spec
+from hire_rewrite.sites.kind import Functions, Logits, MatchedSite, SiteKind
 
 __all__ = ["HeadKind"]
 

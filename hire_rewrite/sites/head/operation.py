@@ -26,12 +26,13 @@ from hire_rewrite.ops.predictors import (
 from hire_rewrite.ops.quality import measured_head
 from hire_rewrite.ops.top_k.merge import cheapest, described
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.base import MatchedSite, Operation, SiteCalibration
 from hire_rewrite.sites.head.cost import head_reads
 from hire_rewrite.sites.head.epilogue import epilogue_of, output_values
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.top_k import logit_top_k
+from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.layout import to_tokens
+from hire_rewrite.sites.operation import Operation, SiteCalibration
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, each_layer, fit_predictor
 

@@ -13,10 +13,10 @@ from hire_rewrite.ops.head.spec import HeadSpec
 from hire_rewrite.ops.predictors import Cascade, certifies
 from hire_rewrite.ops.top_k.recall import kept_per_shard
 from hire_rewrite.rules import candidate_count, count
-from hire_rewrite.sites.base import MatchedSite, Unfit
 from hire_rewrite.sites.head.epilogue import epilogue_of
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
+from hire_rewrite.sites.kind import MatchedSite, Unfit
 
 __all__ = ["head_spec"]
 

@@ -1,0 +1,166 @@
+"""What a site is rewritten to: the protocol of an operation, and what operations share."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.observe import tap
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows
+
+SiteCalibration = tuple[Moments, Any]
+"""What calibration saw of a site: the moments of its input, and what its kind observes besides.
+Both have a leading axis of layers."""
+
+
+class Operation(abc.ABC):
+    """A site's operation: what its weights are packed to, and what takes its place.
+
+    Attributes:
+      site, rule: what it was resolved from.
+      undecided: why it cannot be run before calibration has told its sizes; None if it can.
+      unit: rows that are chosen together.
+      k, candidates: in units, what is chosen and from how many; 0 where nothing is chosen.
+      fixed_units: units that are candidates of every token.
+      exact_is_dense: whether its exact form is the dense site.
+      proves: whether it proves what it chooses.
+    """
+
+    site: MatchedSite
+    rule: Rule
+    undecided: str | None = None
+    unit: int = 1
+    k: int = 0
+    candidates: int = 0
+    fixed_units: int = 1
+    exact_is_dense: bool = True
+    proves: bool = False
+
+    @property
+    @abc.abstractmethod
+    def layout(self) -> Hashable:
+        """All that its packed arrays depend on besides the weights; prints alike if equal."""
+
+    @property
+    @abc.abstractmethod
+    def scored(self) -> tuple[int, int]:
+        """The size n × d of the matrix whose products the predictor guesses."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What it does, for the plan."""
+
+    @abc.abstractmethod
+    def reads(self, tokens: int) -> Sequence[Read]:
+        """What one run reads for so many tokens, on one device, for one of its experts."""
+
+    @abc.abstractmethod
+    def pack(
+        self,
+        weights: WeightRows,
+        calibration: SiteCalibration | None,
+        advance: Callable[[], None],
+    ) -> Any:
+        """The packed arrays, a pytree with a leading axis of layers.
+
+        Args:
+          calibration: what calibration saw of the site, if it did.
+          advance: called when a layer is done.
+
+        Raises:
+          HireRewriteError: the rule needs calibration and there is none.
+        """
+
+    def rows(self, arrays: Any) -> Sequence[Any]:
+        """The copies of weights among the packed arrays, in which no number may be infinite."""
+        return ()
+
+    @abc.abstractmethod
+    def rewritten(self, arrays: Any) -> list[SiteReplacement]:
+        """Predict, gather, and compute: what takes the site's place in mode "hire"."""
+
+    @abc.abstractmethod
+    def exact(self, arrays: Any) -> list[SiteReplacement]:
+        """The same meaning in dense arithmetic on the packed arrays."""
+
+    @abc.abstractmethod
+    def dense(self, arrays: Any) -> list[SiteReplacement]:
+        """What the model computes, on the packed arrays."""
+
+    @abc.abstractmethod
+    def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
+        """`rewritten`, or `exact`, which reports its `Quality` besides."""
+
+    def exact_form(self) -> SiteReplacement | None:
+        """`exact` on the weights as they are; None where that is the model's own code."""
+        return None
+
+    def observed(self) -> SiteReplacement:
+        """The site as it is, which reports a `SiteCalibration`."""
+        return tap(self.site.name, self.site.linears[0], self.site.sharding, self.site.loops)
+
+    def statistics(self, calibration: SiteCalibration) -> Hashable:
+        """What calibration told, as static numbers that sizes and costs depend on."""
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration tells it anything."""
+        return self.rule.predictor.wants_calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it cannot be packed as its rule says without having been seen."""
+        return self.rule.predictor.wants_calibration
+
+    @property
+    def calibrated_tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens in a call for which calibration told what they read together."""
+        return ()
+
+    def partition_specs(self, arrays: Any) -> Any:
+        """A `PartitionSpec` for each packed array, where rows are sharded over a mesh."""
+        raise NotImplementedError
+
+    def with_candidates(self, candidates: int) -> Operation:
+        """The same with another number of candidates."""
+        raise NotImplementedError
+
+    def tuned_rule(self) -> Rule:
+        """The rule with its sizes written out, from which tuning starts."""
+        return self.rule
+
+    def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
+        """The predictors that are worth a trial here, of low rank and others."""
+        raise NotImplementedError
+
+    def probe_predictor(self) -> Predictor:
+        """A predictor that calibration tells everything about."""
+        raise NotImplementedError
+
+    def replacement(
+        self,
+        run: Callable[[Sequence[Any], Any, Any], Any],
+        arrays: Any,
+        *,
+        reports: bool = False,
+    ) -> SiteReplacement:
+        """What takes the site's place: `run` of its inputs, the layer and its packed arrays."""
+        match, site = self.site.match, self.site
+        return SiteReplacement(
+            site.name,
+            match.nodes,
+            match.inputs,
+            match.outputs,
+            run,
+            arrays,
+            site.sharding.region,
+            site.loops,
+            reports,
+        )
