@@ -5,13 +5,15 @@ package reads from a jaxpr and that differed between jax 0.10 and 0.12 is asked 
 looking at what is there rather than at a version number where that says it.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import io_callback
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
@@ -88,15 +90,80 @@ def _inside(fun: Callable[..., Any]) -> set[Any]:
     return {eqn.primitive for eqn in _manual_equations(fun)}
 
 
-_NAMES_AN_AXIS = tuple(
-    {type(e) for eqn in _manual_equations(lambda x: x + lax.axis_index("x")) for e in eqn.effects}
+def _effect_types(equations: Iterable[Any]) -> tuple[type, ...]:
+    return tuple(dict.fromkeys(type(effect) for eqn in equations for effect in eqn.effects))
+
+
+_NAMES_AN_AXIS = _effect_types(_manual_equations(lambda x: x + lax.axis_index("x")))
+_UNORDERED = _NAMES_AN_AXIS + _effect_types(
+    _equations(lambda x: (jax.debug.callback(print, x), io_callback(id, None, x), x)[-1])
 )
+_MAKE_REF, _READ_REF = _equations(lambda x: jax.new_ref(x)[...])[:2]
+_MAKES_REF, _READS_REF = _effect_types([_MAKE_REF, _READ_REF])
+_Ref = type(_MAKE_REF.outvars[0].aval)
 
 
 def has_effects(eqn: Any) -> bool:
     """Whether an equation does anything but compute. (Inside `shard_map`, to name an axis of the
     mesh counts as an effect in jax.)"""
     return any(not isinstance(effect, _NAMES_AN_AXIS) for effect in eqn.effects)
+
+
+def is_ref(aval: Any) -> bool:
+    """Whether a type is that of a mutable array (`jax.Ref`)."""
+    return isinstance(aval, _Ref)
+
+
+def ordered_effects(eqn: Any) -> dict[int | None, bool]:
+    """What an equation does that has its place among the effects of others.
+
+    Returns:
+      By the number of the operand that is a `Ref`, or None for the world outside, whether the
+      equation writes to it.
+    """
+    writes: dict[int | None, bool] = {}
+    refs = [i for i, var in enumerate(eqn.invars) if is_ref(var.aval)]
+    for effect in eqn.effects:
+        if isinstance(effect, _UNORDERED):
+            continue
+        places: Sequence[int | None] = refs if isinstance(effect, _MAKES_REF) else [None]
+        if hasattr(effect, "input"):
+            places = [eqn.invars.index(effect.input)]
+        for place in places:
+            writes[place] = writes.get(place, False) or not isinstance(effect, _READS_REF)
+    return writes
+
+
+def annotations(eqn: Any) -> tuple[str | None, tuple[tuple[str, Any], ...]]:
+    """What an equation tells the compiler: its compute type (`compute_on`) and XLA metadata."""
+    return eqn.ctx.compute_type, tuple(sorted((eqn.ctx.xla_metadata or {}).items()))
+
+
+def is_high_call(eqn: Any) -> bool:
+    """Whether an equation is a call of jax's "high" kind, which `JAX_REMAT3` and the like make of
+    `checkpoint` and custom derivatives."""
+    return eqn.primitive.name == "call_hi_primitive"
+
+
+def call_params(eqn: Any) -> dict[str, Any]:
+    """The parameters of a call; one of the high kind keeps them in an object."""
+    return eqn.params["_prim"].params if is_high_call(eqn) else eqn.params
+
+
+def call_jaxpr(eqn: Any) -> Any | None:
+    """The jaxpr of a call with a derivative of its own; None if jax does not tell."""
+    params = call_params(eqn)
+    jaxpr = params["traced"].jaxpr if "traced" in params else params.get("call_jaxpr")
+    if jaxpr is not None and len(open_jaxpr(jaxpr)[0].invars) == len(eqn.invars):
+        return jaxpr
+    if not all(isinstance(var.aval, jax.core.ShapedArray) for var in (*eqn.invars, *eqn.outvars)):
+        return None
+    expand = functools.partial(eqn.primitive.to_lojax, **eqn.params)
+    try:
+        with eqn.ctx.manager:
+            return jax.make_jaxpr(expand)(*(var.aval for var in eqn.invars))
+    except (NameError, NotImplementedError):  # it uses a mesh axis that only its caller knows
+        return None
 
 
 shard_map_p = _manual(lambda x: x * 2).primitive

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire_rewrite.graph.evaluate import evaluate
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.graph.trace import trace
-from hire_rewrite.graph.view import evaluate
 from hire_rewrite.passes.rewrite import rewrite
 from tests.cases import run
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Scope, Value
 
 __all__ = ["Liveness", "Unit", "liveness"]
@@ -61,7 +62,7 @@ def _visit(
             if node in ends:  # all that the unit reads was computed before its last node
                 live.nodes.update(units[node].nodes)
                 live.values.update(units[node].inputs)
-        elif node.eqn.effects or any(value in live.values for value in node.outs):
+        elif _compat.has_effects(node.eqn) or any(value in live.values for value in node.outs):
             live.nodes.add(node)
             if node.bodies:
                 _visit_bodies(node, units, ends, live)

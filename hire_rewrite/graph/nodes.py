@@ -1,10 +1,10 @@
-"""The flattened view of a function: values, the nodes that define them, and nested scopes.
+"""A function flattened: values, the nodes that define them, and nested scopes.
 
 A jaxpr nests calls inside calls. Most of them (`jit`, `checkpoint`, `custom_jvp`, ...) mean
-nothing to a matcher: their bodies are spread out in the caller's *scope*, so that a value keeps
+nothing to a matcher: their bodies are inlined in the caller's *scope*, so that a value keeps
 one identity on both sides of the call. Loops and branches mean something: they are nodes that
 own scopes of their own, tied to the outside by `Input` and `Output` links. The calls that were
-spread out are remembered as *frames*, so that the code can be emitted again as it was.
+inlined are remembered as *frames*, so that the code can be emitted again as it was.
 """
 
 from __future__ import annotations
@@ -92,14 +92,21 @@ class Node:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Frame:
-    """A call whose body was spread out in the scope; the scope's own root has no equation."""
+    """A call whose body was inlined in the scope; the scope's own root has no equation."""
 
-    parent: Frame | None
-    eqn: Any
+    parent: Frame | None = None
+    eqn: Any = None
     """The call; None for the root of a scope."""
     ins: tuple[Value, ...] = ()
     outs: tuple[Value, ...] = ()
     entries: list[Node | Frame] = dataclasses.field(default_factory=list)
+
+    def around(self) -> Iterator[Frame]:
+        """It and the frames around it, innermost first."""
+        frame: Frame | None = self
+        while frame is not None:
+            yield frame
+            frame = frame.parent
 
     def nodes(self) -> Iterator[Node]:
         """All nodes in it, those of the frames inside included, in order."""
@@ -112,7 +119,7 @@ class Frame:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Scope:
-    """A function body with its calls spread out: the whole function, a loop body, a branch."""
+    """A function body with its calls inlined: the whole function, a loop body, a branch."""
 
     parent: Node | None = None
     length: int | None = 1
@@ -120,7 +127,7 @@ class Scope:
     inputs: list[Value] = dataclasses.field(default_factory=list)
     outputs: list[Value] = dataclasses.field(default_factory=list)
     nodes: list[Node] = dataclasses.field(default_factory=list)
-    root: Frame = dataclasses.field(default_factory=lambda: Frame(None, None))
+    root: Frame = dataclasses.field(default_factory=Frame)
 
     def walk(self) -> Iterator[Scope]:
         """This scope and every scope inside it, outermost first."""
@@ -174,7 +181,7 @@ def is_drop(var: Any) -> bool:
 
 
 class Uses(Protocol):
-    """Who reads a value (see `passes.liveness`)."""
+    """Who reads a value (see `graph.liveness`)."""
 
     @property
     def results(self) -> Collection[Value]:

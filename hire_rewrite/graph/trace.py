@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.varying import Differences
-from hire_rewrite.graph.view import flatten
 
 __all__ = ["Trace", "abstract", "placed", "sharding_over_mesh", "trace", "trace_context"]
 
@@ -105,18 +105,23 @@ def trace(
     )
 
 
-def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+def abstract(leaf: Any) -> Any:
+    """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is; of a
+    `jax.Ref` its own type."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) or _compat.is_ref(leaf):
         return leaf
     aval = jax.typeof(leaf)
+    if _compat.is_ref(aval):
+        return aval
     sharding = aval.sharding if _compat.is_sharded_by_type(aval) else None
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
 
 
-def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+def placed(leaf: Any) -> Any:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
     found = abstract(leaf)
+    if _compat.is_ref(found):
+        return found
     sharding = sharding_over_mesh(leaf) or (None if leaf is found else found.sharding)
     return jax.ShapeDtypeStruct(
         found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding

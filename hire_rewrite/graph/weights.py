@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
+from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
-from hire_rewrite.graph.view import run_untyped
-from hire_rewrite.patterns.region import literal_array
 from hire_rewrite.sharding.arrays import automatic
 
 __all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow"]
@@ -78,7 +77,7 @@ class Stacker:
         over = loops_of(value.scope, {scope for item in ins for scope in item.over})
 
         def run(*arrays: Any) -> Any:
-            return tuple(run_untyped(node, arrays))
+            return tuple(evaluate_inside(node, arrays))
 
         mapped = run
         for scope in reversed(over):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import posixpath
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from jax.extend import source_info_util
-from jax.extend.core import primitives as p
 from jax.sharding import Mesh
 
-from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Frame, Node, Value
+from hire_rewrite.graph.opaque import may_hide_product, opaque_name
+from hire_rewrite.graph.source import source_of
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.graph.view import inner_jaxprs
+from hire_rewrite.graph.unsupported import unsupported_reason
 from hire_rewrite.graph.weights import loops_of
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
 from hire_rewrite.patterns.miss import Contracted, Miss
@@ -31,7 +29,7 @@ from hire_rewrite.sites.kind import weights_identity
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
 
-__all__ = ["Detection", "detect", "name_stack", "source_of"]
+__all__ = ["Detection", "detect", "name_stack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +125,8 @@ def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -
         for node in scope.nodes:
             if node not in trace.live.nodes:
                 continue
-            if not node.bodies and _holds_product(node):
-                opaque.append(f"{node.primitive} at {source_of(node)}")
+            if may_hide_product(node, trace.provenance):
+                opaque.append(f"{opaque_name(node)} at {source_of(node)}")
             try:
                 linear = as_linear(node, trace.provenance)
             except Miss as miss:
@@ -162,7 +160,7 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         match,
         weights_identity(trace, kind, match),
         sharding,
-        match.unsupported or reason,
+        match.unsupported or unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
         optional,
         loops_of(match.linears[0].node.scope, varying),
     )
@@ -189,27 +187,6 @@ def name_stack(node: Node) -> str:
     while changed:
         joined, changed = _TRANSFORMED.subn(r"\1", joined)
     return "/".join(part for part in joined.split("/") if part and "->" not in part)
-
-
-def source_of(node: Node) -> str:
-    """`file.py:line (function)` of the user's code that made the equation."""
-    summary = source_info_util.summarize(node.eqn.source_info)
-    place, _, function = summary.partition(" (")
-    path, _, rest = place.partition(":")
-    line = rest.partition(":")[0]
-    name = f"{os.path.basename(path)}:{line}" if line else os.path.basename(path)
-    return f"{name} ({function}" if function else name
-
-
-def _holds_product(node: Node) -> bool:
-    stack = inner_jaxprs(node.eqn)
-    while stack:
-        jaxpr, _ = _compat.open_jaxpr(stack.pop())
-        for eqn in jaxpr.eqns:
-            if eqn.primitive in (p.dot_general_p, p.conv_general_dilated_p):
-                return True
-            stack += inner_jaxprs(eqn)
-    return False
 
 
 def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]:

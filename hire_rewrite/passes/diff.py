@@ -17,8 +17,8 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from hire_rewrite import _compat
+from hire_rewrite.graph.flatten import inner_jaxprs
 from hire_rewrite.graph.nodes import is_drop
-from hire_rewrite.graph.view import inner_jaxprs
 
 __all__ = ["Diff"]
 

@@ -16,8 +16,8 @@ from jax import Array
 
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.evaluate import evaluate_inside
 from hire_rewrite.graph.nodes import Node, Scope, Value
-from hire_rewrite.graph.view import evaluate as evaluate_node
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.modes import MODES, Packing
@@ -185,7 +185,7 @@ def _with_logits(swaps: Sequence[Any], logits: Logits) -> tuple[list[Any], str]:
     assert node is not None
 
     def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
-        return evaluate_node(node, ins), None
+        return evaluate_inside(node, ins), None
 
     reporting = _WithLogits("logits", frozenset({node}), node.ins, node.outs, run, logits)
     return [*swaps, reporting], "logits"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract
 from hire_rewrite.graph.weights import Stacked, Stacker
@@ -69,7 +70,7 @@ def pack(
             sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
     swaps = [swap for d in packing for swap in MODES["hire"].packed(d, sites[d.packed_name])]
     needs = rewrite(trace, swaps).needs
-    kept = {trace.paths[i]: jnp.asarray(array) for i, array in arrays.items() if i in needs}
+    kept = {trace.paths[i]: _kept(array) for i, array in arrays.items() if i in needs}
     meshes = [d.site.sharding for d in packing if isinstance(d.site.sharding, RowSharding)]
     if meshes:  # all on the same devices
         kept, sites = jax.tree.map(lambda array: on_mesh(array, meshes[0]), (kept, sites))
@@ -80,6 +81,11 @@ def pack(
         tuple(map(abstract, jax.tree.leaves((kept, sites)))),
     )
     return Packed(kept, sites, info)
+
+
+def _kept(array: Any) -> Any:
+    """A weight that is still read: an array, or a `jax.Ref` as it is."""
+    return array if _compat.is_ref(jax.typeof(array)) else jnp.asarray(array)
 
 
 def pack_shapes(

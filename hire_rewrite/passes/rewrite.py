@@ -1,26 +1,30 @@
-"""Emit a function again with some of its nodes replaced: interpret the view and retrace.
+"""Emit a function again with some of its nodes replaced: interpret it and retrace.
 
-Nothing is assembled by hand. What did not change goes through `jax.core.eval_jaxpr`, calls,
-loops and branches that hold a change go through their public combinator, and a replacement is an
-ordinary function.
+Nothing is assembled by hand. What did not change is evaluated as it was, calls, loops and branches
+that hold a change go through their public combinator, and a replacement is an ordinary function.
+Each runs under the named scopes and the annotations of what stood in its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import source_info_util
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.calls import BodyResult, inline_calls, structured_calls
+from hire_rewrite.graph.calls import BodyResult, inline_call, structured_calls
+from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
-from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
+from hire_rewrite.graph.source import common_names, names_around
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.graph.view import evaluate, look_up
-from hire_rewrite.passes.emit.schedule import Call, Item, Keep, Loop, Replacement, schedule
+from hire_rewrite.passes.emit.items import Call, Item, Keep, Loop, Replacement, Swap
+from hire_rewrite.passes.emit.schedule import schedule
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -76,49 +80,70 @@ class _Writer:
         """Results of a scope (None for those that nobody needs) and the reports in it."""
         if scope not in self.schedules:
             self.schedules[scope] = schedule(scope, self.units, self.live)
-        reports = self.run_items(self.schedules[scope], env, around)
+        reports = self.run_items(self.schedules[scope], scope.root, env, around)
         results = [look_up(v, env) if v in self.live.results else None for v in scope.outputs]
         return results, reports
 
     def run_items(
-        self, items: Sequence[Item], env: dict[Value, Any], around: _Around
+        self, items: Sequence[Item], home: Frame, env: dict[Value, Any], around: _Around
     ) -> dict[str, Any]:
+        """Run the items of a frame; adds what they write to `env` and returns their reports."""
         reports: dict[str, Any] = {}
         for item in items:
-            if isinstance(item, Keep):
-                ins = [look_up(value, env) for value in item.reads]
-                results = evaluate(item.entry, ins)
-            elif isinstance(item, Loop):
-                call = structured_calls[item.node.primitive]
-                result = call.write(item.node, _LoopWriter(self, item.node, env, around))
-                reports |= result.reports
-                results = [result.outputs.get(i) for i in range(len(item.writes))]
-            elif isinstance(item, Call):
-                results, inner = self._run_call(item, env, around)
-                reports |= inner
-            else:
-                ins = [look_up(value, env) for value in item.reads]
-                unit = item.replacement
-                state = around.states.get(unit, unit.state)
-                results, report = unit.emit(ins, around.index, state)
-                if report is not None:
-                    # One type for all: loops and branches put zeros in their place.
-                    reports[unit.name] = jax.tree.map(_compat.varying, report)
+            with _names_of(item, home):
+                results, more = self._run(item, env, around)
+            reports |= more
             env.update((v, r) for v, r in zip(item.writes, results, strict=True) if r is not None)
         return reports
 
+    def _run(
+        self, item: Item, env: Mapping[Value, Any], around: _Around
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
+        if isinstance(item, Loop):
+            node = item.entry
+            with traced_context(node.eqn):
+                writer = _LoopWriter(self, node, env, around)
+                result = structured_calls[node.primitive].write(node, writer)
+            return [result.outputs.get(i) for i in range(len(item.writes))], result.reports
+        ins = [look_up(value, env) for value in item.reads]
+        if isinstance(item, Keep):
+            return evaluate(item.entry, ins), {}
+        if isinstance(item, Call):
+            return self._run_call(item, ins, around)
+        unit = item.replacement
+        last = max(unit.nodes, key=lambda node: node.index)  # all are annotated alike
+        with traced_context(last.eqn, inside=True):
+            results, report = unit.emit(ins, around.index, around.states.get(unit, unit.state))
+        # One type for all reports: loops and branches put zeros in their place.
+        reports = {} if report is None else {unit.name: jax.tree.map(_compat.varying, report)}
+        return results, reports
+
     def _run_call(
-        self, item: Call, env: Mapping[Value, Any], around: _Around
+        self, item: Call, ins: Sequence[Any], around: _Around
     ) -> tuple[list[Any], dict[str, Any]]:
+        frame = item.entry
+
         def body(*arrays: Any) -> tuple[list[Any], dict[str, Any]]:
             inner = dict(zip(item.reads, arrays, strict=True))
-            reports = self.run_items(item.items, inner, around)
+            reports = self.run_items(item.items, frame, inner, around)
             return [inner[value] for value in item.writes], reports
 
-        eqn = item.frame.eqn
-        wrapped = inline_calls[eqn.primitive].wrap(eqn, body)
-        assert wrapped is not None
-        return wrapped(*(look_up(value, env) for value in item.reads))
+        call = inline_call(frame.eqn)
+        assert call is not None
+        operands = [frame.ins.index(value) for value in item.reads]
+        with traced_context(frame.eqn):
+            results: tuple[list[Any], dict[str, Any]]
+            results = call.wrap(frame.eqn, body, operands)(*ins)
+        return results
+
+
+def _names_of(item: Item, home: Frame) -> AbstractContextManager[Any]:
+    """The named scopes between a frame and what an item stands for."""
+    if isinstance(item, Swap):
+        names = common_names(item.nodes, home)
+    else:
+        names = names_around(item.entry, home)
+    return source_info_util.set_name_stack(source_info_util.current_name_stack() + names)
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite import _compat
+from hire_rewrite.graph.evaluate import evaluate_part as rerun
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.patterns.window import Window
 
@@ -31,7 +31,6 @@ __all__ = [
     "register_axis_rule",
     "rerun",
     "result_axis",
-    "unsharded",
 ]
 
 
@@ -51,19 +50,6 @@ class AxisRule:
     ) -> Any:
         """A result in its window at `n` positions, from operands in theirs."""
         return rerun(node, operands)[output]
-
-
-def unsharded(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of an operation without those that lay out its full result over a mesh."""
-    return {name: None if "sharding" in name else value for name, value in params.items()}
-
-
-def rerun(node: Node, operands: Sequence[Any]) -> Sequence[Any]:
-    """The results of an operation, inside a `shard_map` or anywhere else."""
-    if node.primitive in (p.sharding_constraint_p, *_compat.sharding_casts):
-        return [_compat.varying_like(operands[0], node.outs[0].aval)]
-    results = node.primitive.bind(*_compat.varying_alike(operands), **unsharded(node.params))
-    return results if node.primitive.multiple_results else [results]
 
 
 axis_rules: dict[Any, AxisRule] = {}

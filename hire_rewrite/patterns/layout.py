@@ -208,11 +208,9 @@ class _Gather(AxisRule):
     def bind(
         self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
     ) -> Any:
-        params = dict(node.params)
-        axis = self.operands(node, window)[0].axis
-        sizes = params["slice_sizes"]
-        params["slice_sizes"] = tuple(n if i == axis else size for i, size in enumerate(sizes))
-        return node.primitive.bind(*_compat.varying_alike(operands), **params)
+        axis, sizes = self.operands(node, window)[0].axis, node.params["slice_sizes"]
+        sizes = tuple(n if i == axis else size for i, size in enumerate(sizes))
+        return rerun(node, operands, slice_sizes=sizes)[output]
 
 
 @register_axis_rule(_compat.split_p)

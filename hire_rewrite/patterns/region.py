@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from hire_rewrite.graph.evaluate import literal_array
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.patterns.axes import axis_rules, rerun
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["Projection", "Region", "Vector", "literal_array"]
+__all__ = ["Projection", "Region", "Vector"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +228,3 @@ def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Arra
     full = window.shape(shape, rows.shape[-1])
     others = [size for i, size in enumerate(full) if i != window.axis]
     return jnp.moveaxis(rows.reshape(*others, rows.shape[-1]), -1, window.axis)
-
-
-def literal_array(value: Value) -> Any:
-    """A literal as an operand, weakly typed where the jaxpr says so."""
-    if getattr(value.aval, "weak_type", False):
-        return np.asarray(value.literal).item()
-    return jnp.asarray(value.literal, value.aval.dtype)

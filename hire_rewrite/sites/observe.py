@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Scope
-from hire_rewrite.graph.view import run_node
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.sharding.rows import Sharding

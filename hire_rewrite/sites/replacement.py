@@ -54,9 +54,9 @@ class SiteReplacement:
             got = jax.typeof(result)
             if (got.shape, got.dtype) != (value.shape, value.dtype):
                 raise HireRewriteError(
-                    f"{self.name}: its replacement returns {got.str_short()} where the function "
-                    f"has {value.aval.str_short()}; this is a bug of hire_rewrite: exclude the "
-                    "site with a rule's path= and report it"
+                    f"{self.name}: rewritten it would return {got.str_short()}, and the function "
+                    f"returns {value.aval.str_short()}: this is a bug in hire_rewrite; leave the "
+                    "site out with path= in a rule, and report it"
                 )
         pairs = zip(results, self.outputs, strict=True)
         return [_compat.varying_like(result, value.aval) for result, value in pairs], report

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import liveness
-from hire_rewrite.graph.view import flatten
 from tests.cases import inputs
 
 X = inputs(3, 4)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import liveness
 from hire_rewrite.graph.nodes import Frame
-from hire_rewrite.graph.view import flatten
-from hire_rewrite.passes.emit.schedule import Call, Keep, Loop, Swap, schedule
+from hire_rewrite.passes.emit.items import Call, Keep, Loop, Swap
+from hire_rewrite.passes.emit.schedule import schedule
 from tests.cases import inputs
 
 X = inputs(3, 4)

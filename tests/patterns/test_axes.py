@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.view import flatten
+from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.patterns.axes import (
     AxisRule,
     Blocked,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hire_rewrite.graph.view import evaluate
-from hire_rewrite.patterns.region import literal_array
+from hire_rewrite.graph.evaluate import evaluate, literal_array
 from tests.cases import F, T, found_in, inputs
 from tests.cases_ffn import FFN_CASES
 

@@ -1,4 +1,4 @@
-"""`lax.cond` and `lax.switch`: one of several branches on the same operands."""
+"""`lax.cond`, `lax.switch` and `lax.platform_dependent`: one of several branches."""
 
 from __future__ import annotations
 
@@ -50,6 +50,13 @@ class Cond:
 
             return full
 
-        index = writer.read(node.ins[0])
-        outputs, reports = jax.lax.switch(index, [padded(run) for run in branches])
+        runs = [padded(run) for run in branches]
+        platforms = node.params.get("branches_platforms")
+        if platforms is None:
+            outputs, reports = jax.lax.switch(writer.read(node.ins[0]), runs)
+        else:
+            pairs = zip(platforms, runs, strict=True)
+            named = {name: run for names, run in pairs for name in names or ()}
+            default = runs[-1] if platforms[-1] is None else None
+            outputs, reports = jax.lax.platform_dependent(default=default, **named)
         return BodyResult(dict(zip(live, outputs, strict=True)), reports)

@@ -9,23 +9,44 @@ from typing import Any, Protocol
 from hire_rewrite.graph.nodes import Body, Input, Node, Output
 
 __all__ = [
+    "BodyResult",
     "BodySpec",
     "BodyWriter",
     "InlineCall",
     "StructuredCall",
-    "inline_calls",
     "structured_calls",
 ]
 
 
-class InlineCall(Protocol):
+class InlineCall:
     """A call that only groups its body: the body runs once, on the operands as they are."""
 
-    def body(self, eqn: Any) -> Any:
-        """The closed jaxpr that the equation runs."""
+    dissolves = True
+    """Whether its body stands in the caller once anything in it changes."""
+    derivative = False
+    """Whether it brings a derivative of its own."""
 
-    def wrap(self, eqn: Any, fun: Callable[..., Any]) -> Callable[..., Any] | None:
-        """`fun` under the public form of the call; None if the body is to stand in the caller."""
+    def body(self, eqn: Any) -> Any:
+        """The jaxpr that the equation runs; None if JAX does not tell."""
+        raise NotImplementedError
+
+    def on_operands(self, eqn: Any) -> Sequence[Callable[[Any], Any] | None]:
+        """What it does to each operand before its body sees it."""
+        return [None] * len(eqn.invars)
+
+    def on_results(self, eqn: Any) -> Sequence[Callable[[Any], Any] | None]:
+        """What it does to each result of its body."""
+        return [None] * len(eqn.outvars)
+
+    def wrap(
+        self, eqn: Any, fun: Callable[..., Any], operands: Sequence[int]
+    ) -> Callable[..., Any]:
+        """`fun` under the public form of the call, if it does not dissolve.
+
+        Args:
+          operands: the numbers of the equation's operands that `fun` is given.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,5 +119,4 @@ class StructuredCall(Protocol):
         """Emit the primitive again by its public form; outputs by number of the equation's."""
 
 
-inline_calls: dict[Any, InlineCall] = {}
 structured_calls: dict[Any, StructuredCall] = {}

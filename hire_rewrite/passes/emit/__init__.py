@@ -1,1 +1,1 @@
-"""passes/emit"""
+"""Order a changed function for emission: what stays, what is replaced, what is written again."""

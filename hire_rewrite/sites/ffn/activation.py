@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from hire_rewrite.graph.evaluate import evaluate_part, literal_array
 from hire_rewrite.graph.nodes import Value
-from hire_rewrite.patterns.axes import axis_rules, rerun
+from hire_rewrite.patterns.axes import axis_rules
 from hire_rewrite.patterns.grow import TOP
 from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.one_hot import chooses, is_one_hot
-from hire_rewrite.patterns.region import Region, literal_array
+from hire_rewrite.patterns.region import Region
 
 __all__ = ["Activation", "classify"]
 
@@ -273,7 +274,7 @@ def _known(value: Value) -> Any:
     operands = [_known(operand) for operand in node.ins]
     if any(operand is None for operand in operands):
         return None
-    return rerun(node, operands)[node.outs.index(value)]
+    return evaluate_part(node, operands)[node.outs.index(value)]
 
 
 def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:

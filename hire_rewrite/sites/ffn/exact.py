@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.graph.calls import CUSTOM_DERIVATIVES
+from hire_rewrite.graph.calls import inline_call
+from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.graph.nodes import Frame, Node, Value
-from hire_rewrite.graph.view import look_up, run_node
 from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.ffn import topk_mask
@@ -123,12 +123,11 @@ def _steps(nodes: Sequence[Node], known: set[Value]) -> list[Node | Frame]:
     inside, steps = set(nodes), dict[Node | Frame, None]()
     for node in nodes:
         step: Node | Frame = node
-        frame: Frame | None = node.frame
-        while frame is not None and frame.eqn is not None:
+        for frame in node.frame.around():
+            call = None if frame.eqn is None else inline_call(frame.eqn)
             reads = (v for v in frame.ins if v.literal is None and v.const is None)
             whole = inside.issuperset(frame.nodes()) and known.issuperset(reads)
-            if whole and frame.eqn.primitive in CUSTOM_DERIVATIVES:
+            if whole and call is not None and call.derivative:
                 step = frame
-            frame = frame.parent
         steps[step] = None
     return list(steps)

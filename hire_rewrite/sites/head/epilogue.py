@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Value
-from hire_rewrite.graph.view import run_node
 from hire_rewrite.ops.head.spec import Endpoints
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.layout import from_tokens, to_tokens

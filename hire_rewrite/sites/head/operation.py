@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_rewrite.graph.view import look_up, run_node
+from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.ops.head import head as ops
 from hire_rewrite.ops.head.sharded import head_specs, sharded_head
 from hire_rewrite.ops.head.spec import HeadSpec, HeadState

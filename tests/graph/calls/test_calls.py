@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hire_rewrite._compat import open_jaxpr
+from hire_rewrite.graph.flatten import inner_jaxprs
+from hire_rewrite.graph.trace import trace
+from hire_rewrite.passes.rewrite import rewrite
 from tests.cases import inputs, run
-from tests.same import chain, replaced, same
+from tests.same import Same, chain, nodes_of, replaced, same
 
 X = inputs(3, 4)
 
@@ -133,3 +138,88 @@ def test_replacing_nothing(name):
     got, reports, _, _ = replaced(fn, X, names=())
     assert reports == {}
     same(got, run(fn, X))
+
+
+# What a call that is written again keeps
+
+
+def written(fn, *args, names=("sin",)):
+    """The primitives and parameters of all equations of `fn` with `names` replaced."""
+    traced = trace(fn, args, {}, ())
+    swaps = [Same(f"{i}", (node,)) for i, node in enumerate(nodes_of(traced, *names))]
+    rewritten = rewrite(traced, swaps)
+    eqns, stack = [], [jax.make_jaxpr(lambda *xs: rewritten(dict(enumerate(xs)))[0])(*args)]
+    while stack:
+        found = open_jaxpr(stack.pop())[0].eqns
+        eqns += found
+        stack += [jaxpr for eqn in found for jaxpr in inner_jaxprs(eqn)]
+    return [(str(eqn.primitive), eqn.params) for eqn in eqns]
+
+
+def params_of(eqns, name):
+    (params,) = (params for primitive, params in eqns if primitive == name)
+    return params
+
+
+def test_a_jit_keeps_its_options():
+    call = jax.jit(lambda x, y: jnp.sin(x) + y, keep_unused=True, donate_argnums=1, inline=False)
+    params = params_of(written(lambda x: call(x, x + 1), X), "jit")
+    assert params["name"] == "<lambda>"
+    assert params["keep_unused"]
+    assert sorted(params["donated_invars"]) == [False, True]
+
+
+def test_a_jit_keeps_its_shardings():
+    mesh = jax.make_mesh((3,), ("x",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    call = jax.jit(lambda x: (jnp.sin(x), x), in_shardings=rows, out_shardings=rows)
+    fn = lambda x: jnp.stack(call(x))  # noqa: E731
+    shardings = [p["sharding"] for name, p in written(fn, X) if name == "sharding_constraint"]
+    assert shardings == [rows] * 3
+    same(replaced(fn, X)[0], run(fn, X))
+
+
+def test_a_checkpoint_keeps_its_policy():
+    policy = jax.checkpoint_policies.dots_saveable
+    call = jax.checkpoint(lambda x, y: jnp.sin(x) * y, policy=policy, prevent_cse=(True, False))
+    params = params_of(written(lambda x: call(x, x + 1), X), "remat2")
+    assert params["policy"] is policy
+    assert params["prevent_cse"] == (True, False)
+
+
+def test_a_checkpoint_in_a_gradient_keeps_its_barrier():
+    """Else the compiler would find what the forward pass has computed, and keep it."""
+    fn = jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(jnp.sin(x)))(x).sum())
+    assert "optimization_barrier" in [name for name, _ in written(fn, X, names=("cos",))]
+    same(replaced(fn, X, names=("cos",))[0], run(fn, X))
+
+
+def test_a_scan_keeps_its_order():
+    fn = lambda x: lax.scan(lambda c, r: (jnp.sin(c) + r, c), x[0], x, reverse=True, unroll=3)  # noqa: E731
+    params = params_of(written(fn, X), "scan")
+    assert (params["length"], params["reverse"], params["unroll"]) == (3, True, 3)
+
+
+def test_platforms():
+    """Lowered for another platform it takes that one's branch."""
+
+    def fn(x):
+        return lax.platform_dependent(
+            x, cpu=jnp.sin, cuda=lambda x: x * 2, default=lambda x: jnp.sin(x) + 1
+        )
+
+    got, _, rewritten, _ = replaced(fn, X)
+    same(got, run(fn, X))
+    traced = jax.jit(lambda x: rewritten({0: x})[0]).trace(X)
+    for platform, word in {"cpu": "sine", "cuda": "multiply", "tpu": "add"}.items():
+        assert word in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "sine" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_gradients_go_through_calls_that_hand_through():
+    """The derivative of an identity, as where gradients are clipped or added over devices."""
+    clip = jax.custom_vjp(lambda x: x)
+    clip.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+    fn = lambda x: jnp.sin(clip(x)).sum()  # noqa: E731
+    rewritten = replaced(fn, X)[2]
+    np.testing.assert_allclose(jax.grad(lambda x: rewritten({0: x})[0][0])(X), jax.grad(fn)(X))
