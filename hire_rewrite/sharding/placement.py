@@ -10,7 +10,7 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.trace import Trace, sharding_over_mesh
 from hire_rewrite.sharding.manual import ManualSharding, exchanges_weights, manual_sharding
-from hire_rewrite.sharding.rows import UNSHARDED, RowSharding, Sharding, mesh_axes
+from hire_rewrite.sharding.rows import UNSHARDED, RowSharding, Sharding, mesh_axes, num_shards
 
 __all__ = ["sharding_of"]
 
@@ -68,8 +68,12 @@ def _row_sharding(shardings: Sequence[NamedSharding], default: Mesh | None) -> R
     return sharding if sharding.num_shards > 1 else None
 
 
+def _typed(value: Value) -> bool:
+    return _compat.is_sharded_by_type(value.aval)
+
+
 def _unsupported_types(weights: Iterable[Value]) -> str | None:
-    if any(_compat.is_sharded_by_type(value.aval) for value in weights):
+    if any(num_shards(value.aval.sharding) > 1 for value in weights if _typed(value)):
         return "its weights are sharded by their types (a mesh with explicit axes)"
     return None
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 
-__all__ = ["UNSHARDED", "RowSharding", "Sharding", "mesh_axes", "put"]
+__all__ = ["UNSHARDED", "RowSharding", "Sharding", "mesh_axes", "num_shards", "put"]
 
 
 class Sharding:
@@ -146,6 +146,11 @@ def put(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
     if isinstance(array, jax.core.Tracer):
         return lax.with_sharding_constraint(array, sharding)
     return jax.device_put(array, sharding)
+
+
+def num_shards(sharding: NamedSharding) -> int:
+    """Into how many shards a sharding divides an array; axes of one device divide nothing."""
+    return math.prod(sharding.mesh.shape[axis] for axis in mesh_axes(sharding.spec))
 
 
 def mesh_axes(spec: Any) -> list[str]:
