@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
 
 __all__ = ["Plan", "Rejection", "Site", "table"]
@@ -53,7 +54,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """A linear layer that is part of no site.
+    """A linear layer that is not part of a site.
 
     Attributes:
       name: the path of its weight.
@@ -61,6 +62,7 @@ class Rejection:
       reason: what stopped the match that got furthest.
       matched: how many equations had matched by then.
       source: file and line of the equation that stopped it.
+      refusal: the kind of reason.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Rejection:
     reason: str
     matched: int
     source: str
+    refusal: Refusal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ BIAS = inputs(V, seed=13)
 MASK = jnp.asarray(np.random.default_rng(14).random(V) < 0.7)
 
 
-def _head_case(title, fn, params=None, args=None, chain=(), endpoints=1, **expected):
+def _head_case(title, fn, params=None, args=None, epilogue=(), outputs=1, **expected):
     common = {"kind": "head", "d_model": D, "width": V, "gated": False, "activation": ""}
-    common |= {"repeats": 1, "tokens": T, "chain": chain, "endpoints": endpoints}
+    common |= {"repeats": 1, "tokens": T, "epilogue": epilogue, "outputs": outputs}
     args = (inputs(T, D),) if args is None else args
     return Case(title, fn, UNTIED if params is None else params, args, common | expected)
 
@@ -123,13 +123,14 @@ HEAD_CASES = [
                tokens=1, name="p/w"),
     _head_case("vector", _of_logits(lambda z: z), args=(inputs(D),), tokens=1),
     _head_case("batch", _of_logits(lambda z: z), args=(LAYOUT,), tokens=2 * T),
-    _head_case("padding cut off", _of_logits(lambda z: z[..., :100].argmax(-1)), chain=("slice",)),
+    _head_case("padding cut off", _of_logits(lambda z: z[..., :100].argmax(-1)),
+               epilogue=("slice",)),
     _head_case("biased, capped, padding cut off", lambda p, x: _soft_cap(
         x @ p["head"] + p["bias"])[:, :100], UNTIED | {"bias": BIAS},
-        chain=("add", "div", "tanh", "mul", "slice"), name="p/head"),
+        epilogue=("add", "div", "tanh", "mul", "slice"), name="p/head"),
     _head_case("written to a buffer", _of_logits(
         lambda z, b: lax.dynamic_update_slice(b, z[None], (1, 0, 0))),
-        args=(inputs(T, D), jnp.zeros((2, T, V))), chain=("broadcast_in_dim",)),
+        args=(inputs(T, D), jnp.zeros((2, T, V))), epilogue=("broadcast_in_dim",)),
     _head_case("scattered to a buffer", _of_logits(lambda z, b: b.at[:, 1].set(z)),
                args=(inputs(T, D), jnp.zeros((T, 2, V)))),
     _head_case("extended", lambda p, x: jnp.concatenate([x @ p["head"], x], -1)),
@@ -143,7 +144,7 @@ HEAD_CASES = [
         args=(inputs(T, D), jnp.arange(T))),
     _head_case("one token forbidden", _of_logits(
         lambda z, n: z.at[:, 3].set(jnp.where(n < 5, -jnp.inf, z[:, 3])).argmax(-1)),
-        args=(inputs(T, D), 2), chain=("slice",), endpoints=2),
+        args=(inputs(T, D), 2), epilogue=("slice",), outputs=2),
     _head_case("one token's probability", _of_logits(lambda z: jax.nn.softmax(z)[:, 3])),
     _head_case("token chosen by one-hot rows", _of_logits(lambda z, i: jnp.einsum(
         "tv,bt->bv", z, jax.nn.one_hot(i, T)).argmax(-1)), args=(inputs(T, D), jnp.array([1]))),
@@ -155,34 +156,34 @@ HEAD_CASES = [
         args=(inputs(T, D), jnp.ones((T, 2), jnp.int32))),
     _head_case("signs penalized", _of_logits(
         lambda z: jnp.where(MASK, jnp.where(z > 0, z / 1.2, z * 1.2), z).argmax(-1)),
-        chain=("gt", "div", "mul", "select_n", "select_n")),
+        epilogue=("gt", "div", "mul", "select_n", "select_n")),
     _head_case("cast", _of_logits(lambda z: z.astype(jnp.bfloat16)),
-               chain=("convert_element_type",)),
-    _head_case("soft-cap", _of_logits(_soft_cap), chain=("div", "tanh", "mul")),
+               epilogue=("convert_element_type",)),
+    _head_case("soft-cap", _of_logits(_soft_cap), epilogue=("div", "tanh", "mul")),
     _head_case("bias", lambda p, x: x @ p["head"] + p["bias"], UNTIED | {"bias": BIAS},
-               chain=("add",), name="p/head"),
+               epilogue=("add",), name="p/head"),
     _head_case("temperature", _of_logits(lambda z, t: z / t), args=(inputs(T, D), 0.7),
-               chain=("div",)),
+               epilogue=("div",)),
     _head_case("temperatures", _of_logits(lambda z, t: z / t[:, None]),
-               args=(inputs(T, D), jnp.array([0.5, 1.0, 2.0])), chain=("div",)),
+               args=(inputs(T, D), jnp.array([0.5, 1.0, 2.0])), epilogue=("div",)),
     _head_case("fixed mask", _of_logits(lambda z: jnp.where(MASK, z, -jnp.inf)),
-               chain=("select_n",)),
+               epilogue=("select_n",)),
     _head_case("mask", _of_logits(lambda z, m: jnp.where(m, z, -jnp.inf)),
-               args=(inputs(T, D), MASK), chain=("select_n",)),
+               args=(inputs(T, D), MASK), epilogue=("select_n",)),
     _head_case("padding masked", _of_logits(
-        lambda z: jnp.where(jnp.arange(V) < V - 5, z, -jnp.inf)), chain=("select_n",)),
+        lambda z: jnp.where(jnp.arange(V) < V - 5, z, -jnp.inf)), epilogue=("select_n",)),
     _head_case("arg max", _of_logits(lambda z: z.argmax(-1))),
     _head_case("logits and arg max", _of_logits(lambda z: (z, z.argmax(-1)))),
     _head_case("top-k", _of_logits(lambda z: lax.top_k(z, 5))),
     _head_case("softmax", _of_logits(jax.nn.softmax)),
     _head_case("log_softmax", _of_logits(jax.nn.log_softmax)),
     _head_case("categorical", _of_logits(lambda z, key: jax.random.categorical(key, z)),
-               args=(inputs(T, D), KEY), chain=("add",)),
+               args=(inputs(T, D), KEY), epilogue=("add",)),
     _head_case("capped, scaled, sampled", lambda p, x, key: jax.random.categorical(
         key, _soft_cap(x @ p["head"] + p["bias"]) / 0.7), UNTIED | {"bias": BIAS},
-        (inputs(T, D), KEY), chain=("add", "div", "tanh", "mul", "div", "add"), name="p/head"),
+        (inputs(T, D), KEY), epilogue=("add", "div", "tanh", "mul", "div", "add"), name="p/head"),
     _head_case("raw and capped", _of_logits(lambda z: (z, _soft_cap(z).argmax(-1))),
-               chain=("div", "tanh", "mul"), endpoints=2),
+               epilogue=("div", "tanh", "mul"), outputs=2),
     _head_case("top-k, then sampled", _of_logits(_top_k_sample), args=(inputs(T, D), KEY)),
     _head_case("top-p", _of_logits(_top_p)),
     _head_case("cross entropy", _of_logits(_cross_entropy), args=(inputs(T, D), jnp.arange(T))),
@@ -190,7 +191,8 @@ HEAD_CASES = [
                args=(inputs(T, D), jnp.arange(T))),
     _head_case("jit", jax.jit(_of_logits(lambda z: z))),
     _head_case("jit around the product", lambda p, x: linear(x, p["head"]).argmax(-1)),
-    _head_case("checkpoint", jax.checkpoint(_of_logits(_soft_cap)), chain=("div", "tanh", "mul")),
+    _head_case("checkpoint", jax.checkpoint(_of_logits(_soft_cap)),
+               epilogue=("div", "tanh", "mul")),
     _head_case("generation", _generate, TIED, repeats=3, name="p/embed"),
     _head_case("generation, logits carried out", _generate_logits_carry, TIED, repeats=3),
     _head_case("generation, logits stacked", _generate_stack, TIED, repeats=2),
@@ -200,8 +202,7 @@ HEAD_CASES = [
                                              lambda: (x @ p["head"]).argmax(-1))),
     _head_case("cond on logits", _guarded),
     _head_case("bfloat16 head, float32 logits", lambda p, x: (x @ p["head"]).astype(jnp.float32),
-               {"head": HEAD.astype(jnp.bfloat16)}, (inputs(T, D, dtype=jnp.bfloat16),),
-               chain=("convert_element_type",)),
+               {"head": HEAD.astype(jnp.bfloat16)}, (inputs(T, D, dtype=jnp.bfloat16),)),
     _head_case("consumed before the chain ends", _between, UNTIED, (inputs(T, D), 1.5),
-               chain=("mul",), endpoints=2),
+               epilogue=("mul",), outputs=2),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import Provenance
-from hire_rewrite.graph.varying import Differences
+from hire_rewrite.graph.varying import VaryingAxes
 
 __all__ = ["Trace", "abstract", "placed", "sharding_over_mesh", "trace", "trace_context"]
 
@@ -41,7 +41,7 @@ class Trace:
     paths: tuple[str, ...]
     out_tree: Any
     provenance: Provenance
-    differences: Differences
+    differences: VaryingAxes
     live: Liveness
     shardings: Mapping[Value, NamedSharding]
 
@@ -95,7 +95,7 @@ def trace(
         paths=tuple(paths),
         out_tree=jax.tree_util.tree_structure(shapes),
         provenance=Provenance(scope, holds_weights, paths),
-        differences=Differences(scope),
+        differences=VaryingAxes(scope),
         live=liveness(scope),
         shardings={
             scope.inputs[i]: sharding

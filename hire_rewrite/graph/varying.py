@@ -12,16 +12,17 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.sharding.rows import mesh_axes
 
-__all__ = ["Differences"]
+__all__ = ["VaryingAxes"]
 
-_ALIKE = frozenset(_compat.reductions | {p.all_gather_p})
+_ALIKE = Trait.MERGES | Trait.COLLECTS
 """What leaves the same on all devices along the axes that it names."""
 
 
-class Differences:
-    """Of all values of a function."""
+class VaryingAxes:
+    """For each value of a function, the mesh axes along which it differs."""
 
     def __init__(self, root: Scope) -> None:
         self._axes: dict[Value, frozenset[str]] = {}
@@ -39,7 +40,7 @@ class Differences:
                 axes = self._any(node.ins)
                 if node.primitive is p.axis_index_p:
                     axes |= {*mesh_axes(node.params["axis_name"])}
-                elif node.primitive in _ALIKE and not node.params.get("axis_index_groups"):
+                elif has(node.primitive, _ALIKE) and not node.params.get("axis_index_groups"):
                     names = node.params.get("axes", node.params.get("axis_name"))
                     axes -= {*mesh_axes(tuple(n for n in _tuple(names) if isinstance(n, str)))}
                 self._add(node.outs, axes)

@@ -19,6 +19,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
+from hire_rewrite.patterns.traits import is_widening
 from hire_rewrite.sharding.arrays import automatic
 
 __all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow"]
@@ -109,8 +110,7 @@ def narrow(value: Value) -> Value:
     while (
         value.node is not None
         and value.node.primitive is p.convert_element_type_p
-        and jnp.issubdtype(value.node.ins[0].dtype, jnp.floating)
-        and jnp.promote_types(value.node.ins[0].dtype, value.dtype) == value.dtype
+        and is_widening(value.node.ins[0].dtype, value.dtype)
     ):
         value = value.node.ins[0]
     return value

@@ -1,4 +1,4 @@
-"""Find the sites of a traced function, and say of every other linear layer why it is none."""
+"""Find the sites of a traced function, and say of every other linear layer why it is not one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hire_rewrite.graph.source import source_of
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.unsupported import unsupported_reason
 from hire_rewrite.graph.weights import loops_of
+from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
-from hire_rewrite.patterns.miss import Contracted, Miss
+from hire_rewrite.patterns.refusal import NoMatch, Refusal, closer
 from hire_rewrite.plan import Rejection
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.placement import sharding_of
@@ -41,75 +42,42 @@ class Detection:
     opaque: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _ScopeContext:
-    """What the kinds know of a scope.
-
-    Attributes:
-      linears: its linear layers.
-      taken: nodes of the sites that were matched before.
-      activations: those that were classified before, by the signature of their region.
-    """
-
-    trace: Trace
-    linears: dict[Node, Linear]
-    taken: set[Node]
-    activations: dict[Hashable, Any]
-
-    @property
-    def provenance(self) -> Any:
-        return self.trace.provenance
-
-    @property
-    def uses(self) -> Any:
-        return self.trace.live
-
-
 @dataclasses.dataclass
 class _Matches:
-    """Matches with their kinds, and near misses, of the scopes that were searched so far."""
+    """Matches with their kinds, and refusals, of the scopes that were searched so far."""
 
     trace: Trace
     rules: Sequence[Rule]
     found: list[tuple[SiteKind, Match]] = dataclasses.field(default_factory=list)
-    misses: dict[Node, Miss] = dataclasses.field(default_factory=dict)
-    activations: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    refused: dict[Node, NoMatch] = dataclasses.field(default_factory=dict)
+    cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def search(self, linears: dict[Node, Linear]) -> None:
         """Offer the linear layers of a scope to each kind, in turn."""
-        context = _ScopeContext(self.trace, linears, set(), self.activations)
+        context = MatchContext(self.trace, linears, cache=self.cache)
         for kind in site_kinds():
             rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
             for node, linear in linears.items():
                 if node not in context.taken:
                     self._try(kind, linear, context, rules)
-            for node in context.taken:
-                self.misses.pop(node, None)
+        for node in context.taken:
+            self.refused.pop(node, None)
 
     def _try(
-        self, kind: SiteKind, linear: Linear, context: _ScopeContext, rules: Sequence[Rule]
+        self, kind: SiteKind, linear: Linear, context: MatchContext, rules: Sequence[Rule]
     ) -> None:
+        node = linear.node
         try:
             match = kind.match(linear, context, rules)
             nodes = match.nodes | match.shared
-            if nodes & context.taken:
-                raise Miss("a product of it belongs to the site before", linear.node, len(nodes))
-        except Miss as miss:
-            self._add_miss(linear, miss)
+            if nodes & context.taken.keys():
+                reason = "a product of it belongs to the site before"
+                raise NoMatch(Refusal.TAKEN, reason, node, len(nodes))
+        except NoMatch as refusal:
+            self.refused[node] = closer(self.refused.get(node), refusal)
         else:
             self.found.append((kind, match))
-            context.taken.update(nodes)
-
-    def _add_miss(self, linear: Linear, miss: Miss) -> None:
-        """Keep the near miss that says most: of the kind that the layer was meant to be, if it is
-        known, or the one that got furthest."""
-        before = self.misses.get(linear.node)
-        # What widens its input was meant to be a vocabulary, if anything.
-        if before is None or linear.out_dim > linear.in_dim or miss.matched > before.matched:
-            self.misses[linear.node] = miss
-        elif before.matched <= 2:
-            reason = f"{before.reason}; and {miss.reason}"
-            self.misses[linear.node] = Miss(reason, before.node, before.matched)
+            context.taken.update(dict.fromkeys(nodes, match))
 
 
 def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -> Detection:
@@ -129,8 +97,8 @@ def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -
                 opaque.append(f"{opaque_name(node)} at {source_of(node)}")
             try:
                 linear = as_linear(node, trace.provenance)
-            except Miss as miss:
-                matches.misses[node] = miss
+            except NoMatch as refusal:
+                matches.refused[node] = refusal
                 continue
             if linear is not None:
                 linears[node] = linear
@@ -140,7 +108,7 @@ def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -
         _site(trace, kind, name, match, mesh)
         for name, (kind, match) in zip(names, matches.found, strict=True)
     )
-    return Detection(sites, _rejections(trace, matches.misses), tuple(opaque))
+    return Detection(sites, _rejections(trace, matches.refused), tuple(opaque))
 
 
 def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | None) -> MatchedSite:
@@ -160,7 +128,7 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         match,
         weights_identity(trace, kind, match),
         sharding,
-        match.unsupported or unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
+        unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
         optional,
         loops_of(match.linears[0].node.scope, varying),
     )
@@ -189,20 +157,22 @@ def name_stack(node: Node) -> str:
     return "/".join(part for part in joined.split("/") if part and "->" not in part)
 
 
-def _rejections(trace: Trace, misses: dict[Node, Miss]) -> tuple[Rejection, ...]:
-    """Near misses, closest first."""
-    weights = {node: _weight_of(trace, node) for node in misses}
+def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> tuple[Rejection, ...]:
+    """Refusals, closest first; of those that are as close, what was meant to be a site."""
+    weights = {node: _weight_of(trace, node) for node in refused}
     rejections = []
-    for node, miss in misses.items():
+    for node, refusal in refused.items():
         weight, name = weights[node]
         if not trace.provenance.roots(weight) and trace.provenance.is_weight(weight):
             continue  # numbers that the program makes itself: positions, masks
-        reason = miss.reason
-        if isinstance(miss, Contracted) and miss.node in misses:
-            other = weights[miss.node][1]
-            reason += f"; and {other} behind it ends no FFN: {misses[miss.node].reason}"
-        rejections.append(Rejection(name, weight.shape, reason, miss.matched, source_of(miss.node)))
-    return tuple(sorted(rejections, key=lambda rejection: -rejection.matched))
+        reason = refusal.reason
+        if refusal.refusal is Refusal.CONTRACTED and refusal.node in refused:
+            behind = weights[refusal.node][1], refused[refusal.node].reason
+            reason += "; and {} behind it does not end an FFN: {}".format(*behind)
+        source = source_of(refusal.node)
+        rejection = Rejection(name, weight.shape, reason, refusal.matched, source, refusal.refusal)
+        rejections.append(((-refusal.matched, not refusal.intended), rejection))
+    return tuple(rejection for _, rejection in sorted(rejections, key=lambda pair: pair[0]))
 
 
 def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,239 +14,224 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node
-from hire_rewrite.patterns.axes import AxisRule, Blocked, register_axis_rule, rerun
+from hire_rewrite.patterns.axes import Blocked, Windows, register_axis_rule
 from hire_rewrite.patterns.one_hot import chooses, free_axes
+from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
+
+__all__ = ["fixed_starts"]
+
+Operands = Sequence[Any]
+Shape = Sequence[int]
+
+
+def _first(operands: Operands, target: Shape, /, **_: Any) -> Any:
+    """Of what only cuts: its operand was cut where the positions were chosen."""
+    return operands[0]
 
 
 @register_axis_rule(p.bitcast_convert_type_p)
-class _Bitcast(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        if node.ins[0].shape != node.outs[0].shape:
-            raise Blocked("is bitcast to numbers of another width")
-        return (window,)
+def _bitcast(node: Node, window: Window, **_: Any) -> Windows:
+    if node.ins[0].shape != node.outs[0].shape:
+        raise Blocked("is bitcast to numbers of another width")
+    return (window,)
 
 
-@register_axis_rule(p.sharding_constraint_p, *_compat.sharding_casts)
-class _Sharding(AxisRule):
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return rerun(node, operands)[0]  # a constraint says nothing about a part of the axis
+def _bind_broadcast(
+    operands: Operands, target: Shape, /, *, broadcast_dimensions: Sequence[int], **_: Any
+) -> Any:
+    return lax.broadcast_in_dim(operands[0], target, broadcast_dimensions)
 
 
-@register_axis_rule(p.broadcast_in_dim_p)
-class _BroadcastInDim(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        dims, old, new = node.params["broadcast_dimensions"], node.ins[0].shape, node.outs[0].shape
+@register_axis_rule(p.broadcast_in_dim_p, bind=_bind_broadcast)
+def _broadcast_in_dim(
+    node: Node, window: Window, *, broadcast_dimensions: Sequence[int], **_: Any
+) -> Windows:
+    old, new = node.ins[0].shape, node.outs[0].shape
 
-        def source(axis: int | None) -> int | None:
-            """The operand's axis that varies along an axis of the result."""
-            if axis is None or axis not in dims:
-                return None
-            here = dims.index(axis)
-            return here if old[here] == new[axis] else None
+    def source(axis: int | None) -> int | None:
+        """The operand's axis that varies along an axis of the result."""
+        if axis is None or axis not in broadcast_dimensions:
+            return None
+        here = broadcast_dimensions.index(axis)
+        return here if old[here] == new[axis] else None
 
-        picks = [(source(axis), position) for axis, position in window.picks]
-        kept = [(axis, position) for axis, position in picks if axis is not None]
-        return (window.with_axis(source(window.axis)).with_picks(kept),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        shape = window.shape(node.outs[0].shape, n)
-        return lax.broadcast_in_dim(operands[0], shape, node.params["broadcast_dimensions"])
+    picks = [(source(axis), position) for axis, position in window.picks]
+    kept = [(axis, position) for axis, position in picks if axis is not None]
+    return (window.with_axis(source(window.axis)).with_picks(kept),)
 
 
 @register_axis_rule(p.transpose_p)
-class _Transpose(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        return (_renumbered(window, node.params["permutation"]),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return lax.transpose(operands[0], node.params["permutation"])
-
-
-@register_axis_rule(p.dot_general_p)
-class _Choice(AxisRule):
-    """A product with one-hot rows, along an axis that only the other operand has."""
-
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        chosen = chooses(node)
-        if chosen is None:
-            raise Blocked("comes from a product that is not linear in a weight along it")
-        places = {out: axis for axis, out in free_axes(node, chosen).items()}
-        if window.axis not in places or window.picks:
-            raise Blocked("is chosen from")
-        inner = window.with_axis(places[window.axis])
-        return (inner, Window(None)) if chosen == 0 else (Window(None), inner)
+def _transpose(node: Node, window: Window, *, permutation: Sequence[int], **_: Any) -> Windows:
+    return (_renumbered(window, permutation),)
 
 
 @register_axis_rule(p.squeeze_p)
-class _Squeeze(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        kept = [i for i in range(len(node.ins[0].shape)) if i not in node.params["dimensions"]]
-        return (_renumbered(window, kept),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return lax.squeeze(operands[0], node.params["dimensions"])
+def _squeeze(node: Node, window: Window, *, dimensions: Sequence[int], **_: Any) -> Windows:
+    return (_renumbered(window, _without(node, dimensions)),)
 
 
-@register_axis_rule(p.reshape_p)
-class _Reshape(AxisRule):
+@register_axis_rule(p.dot_general_p)
+def _choice(node: Node, window: Window, **_: Any) -> Windows:
+    """A product with one-hot rows, along an axis that only the other operand has."""
+    chosen = chooses(node)
+    if chosen is None:
+        raise Blocked("comes from a product that is not linear in a weight along it")
+    sources = {out: axis for axis, out in free_axes(node, chosen).items()}
+    if window.axis not in sources or window.picks:
+        raise Blocked("is chosen from")
+    inner = window.with_axis(sources[window.axis])
+    return (inner, Window(None)) if chosen == 0 else (Window(None), inner)
+
+
+def _bind_reshape(operands: Operands, target: Shape, /, **_: Any) -> Any:
+    return lax.reshape(operands[0], target)
+
+
+@register_axis_rule(p.reshape_p, bind=_bind_reshape)
+def _reshape(node: Node, window: Window, **_: Any) -> Windows:
     """Axes may be merged and split where the window then lies in one axis, the others picked."""
-
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        old, new = node.ins[0].shape, node.outs[0].shape
-        assert window.axis is not None
-        picks: list[tuple[int, int]] = []
-        found: Window | None = None
-        done: set[int] = set()
-        for olds, news in _blocks(old, new):
-            here = [i for i in news if i == window.axis or i in window.picked]
-            if not here:
-                continue
-            done.update(here)
-            lost = Blocked(f"is split or merged by a reshape from {old} to {new}")
-            wide = [i for i in news if new[i] > 1]
-            if any(i not in here for i in wide):
+    old, new = node.ins[0].shape, node.outs[0].shape
+    assert window.axis is not None
+    lost = Blocked(f"is split or merged by a reshape from {old} to {new}")
+    picks: list[tuple[int, int]] = []
+    inner: Window | None = None
+    for olds, news in _blocks(old, new):
+        here = [i for i in news if i == window.axis or i in window.picked]
+        if not here:
+            continue
+        if any(i not in here for i in news if new[i] != 1):
+            raise lost
+        # The window as places in the block, counted in row-major order.
+        place, step = 0, 0
+        for i in here:
+            below = math.prod(new[j] for j in news if j > i)
+            place += below * window.picked.get(i, window.start)
+            step = window.stride * below if i == window.axis else step
+        if window.axis in news:
+            inner = _line(old, olds, place, step, window.size)
+            if inner is None:
                 raise lost
-            # The window as places in the block, counted in row-major order.
-            place, step = 0, 0
-            for i in news:
-                position = window.picked.get(i, window.start if i == window.axis else 0)
-                below = math.prod(new[j] for j in news if j > i)
-                place += position * below
-                step = window.stride * below if i == window.axis else step
-            if window.axis not in news:
-                for i in olds:
-                    below = math.prod(old[j] for j in olds if j > i)
-                    if old[i] > 1:
-                        picks.append((i, place // below % old[i]))
-                continue
-            inside = _line(old, olds, place, step, window.size)
-            if inside is None:
-                raise lost
-            axis, start, stride, inner = inside
-            found = Window(axis, window.size, start, stride)
-            picks += inner
-        if found is None:
-            raise Blocked(f"vanishes in a reshape from {old} to {new}")
-        return (found.with_picks(picks),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return lax.reshape(operands[0], window.shape(node.outs[0].shape, n))
+            picks += inner.picks
+        else:
+            picks += _picks(old, olds, place)
+    if inner is None:
+        raise Blocked(f"vanishes in a reshape from {old} to {new}")
+    return (inner.with_picks(picks),)
 
 
-@register_axis_rule(p.slice_p)
-class _Slice(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        starts = node.params["start_indices"]
-        steps = node.params["strides"] or (1,) * len(starts)
-        return (_sliced(window, node.ins[0].shape, node.outs[0].shape, starts, steps),)
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return operands[0]  # every axis that it cuts was cut where the positions were chosen
+@register_axis_rule(p.slice_p, bind=_first)
+def _slice(
+    node: Node, window: Window, *, start_indices: Shape, strides: Shape | None, **_: Any
+) -> Windows:
+    return (_sliced(window, node.ins[0].shape, node.outs[0].shape, start_indices, strides),)
 
 
-@register_axis_rule(p.dynamic_slice_p)
-class _DynamicSlice(_Slice):
+@register_axis_rule(p.dynamic_slice_p, bind=_first)
+def _dynamic_slice(node: Node, window: Window, **_: Any) -> Windows:
     """A slice at places that are written into the program."""
-
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        old, new = node.ins[0].shape, node.outs[0].shape
-        starts = []
-        for i, place in enumerate(node.ins[1:]):
-            if old[i] == new[i]:
-                starts.append(0)
-            elif place.literal is not None:
-                starts.append(min(max(int(np.asarray(place.literal)), 0), old[i] - new[i]))
-            else:
-                raise Blocked("is sliced at a place that is computed")
-        inner = _sliced(window, old, new, starts, (1,) * len(starts))
-        return (inner, *(Window(None) for _ in starts))
+    old, new, starts = node.ins[0].shape, node.outs[0].shape, []
+    for place, size, kept in zip(node.ins[1:], old, new, strict=True):
+        if size != kept and place.literal is None:
+            raise Blocked("is sliced at a place that is computed")
+        last = size - kept
+        starts.append(0 if size == kept else min(max(int(np.asarray(place.literal)), 0), last))
+    return (_sliced(window, old, new, starts), *(Window(None) for _ in starts))
 
 
-@register_axis_rule(p.pad_p)
-class _Pad(AxisRule):
+@register_axis_rule(_compat.split_p, bind=_first)
+def _split(
+    node: Node, window: Window, *, output: int, axis: int, sizes: Shape, **_: Any
+) -> Windows:
+    old, new = node.ins[0].shape, node.outs[output].shape
+    starts = [sum(sizes[:output]) if i == axis else 0 for i in range(len(old))]
+    return (_sliced(window, old, new, starts),)
+
+
+def _bind_unstack(operands: Operands, target: Shape, /, *, axis: int, **_: Any) -> Any:
+    return lax.squeeze(operands[0], (axis,))
+
+
+@register_axis_rule(_compat.unstack_p, bind=_bind_unstack)
+def _unstack(node: Node, window: Window, *, output: int, axis: int, **_: Any) -> Windows:
+    inner = _renumbered(window, _without(node, [axis]))
+    return (inner.with_picks([*inner.picks, (axis, output)]),)
+
+
+def _bind_pad(operands: Operands, target: Shape, /, *, padding_config: Any, **_: Any) -> Any:
+    array, value = operands
+    return array if array.shape == tuple(target) else lax.pad(array, value, padding_config)
+
+
+@register_axis_rule(p.pad_p, bind=_bind_pad)
+def _pad(node: Node, window: Window, *, padding_config: Any, **_: Any) -> Windows:
     """Padding of other axes."""
-
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        config = node.params["padding_config"]
-        if any(tuple(config[i]) != (0, 0, 0) for i in (window.axis, *window.picked)):
-            raise Blocked("is padded")
-        return (window, Window(None))
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        array, value = operands
-        return lax.pad(array, value, node.params["padding_config"])
+    if any(tuple(padding_config[i]) != (0, 0, 0) for i in (window.axis, *window.picked)):
+        raise Blocked("is padded")
+    return (window, Window(None))
 
 
-@register_axis_rule(p.gather_p)
-class _Gather(AxisRule):
-    """Whole rows of a matrix, chosen by another axis (a bias for each expert, say)."""
-
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
-        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        kept = [i for i in range(len(sizes)) if i not in gone]
-        if window.axis not in numbers.offset_dims or window.picks:
-            raise Blocked("is gathered")
-        axis = kept[numbers.offset_dims.index(window.axis)]
-        if sizes[axis] != node.ins[0].shape[axis]:
-            raise Blocked("is gathered in parts")
-        return (window.with_axis(axis), Window(None))
-
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        axis, sizes = self.operands(node, window)[0].axis, node.params["slice_sizes"]
-        sizes = tuple(n if i == axis else size for i, size in enumerate(sizes))
-        return rerun(node, operands, slice_sizes=sizes)[output]
+def _bind_gather(
+    operands: Operands, target: Shape, /, *, output: int, dimension_numbers: Any, **params: Any
+) -> Any:
+    array, gone = operands[0], _collapsed(dimension_numbers)
+    if all(array.shape[i] == 1 for i in gone) and math.prod(array.shape) == math.prod(target):
+        return lax.reshape(array, target)  # it was cut where the positions were chosen
+    offsets = iter(dimension_numbers.offset_dims)
+    sizes = [1 if axis in gone else target[next(offsets)] for axis in range(array.ndim)]
+    params |= {"dimension_numbers": dimension_numbers, "slice_sizes": tuple(sizes)}
+    return p.gather_p.bind(*_compat.varying_alike(operands), **params)
 
 
-@register_axis_rule(_compat.split_p)
-class _Split(_Slice):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        axis, sizes = node.params["axis"], node.params["sizes"]
-        old, new = node.ins[0].shape, node.outs[output].shape
-        starts = [sum(sizes[:output]) if i == axis else 0 for i in range(len(old))]
-        return (_sliced(window, old, new, starts, (1,) * len(starts)),)
+@register_axis_rule(p.gather_p, bind=_bind_gather)
+def _gather(
+    node: Node, window: Window, *, dimension_numbers: Any, slice_sizes: Shape, **_: Any
+) -> Windows:
+    """A slice, or whole rows that another axis chooses (a bias for each expert, say)."""
+    old, kept = node.ins[0].shape, _without(node, _collapsed(dimension_numbers))
+    starts = fixed_starts(node)
+    if starts is not None:
+        return (_sliced(_renumbered(window, kept), old, slice_sizes, starts), Window(None))
+    if window.axis not in dimension_numbers.offset_dims or window.picks:
+        raise Blocked("is gathered")
+    axis = kept[dimension_numbers.offset_dims.index(window.axis)]
+    if slice_sizes[axis] != old[axis]:
+        raise Blocked("is gathered in parts")
+    return (window.with_axis(axis), Window(None))
 
 
-@register_axis_rule(_compat.unstack_p)
-class _Unstack(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        along = node.params["axis"]
-        kept = [i for i in range(len(node.ins[0].shape)) if i != along]
-        inner = _renumbered(window, kept)
-        return (inner.with_picks([*inner.picks, (along, output)]),)
+def fixed_starts(node: Node) -> list[int] | None:
+    """Where a gather cuts its operand, if it is a slice at a place that is written into the
+    program: so is indexing where a size is a symbol."""
+    place = node.ins[1]
+    if place.shape != (1,):
+        return None
+    while place.node is not None and has(place.node.primitive, Trait.MOVES | Trait.CASTS):
+        place = place.node.ins[0]
+    if place.literal is None:
+        return None
+    (along,) = node.params["dimension_numbers"].start_index_map
+    rank = len(node.ins[0].shape)
+    return [int(np.asarray(place.literal)) if axis == along else 0 for axis in range(rank)]
 
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return lax.squeeze(operands[0], (node.params["axis"],))
+
+def _bind_barrier(operands: Operands, target: Shape, /, *, output: int, **_: Any) -> Any:
+    return operands[output]  # it only orders the work that is no longer done
 
 
-@register_axis_rule(_compat.optimization_barrier_p)
-class _OptimizationBarrier(AxisRule):
-    def operands(self, node: Node, window: Window, output: int = 0) -> tuple[Window, ...]:
-        return tuple(window if i == output else Window(None) for i in range(len(node.ins)))
+@register_axis_rule(_compat.optimization_barrier_p, bind=_bind_barrier)
+def _optimization_barrier(node: Node, window: Window, *, output: int, **_: Any) -> Windows:
+    return tuple(window if i == output else Window(None) for i in range(len(node.ins)))
 
-    def bind(
-        self, node: Node, window: Window, n: int, operands: Sequence[Any], output: int = 0
-    ) -> Any:
-        return operands[output]  # it only orders the work that is no longer done
+
+def _collapsed(dimension_numbers: Any) -> set[int]:
+    """The operand's axes that a gather's slices do not have."""
+    return {*dimension_numbers.collapsed_slice_dims, *dimension_numbers.operand_batching_dims}
+
+
+def _without(node: Node, axes: Sequence[int] | set[int]) -> list[int]:
+    """The other axes of a node's first operand."""
+    return [i for i in range(len(node.ins[0].shape)) if i not in axes]
 
 
 def _renumbered(window: Window, axes: Sequence[int]) -> Window:
@@ -254,60 +241,57 @@ def _renumbered(window: Window, axes: Sequence[int]) -> Window:
 
 
 def _sliced(
-    window: Window,
-    old: Sequence[int],
-    new: Sequence[int],
-    starts: Sequence[int],
-    steps: Sequence[int],
+    window: Window, old: Shape, new: Shape, starts: Shape, steps: Shape | None = None
 ) -> Window:
     """The window of an operand of which a slice was taken."""
-    assert window.axis is not None
+    steps = steps or (1,) * len(starts)
+    axis = window.axis
+    assert axis is not None
     picks = {i: starts[i] + steps[i] * j for i, j in window.picks}
     for i, (size, kept) in enumerate(zip(old, new, strict=True)):
-        if i != window.axis and i not in picks and kept == 1 < size:
+        if i != axis and i not in picks and kept == 1 and size != 1:
             picks[i] = starts[i]
-    axis = window.axis
     start, stride = starts[axis] + steps[axis] * window.start, steps[axis] * window.stride
     return Window(axis, window.size, start, stride).with_picks(list(picks.items()))
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of both shapes that hold the same elements."""
-    blocks: list[tuple[list[int], list[int]]] = []
+def _blocks(old: Shape, new: Shape) -> list[tuple[range, range]]:
+    """The smallest runs of axes of both shapes that hold the same elements, the last run first.
+
+    Sizes are only compared for being equal: those of tokens may be symbols.
+    """
+    behind_old, behind_new = (
+        list(itertools.accumulate(reversed(shape), operator.mul, initial=1)) for shape in (old, new)
+    )
+    blocks = []
+    end = len(old), len(new)
     i = j = 0
-    while i < len(old) or j < len(new):
-        olds, news = [], []
-        a = b = 1
-        while True:
-            if i < len(old) and (a <= b or j >= len(new)):
-                a *= old[i]
-                olds.append(i)
-                i += 1
-            elif j < len(new):
-                b *= new[j]
-                news.append(j)
-                j += 1
-            if a == b and (olds or i >= len(old)) and (news or j >= len(new)):
-                break
-            if i >= len(old) and j >= len(new):
-                break
-        blocks.append((olds, news))
+    while (i, j) != end:
+        ends = [
+            (m, n)
+            for m in range(i, end[0] + 1)
+            for n in range(j, end[1] + 1)
+            if (m, n) != (i, j) and behind_old[m] == behind_new[n]
+        ]
+        m, n = min(ends, key=sum, default=end)
+        blocks.append((range(end[0] - m, end[0] - i), range(end[1] - n, end[1] - j)))
+        i, j = m, n
     return blocks
 
 
-def _line(
-    shape: Sequence[int], axes: Sequence[int], place: int, step: int, size: int
-) -> tuple[int, int, int, list[tuple[int, int]]] | None:
-    """Places of a block, `step` apart, as (axis, start, stride, picks); None if on several axes."""
+def _line(shape: Shape, axes: Sequence[int], place: int, step: int, size: int) -> Window | None:
+    """Places of a block, `step` apart, as a window; None if they lie on several axes."""
     for axis in axes:
         below = math.prod(shape[i] for i in axes if i > axis)
         start = place // below % shape[axis]
-        if step % below or start + (size - 1) * (step // below) >= shape[axis]:
-            continue
-        inner = [
-            (i, place // math.prod(shape[j] for j in axes if j > i) % shape[i])
-            for i in axes
-            if i != axis and shape[i] > 1
-        ]
-        return axis, start, step // below, inner
+        if step % below == 0 and start + (size - 1) * (step // below) < shape[axis]:
+            others = [i for i in axes if i != axis]
+            picks = [pick for pick in _picks(shape, axes, place) if pick[0] in others]
+            return Window(axis, size, start, step // below).with_picks(picks)
     return None
+
+
+def _picks(shape: Shape, axes: Sequence[int], place: int) -> list[tuple[int, int]]:
+    """A place of a block as positions on its axes."""
+    below = {axis: math.prod(shape[i] for i in axes if i > axis) for axis in axes}
+    return [(axis, place // below[axis] % shape[axis]) for axis in axes if shape[axis] != 1]

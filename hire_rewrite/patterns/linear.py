@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from typing import Any
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.provenance import Provenance
-from hire_rewrite.patterns.miss import Miss
 from hire_rewrite.patterns.one_hot import free_axes
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
+from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["Linear", "as_linear", "chosen_from", "is_product", "wide_axes"]
-
-_LAYOUT = frozenset({p.transpose_p, p.reshape_p, p.squeeze_p, p.convert_element_type_p, p.copy_p})
-_PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p, _compat.ragged_dot_general_p})
+__all__ = ["Linear", "as_linear", "chosen_from"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +27,6 @@ class Linear:
       free: the other axes of the weight, as pairs (axis of the weight, axis of the result).
       batch: axes that both have (a weight for each expert), as triples (axis of x, of the weight,
         of the result).
-      grouped: the weight's axis of experts that take runs of tokens (`ragged_dot`), or None.
     """
 
     node: Node
@@ -40,7 +36,6 @@ class Linear:
     weight_in: tuple[int, ...]
     free: tuple[tuple[int, int], ...]
     batch: tuple[tuple[int, int, int], ...] = ()
-    grouped: int | None = None
 
     @property
     def out(self) -> Value:
@@ -62,8 +57,8 @@ class Linear:
     @property
     def tokens(self) -> int:
         """Rows that are multiplied with the weight, or with each expert's."""
-        shared = math.prod(self.out.shape[axis] for _, _, axis in self.batch)
-        return math.prod(self.out.shape) // (self.out_dim * shared)
+        fixed = {*self.out_axes, *(axis for _, _, axis in self.batch)}
+        return math.prod(size for i, size in enumerate(self.out.shape) if i not in fixed)
 
     def weight_axis(self, out_axis: int) -> int | None:
         """The axis of the weight that is an axis of the result."""
@@ -72,130 +67,106 @@ class Linear:
     def experts(self, window: Window | None = None) -> int:
         """How many weights lie side by side, where a window of the result is read."""
         axes = [axis for _, axis, _ in self.batch]
-        if self.grouped is not None:
-            axes.append(self.grouped)
         if window is not None:
-            read = {window.axis, *window.picked}
-            axes += [axis for axis, out in self.free if out not in read]
+            axes += [axis for axis, _ in self._unread(window)]
         return math.prod(self.weight.shape[axis] for axis in axes)
 
     def expert_axes(self, window: Window | None = None) -> tuple[int | None, int, int] | None:
         """The only axis of experts: that of x (None if all read the same), weight and result."""
-        read = () if window is None else (window.axis, *window.picked)
-        free = [] if window is None else [(a, out) for a, out in self.free if out not in read]
-        wide = [(a, out) for a, out in free if self.weight.shape[a] > 1]
-        if self.grouped is None and len(self.batch) + len(wide) == 1:
-            return self.batch[0] if self.batch else (None, *wide[0])
-        return None
+        unread = [] if window is None else self._unread(window)
+        wide = [(None, *axes) for axes in unread if self.weight.shape[axes[0]] > 1]
+        axes = [*self.batch, *wide]
+        return axes[0] if len(axes) == 1 else None
 
-
-def is_product(node: Node) -> bool:
-    """Whether a node multiplies matrices."""
-    return node.primitive in _PRODUCTS
+    def _unread(self, window: Window) -> list[tuple[int, int]]:
+        """The free axes that are neither a window's nor picked by it."""
+        read = {window.axis, *window.picked}
+        return [(axis, out) for axis, out in self.free if out not in read]
 
 
 def as_linear(node: Node, provenance: Provenance) -> Linear | None:
-    """The linear layer that a node computes; None if it is no product with one weight.
+    """The linear layer that a node computes; None if it is not a product with one weight.
 
     Raises:
-      Miss: a product with a weight that is chosen by an activation, or a convolution over more
-        than one position.
+      NoMatch: the weight is chosen by an activation, or it is a convolution over more than one
+        position.
     """
-    if not is_product(node):
+    if not has(node.primitive, Trait.MULTIPLIES):
         return None
     is_weight = [provenance.is_weight(value) for value in node.ins[:2]]
     if is_weight[0] == is_weight[1]:
         for value in () if all(is_weight) else node.ins[:2]:
             if chosen_from(value, provenance) is not None:
-                raise Miss(
-                    "the weight is cut out at a place that is no weight and no counter of a loop "
-                    "of known length (scan, fori_loop with fixed bounds): an expert, a task or a "
-                    "layer that is chosen at run time",
+                raise NoMatch(
+                    Refusal.CHOSEN_AT_RUN_TIME,
+                    "the weight is cut out at a place that is not a weight and not a counter of a "
+                    "loop of known length (scan, fori_loop with fixed bounds): an expert, a task "
+                    "or a layer that is chosen at run time",
                     node,
                 )
         return None
     side = is_weight.index(True)
-    if node.primitive is p.conv_general_dilated_p:
-        return _convolution(node, side)
     if node.primitive is p.dot_general_p:
-        return _dot(node, side)
-    return _ragged_dot(node, side)
+        return _dot(node, side, **node.params)
+    if node.primitive is p.conv_general_dilated_p:
+        return _convolution(node, **node.params) if side == 1 else None
+    groups = node.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+    if side == 1 and groups:
+        experts = math.prod(node.ins[1].shape[axis] for axis in groups)
+        reason = f"which of its {experts} experts a token takes is known at run time (ragged_dot)"
+        raise NoMatch(Refusal.UNSUPPORTED, reason, node)
+    return None
 
 
-def _dot(node: Node, side: int) -> Linear | None:
-    contracting, batch = node.params["dimension_numbers"]
-    x, weight = node.ins[1 - side], node.ins[side]
-    weight_in, shared = contracting[side], batch[side]
-    if not weight_in:
+def _dot(node: Node, side: int, *, dimension_numbers: Any, **_: Any) -> Linear | None:
+    contracting, batch = dimension_numbers
+    if not contracting[side]:
         return None  # an outer product
+    shared = enumerate(zip(batch[side], batch[1 - side], strict=True))
     return Linear(
         node,
-        x,
+        node.ins[1 - side],
         tuple(contracting[1 - side]),
-        weight,
-        tuple(weight_in),
+        node.ins[side],
+        tuple(contracting[side]),
         tuple(free_axes(node, side).items()),
-        tuple((b, a, i) for i, (a, b) in enumerate(zip(shared, batch[1 - side], strict=True))),
+        tuple((axis, weight_axis, i) for i, (weight_axis, axis) in shared),
     )
 
 
-def _ragged_dot(node: Node, side: int) -> Linear | None:
-    numbers = node.params["ragged_dot_dimension_numbers"]
-    (contracting, batch) = numbers.dot_dimension_numbers
-    groups = list(numbers.rhs_group_dimensions)
-    if side != 1 or batch[0] or len(groups) != 1:
-        return None
-    x, weight = node.ins[:2]
-    free = [i for i in range(len(weight.shape)) if i not in (*contracting[1], *groups)]
-    first = len(x.shape) - len(contracting[0])
-    return Linear(
-        node,
-        x,
-        tuple(contracting[0]),
-        weight,
-        tuple(contracting[1]),
-        tuple((axis, first + i) for i, axis in enumerate(free)),
-        grouped=groups[0],
-    )
-
-
-def _convolution(node: Node, side: int) -> Linear | None:
+def _convolution(
+    node: Node,
+    *,
+    dimension_numbers: Any,
+    feature_group_count: int,
+    batch_group_count: int,
+    **params: Any,
+) -> Linear:
     """A convolution whose window is one position is a product with a matrix."""
-    if side != 1:
-        return None
-    params, weight = node.params, node.ins[1]
-    numbers = params["dimension_numbers"]
-    out_axis, in_axis, *window = numbers.rhs_spec
+    x, weight = node.ins
+    out_axis, in_axis, *window = dimension_numbers.rhs_spec
     plain = all(
         all(entry in (1, (0, 0)) for entry in params[name])
         for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     )
-    counts = (params["feature_group_count"], params["batch_group_count"])
+    plain = plain and feature_group_count == batch_group_count == 1
     if any(weight.shape[i] != 1 for i in window):
-        raise Miss(f"a convolution over {[weight.shape[i] for i in window]} positions", node)
-    if not plain or counts != (1, 1) or numbers.lhs_spec != numbers.out_spec:
-        raise Miss("a convolution with strides, padding, groups or another layout", node)
-    return Linear(
-        node,
-        node.ins[0],
-        (numbers.lhs_spec[1],),
-        weight,
-        (in_axis,),
-        ((out_axis, numbers.out_spec[1]),),
-    )
+        reason = f"a convolution over {[weight.shape[i] for i in window]} positions"
+        raise NoMatch(Refusal.CONVOLUTION, reason, node)
+    if not plain or dimension_numbers.lhs_spec != dimension_numbers.out_spec:
+        reason = "a convolution with strides, padding, groups or another layout"
+        raise NoMatch(Refusal.CONVOLUTION, reason, node)
+    x_axis, result_axis = dimension_numbers.lhs_spec[1], dimension_numbers.out_spec[1]
+    return Linear(node, x, (x_axis,), weight, (in_axis,), ((out_axis, result_axis),))
 
 
 def chosen_from(value: Value, provenance: Provenance) -> Value | None:
-    """The stack of matrices that a matrix is cut out of, at a place that is no weight."""
-    while value.node is not None and value.node.primitive in _LAYOUT:
+    """The stack of matrices that a matrix is cut out of, at a place that is not a weight."""
+    through = Trait.MOVES | Trait.KEEPS | Trait.CASTS
+    while value.node is not None and has(value.node.primitive, through):
         value = value.node.ins[0]
     node = value.node
     if node is None or node.primitive not in (p.dynamic_slice_p, p.gather_p):
         return None
     stack = node.ins[0]
     return stack if provenance.is_weight(stack) and len(stack.shape) > 2 else None
-
-
-def wide_axes(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
-    """Those of the axes that have more than one position, the longest first."""
-    return sorted((axis for axis in axes if shape[axis] > 1), key=lambda axis: -shape[axis])

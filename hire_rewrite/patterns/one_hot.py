@@ -5,19 +5,18 @@ from __future__ import annotations
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.patterns.traits import Trait, has
 
 __all__ = ["chooses", "free_axes", "is_one_hot"]
 
-_LAYOUT = frozenset(
-    {p.convert_element_type_p, p.copy_p, p.reshape_p, p.transpose_p, p.broadcast_in_dim_p}
-    | {p.mul_p, p.add_p, p.sub_p, p.squeeze_p}
-)
-"""What may be done to one-hot rows (label smoothing, say) before they are used."""
-
 
 def is_one_hot(value: Value) -> bool:
-    """Whether a value is made of a comparison of numbers with all numbers of a range."""
-    while value.node is not None and value.node.primitive in _LAYOUT:
+    """Whether a value is made of a comparison of numbers with all numbers of a range.
+
+    It may have been moved, cast, scaled or smoothed since.
+    """
+    through = Trait.MOVES | Trait.KEEPS | Trait.LINEAR
+    while value.node is not None and has(value.node.primitive, through):
         inner = [v for v in value.node.ins if v.literal is None and v.shape]
         if not inner:
             return False

@@ -1,23 +1,23 @@
 """The code between linear layers that treats each neuron separately.
 
 A region can be run again with any subset of the positions of its hidden axis, which is exactly
-what predict-then-gather needs. (`grow` finds it.)
+what predict-then-gather needs. (`slice` finds it.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.graph.evaluate import literal_array
+from hire_rewrite.graph.evaluate import evaluate_part, literal_array
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.patterns.axes import axis_rules, rerun
+from hire_rewrite.patterns.axes import operand_windows, run_part
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.window import Window
 
@@ -42,37 +42,35 @@ class Projection:
     @property
     def weight_picks(self) -> dict[int, int]:
         """Positions of the weight's other axes that are read alone."""
-        found = {self.linear.weight_axis(i): position for i, position in self.window.picks}
-        return {axis: position for axis, position in found.items() if axis is not None}
+        picks = {self.linear.weight_axis(i): position for i, position in self.window.picks}
+        return {axis: position for axis, position in picks.items() if axis is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A weight with one number for each position, for instance a bias.
-
-    Where experts lie side by side it has one for each expert and position, or for each token.
-    """
+    """A weight with one number for each position, for instance a bias."""
 
     value: Value
     window: Window
 
     @property
     def is_flat(self) -> bool:
+        """Whether it is the same for all tokens and experts."""
         return self.window.tokens(self.value.shape) == 1
-
-
-Key = tuple[Value, Window]
-"""A value and where the region's positions are in it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Region:
     """Nodes that compute `value` separately for each position of `window`.
 
-    `projections`, `vectors` and `sides` (values that are the same for all positions) are what it
-    reads; `nodes` are those that it replaces, linear layers included. `siblings` are other parts
-    of what its linear layers return, cut out by its nodes and read elsewhere (fused products).
-    A region with a `selection` can be run on all of its positions only.
+    Attributes:
+      projections, vectors: the linear layers and weights that it reads, each in a window.
+      sides: what else it reads: values that are the same for all positions.
+      nodes: those that it replaces, linear layers included.
+      siblings: other parts of what its linear layers return, cut out by its nodes and read
+        elsewhere (fused products).
+      selection: those of the nodes that look at all positions together, to select some (a top-k).
+        With them the region runs on all of its positions only.
     """
 
     value: Value
@@ -82,12 +80,7 @@ class Region:
     sides: tuple[Value, ...]
     nodes: frozenset[Node]
     siblings: tuple[Region, ...] = ()
-    reordered: Node | None = None
-    """A node that puts the tokens into another order."""
-    ranged: bool = False
-    """Whether the positions are rounded to integers whose range is that of the greatest of them."""
     selection: frozenset[Node] = frozenset()
-    """Those of the nodes that look at all positions together, to select some (a top-k)."""
 
     @property
     def axis(self) -> int:
@@ -115,7 +108,7 @@ class Region:
             self.window,
         )
         code = []
-        for node in sorted(self.nodes, key=lambda node: node.index):
+        for node in self._ordered:
             if node.outs[0] in names:
                 continue
             ins = tuple(names.get(value) or _constant(value) for value in node.ins)
@@ -124,11 +117,12 @@ class Region:
             names.update((v, (len(code), i, v.aval.str_short())) for i, v in enumerate(node.outs))
         return windows, tuple(code), names[self.value]
 
+    @property
+    def _ordered(self) -> list[Node]:
+        return sorted(self.nodes, key=lambda node: node.index)
+
     def run(
-        self,
-        pre: Sequence[jax.Array],
-        vectors: Sequence[jax.Array],
-        sides: Mapping[Value, Any],
+        self, pre: Sequence[jax.Array], vectors: Sequence[jax.Array], sides: Mapping[Value, Any]
     ) -> jax.Array:
         """The value at `n` of the positions.
 
@@ -142,41 +136,71 @@ class Region:
         """
         if self.selection:
             return self._run_whole(pre, vectors, sides)
-        n = pre[0].shape[-1]
-        done: dict[Key, Any] = {}
-        for projection, array in zip(self.projections, pre, strict=True):
-            done[projection.linear.out, projection.window] = _laid_out(
-                array, projection.linear.out.shape, projection.window
-            )
-        for vector, array in zip(self.vectors, vectors, strict=True):
-            shape = [1] * len(vector.value.shape)
-            assert vector.window.axis is not None
-            shape[vector.window.axis] = n
-            full = vector.window.shape(vector.value.shape, n)
-            done[vector.value, vector.window] = jnp.broadcast_to(array.reshape(shape), full)
-        result = self._run((self.value, self.window), n, sides, done)
-        return jnp.moveaxis(result, self.axis, -1).reshape(-1, n)
 
-    def _run(self, key: Key, n: int, sides: Mapping[Value, Any], done: dict[Key, Any]) -> Any:
-        if key in done:
-            return done[key]
-        value, window = key
-        node = value.node
-        assert node is not None
-        rule, output = axis_rules[node.primitive], node.outs.index(value)
-        operands = []
-        for operand, inner in zip(node.ins, rule.operands(node, window, output), strict=True):
-            if operand.literal is not None:
-                operands.append(literal_array(operand))
-            elif inner.axis is None:
-                array: Any = operand.const if operand.const is not None else sides.get(operand)
-                for axis, position in inner.picks:
-                    array = lax.slice_in_dim(array, position, position + 1, axis=axis)
-                operands.append(array)
-            else:
-                operands.append(self._run((operand, inner), n, sides, done))
-        done[key] = rule.bind(node, window, n, operands, output)
-        return done[key]
+        def side(value: Value, picks: Sequence[tuple[int, int]]) -> Any:
+            array: Any = value.const if value.const is not None else sides.get(value)
+            for axis, position in picks:
+                array = lax.slice_in_dim(array, position, position + 1, axis=axis)
+            return array
+
+        return self._run(pre, vectors, side, lambda value: value.shape)
+
+    def run_one_token(
+        self,
+        pre: Sequence[jax.Array],
+        vectors: Sequence[jax.Array],
+        side: Callable[[Value], jax.Array],
+    ) -> jax.Array:
+        """`run` for a single token, however many the function was traced with.
+
+        Args:
+          pre: for each projection [n].
+          vectors: for each vector [n].
+          side: for a side input an array of its rank with one number.
+
+        Returns:
+          [n].
+        """
+        rows = [array[None] for array in pre]
+        return self._run(
+            rows, vectors, lambda value, _: side(value), lambda value: (1,) * len(value.shape)
+        )[0]
+
+    def _run(
+        self,
+        pre: Sequence[jax.Array],
+        vectors: Sequence[jax.Array],
+        side: Callable[[Value, Sequence[tuple[int, int]]], Any],
+        shape_of: Callable[[Value], Sequence[int]],
+    ) -> jax.Array:
+        n = pre[0].shape[-1]
+        done: dict[tuple[Value, Window], Any] = {}
+        for projection, rows in zip(self.projections, pre, strict=True):
+            out, window = projection.linear.out, projection.window
+            done[out, window] = _laid_out(rows, shape_of(out), window)
+        for vector, numbers in zip(self.vectors, vectors, strict=True):
+            full = vector.window.shape(shape_of(vector.value), n)
+            assert vector.window.axis is not None
+            done[vector.value, vector.window] = lax.broadcast_in_dim(
+                numbers, full, (vector.window.axis,)
+            )
+
+        def run(value: Value, window: Window) -> Any:
+            if value.literal is not None:
+                return literal_array(value)
+            if window.axis is None:
+                return side(value, window.picks)
+            if (value, window) not in done:
+                node = value.node
+                assert node is not None
+                output = node.outs.index(value)
+                inners = operand_windows(node, window, output)
+                operands = [run(*pair) for pair in zip(node.ins, inners, strict=True)]
+                shape = window.shape(shape_of(value), n)
+                done[value, window] = run_part(node, operands, shape, output)
+            return done[value, window]
+
+        return jnp.moveaxis(run(self.value, self.window), self.axis, -1).reshape(-1, n)
 
     def _run_whole(
         self, pre: Sequence[jax.Array], vectors: Sequence[jax.Array], sides: Mapping[Value, Any]
@@ -195,10 +219,9 @@ class Region:
         for vector, array in zip(self.vectors, vectors, strict=True):
             shape = vector.window.shape(vector.value.shape, self.size)
             env[vector.value] = array.reshape(shape)
-        for node in sorted(self.nodes, key=lambda node: node.index):
-            if node.outs[0] in env:
-                continue
-            _compute(node, env)
+        for node in self._ordered:
+            if node.outs[0] not in env:
+                _compute(node, env)
         return jnp.moveaxis(env[self.value], self.axis, -1).reshape(-1, self.size)
 
 
@@ -219,7 +242,7 @@ def _compute(node: Node, env: dict[Value, Any]) -> None:
             assert value.node is not None
             _compute(value.node, env)
         operands.append(value.const if value.const is not None else env[value])
-    env.update(zip(node.outs, rerun(node, operands), strict=True))
+    env.update(zip(node.outs, evaluate_part(node, operands), strict=True))
 
 
 def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:

@@ -72,10 +72,6 @@ class Match(Protocol):
     def weights(self) -> tuple[Value, ...]:
         """Its matrices and vectors."""
 
-    @property
-    def unsupported(self) -> str | None:
-        """Why it has to stay dense, whatever a rule says; None if it may be rewritten."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
@@ -167,7 +163,7 @@ class SiteKind(abc.ABC):
           rules: the rules of this kind; empty for the default.
 
         Raises:
-          Miss: it belongs to none.
+          NoMatch: it belongs to none.
         """
 
     @abc.abstractmethod

@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.patterns.axes import (
-    AxisRule,
     Blocked,
-    axis_rules,
+    has_axis_rule,
+    operand_windows,
     register_axis_rule,
     result_axis,
+    run_part,
 )
 from hire_rewrite.patterns.window import Window
 from tests.cases import inputs
@@ -83,14 +85,13 @@ def in_window(array, window, kept):
 
 def check(fn, args, window):
     node = node_of(fn, *args)
-    rule = axis_rules[node.primitive]
     arrays = iter(args)
     kept = KEPT % window.size
     operands = []
-    for value, inner in zip(node.ins, rule.operands(node, window), strict=True):
+    for value, inner in zip(node.ins, operand_windows(node, window), strict=True):
         array = value.literal if value.literal is not None else next(arrays)
         operands.append(array if value.literal is not None else in_window(array, inner, kept))
-    got = rule.bind(node, window, len(kept), operands)
+    got = run_part(node, operands, window.shape(node.outs[0].shape, len(kept)))
     np.testing.assert_array_equal(got, in_window(fn(*args), window, kept))
 
 
@@ -112,10 +113,38 @@ def test_chosen_rows():
     fn = lambda x: x.at[rows].get(mode="clip")  # noqa: E731
     node = flatten(jax.make_jaxpr(fn)(X)).nodes[-1]
     window = Window(1, N)
-    assert axis_rules[p.gather_p].operands(node, window) == (window, Window(None))
+    assert operand_windows(node, window) == (window, Window(None))
     indices = jnp.array([[2], [0]], node.ins[1].dtype)
-    got = axis_rules[p.gather_p].bind(node, window, len(KEPT), [X[:, KEPT], indices])
+    got = run_part(node, [X[:, KEPT], indices], (len(rows), len(KEPT)))
     np.testing.assert_array_equal(got, X[rows][:, KEPT])
+
+
+def gathered(axis, start, size, collapsed):
+    """Indexing at a fixed place, as JAX writes it where a size is a symbol."""
+    sizes = [size if i == axis else n for i, n in enumerate(PAIR.shape)]
+    kept = tuple(range(PAIR.ndim - len(collapsed)))
+    numbers = lax.GatherDimensionNumbers(kept, collapsed, (axis,))
+    return lambda x: lax.gather(x, jnp.full((1,), start), numbers, sizes, mode="promise_in_bounds")
+
+
+@pytest.mark.parametrize(
+    ("fn", "picks"),
+    [
+        (gathered(2, 2, 3, ()), {}),
+        (gathered(0, 1, 1, (0,)), {}),
+        (gathered(1, 2, 1, ()), {}),
+        (gathered(2, 1, 3, ()), {0: 1}),
+    ],
+)
+def test_a_gather_at_a_fixed_place_is_a_slice(fn, picks):
+    node = flatten(jax.make_jaxpr(fn)(PAIR)).nodes[-1]
+    result = fn(PAIR)
+    window = Window(result.ndim - 1, result.shape[-1]).with_picks(picks.items())
+    kept = KEPT % window.size
+    inner, _ = operand_windows(node, window)
+    operands = [in_window(PAIR, inner, kept), jnp.zeros((1,), jnp.int32)]
+    got = run_part(node, operands, window.shape(result.shape, len(kept)))
+    np.testing.assert_array_equal(got, in_window(result, window, kept))
 
 
 BLOCKED = {
@@ -137,7 +166,7 @@ def test_blocked(name):
     fn, x, axis, reason = BLOCKED[name]
     node = flatten(jax.make_jaxpr(fn)(x)).nodes[-1]
     with pytest.raises(Blocked, match=reason):
-        axis_rules[node.primitive].operands(node, Window(axis, node.outs[0].shape[axis]))
+        operand_windows(node, Window(axis, node.outs[0].shape[axis]))
 
 
 def test_result_axis():
@@ -157,15 +186,23 @@ def test_result_axis():
 def test_mixing_primitives_have_no_rule():
     mixing = (p.reduce_sum_p, p.cumsum_p, p.sort_p, p.rev_p, p.concatenate_p)
     mixing += (p.conv_general_dilated_p, p.random_bits_p)
-    assert not set(mixing) & set(axis_rules)
+    assert not any(map(has_axis_rule, mixing))
 
 
-def test_register(monkeypatch):
-    monkeypatch.delitem(axis_rules, p.tan_p)
+def test_register():
+    """A rule is given the equation's parameters by name, and which result is asked for."""
+    turn_p = Primitive("turn")
+    turn_p.def_abstract_eval(lambda x, *, axis: x)
 
-    @register_axis_rule(p.tan_p)
-    class Rule(AxisRule):
-        pass
+    @register_axis_rule(turn_p, bind=lambda operands, shape, **_: operands[0].reshape(shape))
+    def rule(node, window, *, axis, output, **_):
+        if window.axis == axis:
+            raise Blocked(f"is turned in result {output}")
+        return (window,)
 
-    window = Window(1, N)
-    assert axis_rules[p.tan_p].operands(node_of(lax.tan, X), window) == (window,)
+    node = node_of(lambda x: turn_p.bind(x, axis=0), X)
+    assert has_axis_rule(turn_p)
+    assert operand_windows(node, Window(1, N)) == (Window(1, N),)
+    assert run_part(node, [X[:, KEPT]], (1, 9)).shape == (1, 9)
+    with pytest.raises(Blocked, match="is turned in result 0"):
+        operand_windows(node, Window(0, 3))

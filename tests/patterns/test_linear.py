@@ -7,7 +7,7 @@ from jax import lax
 
 from hire_rewrite.graph.trace import trace
 from hire_rewrite.patterns.linear import as_linear
-from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.window import Window
 from tests.cases import inputs, rand
 
@@ -73,8 +73,9 @@ def test_experts_side_by_side():
 
 def test_ragged_dot():
     traced = trace(lax.ragged_dot, (X, rand(2, 4, 7), jnp.array([1, 2])), {}, (1,))
-    linear = as_linear(traced.scope.nodes[-1], traced.provenance)
-    assert (linear.grouped, linear.free, linear.experts()) == (0, ((2, 1),), 2)
+    with pytest.raises(NoMatch, match="which of its 2 experts") as refused:
+        as_linear(traced.scope.nodes[-1], traced.provenance)
+    assert refused.value.refusal is Refusal.UNSUPPORTED
 
 
 def convolution(width, **kwargs):
@@ -89,9 +90,9 @@ def convolution(width, **kwargs):
 def test_convolution():
     linear = convolution(1)
     assert (linear.x_axes, linear.weight_in, linear.free) == ((2,), (1,), ((2, 2),))
-    with pytest.raises(Miss, match=r"a convolution over \[3\] positions"):
+    with pytest.raises(NoMatch, match=r"a convolution over \[3\] positions"):
         convolution(3)
-    with pytest.raises(Miss, match="strides, padding, groups"):
+    with pytest.raises(NoMatch, match="strides, padding, groups"):
         convolution(1, rhs_dilation=(2,))
 
 
@@ -101,7 +102,7 @@ def test_a_matrix_chosen_by_an_activation(transposed):
         chosen = w[x[0, 0].astype(int)]
         return jnp.einsum("hd,td->th", chosen.T, x) if transposed else x @ chosen
 
-    with pytest.raises(Miss, match="cut out at a place that is no weight"):
+    with pytest.raises(NoMatch, match="cut out at a place that is not a weight"):
         linear_of(fn, rand(3, 4, 7), X)
 
 

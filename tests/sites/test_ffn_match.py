@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hire_rewrite.sites.weights import narrow
 from jax import lax
 
-from tests.cases import FULL, D, F, T, inputs, plan_of, rand
+from hire_rewrite.patterns.refusal import Refusal
+from tests.cases import FULL, D, F, T, found_in, inputs, plan_of, rand
 from tests.cases_ffn import (
     ACTIVATION_CASES,
     BIASED,
@@ -136,7 +138,6 @@ NEAR = {
         (jnp.array([0, 2, 1]),),
         "an expert, a task or a layer that is chosen at run time",
     ),
-    "no tokens": (lambda p, x: plain()(p, x[:0]), PLAIN, (), "there are no tokens"),
     "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "joined anew"),
     "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
     "hidden cast to heads": (
@@ -185,7 +186,7 @@ NEAR = {
         (),
         "not linear in a weight",
     ),
-    "layers of a while_loop": (_while_layers, STACK, (), "no counter of a loop of known length"),
+    "layers of a while_loop": (_while_layers, STACK, (), "not a counter of a loop of known length"),
     "low-rank sum": (
         lambda p, x: jax.nn.relu(x @ p["up"] + x @ p["a"] @ p["b"]) @ p["down"],
         PLAIN | {"a": rand(D, 2), "b": rand(2, F)},
@@ -199,6 +200,16 @@ NEAR = {
         FUSED | {"out": rand(F // 2, D)},
         (),
         "reduce_sum is not known",
+    ),
+    "experts of groups": (
+        lambda p, x: jnp.einsum(
+            "gech,ehd->gecd",
+            jax.nn.relu(jnp.einsum("gecd,edh->gech", jnp.stack([jnp.stack([x] * 4)] * 2), p["up"])),
+            p["down"],
+        ),
+        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
+        (),
+        "transpose picks, reorders or mixes tokens",
     ),
     "attention": (_attention, ATTENTION, (), "not linear in a weight"),
     "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
@@ -238,19 +249,8 @@ INT8 = {
     "up": jnp.asarray(np.round(20 * UP), jnp.int8),
     "down": jnp.asarray(np.round(20 * DOWN), jnp.int8),
 }
-OBSTACLES = {
-    "dynamic int8": (_dynamic, INT8 | {"s": jnp.full(F, 0.05)}, 1, "silu", "dynamic quantization"),
-    "experts of groups": (
-        lambda p, x: jnp.einsum(
-            "gech,ehd->gecd",
-            jax.nn.relu(jnp.einsum("gecd,edh->gech", jnp.stack([jnp.stack([x] * 4)] * 2), p["up"])),
-            p["down"],
-        ),
-        {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
-        4,
-        "relu",
-        "are put into another order",
-    ),
+UNSUPPORTED = {
+    "dynamic int8": (_dynamic, INT8 | {"s": jnp.full(F, 0.05)}, "dynamic quantization"),
     "experts with biases": (
         lambda p, x: jnp.einsum(
             "eth,ehd->etd",
@@ -258,8 +258,6 @@ OBSTACLES = {
             p["down"],
         ),
         {"up": jnp.stack([UP] * 4), "b": inputs(4, F), "down": jnp.stack([DOWN] * 4)},
-        4,
-        "relu",
         "4 experts have biases",
     ),
     "experts, summed up": (
@@ -267,8 +265,6 @@ OBSTACLES = {
             "teh,ehd->td", jax.nn.silu(jnp.einsum("td,edh->teh", x, p["up"])), p["down"]
         ),
         {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
-        4,
-        "silu",
         "4 experts compute is summed up",
     ),
     "experts of sorted tokens": (
@@ -276,28 +272,25 @@ OBSTACLES = {
             jax.nn.relu(lax.ragged_dot(x, p["up"], p["sizes"])), p["down"], p["sizes"]
         ),
         {"up": jnp.stack([UP] * 2), "down": jnp.stack([DOWN] * 2), "sizes": jnp.array([1, 2])},
-        2,
-        "relu",
         "known at run time",
     ),
     "a weight for each token": (
         lambda p, x: jax.nn.relu(x @ p["up"] + p["table"]) @ p["down"],
         PLAIN | {"table": inputs(T, F)},
-        1,
-        "relu",
         "differs from token to token",
     ),
 }
 
 
-@pytest.mark.parametrize("name", OBSTACLES)
-def test_found_but_dense(name):
-    """A block that cannot be rewritten is a site all the same, and says why."""
-    fn, params, experts, activation, reason = OBSTACLES[name]
-    (site,) = plan_of(fn, params, inputs(T, D)).sites
-    assert (site.kind, site.width, site.experts) == ("ffn", F, experts)
-    assert (site.activation, site.status) == (activation, "dense")
-    assert reason in site.reason
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported(name):
+    """A block of a form that is not rewritten is refused as such, by the layer that ends it."""
+    fn, params, reason = UNSUPPORTED[name]
+    plan = plan_of(fn, params, inputs(T, D))
+    assert plan.sites == ()
+    (down,) = (rejection for rejection in plan.rejected if rejection.name == "p/down")
+    assert down.refusal is Refusal.UNSUPPORTED
+    assert reason in down.reason
 
 
 def test_code_that_does_not_run_by_itself(monkeypatch):
@@ -311,3 +304,52 @@ def test_code_that_does_not_run_by_itself(monkeypatch):
     assert plan.sites == ()
     reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
     assert reasons["p/down"].startswith("its code does not run by itself: no rule")
+
+
+def _of_tokens(case, tokens):
+    """The arguments of a case with another number of tokens, in place of its T."""
+    return [
+        jax.ShapeDtypeStruct(tuple(tokens if size == T else size for size in a.shape), a.dtype)
+        for a in case.args
+    ]
+
+
+EDGES = [
+    case
+    for case in FFN_CASES
+    if any(word in case.name for word in ("bias", "fused", "einsum", "scale", "expert", "mapped"))
+    and "interleaved" not in case.name  # a strided index, which JAX gathers where sizes are symbols
+    and "topk" not in case.expected["activation"]
+]
+
+
+@pytest.mark.parametrize("tokens", ["none", "symbolic"])
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_any_number_of_tokens(case, tokens):
+    """Without tokens, and where their number is a symbol of `jax.export`."""
+    number = 0 if tokens == "none" else jax.export.symbolic_shape("tokens")[0]
+    _, (found,) = found_in(case.fn, case.params, *_of_tokens(case, number))
+    assert found.match.activation.name == case.expected["activation"]
+    assert found.match.region.size == case.expected["width"]
+    assert (found.tokens == number) or case.expected["tokens"] != T
+
+
+def test_a_selection_is_tried_on_tokens():
+    """Whether few are selected is found out by running it; without tokens it is left alone."""
+    rows = jax.export.symbolic_shape("tokens")[0]
+    fn = plain(lambda h: jnp.where(h >= lax.top_k(h, 8)[0][..., -1:], h, 0))
+    _, found = found_in(fn, PLAIN, jax.ShapeDtypeStruct((rows, D), jnp.float32))
+    assert found == ()
+
+
+SMALL_FLOATS = [name for name in dir(jnp) if name.startswith(("float8_", "float4_"))]
+
+
+@pytest.mark.parametrize("dtype", SMALL_FLOATS)
+def test_small_floats_with_their_bare_cast(dtype):
+    shapes = {name: jax.ShapeDtypeStruct(w.shape, dtype) for name, w in PLAIN.items()}
+    fn = lambda p, x: plain()({name: w.astype(x.dtype) for name, w in p.items()}, x)  # noqa: E731
+    _, (found,) = found_in(fn, shapes, inputs(T, D))
+    assert found.match.activation.name == "relu"
+    # Rows are stored as they are, and cast after reading.
+    assert [narrow(linear.weight).dtype for linear in found.match.linears] == [dtype, dtype]

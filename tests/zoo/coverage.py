@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import hire_rewrite as hire
+from hire_rewrite.patterns.refusal import Refusal
 from tests.zoo.model import Model
 
 HEADER = """# What is found in which models
@@ -21,10 +22,11 @@ Written by `make docs`; `make test` checks that it is current, on every version 
 
 The models are those of `tests/zoo/`: built with the libraries themselves at tiny sizes, each as its
 public original is written. An FFN under a `scan` is one site. Every site is asked for with rules
-that accept any size, so a site that is not rewritten has the reason beside it; a model without
-sites shows the nearest miss.
+that accept any size, so a site that is not rewritten has the reason beside it, and so have layers
+that were rejected because sites of their form are not supported; a model without sites shows the
+nearest miss.
 
-| library | model | form | FFNs | heads | rewritten | left dense, or nearest miss |
+| library | model | form | FFNs | heads | rewritten | left dense, rejected, or nearest miss |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -33,7 +35,10 @@ def row(model: Model, plan: hire.Plan) -> str:
     kinds = Counter(site.kind for site in plan.sites)
     rewritten = sum(site.status == "rewritten" for site in plan.sites)
     dense = Counter(site.reason for site in plan.sites if site.status != "rewritten")
-    why = "; ".join(f"{count}: {reason}" for reason, count in dense.items())
+    rejected = Counter(r.reason for r in plan.rejected if r.refusal is Refusal.UNSUPPORTED)
+    reasons = [f"{count}: {reason}" for reason, count in dense.items()]
+    reasons += [f"{count} rejected: {reason}" for reason, count in rejected.items()]
+    why = "; ".join(reasons)
     if not plan.sites and plan.rejected:
         why = f"{plan.rejected[0].name}: {plan.rejected[0].reason}"
     cells = [model.library, model.name, model.form, kinds["ffn"], kinds["head"], rewritten, why]

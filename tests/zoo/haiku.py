@@ -250,9 +250,8 @@ MODELS = [
         *_blocks("layer_{}:params/layer_{}/dense_proj_o/w", D, F, "gelu_tanh"),
         head("proj:params/proj/w", D, V),
     )),
+    # Its experts' results are summed up in their last product.
     Model("Haiku", "Grok", "decode", _grok, (
-        *(ffn(f"moe_{i}:params/decoder_layer_{i}/moe_{i}/linear_1/w",
-              D, F, "gelu_tanh", gated=True, experts=4) for i in range(2)),
         head("params/in_out_embed/embeddings", D, V),
     )),
     Model("Haiku", "LSTM LM", "forward", lambda dtype: built(lstm, dtype, TOKENS.T), (

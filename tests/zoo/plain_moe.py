@@ -146,9 +146,9 @@ _FFNS = tuple(
 )  # fmt: skip
 
 MODELS = [
-    Model("JAX", "Mixtral by ragged_dot", "forward", lambda dtype: _mixture(dtype, _ragged), (
-        ffn("params/layers/w_down", D, G, "silu", **_EXPERTS), _HEAD,
-    ), mapped=False),
+    # Which rows of `ragged_dot` meet which expert is known at run time.
+    Model("JAX", "Mixtral by ragged_dot", "forward", lambda dtype: _mixture(dtype, _ragged),
+          (_HEAD,), mapped=False),
     # A scan over the experts is a repeated FFN, each with its own weights.
     Model("JAX", "Mixtral by a scan", "forward", lambda dtype: _mixture(dtype, _scanned), (
         ffn("params/layers/w_down", D, G, "silu", gated=True, repeats=3 * EXPERTS), _HEAD,

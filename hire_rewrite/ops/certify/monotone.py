@@ -17,17 +17,9 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
+from hire_rewrite.patterns.traits import Trait, has, is_widening, slope
 
 __all__ = ["Chain", "examine"]
-
-_LAYOUT = frozenset(
-    {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, p.slice_p, p.copy_p, p.name_p}
-    | {p.stop_gradient_p, p.sharding_constraint_p, _compat.optimization_barrier_p}
-    | _compat.sharding_casts
-)
-_CURVES = frozenset({p.neg_p, p.tanh_p, p.logistic_p, p.exp_p, p.reduce_precision_p})
-_ONE_SIDED = frozenset({p.add_p, p.sub_p, p.mul_p, p.max_p, p.min_p})
-"""Monotone in either operand, if the other one does not depend on the logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,32 +79,26 @@ class _Seen:
         return [taint_of(atom) for atom in jaxpr.outvars]
 
     def _step(self, eqn: Any, ins: list[_Taint]) -> _Taint:
-        primitive, out = eqn.primitive, eqn.outvars[0].aval
+        primitive, dtype = eqn.primitive, eqn.outvars[0].aval.dtype
         touched = [i for i, taint in enumerate(ins) if taint]
         for taint in ins:
             if isinstance(taint, str):
                 return taint
-        if primitive in _LAYOUT:
+        slopes = {slope(primitive, i) for i in touched}
+        chooses = primitive is p.select_n_p
+        if has(primitive, Trait.MOVES | Trait.KEEPS | Trait.CUTS) and "." not in slopes:
             return True
-        if primitive is p.select_n_p and touched[0] > 0:
-            # A threshold in another type than the logits' may lie between a logit and its rounding.
-            self._use(out.dtype, plain=out.dtype == self.raw)
-            return True
-        if out.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
             # Small float16 numbers are not rounded relatively, and great ones overflow.
-            return f"{primitive} makes {out.dtype} of logits"
-        if primitive is p.convert_element_type_p:
-            source = eqn.invars[0].aval.dtype
-            self._use(out.dtype, plain=jnp.promote_types(source, out.dtype) == out.dtype)
-            return True
-        self._use(out.dtype, plain=False)
-        if primitive in _CURVES or (primitive in _ONE_SIDED and len(touched) == 1):
-            return True
-        if primitive is p.div_p and touched == [0]:
-            return True
-        if primitive is p.clamp_p and touched == [1]:
-            return True
-        return f"{primitive} of logits may not keep their order"
+            return f"{primitive} makes {dtype} of logits"
+        if "." in slopes or (len(touched) > 1 and not chooses):
+            return f"{primitive} of logits may not keep their order"
+        # A threshold in another type than the logits' may lie between a logit and its rounding.
+        plain = chooses and dtype == self.raw
+        if has(primitive, Trait.CASTS):
+            plain = is_widening(eqn.invars[0].aval.dtype, dtype)
+        self._use(dtype, plain=plain)
+        return True
 
     def _use(self, dtype: Any, *, plain: bool) -> None:
         self.plain = self.plain and plain

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.evaluate import evaluate_part, literal_array
+from hire_rewrite.graph.evaluate import literal_array
 from hire_rewrite.graph.nodes import Value
-from hire_rewrite.patterns.axes import axis_rules
-from hire_rewrite.patterns.grow import TOP
-from hire_rewrite.patterns.miss import Miss
-from hire_rewrite.patterns.one_hot import chooses, is_one_hot
+from hire_rewrite.patterns.axes import run_part
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
+from hire_rewrite.patterns.traits import Trait, has
 
 __all__ = ["Activation", "classify"]
 
@@ -72,213 +71,171 @@ class Activation:
     """
 
     name: str
-    gate: int
-    sparse: bool
-    gate_bias: int | None
+    gate: int = 0
+    sparse: bool = False
+    gate_bias: int | None = None
     keeps: int | None = None
 
 
 def classify(region: Region) -> Activation:
-    """Name the activation of a region of one or two projections."""
-    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
-        return _classify(region)
-
-
-def _selects(region: Region) -> Activation:
-    """What a region with a selection does: tried on random numbers.
+    """The activation of a region.
 
     Raises:
-      Miss: most positions are kept.
+      NoMatch: it reads all positions, but selects no few of them.
     """
-    exact = any(node.primitive in TOP for node in region.selection)
-    name = "topk" if exact else "statistical_topk"
-    sides = {v: _stand_in(v) for v in region.sides}
-    vectors = [jnp.zeros(v.window.tokens(v.value.shape) * region.size, v.value.dtype)
-               for v in region.vectors]  # fmt: skip
+    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
+        if region.selection:
+            return _selecting(region)
+        if len(region.projections) > 2:
+            return Activation("custom")
+        return _Probe(region).activation()
+
+
+def _selecting(region: Region) -> Activation:
+    """Of a region with a selection: tried on random numbers."""
+    last = max(region.selection, key=lambda node: node.index)
+    tokens = region.window.tokens(region.value.shape)
+    if not isinstance(tokens, int) or tokens == 0:
+        reason = f"it selects among its hidden positions, and cannot be tried on {tokens} tokens"
+        raise NoMatch(Refusal.UNSUPPORTED, reason, last)
+    exact = any(has(node.primitive, Trait.ORDERS) for node in region.selection)
+    given = [side for side in region.sides if not _is_made_of_numbers(side)]
+    sides = {side: jnp.ones(side.shape, side.dtype) for side in given}
+    vectors = [jnp.zeros(region.size, vector.value.dtype) for vector in region.vectors]
     # The same row for all tokens, so that the count does not depend on how many there are.
-    rows = np.random.default_rng(0).normal(size=(len(region.projections), region.size))
     count = len(region.projections)
-    most, gate = 0, 0
-    for varied in (*range(count), None):
-        row_of = [rows[i] if varied in (i, None) else np.ones(region.size) for i in range(count)]
-        pre = _for_all_tokens(region, row_of)
-        kept = np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max()
-        if varied is None:
-            most = int(kept)
-        elif 2 * kept <= region.size:
-            gate = varied
-    if not 0 < 2 * most <= region.size:
-        node = max(region.selection, key=lambda node: node.index)
-        raise Miss("it reads all hidden positions, but selects no few of them", node)
-    return Activation(name, gate, True, None, most)
+    rows = np.random.default_rng(0).normal(size=(count, region.size))
+    ones = np.ones(region.size)
 
-
-def _rounded(region: Region) -> Activation:
-    """The activation of a region that ends in a rounding to integers, by steps of 1/16."""
-    count = len(region.projections)
-    grid = np.arange(-7, 8, dtype=np.float32)
-    ranges = {v for v in region.sides if _is_made_in(region, v)}
-    for gate in range(count):
-        for step, number in itertools.product((16.0, 1 / 16), (1.0, 0.0)):
-            sides = {
-                v: jnp.full(v.shape, step, v.dtype) if v in ranges else _stand_in(v)
-                for v in region.sides
-            }
-            row_of = [grid if i == gate else np.ones_like(grid) for i in range(count)]
-            pre = _for_all_tokens(region, row_of)
-            vectors = [jnp.full(len(grid), number, v.value.dtype) for v in region.vectors]
-            values = np.asarray(region.run(pre, vectors, sides)[0], np.float32) / 16
-            if np.ptp(values) > 1:
-                name = _nearest(grid, values, 0.05, gated=count == 2)
-                if name not in ("custom", "bilinear"):
-                    return Activation(name, gate, False, None)
-    return Activation("custom", 0, False, None)
-
-
-def _for_all_tokens(region: Region, rows: Sequence[np.ndarray]) -> list[jax.Array]:
-    """For each projection of a region the same numbers [n] at every token: [tokens, n]."""
-    found = []
-    for row, projection in zip(rows, region.projections, strict=True):
-        out = projection.linear.out
-        shape = (projection.window.tokens(out.shape), len(row))
-        found.append(jnp.broadcast_to(jnp.asarray(row, out.dtype), shape))
-    return found
-
-
-def _is_made_in(region: Region, value: Value) -> bool:
-    """Whether a side input is computed from what the region itself computes."""
-    seen, stack = set[Value](), [value]
-    while stack and len(seen) < 64:
-        current = stack.pop()
-        seen.add(current)
-        if current.node in region.nodes:
-            return True
-        stack += [v for v in (current.node.ins if current.node else ()) if v not in seen]
-    return False
-
-
-def _classify(region: Region) -> Activation:
-    if region.selection:
-        return _selects(region)
-    if region.ranged:
-        return _rounded(region)
-    dtype = region.projections[0].linear.out.dtype
-    inexact = jnp.issubdtype(dtype, jnp.inexact)
-    fine = inexact and jnp.finfo(dtype).eps < 1e-5
-    count = len(region.projections)
-    grid = _GRID if inexact else np.arange(-8, 9, dtype=np.float32)
-    sides: Mapping[Value, Any] = {v: _stand_in(v) for v in region.sides}
-
-    def run(pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
-        arrays = _for_all_tokens(region, pre)
-        numbers_of = zip(vectors, region.vectors, strict=True)
-        full = [jnp.full(len(grid), number, v.value.dtype) for number, v in numbers_of]
-        return np.asarray(region.run(arrays, full, sides)[0], np.float32)
-
-    ones = np.ones_like(grid)
-    tolerance = 3e-5 if fine else 3e-2
-    if count > 2:
-        return Activation("custom", 0, False, None)
-    neutral = _neutral(run, grid, count, len(region.vectors))
-    gate = 0
-    if count == 2:
-        # Linear in the other one; relu is linear for positive factors.
-        gate = next(
-            (
-                g
-                for g in (0, 1)
-                if np.allclose(
-                    run(_pair(g, grid, -2 * ones), neutral),
-                    -2 * run(_pair(g, grid, ones), neutral),
-                    rtol=2 * tolerance,
-                )
-            ),
-            -1,
-        )
-    if gate < 0:
-        return Activation("custom", 0, False, None)
-
-    def curve(numbers: np.ndarray, vectors: Sequence[float] = neutral) -> np.ndarray:
-        return run([numbers] if count == 1 else _pair(gate, numbers, ones), vectors)
-
-    values = curve(grid)
-    name = _nearest(grid, values, tolerance, gated=count == 2)
-    below = grid <= 0
-    sparse = bool(np.all(values[below] == 0) and np.all(values[~below] > 0))
-    # A scale that may be negative turns the gate round.
-    flipped = [-number for number in neutral]
-    sparse = sparse and bool(np.all(curve(grid, flipped)[below] == 0))
-    gate_bias = next(
-        (
-            i
-            for i, number in enumerate(neutral)
-            if number == 0
-            and np.allclose(
-                curve(grid, _lifted(neutral, i)),
-                curve(grid + 1),
-                atol=tolerance,
-                rtol=10 * tolerance,
+    def kept(varied: Sequence[int]) -> int:
+        """Positions that are not zero, where some projections vary and the others are one."""
+        pre = [
+            jnp.broadcast_to(
+                jnp.asarray(rows[i] if i in varied else ones, item.linear.out.dtype),
+                (item.window.tokens(item.linear.out.shape), region.size),
             )
-        ),
-        None,
-    )
-    return Activation(name, gate, sparse, gate_bias)
-
-
-def _neutral(
-    run: Callable[[Sequence[np.ndarray], Sequence[float]], np.ndarray],
-    grid: np.ndarray,
-    count: int,
-    vectors: int,
-) -> tuple[float, ...]:
-    """A number for each vector with which it changes nothing: 0 for a bias, 1 for a scale.
-
-    The first of all choices, fewest ones first, that lets each projection be seen in the result.
-    """
-    choices = sorted(itertools.product((0.0, 1.0), repeat=min(vectors, 8)), key=sum)
-    for choice in choices:
-        numbers = (*choice, *(0.0 for _ in range(vectors - len(choice))))
-        alone = [
-            [grid if i == j else np.ones_like(grid) for j in range(count)] for i in range(count)
+            for i, item in enumerate(region.projections)
         ]
-        if all(np.ptp(run(pre, numbers)) > 0 for pre in alone):
-            return numbers
-    return (0.0,) * vectors
+        return int(np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max())
+
+    gates = [i for i in range(count) if 2 * kept([i]) <= region.size]
+    most = kept(range(count))
+    if not 0 < 2 * most <= region.size:
+        reason = "it reads all hidden positions, but selects no few of them"
+        raise NoMatch(Refusal.MIXES_POSITIONS, reason, last)
+    name = "topk" if exact else "statistical_topk"
+    return Activation(name, gates[-1] if gates else 0, sparse=True, keeps=most)
 
 
-def _lifted(numbers: Sequence[float], i: int) -> list[float]:
-    return [number + (j == i) for j, number in enumerate(numbers)]
+class _Probe:
+    """Runs a region of one or two projections on a grid of numbers, for one token."""
+
+    def __init__(self, region: Region) -> None:
+        dtype = region.projections[0].linear.out.dtype
+        inexact = jnp.issubdtype(dtype, jnp.inexact)
+        fine = inexact and jnp.finfo(dtype).eps < 1e-5
+        self.region = region
+        self.grid = _GRID if inexact else np.arange(-8, 9, dtype=np.float32)
+        self.tolerance = 3e-5 if fine else 3e-2
+        self.count = len(region.projections)
+        self.ones = np.ones_like(self.grid)
+        self.neutral = self._neutral()
+
+    def run(self, pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
+        items, n = self.region.projections, len(self.grid)
+        rows = [jnp.asarray(row, i.linear.out.dtype) for row, i in zip(pre, items, strict=True)]
+        numbers = [
+            jnp.full(n, number, vector.value.dtype)
+            for number, vector in zip(vectors, self.region.vectors, strict=True)
+        ]
+        return np.asarray(self.region.run_one_token(rows, numbers, _stand_in), np.float32)
+
+    def only(self, i: int, row: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
+        """A row for a projection, and one for the other."""
+        return [row if i == j else others for j in range(self.count)]
+
+    def activation(self) -> Activation:
+        gate = self._gate()
+        if gate is None:
+            return Activation("custom")
+
+        def curve(numbers: np.ndarray, vectors: Sequence[float] = self.neutral) -> np.ndarray:
+            return self.run(self.only(gate, numbers, self.ones), vectors)
+
+        values, below = curve(self.grid), self.grid <= 0
+        sparse = bool(np.all(values[below] == 0) and np.all(values[~below] > 0))
+        # A scale that may be negative turns the gate round.
+        flipped = [-number for number in self.neutral]
+        sparse = sparse and bool(np.all(curve(self.grid, flipped)[below] == 0))
+
+        def is_gate_bias(i: int) -> bool:
+            lifted = [number + (j == i) for j, number in enumerate(self.neutral)]
+            moved, wanted = curve(self.grid, lifted), curve(self.grid + 1)
+            return np.allclose(moved, wanted, atol=self.tolerance, rtol=10 * self.tolerance)
+
+        biases = (i for i, number in enumerate(self.neutral) if number == 0 and is_gate_bias(i))
+        name = _nearest(self.grid, values, self.tolerance, gated=self.count == 2)
+        return Activation(name, gate, sparse, next(biases, None))
+
+    def _gate(self) -> int | None:
+        """The projection in whose partner the region is linear; relu is so for positive factors."""
+        if self.count == 1:
+            return 0
+        for gate in range(self.count):
+            doubled, single = (
+                self.run(self.only(gate, self.grid, factor * self.ones), self.neutral)
+                for factor in (-2, 1)
+            )
+            if np.allclose(doubled, -2 * single, rtol=2 * self.tolerance):
+                return gate
+        return None
+
+    def _neutral(self) -> tuple[float, ...]:
+        """A number for each vector with which it changes nothing: 0 for a bias, 1 for a scale.
+
+        The first of all choices, fewest ones first, that lets each projection be seen in the
+        result.
+        """
+        vectors = len(self.region.vectors)
+        for choice in sorted(itertools.product((0.0, 1.0), repeat=min(vectors, 8)), key=sum):
+            numbers = (*choice, *(0.0 for _ in range(vectors - len(choice))))
+            rows = [self.only(i, self.grid, self.ones) for i in range(self.count)]
+            if all(np.ptp(self.run(pre, numbers)) > 0 for pre in rows):
+                return numbers
+        return (0.0,) * vectors
 
 
 def _stand_in(value: Value) -> Any:
-    """The value of a side input if it is computed from numbers alone, else ones.
-
-    One-hot rows become weights that add up to one.
-    """
-    known = _known(value)
-    if known is None and is_one_hot(value):
-        for user, position in value.users:
-            if chooses(user) == 1 - position:
-                axes = user.params["dimension_numbers"][0][position]
-                share = 1 / math.prod(value.shape[axis] for axis in axes)
-                return jnp.full(value.shape, share, value.dtype)
-    return jnp.ones(value.shape, value.dtype) if known is None else known
+    """A number for a side input: its own, if the program makes it of numbers alone, or one."""
+    shape = (1,) * len(value.shape)
+    if value.const is not None:
+        return jnp.asarray(value.const)[(slice(1),) * len(shape)]
+    if _is_made_of_numbers(value) and (number := _first_number(value)) is not None:
+        return number
+    return jnp.ones(shape, value.dtype)
 
 
-def _known(value: Value) -> Any:
+def _is_made_of_numbers(value: Value) -> bool:
+    """Whether the program computes a value from numbers alone."""
+    if value.literal is not None or value.node is None:
+        return value.literal is not None
+    return not value.node.bodies and all(map(_is_made_of_numbers, value.node.ins))
+
+
+def _first_number(value: Value) -> Any:
+    """The first number of what is made of numbers alone; None if it is not simply computed."""
     if value.literal is not None:
         return literal_array(value)
-    node = value.node
-    if node is None or (node.primitive not in axis_rules and node.primitive is not p.iota_p):
+    node, shape = value.node, (1,) * len(value.shape)
+    assert node is not None
+    if node.primitive is p.iota_p:
+        return jnp.zeros(shape, value.dtype)
+    if not has(node.primitive, Trait.POINTWISE | Trait.MOVES | Trait.KEEPS):
         return None
-    operands = [_known(operand) for operand in node.ins]
+    operands = list(map(_first_number, node.ins))
     if any(operand is None for operand in operands):
         return None
-    return evaluate_part(node, operands)[node.outs.index(value)]
-
-
-def _pair(gate: int, first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
-    return [first, second] if gate == 0 else [second, first]
+    return run_part(node, operands, shape, node.outs.index(value))
 
 
 def _nearest(grid: np.ndarray, values: np.ndarray, tolerance: float, gated: bool) -> str:

@@ -25,9 +25,7 @@ class FFNKind(SiteKind):
     rule = FFN
 
     def match(self, linear: Linear, context: Any, rules: Sequence[Rule]) -> FFNMatch:
-        return match_ffn(
-            linear, context.linears, context.provenance, context.uses, context.activations
-        )
+        return match_ffn(linear, context)
 
     def default_rule(self, match: FFNMatch) -> FFN | None:
         """What the graph itself selects, by its own k."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Mapping
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.provenance import Provenance
-from hire_rewrite.patterns.grow import grow, mixes_tokens
-from hire_rewrite.patterns.linear import Linear, wide_axes
-from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.patterns.context import MatchContext
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
+from hire_rewrite.patterns.slice import backward_slice
+from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.ffn.activation import Activation, classify
-
-_ACTIVATIONS = frozenset({p.max_p, p.tanh_p, p.logistic_p, p.erf_p, p.erfc_p, p.exp_p})
 
 __all__ = ["FFNMatch", "match_ffn"]
 
@@ -38,12 +36,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FFNMatch:
-    """`down(region(up(x), ...))`: the projections are in the region, in the order traced.
+    """A block `down(region(up(x), ...))`; the projections are in the region, in the order traced.
 
     Attributes:
       piece: what of the input of `down` the region is.
       experts: blocks of these sizes that lie side by side (mixture of experts), mostly one.
-      unsupported: why it cannot be rewritten, if it cannot.
     """
 
     region: Region
@@ -51,7 +48,6 @@ class FFNMatch:
     piece: Piece
     activation: Activation
     experts: int
-    unsupported: str | None
 
     @property
     def x(self) -> Value:
@@ -104,36 +100,34 @@ class FFNMatch:
         return (*ups, self.down)
 
 
-def match_ffn(
-    down: Linear,
-    linears: Mapping[Node, Linear],
-    provenance: Provenance,
-    uses: Uses,
-    activations: dict[Hashable, Activation],
-) -> FFNMatch:
+def match_ffn(down: Linear, context: MatchContext) -> FFNMatch:
     """The FFN block that ends in `down`.
 
-    Args:
-      activations: of regions that were seen before, by signature; layers are mostly alike.
-
     Raises:
-      Miss: `down` does not end one.
+      NoMatch: `down` does not end one.
     """
-    furthest: Miss | None = None
-    for axis in wide_axes(down.x.shape, down.x_axes) or down.x_axes[:1]:
-        for piece in _pieces(down, axis, uses):
+    furthest: NoMatch | None = None
+    for axis in _wide_axes(down):
+        for piece in _pieces(down, axis, context):
             try:
-                return _match_piece(piece, down, linears, provenance, uses, activations)
-            except Miss as miss:
+                return _match_piece(piece, down, context)
+            except NoMatch as miss:
                 if furthest is None or miss.matched > furthest.matched:
                     furthest = miss
     assert furthest is not None
     raise furthest
 
 
-def _pieces(down: Linear, axis: int, uses: Uses) -> list[Piece]:
+def _wide_axes(down: Linear) -> list[int]:
+    """The contracted axes with more than one position, the longest first; one of them at least."""
+    shape = down.x.shape
+    wide = sorted((i for i in down.x_axes if shape[i] > 1), key=lambda i: -shape[i])
+    return wide or list(down.x_axes[:1])
+
+
+def _pieces(down: Linear, axis: int, context: MatchContext) -> list[Piece]:
     """The whole input, or what it is joined of (attention's output beside the hidden neurons)."""
-    node = down.x.node
+    node, uses = down.x.node, context.uses
     if (
         node is None
         or node.primitive is not p.concatenate_p
@@ -150,99 +144,111 @@ def _pieces(down: Linear, axis: int, uses: Uses) -> list[Piece]:
     ]
 
 
-def _match_piece(
-    piece: Piece,
-    down: Linear,
-    linears: Mapping[Node, Linear],
-    provenance: Provenance,
-    uses: Uses,
-    activations: dict[Hashable, Activation],
-) -> FFNMatch:
-    axis, end = piece.axis, piece.joint or down.node
-    window = Window(axis, piece.value.shape[axis])
-    region = grow(piece.value, window, end, linears, provenance, uses)
+def _match_piece(piece: Piece, down: Linear, context: MatchContext) -> FFNMatch:
+    end = piece.joint or down.node
+    window = Window(piece.axis, piece.value.shape[piece.axis])
+    region = backward_slice(piece.value, window, end, context)
     matched = len(region.nodes) + 1
+
+    def refused(refusal: Refusal, reason: str, node: Node = down.node) -> NoMatch:
+        return NoMatch(refusal, reason, node, matched)
+
     if not region.projections:
-        raise Miss("no linear layer leads to it", down.node, matched)
+        raise refused(Refusal.FROM_OUTSIDE, "no linear layer leads to it")
     first = region.projections[0].linear
-    if region.ranged and not any(node.primitive is p.round_p for node in region.nodes):
-        raise Miss("its input is also read by abs", down.node, matched)
-    if not first.tokens:
-        raise Miss("there are no tokens", down.node, matched)
     for projection in (item for part in (region, *region.siblings) for item in part.projections):
         linear = projection.linear
         if not (_same(linear.x, first.x) and linear.x_axes == first.x_axes):
-            raise Miss(_different_inputs(linear, first), linear.node, matched)
+            raise refused(*_different_inputs(linear, first), linear.node)
         if not _same_product(linear.node, first.node):
-            raise Miss("its projections differ in dtype or precision", linear.node, matched)
+            reason = "its projections differ in dtype or precision"
+            raise refused(Refusal.DIFFERENT_PRODUCTS, reason, linear.node)
     cut = {sibling.value for sibling in region.siblings}
     if any(value in cut or value.node in region.nodes for value, _ in piece.others):
-        raise Miss("its hidden positions are cut to pieces and joined anew", end, matched)
-    activation = activations.get(region.signature)
+        reason = "its hidden positions are cut to pieces and joined anew"
+        raise refused(Refusal.MIXES_POSITIONS, reason, end)
+    activation = context.cache.get(region.signature)
     if activation is None:
         try:
             activation = classify(region)
         except (NotImplementedError, TypeError, ValueError) as error:
             reason = f"its code does not run by itself: {(str(error).splitlines() or [''])[0]}"
-            raise Miss(reason, end, matched) from error
-        activations[region.signature] = activation
+            raise refused(Refusal.UNKNOWN_OPERATION, reason, end) from error
+        context.cache[region.signature] = activation
     if activation.name == "linear":
-        raise Miss("nothing non-linear stands between (a low-rank product)", down.node, matched)
-    experts = {item.linear.experts(item.window) for item in region.projections}
-    side_by_side = max(experts)
-    d_out = down.out_dim
-    if side_by_side > 1 and any(down.weight.shape[a] == side_by_side for a, _ in down.free):
-        d_out //= side_by_side  # every expert, of which some are chosen afterwards
-        experts.add(side_by_side)
-    else:
-        experts.add(down.experts() * down.in_dim // down.x.shape[axis])
+        reason = "nothing non-linear stands between (a low-rank product)"
+        raise refused(Refusal.LOW_RANK, reason)
+    experts, d_out = _experts(region, down, piece)
     if len(experts) > 1:
-        raise Miss(
-            f"its products have different numbers of experts: {sorted(experts)}",
-            down.node,
-            matched,
-        )
+        reason = f"its products have different numbers of experts: {sorted(experts)}"
+        raise refused(Refusal.DIFFERENT_PRODUCTS, reason)
     count = experts.pop()
-    if region.reordered is not None and count == 1:
-        raise Miss(mixes_tokens(region.reordered), region.reordered, matched)
-    no_block = _no_block(region, first, down, d_out, count, uses)
-    if no_block is not None:
-        raise Miss(no_block, down.node, matched)
-    return FFNMatch(
-        region, down, piece, activation, count, _unsupported(region, down, piece, count)
-    )
+    not_a_block = _not_a_block(region, first.in_dim, d_out, down, count, context)
+    if not_a_block is not None:
+        raise refused(Refusal.NOT_A_BLOCK, not_a_block)
+    unsupported = _unsupported(region, down, piece, count)
+    if unsupported is not None:
+        raise refused(Refusal.UNSUPPORTED, unsupported)
+    match = FFNMatch(region, down, piece, activation, count)
+    if (match.nodes | match.shared) & context.taken.keys():
+        raise refused(Refusal.TAKEN, "a product of it belongs to the site before")
+    return match
 
 
-def _no_block(
-    region: Region, first: Linear, down: Linear, d_out: int, experts: int, uses: Uses
+def _experts(region: Region, down: Linear, piece: Piece) -> tuple[set[int], int]:
+    """How many experts each product has, and the width of what one of them returns."""
+    experts = {item.linear.experts(item.window) for item in region.projections}
+    most = max(experts)
+    if most > 1 and any(down.weight.shape[axis] == most for axis, _ in down.free):
+        # Every expert returns something, of which some is chosen afterwards.
+        return experts | {most}, down.out_dim // most
+    last = down.experts() * down.in_dim // down.x.shape[piece.axis]
+    return experts | {last}, down.out_dim
+
+
+def _unsupported(region: Region, down: Linear, piece: Piece, experts: int) -> str | None:
+    """Why a block of this form is not rewritten."""
+    if experts > 1:
+        ups = [item.linear.expert_axes(item.window) for item in region.projections]
+        if None in ups or down.expert_axes() is None:
+            return f"what its {experts} experts compute is summed up or chosen from in its products"
+        if region.vectors or region.siblings or region.selection or piece.joint is not None:
+            return f"its {experts} experts have biases, a top-k or a product in common with others"
+    if not all(vector.is_flat for part in (region, *region.siblings) for vector in part.vectors):
+        return "a weight of it differs from token to token"
+    return None
+
+
+def _not_a_block(
+    region: Region, d_in: int, d_out: int, down: Linear, experts: int, context: MatchContext
 ) -> str | None:
-    """Why two layers in a row are no feed-forward block.
+    """Why two layers in a row are not a feed-forward block.
 
     A block returns to the size of its input, and what is not gated goes through more neurons than
     that. Classifiers, encoders and decoders, poolers, squeeze-and-excitation and adapters do not.
     (A gated block may read two inputs side by side, as where tokens are shifted.)
     """
-    d_in, width = first.in_dim, region.size
+    sizes = f"{d_in} → {region.size} → {d_out}"
     gated = len(region.projections) > 1
     if d_in != d_out and not (gated and d_in == 2 * d_out):
-        return f"two layers in a row, {d_in} → {width} → {d_out}: no block that returns to its size"
-    if gated or experts > 1 or width > d_in:
+        return f"two layers in a row, {sizes}: not a block that returns to its size"
+    if gated or experts > 1 or region.size > d_in:
         return None
-    if width < d_in:
-        return f"a bottleneck, {d_in} → {width} → {d_out}: there is nothing to be saved"
-    if _goes_on(down, uses):
-        return f"one of several layers in a row, {d_in} → {width} → {d_out}: no block of its own"
+    if region.size < d_in:
+        return f"a bottleneck, {sizes}: there is nothing to be saved"
+    if _goes_on(down, context):
+        return f"one of several layers in a row, {sizes}: not a block of its own"
     return None
 
 
-def _goes_on(down: Linear, uses: Uses) -> bool:
+def _goes_on(down: Linear, context: MatchContext) -> bool:
     """Whether nothing but another activation reads the result (and its bias)."""
     stack = [down.out]
     while stack:
-        for user, _ in uses.users(stack.pop()):
-            if user.primitive in _ACTIVATIONS:
+        for user, _ in context.uses.users(stack.pop()):
+            if has(user.primitive, Trait.BENDS):
                 return True
-            if user.primitive in (p.add_p, p.convert_element_type_p, p.reshape_p):
+            if has(user.primitive, Trait.ADDS | Trait.CASTS):
                 others = [v for v in user.ins if v.shape == user.outs[0].shape]
                 if len(others) == 1 or _is_bias(user):
                     stack += user.outs
@@ -250,34 +256,16 @@ def _goes_on(down: Linear, uses: Uses) -> bool:
 
 
 def _is_bias(node: Node) -> bool:
-    made = (v.node for v in node.ins)
-    return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in made)
+    makers = (value.node for value in node.ins)
+    return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in makers)
 
 
-def _unsupported(region: Region, down: Linear, piece: Piece, experts: int) -> str | None:
-    """Why a block cannot be rewritten."""
-    ups = [(item.linear, item.linear.expert_axes(item.window)) for item in region.projections]
-    if any(linear.grouped is not None for linear, _ in ups):
-        return f"which of its {experts} experts a token takes is known at run time (ragged_dot)"
-    if experts > 1:
-        if any(axes is None for _, axes in ups) or down.expert_axes() is None:
-            return f"what its {experts} experts compute is summed up or chosen from in its products"
-        if region.reordered is not None:
-            return f"the tokens of its {experts} experts are put into another order"
-        if region.vectors or region.siblings or region.selection or piece.joint is not None:
-            return f"its {experts} experts have biases, a top-k or a product in common with others"
-    if region.ranged:
-        return "its neurons are rounded to the range of the greatest of all (dynamic quantization)"
-    if not all(vector.is_flat for part in (region, *region.siblings) for vector in part.vectors):
-        return "a weight of it differs from token to token"
-    return None
-
-
-def _different_inputs(linear: Linear, first: Linear) -> str:
+def _different_inputs(linear: Linear, first: Linear) -> tuple[Refusal, str]:
     rank, full = sorted((linear.in_dim, first.in_dim))
     if 2 * rank <= full:
-        return f"a low-rank product of rank {rank} (LoRA) is added to it: merge it into the weight"
-    return "its projections read different inputs"
+        what = f"a low-rank product of rank {rank} (LoRA) is added to it"
+        return Refusal.LOW_RANK, f"{what}: merge it into the weight"
+    return Refusal.DIFFERENT_PRODUCTS, "its projections read different inputs"
 
 
 def _same(a: Value, b: Value) -> bool:

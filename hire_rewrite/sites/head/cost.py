@@ -14,7 +14,7 @@ __all__ = ["head_reads"]
 def head_reads(match: HeadMatch, spec: HeadSpec, predictor: Predictor, tokens: int) -> list[Read]:
     """The reads of one run on one device: all rows' scores, and the rows that are gathered."""
     d, dtype = match.linear.in_dim, narrow(match.linear.weight).dtype
-    outputs, rows = len(match.endpoints), spec.part_rows
+    outputs, rows = len(match.outputs), spec.part_rows
     reads = [*reads_of(predictor, rows, d, dtype, tokens)]
     reads.append(Read("scored_float32", 0, scores=tokens * rows * outputs))
     if spec.certify:  # two norms of each row, in float32

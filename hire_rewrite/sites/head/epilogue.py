@@ -14,15 +14,15 @@ from hire_rewrite.sites.layout import from_tokens, to_tokens
 __all__ = ["epilogue_of", "output_values"]
 
 
-def epilogue_of(match: HeadMatch, sides: Mapping[Value, Any]) -> Endpoints:
+def epilogue_of(match: HeadMatch, side_inputs: Mapping[Value, Any]) -> Endpoints:
     """The function's own code behind the logits: [tokens, V] to [tokens, V] for each output."""
 
     def run(raw: Any) -> tuple[Any, ...]:
-        logits = match.linear.out
-        env = {**sides, logits: from_tokens(raw, logits.shape, (match.axis,))}
-        for node in match.chain:
+        logits = match.logits
+        env = {**side_inputs, logits: from_tokens(raw, logits.shape, (match.axis,))}
+        for node in match.epilogue:
             run_node(node, env)
-        return tuple(to_tokens(env[v], match.places[v][:1]) for v in match.endpoints)
+        return tuple(to_tokens(env[v], match.places[v][:1]) for v in match.outputs)
 
     return run
 
@@ -31,5 +31,5 @@ def output_values(match: HeadMatch, results: Sequence[Any]) -> list[Any]:
     """The outputs [tokens, V] as the function lays them out."""
     return [
         from_tokens(rows, value.shape, match.places[value][:1])
-        for value, rows in zip(match.endpoints, results, strict=True)
+        for value, rows in zip(match.outputs, results, strict=True)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.sharding.manual import vocabulary_shards
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.head.match import HeadMatch, match_head
+from hire_rewrite.sites.head.match import MIN_WIDTH, HeadMatch, match_head
 from hire_rewrite.sites.head.operation import HeadOperation
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.sizes import head_spec
@@ -24,34 +24,34 @@ class HeadKind(SiteKind):
     rule = Head
 
     def match(self, linear: Linear, context: Any, rules: Sequence[Any]) -> HeadMatch:
-        widths = [rule.min_width or 4096 for rule in rules] or [4096]
-        shards = vocabulary_shards(context.trace, linear)
-        least = -(-min(widths) // shards)
-        return match_head(
-            linear, least, context.linears, context.provenance, context.uses, context.taken
-        )
+        widths = {rule.min_width for rule in rules}
+        least = min(width or MIN_WIDTH for width in widths) if widths - {None} else None
+        return match_head(linear, context, least, vocabulary_shards(context.trace, linear))
 
-    def default_rule(self, match: HeadMatch) -> Head:
-        return Head()
+    def default_rule(self, match: HeadMatch) -> Head | None:
+        return Head() if match.doubt is None else None
 
     def asks(self, rule: Head, site: MatchedSite) -> bool:
-        width = site.match.width * site.sharding.vocabulary_shards
-        return bool(width >= (rule.min_width or 4096))
+        if rule.min_width is None:
+            return site.match.doubt is None
+        return bool(site.match.width * site.sharding.vocabulary_shards >= rule.min_width)
 
     def unasked(self, match: HeadMatch) -> str:
+        if match.doubt is not None:
+            return f"{match.doubt}; Head(min_width=...) takes it for a vocabulary"
         return "no rule asks for it; Head(k=...) does"
 
     def summary(self, match: HeadMatch) -> Mapping[str, Any]:
         return {"width": match.width}
 
     def unsupported_sharding(self, match: HeadMatch, sharding: RowSharding) -> str | None:
-        places = ((value.shape, match.places[value]) for value in match.endpoints)
+        places = ((value.shape, match.places[value]) for value in match.outputs)
         if any((shape[axis], start) != (match.width, 0) for shape, (axis, start) in places):
             return f"its rows are sharded over {sharding}, and only a part of its logits is read"
         return None
 
     def logits(self, match: HeadMatch) -> Logits:
-        value = match.endpoints[-1]
+        value = match.outputs[-1]
         return Logits(value, *match.places[value])
 
     def resolve(

@@ -2,7 +2,8 @@
 
 `follow` goes wherever the axis goes, through softmaxes, loops and branches, and demands that it
 ends where logits end: in a reduction, an arg max, a top-k, a lookup, or the function's results.
-If it is contracted with something or cut to pieces, it was no vocabulary.
+If it is contracted with something or cut to pieces, it was not a vocabulary. If nothing ranks or
+normalizes it, and its numbers are squashed or squared one by one, it may not have been one.
 """
 
 from __future__ import annotations
@@ -15,37 +16,21 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.patterns.axes import axis_rules, result_axis
-from hire_rewrite.patterns.miss import Contracted, Miss
+from hire_rewrite.patterns.axes import has_axis_rule, ordered_axis, result_axis
+from hire_rewrite.patterns.layout import fixed_starts
 from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
+from hire_rewrite.patterns.traits import Trait, has
+from hire_rewrite.sites.head.distortion import is_distorted
 
-__all__ = ["Search", "follow"]
+__all__ = ["LogitTopK", "LogitUses", "follow"]
 
-Track = tuple[Value, int, bool]
-"""A value, its vocabulary axis, and whether that is only a part of the vocabulary."""
-
-_SINKS = frozenset(
-    {p.argmax_p, p.reduce_max_p, p.reduce_min_p, p.reduce_sum_p, p.reduce_or_p}
-    | {p.reduce_and_p, p.top_k_p, p.approx_top_k_p, p.sort_p, p.cumsum_p, p.cumlogsumexp_p}
-    | {p.cummax_p, p.cumprod_p, p.cummin_p, p.reduce_prod_p, p.reduce_p}
-)
-"""Operations that consume logits if they run along the vocabulary."""
-
-_VALUES = frozenset({p.top_k_p, p.approx_top_k_p})
-"""Those that return some logits as they are, besides where they stood."""
-
-_GREATEST = _VALUES | {p.argmax_p}
-
-_STORES = frozenset(
-    {p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p}
-)
-
-_ALONG = frozenset({p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p})
-"""Operations that keep the axis where it is; they may make it longer, but cut nothing off."""
+Axes = list[tuple[Value, int]]
+"""Values, each with its vocabulary axis."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Search:
+class LogitTopK:
     """An operation that looks for the greatest of all logits, by their values.
 
     `gather` is the `all_gather` in front of it, where each device of a `shard_map` has some.
@@ -55,134 +40,212 @@ class Search:
     gather: Node | None = None
 
 
-def follow(origin: Node, axis: int, uses: Uses) -> tuple[Search, ...]:
-    """Where the greatest of all along an axis of a node's result are looked for.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogitUses:
+    """What becomes of logits.
+
+    Attributes:
+      top_ks: what looks for the greatest of them.
+      doubt: why they may be something else than logits, if so.
+    """
+
+    top_ks: tuple[LogitTopK, ...]
+    doubt: str | None
+
+
+def follow(origin: Node, axis: int, uses: Uses) -> LogitUses:
+    """What becomes of an axis of a node's result.
 
     Raises:
-      Miss: the axis does not end where logits end.
+      NoMatch: the axis does not end where logits end.
     """
-    seen: set[Track] = set()
-    searches: dict[Node, Search] = {}
-    gathers: dict[Value, Node] = {}
-    width = origin.outs[0].shape[axis]
-    stack: list[Track] = [(origin.outs[0], axis, False)]
-    parted: Miss | None = None
-    whole = False
-    while stack:
-        track = stack.pop()
-        if track in seen:
-            continue
-        seen.add(track)
-        value, axis, part = track
-        if value in uses.results:
+    return _Walk(origin, axis, uses).walk()
+
+
+class _Walk:
+    """Forward from a product, wherever an axis of its result goes."""
+
+    def __init__(self, origin: Node, axis: int, uses: Uses) -> None:
+        self.origin, self.uses = origin, uses
+        self.width = origin.outs[0].shape[axis]
+        # Values, their vocabulary axes, and whether those are only a part of the vocabulary.
+        self.stack: list[tuple[Value, int, bool]] = [(origin.outs[0], axis, False)]
+        self.seen: set[tuple[Value, int, bool]] = set()
+        self.values: set[Value] = set()
+        self.top_ks: dict[Node, LogitTopK] = {}
+        self.gathers: dict[Value, Node] = {}
+        self.parted: NoMatch | None = None
+        self.whole = self.ranked = False
+        self.distorted: Node | None = None
+
+    def walk(self) -> LogitUses:
+        while self.stack:
+            track = self.stack.pop()
+            if track not in self.seen:
+                self.seen.add(track)
+                self.values.add(track[0])
+                self._visit(*track)
+        if self.parted is not None and not self.whole:
+            raise self.parted
+        doubt = None
+        if self.distorted is not None and not self.ranked:
+            doubt = (
+                f"{self.distorted.primitive} is applied to all of its output, and nothing ranks or "
+                "normalizes it (a reconstruction, labels that are independent)"
+            )
+        return LogitUses(tuple(self.top_ks.values()), doubt)
+
+    def _visit(self, value: Value, axis: int, part: bool) -> None:
+        if value in self.uses.results:
             if part:
-                raise Miss("a part of the wide axis is a result: no vocabulary", origin, len(seen))
-            whole = True
-            stack += ((*there, part) for there in _leave(value, axis))
-        for user, position in uses.users(value):
+                raise self._not_logits("a part of the wide axis is a result", self.origin)
+            self.whole = True
+            if not jnp.issubdtype(value.dtype, jnp.floating):  # a decision about each of them
+                self.distorted = self.distorted or value.node
+            self.stack += ((*there, part) for there in _leave(value, axis))
+        for user, position in self.uses.users(value):
             if user.bodies:
-                stack += ((*there, part) for there in _enter(user, value, axis))
+                self.stack += ((*there, part) for there in _enter(user, value, axis))
                 continue
-            found = _pass(user, position, axis, len(seen), uses)
-            whole = whole or (not found and not part)
-            if not found and user.primitive in _VALUES and value.shape[axis] == width:
-                searches[user] = Search(user)
-            elif not found and user.primitive in _GREATEST and value in gathers:
-                searches[user] = Search(user, gathers[value])
-            if value.shape[axis] == width and _gathers(user, axis):
-                gathers[user.outs[0]] = user
-            for out, there in found:
+            behind = self._behind(user, position, axis)
+            if not behind:
+                self._consumed(user, value, axis, part)
+            if is_distorted(user, position, self.values, self.uses):
+                self.distorted = self.distorted or user
+            if value.shape[axis] == self.width and _joins_devices(user, axis):
+                self.gathers[user.outs[0]] = user
+            for out, there in behind:
                 if out.shape[there] == 1 < value.shape[axis]:
-                    whole = True  # a single logit was looked up
+                    self.whole = True  # a single logit was looked up
                     continue
                 cut = 2 * out.shape[there] <= value.shape[axis]
                 if cut:
-                    parted = Miss(f"{user.primitive} cuts or mixes the wide axis", user, len(seen))
-                stack.append((out, there, part or cut))
-    if parted is not None and not whole:
-        raise parted
-    return tuple(searches.values())
+                    self.parted = self._cut(user)
+                self.stack.append((out, there, part or cut))
 
+    def _consumed(self, user: Node, value: Value, axis: int, part: bool) -> None:
+        """An operation is the end of the axis."""
+        self.whole = self.whole or not part
+        if user.primitive is p.reduce_sum_p:  # a softmax without its maximum
+            self.ranked = self.ranked or _made_by(value).primitive is p.exp_p
+        elif has(user.primitive, Trait.RANKS) or not has(user.primitive, Trait.REDUCES):
+            self.ranked = True
+        if not has(user.primitive, Trait.SEARCHES):
+            return
+        if has(user.primitive, Trait.ORDERS) and value.shape[axis] == self.width:
+            self.top_ks[user] = LogitTopK(user)
+        elif value in self.gathers:
+            self.top_ks[user] = LogitTopK(user, self.gathers[value])
 
-def _pass(
-    user: Node, position: int, axis: int, matched: int, uses: Uses
-) -> list[tuple[Value, int]]:
-    """Where the axis goes on behind one operation; nowhere if it is consumed there."""
-    primitive = user.primitive
-    found: list[tuple[Value, int]] = []
-    if primitive is p.dot_general_p:
+    def _behind(self, user: Node, position: int, axis: int) -> Axes:
+        """Where the axis is behind one operation; nowhere if it is consumed there."""
+        primitive, result = user.primitive, user.outs[0]
+        if primitive is p.dot_general_p:
+            return self._multiplied(user, position, axis)
+        if has(primitive, Trait.REDUCES | Trait.ORDERS | Trait.ACCUMULATES):
+            behind = _reduced(user, axis)
+            if not behind and has(primitive, Trait.ORDERS) and has(primitive, Trait.SEARCHES):
+                self._check_lookup(user)
+            return behind
+        if has(primitive, Trait.SCATTERS):
+            return self._stored(user, position, axis)
+        if primitive is p.gather_p and not _is_slice(user, axis):
+            behind = _looked_up(user, position, axis)
+            if not behind:
+                self._check_lookup(user)
+            return behind
+        if has(primitive, Trait.MERGES):
+            reason = f"{primitive} joins the logits of several devices: they are parts of sums"
+            raise NoMatch(Refusal.NOT_LOGITS, reason, user)
+        if has(primitive, Trait.COLLECTS):
+            added = not user.params["tiled"] and user.params["all_gather_dimension"] <= axis
+            return [(result, axis + added)]
+        if has(primitive, Trait.EXTENDS) and len(result.shape) == len(user.ins[position].shape):
+            return [(out, axis) for out in user.outs]
+        if primitive is _compat.stack_p:
+            return [(result, axis + (user.params["axis"] <= axis))]
+        if primitive is p.dynamic_slice_p and position == 0:
+            if result.shape[axis] == user.ins[0].shape[axis]:
+                return [(result, axis)]
+            raise self._cut(user, "cuts")
+        if not has_axis_rule(primitive):
+            reason = f"{primitive} is not known to consume logits"
+            raise NoMatch(Refusal.UNKNOWN_OPERATION, reason, user, len(self.seen))
+        if primitive is p.reshape_p:
+            merged = _merged(user, axis)
+            if merged is not None:
+                return [(result, merged)]
+        places = ((out, result_axis(user, position, axis, i)) for i, out in enumerate(user.outs))
+        behind = [(out, place[0]) for out, place in places if place is not None]
+        if not behind:
+            raise self._cut(user)
+        return behind
+
+    def _multiplied(self, user: Node, position: int, axis: int) -> Axes:
+        """Behind another product: whose axis it becomes, or chosen from by one-hot rows."""
         batch = user.params["dimension_numbers"][1]
         free = free_axes(user, position)
         if axis in free:
             return [(user.outs[0], free[axis])]
         if axis in batch[position] or not is_one_hot(user.ins[1 - position]):
-            reason = "the wide axis takes part in another product: no vocabulary"
-            raise Contracted(reason, user, matched)
+            raise self._contracted("the wide axis takes part in another product", user)
         return []
-    if primitive in _SINKS:
-        found = _reduced(user, axis)
-        if not found and primitive in _VALUES and _is_multiplied(user.outs[0], uses):
-            raise Contracted("what is looked up in it is multiplied: no vocabulary", user, matched)
-        return found
-    if primitive in _STORES:
-        return _stored(user, position, axis, matched)
-    if primitive is p.gather_p:
-        found = _gathered(user, position, axis)
-        if not found and _is_multiplied(user.outs[0], uses):
-            raise Contracted("what is looked up in it is multiplied: no vocabulary", user, matched)
-        return found
-    if primitive in _compat.reductions:
-        raise Miss(f"{primitive} joins the logits of several devices: they are parts of sums", user)
-    if primitive is p.all_gather_p:
-        added = not user.params["tiled"] and user.params["all_gather_dimension"] <= axis
-        return [(user.outs[0], axis + added)]
-    if primitive in _ALONG and len(user.outs[0].shape) == len(user.ins[position].shape):
-        return [(out, axis) for out in user.outs]
-    if primitive is _compat.stack_p:
-        return [(user.outs[0], axis + (user.params["axis"] <= axis))]
-    if primitive is p.dynamic_slice_p and position == 0:
-        if user.outs[0].shape[axis] == user.ins[0].shape[axis]:
+
+    def _stored(self, user: Node, position: int, axis: int) -> Axes:
+        """Behind a scatter, into the logits or of the logits into a buffer."""
+        if position == 0:
             return [(user.outs[0], axis)]
-        raise Miss("dynamic_slice cuts the wide axis", user, matched)
-    if primitive not in axis_rules:
-        raise Miss(f"{primitive} is not known to consume logits", user, matched)
-    if primitive is p.reshape_p:
-        merged = _merged(user, axis)
-        if merged is not None:
-            return [(user.outs[0], merged)]
-    found = []
-    for output, out in enumerate(user.outs):
-        result = result_axis(user, position, axis, output)
-        if result is not None:
-            found.append((out, result[0]))
-    if not found:
-        raise Miss(f"{primitive} cuts or mixes the wide axis", user, matched)
-    return found
+        numbers = user.params["dimension_numbers"]
+        inserted = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        window = [i for i in range(len(user.outs[0].shape)) if i not in inserted]
+        if position == 2 and axis in numbers.update_window_dims:
+            return [(user.outs[0], window[numbers.update_window_dims.index(axis)])]
+        raise self._not_logits(f"{user.primitive} scatters along the wide axis", user)
+
+    def _check_lookup(self, user: Node) -> None:
+        """Raise if numbers that were looked up go into a product soon: scores of an attention."""
+        seen, stack = {user.outs[0]}, [user.outs[0]]
+        while stack and len(seen) < 64:
+            for reader, position in self.uses.users(stack.pop()):
+                if reader.primitive is p.dot_general_p and not is_one_hot(reader.ins[1 - position]):
+                    raise self._contracted("what is looked up in it is multiplied", user)
+                if reader.bodies:
+                    continue
+                floats = {v for v in reader.outs if jnp.issubdtype(v.dtype, jnp.floating)}
+                stack += floats - seen
+                seen |= floats
+
+    def _cut(self, user: Node, what: str = "cuts or mixes") -> NoMatch:
+        reason = f"{user.primitive} {what} the wide axis"
+        return NoMatch(Refusal.NOT_LOGITS, reason, user, len(self.seen))
+
+    def _contracted(self, reason: str, user: Node) -> NoMatch:
+        reason = f"{reason}: not a vocabulary"
+        return NoMatch(Refusal.CONTRACTED, reason, user, len(self.seen))
+
+    def _not_logits(self, reason: str, node: Node) -> NoMatch:
+        reason = f"{reason}: not a vocabulary"
+        return NoMatch(Refusal.NOT_LOGITS, reason, node, len(self.seen))
 
 
-def _gathers(user: Node, axis: int) -> bool:
+def _joins_devices(user: Node, axis: int) -> bool:
     """Whether it joins the logits of all devices along the vocabulary."""
     params = user.params
     return (
-        user.primitive is p.all_gather_p
+        has(user.primitive, Trait.COLLECTS)
         and params["tiled"]
         and params["all_gather_dimension"] == axis
         and params["axis_index_groups"] is None
     )
 
 
-def _is_multiplied(value: Value, uses: Uses) -> bool:
-    """Whether numbers that were looked up go into a product soon: scores of an attention."""
-    seen, stack = {value}, [value]
-    while stack and len(seen) < 64:
-        for user, position in uses.users(stack.pop()):
-            if user.primitive is p.dot_general_p and not is_one_hot(user.ins[1 - position]):
-                return True
-            for out in user.outs:
-                if out not in seen and not user.bodies and jnp.issubdtype(out.dtype, jnp.floating):
-                    seen.add(out)
-                    stack.append(out)
-    return False
+def _made_by(value: Value) -> Node:
+    """The node that makes a value, looking through casts."""
+    node = value.node
+    assert node is not None
+    while has(node.primitive, Trait.CASTS) and node.ins[0].node is not None:
+        node = node.ins[0].node
+    return node
 
 
 def _merged(user: Node, axis: int) -> int | None:
@@ -190,36 +253,27 @@ def _merged(user: Node, axis: int) -> int | None:
     old, new = user.ins[0].shape, user.outs[0].shape
     for i, size in enumerate(new):
         behind = math.prod(new[i + 1 :]) == math.prod(old[axis + 1 :])
-        if size > old[axis] and size % old[axis] == 0 and behind:
+        if size != old[axis] and size % old[axis] == 0 and behind:
             return i
     return None
 
 
-def _reduced(user: Node, axis: int) -> list[tuple[Value, int]]:
+def _reduced(user: Node, axis: int) -> Axes:
     """Behind a reduction, a sort or a scan along some axis: gone if it is the vocabulary's."""
-    params = user.params
-    gone = params.get("axes", params.get("dimensions"))
+    gone = user.params.get("axes", user.params.get("dimensions"))
     if gone is not None:
         kept = axis - sum(i < axis for i in gone)
         return [] if axis in gone else [(out, kept) for out in user.outs]
-    rank = len(user.ins[0].shape)
-    along = params.get("axis", params.get("dimension", params.get("reduction_dimension", rank - 1)))
-    return [] if along % rank == axis else [(out, axis) for out in user.outs]
+    return [] if ordered_axis(user) == axis else [(out, axis) for out in user.outs]
 
 
-def _stored(user: Node, position: int, axis: int, matched: int) -> list[tuple[Value, int]]:
-    """Behind a scatter, into the logits or of the logits into a buffer."""
-    if position == 0:
-        return [(user.outs[0], axis)]
-    numbers = user.params["dimension_numbers"]
-    inserted = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    window = [i for i in range(len(user.outs[0].shape)) if i not in inserted]
-    if position == 2 and axis in numbers.update_window_dims:
-        return [(user.outs[0], window[numbers.update_window_dims.index(axis)])]
-    raise Miss(f"{user.primitive} scatters along the wide axis", user, matched)
+def _is_slice(user: Node, axis: int) -> bool:
+    """Whether a gather cuts an axis as a slice does."""
+    collapsed = user.params["dimension_numbers"].collapsed_slice_dims
+    return axis not in collapsed and fixed_starts(user) is not None
 
 
-def _gathered(user: Node, position: int, axis: int) -> list[tuple[Value, int]]:
+def _looked_up(user: Node, position: int, axis: int) -> Axes:
     """Behind a gather: a lookup of some logits, or whole rows of them (beam search)."""
     numbers, sizes = user.params["dimension_numbers"], user.params["slice_sizes"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -229,29 +283,28 @@ def _gathered(user: Node, position: int, axis: int) -> list[tuple[Value, int]]:
     return [(user.outs[0], numbers.offset_dims[kept.index(axis)])]
 
 
-def _enter(user: Node, value: Value, axis: int) -> list[tuple[Value, int]]:
+def _enter(user: Node, value: Value, axis: int) -> Axes:
     """Into the bodies of a loop or a branch."""
-    found = []
-    for body in user.bodies:
-        for inner, link in zip(body.scope.inputs, body.inputs, strict=True):
-            if link.outer is value:
-                found.append((inner, axis - 1 if link.role == "slice" else axis))
-    return [(inner, a) for inner, a in found if a >= 0]
+    links = (
+        (inner, axis - 1 if link.role == "slice" else axis)
+        for body in user.bodies
+        for inner, link in zip(body.scope.inputs, body.inputs, strict=True)
+        if link.outer is value
+    )
+    return [(inner, inside) for inner, inside in links if inside >= 0]
 
 
-def _leave(value: Value, axis: int) -> list[tuple[Value, int]]:
+def _leave(value: Value, axis: int) -> Axes:
     """Out of the body of a loop or a branch, and on to its next iteration."""
     node = value.scope.parent
-    if node is None:
-        return []
-    found = []
-    for body in node.bodies:
+    outside: Axes = []
+    for body in node.bodies if node is not None else ():
         for result, output in zip(body.scope.outputs, body.outputs, strict=True):
             if result is not value:
                 continue
+            assert node is not None
             stacked = node.primitive is p.scan_p and not output.feeds
             if output.outer is not None:
-                found.append((node.outs[output.outer], axis + 1 if stacked else axis))
-            for b, i in output.feeds:
-                found.append((node.bodies[b].scope.inputs[i], axis))
-    return found
+                outside.append((node.outs[output.outer], axis + 1 if stacked else axis))
+            outside += ((node.bodies[b].scope.inputs[i], axis) for b, i in output.feeds)
+    return outside

@@ -1,8 +1,8 @@
 """Vocabulary heads: a linear layer onto a large axis that only logits' consumers read.
 
 The match has two halves. `logits.follow` demands that the vocabulary axis ends where logits end.
-`_chain` collects the code that treats each logit separately (scale, bias,
-soft-cap, mask, noise), since candidates have to be chosen by what it returns.
+`_epilogue` collects the code that treats each logit separately (scale, bias, soft-cap, mask,
+noise), since candidates have to be chosen by what it returns.
 """
 
 from __future__ import annotations
@@ -15,81 +15,79 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.provenance import Provenance
-from hire_rewrite.patterns.axes import axis_rules, keeps_tokens, result_axis
+from hire_rewrite.patterns.axes import keeps_tokens, operand_windows, result_axis
+from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.linear import Linear
-from hire_rewrite.patterns.miss import Miss
+from hire_rewrite.patterns.one_hot import is_one_hot
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
+from hire_rewrite.patterns.traits import Trait, has, slope
 from hire_rewrite.patterns.window import Window
-from hire_rewrite.sites.head.logits import Search, follow
+from hire_rewrite.sites.head.logits import LogitTopK, follow
 
-__all__ = ["HeadMatch", "match_head"]
+__all__ = ["MIN_WIDTH", "HeadMatch", "match_head"]
 
-_SCALING = frozenset({p.convert_element_type_p, p.reshape_p, p.neg_p, p.copy_p, p.name_p})
+MIN_WIDTH = 4096
+"""What a vocabulary has at least, if nobody says otherwise."""
 
 Place = tuple[int, int]
 """An axis, and the row of the vocabulary that position 0 of it belongs to."""
-
-_INCREASING = frozenset(
-    {p.add_p, p.sub_p, p.mul_p, p.div_p, p.tanh_p, p.logistic_p, p.exp_p, p.max_p, p.min_p}
-    | {p.clamp_p, p.select_n_p, p.convert_element_type_p, p.copy_p, p.name_p, p.stop_gradient_p}
-    | {p.broadcast_in_dim_p, p.transpose_p, p.squeeze_p, p.reshape_p, p.sharding_constraint_p}
-    | {p.gt_p, p.ge_p, p.lt_p, p.le_p, p.reduce_precision_p, p.not_p, p.and_p, p.or_p}
-    | {p.slice_p, *_compat.sharding_casts}
-)
-"""Operations through which a larger logit stays larger, or that a `select_n` may ask about."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadMatch:
     """A vocabulary head.
 
-    `chain` are the nodes behind the product that treat each logit separately, in order; `places`
-    the vocabulary in each value between: its axis, and the row that position 0 of it belongs to;
-    `endpoints` the values that others read; `searches` the operations behind them that look for the
-    greatest of the whole vocabulary. `unsupported` says why it cannot be rewritten, if so.
+    Attributes:
+      logits: what the product returns, or what a cast to a wider type does where the compiler
+        leaves out the rounding between.
+      epilogue: the nodes behind the logits that treat each one separately, in order.
+      places: the vocabulary in each value from the logits to the outputs.
+      outputs: the values that others read.
+      top_ks: the operations behind them that look for the greatest of the whole vocabulary.
+      doubt: why it is a vocabulary only if a rule says so (by `min_width`); None if it surely is.
     """
 
     linear: Linear
-    axis: int
-    chain: tuple[Node, ...]
+    logits: Value
+    epilogue: tuple[Node, ...]
     places: Mapping[Value, Place]
-    endpoints: tuple[Value, ...]
-    searches: tuple[Search, ...] = ()
-
-    @property
-    def width(self) -> int:
-        return self.linear.out.shape[self.axis]
-
-    @property
-    def unsupported(self) -> str | None:
-        if self.linear.out_dim != self.width or self.linear.experts() > 1:
-            return "several vocabularies lie side by side in one product"
-        return None
-
-    @property
-    def nodes(self) -> frozenset[Node]:
-        return frozenset({self.linear.node, *self.chain})
+    outputs: tuple[Value, ...]
+    top_ks: tuple[LogitTopK, ...] = ()
+    doubt: str | None = None
 
     @property
     def shared(self) -> frozenset[Node]:
         return frozenset()
 
     @property
-    def sides(self) -> tuple[Value, ...]:
-        """What the chain reads besides logits: biases, masks, temperatures, noise."""
-        operands = (value for node in self.chain for value in node.ins)
+    def axis(self) -> int:
+        return self.places[self.logits][0]
+
+    @property
+    def width(self) -> int:
+        return self.logits.shape[self.axis]
+
+    @property
+    def product(self) -> tuple[Node, ...]:
+        """The nodes that make the logits."""
+        assert self.logits.node is not None
+        return tuple(dict.fromkeys((self.linear.node, self.logits.node)))
+
+    @property
+    def nodes(self) -> frozenset[Node]:
+        return frozenset({*self.product, *self.epilogue})
+
+    @property
+    def side_inputs(self) -> tuple[Value, ...]:
+        """What the epilogue reads besides logits: biases, masks, temperatures, noise."""
+        operands = (value for node in self.epilogue for value in node.ins)
         outside = (v for v in operands if v not in self.places and v.literal is None)
         return tuple(dict.fromkeys(v for v in outside if v.const is None))
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return (self.linear.x, *self.sides)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return self.endpoints
+        return (self.linear.x, *self.side_inputs)
 
     @property
     def weights(self) -> tuple[Value, ...]:
@@ -101,162 +99,219 @@ class HeadMatch:
 
 
 def match_head(
-    linear: Linear,
-    min_width: int,
-    linears: Mapping[Node, Linear],
-    provenance: Provenance,
-    uses: Uses,
-    taken: Collection[Node] = (),
+    linear: Linear, context: MatchContext, min_width: int | None = None, shards: int = 1
 ) -> HeadMatch:
-    """The head that begins with `linear`; nodes in `taken` belong to heads before it.
+    """The head that begins with `linear`.
+
+    Args:
+      min_width: what is at least as wide is a vocabulary if it is used like one. None for what
+        surely is one: 4096 wide, twice as wide as its input, and ranked, normalized or returned
+        as it is.
+      shards: devices that have equal parts of its width.
 
     Raises:
-      Miss: its output is no vocabulary.
+      NoMatch: its output is not a vocabulary.
     """
-    axis = max(linear.out_axes, key=lambda i: linear.out.shape[i], default=None)
-    width = 1 if axis is None else linear.out.shape[axis]
-    if axis is None or width < min_width:
-        raise Miss(f"its width {width} is below min_width={min_width} of a vocabulary", linear.node)
-    if width < 2 * linear.in_dim:
-        raise Miss(
-            f"its width {width} is less than twice its input's {linear.in_dim}: no vocabulary",
-            linear.node,
-        )
+    try:
+        return _match(linear, context, min_width, shards)
+    except NoMatch as miss:
+        miss.intended = linear.out_dim > linear.in_dim  # what widens was meant to be one
+        raise
+
+
+def _match(linear: Linear, context: MatchContext, min_width: int | None, shards: int) -> HeadMatch:
+    node, shape = linear.node, linear.out.shape
+    axis = max(linear.out_axes, key=lambda i: shape[i], default=None)
+    width = 1 if axis is None else shape[axis] * shards
+    least = MIN_WIDTH if min_width is None else min_width
+    if axis is None or width < least:
+        reason = f"its width {width} is below min_width={least} of a vocabulary"
+        raise NoMatch(Refusal.TOO_NARROW, reason, node)
+    doubt = _doubt(linear, width, context)
+    if min_width is None and width < 2 * linear.in_dim:
+        raise NoMatch(Refusal.TOO_NARROW, f"{doubt}: not a vocabulary", node)
     if linear.batch:
-        raise Miss(
-            "a weight for each of several inputs (attention heads, experts): no vocabulary",
-            linear.node,
-        )
-    _check_sums(linear, linears, provenance, uses)
-    searches = follow(linear.node, axis, uses)
-    return dataclasses.replace(_chain(linear, axis, uses, taken), searches=searches)
+        reason = "a weight for each of several inputs (attention heads, experts): not a vocabulary"
+        raise NoMatch(Refusal.NOT_LOGITS, reason, node)
+    _check_sums(linear, context)
+    logit_uses = follow(node, axis, context.uses)
+    doubt = doubt or logit_uses.doubt
+    if min_width is None and doubt is not None:
+        raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
+    if linear.out_dim != shape[axis]:
+        reason = "several vocabularies lie side by side in one product"
+        raise NoMatch(Refusal.UNSUPPORTED, reason, node)
+    match = _epilogue(linear, axis, context)
+    return dataclasses.replace(match, top_ks=logit_uses.top_ks, doubt=doubt)
 
 
-def _check_sums(
-    linear: Linear, linears: Mapping[Node, Linear], provenance: Provenance, uses: Uses
-) -> None:
+def _doubt(linear: Linear, width: int, context: MatchContext) -> str | None:
+    """Why an output of that width may be something else than a vocabulary."""
+    if width < MIN_WIDTH:
+        return f"its width {width} is below {MIN_WIDTH}"
+    if width < 2 * linear.in_dim:
+        return f"its width {width} is less than twice its input's {linear.in_dim}"
+    roots = set(context.provenance.roots(linear.weight))
+    for other in context.linears.values():
+        if other.in_dim != width or is_one_hot(other.x):
+            continue
+        if _is_argument(other.x) or roots & set(context.provenance.roots(other.weight)):
+            return f"{width} is the size of an input, too, of which it may be a reconstruction"
+    return None
+
+
+def _is_argument(value: Value) -> bool:
+    """Whether a value is an argument of the function, perhaps cast or laid out anew."""
+    while value.node is not None and has(value.node.primitive, Trait.MOVES | Trait.CASTS):
+        value = value.node.ins[0]
+    return value.is_input and value.scope.parent is None
+
+
+def _check_sums(linear: Linear, context: MatchContext) -> None:
     """Raise if the product is only a part of logits, or distances to the rows of a codebook."""
-    made: dict[Value, Linear] = {}
-    for other in linears.values():
-        for value in _scaled(other.out, provenance, uses):
-            made[value] = other
+    provenance, uses = context.provenance, context.uses
+    made = {value: other for other in context.linears.values() for value in _scaled(other, context)}
     roots = set(provenance.roots(linear.weight))
-    for value in _scaled(linear.out, provenance, uses):
+    for value in _scaled(linear, context):
         for user, position in uses.users(value):
-            if user.primitive not in (p.add_p, p.sub_p):
+            if not has(user.primitive, Trait.ADDS):
                 continue
             added = user.ins[1 - position]
-            sum_of = made.get(added)
-            if sum_of is not None and 2 * linear.in_dim <= sum_of.in_dim:
-                raise Miss(
-                    f"a low-rank product of rank {linear.in_dim} (LoRA) that is added to another",
-                    linear.node,
+            if added in made and 2 * linear.in_dim <= made[added].in_dim:
+                reason = (
+                    f"a low-rank product of rank {linear.in_dim} (LoRA) that is added to another"
                 )
+                raise NoMatch(Refusal.LOW_RANK, reason, linear.node)
             if provenance.is_weight(added) and roots & set(provenance.roots(added)):
-                raise Miss("it is part of distances to the rows of a codebook", user)
+                reason = "it is part of distances to the rows of a codebook"
+                raise NoMatch(Refusal.NOT_LOGITS, reason, user)
 
 
-def _scaled(value: Value, provenance: Provenance, uses: Uses) -> list[Value]:
-    """A value and what is made of it by casts, scales, sums and layout."""
-    found = [value]
-    for current in found:
-        for user, position in uses.users(current):
-            if len(user.ins) == 1:
-                plain = user.primitive in _SCALING
-            else:
-                other = user.ins[1 - position]
-                plain = user.primitive in (p.add_p, p.sub_p) or (
-                    user.primitive in (p.mul_p, p.div_p) and provenance.is_weight(other)
-                )
-            if plain and len(found) < 8:
-                found += user.outs
-    return found
+def _scaled(linear: Linear, context: MatchContext) -> list[Value]:
+    """What a layer returns, and what is made of it by casts, scales, sums and layout."""
+    values = [linear.out]
+    for current in values:
+        for user, position in context.uses.users(current):
+            alone = len(user.ins) == 1
+            plain = has(user.primitive, Trait.LINEAR | Trait.MOVES | Trait.KEEPS) and (
+                alone
+                or has(user.primitive, Trait.ADDS)
+                or context.provenance.is_weight(user.ins[1 - position])
+            )
+            if plain and len(values) < 8:
+                values += user.outs
+    return values
 
 
-def _chain(linear: Linear, axis: int, uses: Uses, taken: Collection[Node]) -> HeadMatch:
-    places: dict[Value, Place] = {linear.out: (axis, 0)}
-    tainted = {linear.out}
-    chain: list[Node] = []
-    theirs = _downstream(taken, uses)
-    queue = [(user.index, user) for user, _ in uses.users(linear.out)]
+def _logits(linear: Linear, uses: Uses) -> Value:
+    """The product's result, or float32 numbers that are all that anybody reads of bfloat16 ones:
+    XLA does not round between the product and such a cast."""
+    out, users = linear.out, uses.users(linear.out)
+    if len(users) != 1 or out in uses.results or out.dtype != jnp.bfloat16:
+        return out
+    (wide, *_) = users[0][0].outs
+    is_cast = users[0][0].primitive is p.convert_element_type_p and wide.dtype == jnp.float32
+    return wide if is_cast else out
+
+
+def _epilogue(linear: Linear, axis: int, context: MatchContext) -> HeadMatch:
+    """A head with the code behind its logits."""
+    uses, logits = context.uses, _logits(linear, context.uses)
+    places: dict[Value, Place] = {logits: (axis, 0)}
+    tainted = {logits}
+    epilogue: list[Node] = []
+    heads = {node for node, match in context.taken.items() if isinstance(match, HeadMatch)}
+    theirs = _downstream(heads, uses)
+    queue = [(user.index, user) for user, _ in uses.users(logits)]
     queued = {user for _, user in queue}
     heapq.heapify(queue)
     while queue:
         _, node = heapq.heappop(queue)
         # Two heads must not wait for each other: this one waits for none before it.
-        free = node not in taken and not any(v in theirs for v in node.ins if v not in places)
-        place = _chain_place(node, places, tainted) if free else None
+        free = node not in heads and not any(v in theirs for v in node.ins if v not in places)
+        place = _place_behind(node, places, tainted) if free else None
         if place is not None:
             places[node.outs[0]] = place
-            chain.append(node)
+            epilogue.append(node)
         tainted.update(node.outs)
         for result in node.outs:
             for user, _ in uses.users(result):
                 if user not in queued:
                     queued.add(user)
                     heapq.heappush(queue, (user.index, user))
-    return _pruned(linear, axis, chain, places, uses)
+    return _pruned(linear, logits, epilogue, places, uses)
 
 
-def _chain_place(node: Node, places: Mapping[Value, Place], tainted: set[Value]) -> Place | None:
-    """Where the vocabulary is in the node's result, if the node belongs to the chain."""
-    if node.primitive not in _INCREASING or node.bodies:
+def _place_behind(node: Node, places: Mapping[Value, Place], tainted: set[Value]) -> Place | None:
+    """Where the vocabulary is in the node's result, if the node belongs to the epilogue."""
+    touched = [i for i, value in enumerate(node.ins) if value in tainted]
+    if node.bodies or len(node.outs) != 1 or any(node.ins[i] not in places for i in touched):
         return None
-    touched = [(i, v) for i, v in enumerate(node.ins) if v in tainted]
-    if any(v not in places for _, v in touched):
-        return None
-    if node.primitive in (p.sub_p, p.div_p) and any(i == 1 for i, _ in touched):
-        return None  # the larger the logit, the smaller the result
-    if node.primitive in (p.mul_p, p.div_p) and any(_is_negative(v) for v in node.ins):
+    if not (_is_condition(node) or all(_rises(node, i) for i in touched)):
         return None
     found: set[Place] = set()
-    for i, value in touched:
+    for i in touched:
+        value = node.ins[i]
         axis, start = places[value]
         result = result_axis(node, i, axis)
         if result is None:
             return None
         window = Window(result[0], node.outs[0].shape[result[0]])
-        inner = axis_rules[node.primitive].operands(node, window)[i]
+        inner = operand_windows(node, window)[i]
         if inner.picks or not keeps_tokens(node, value, inner, window):
             return None
         found.add((result[0], start + result[1]))
     return found.pop() if len(found) == 1 else None
 
 
+def _is_condition(node: Node) -> bool:
+    """Whether its result is something for a `select_n` to ask about."""
+    return has(node.primitive, Trait.POINTWISE) and node.outs[0].dtype == jnp.bool_
+
+
+def _rises(node: Node, operand: int) -> bool:
+    """Whether a larger operand gives a larger result, as far as is known."""
+    if node.primitive is p.select_n_p and operand == 0:
+        return True
+    negative = any(v.literal is not None and np.all(np.asarray(v.literal) < 0) for v in node.ins)
+    kind = slope(node.primitive, operand)
+    return kind == "+" or (kind == "?" and not negative)
+
+
 def _downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
     """The values that depend on the results of some nodes."""
-    found: set[Value] = set()
+    values: set[Value] = set()
     stack = [value for node in nodes for value in node.outs]
     while stack:
         value = stack.pop()
-        if value not in found:
-            found.add(value)
+        if value not in values:
+            values.add(value)
             stack += [result for user, _ in uses.users(value) for result in user.outs]
-    return found
-
-
-def _is_negative(value: Value) -> bool:
-    return value.literal is not None and bool(np.all(np.asarray(value.literal) < 0))
+    return values
 
 
 def _pruned(
-    linear: Linear, axis: int, chain: list[Node], places: dict[Value, Place], uses: Uses
+    linear: Linear,
+    logits: Value,
+    epilogue: list[Node],
+    places: dict[Value, Place],
+    uses: Uses,
 ) -> HeadMatch:
-    """Drop the nodes whose result is no logit but is read outside the chain."""
+    """Drop the nodes whose result is not a logit but is read outside the epilogue."""
     while True:
-        inside = {linear.node, *chain}
+        inside = {linear.node, *epilogue}
 
         def escapes(value: Value, inside: set[Node] = inside) -> bool:
             return value in uses.results or any(u not in inside for u, _ in uses.users(value))
 
-        ends = [v for v in (linear.out, *(n.outs[0] for n in chain)) if escapes(v)]
-        wrong = [v for v in ends if not jnp.issubdtype(v.dtype, jnp.floating)]
-        if not wrong or not chain:
-            kept = {linear.out, *(n.outs[0] for n in chain)}
-            inner = {v: place for v, place in places.items() if v in kept}
-            return HeadMatch(linear, axis, tuple(chain), inner, tuple(ends))
+        inner = [logits, *(node.outs[0] for node in epilogue)]
+        outputs = [value for value in inner if escapes(value)]
+        wrong = [value for value in outputs if not jnp.issubdtype(value.dtype, jnp.floating)]
+        if not wrong or not epilogue:
+            kept = {value: places[value] for value in inner}
+            return HeadMatch(linear, logits, tuple(epilogue), kept, tuple(outputs))
         dropped = set(wrong)
-        for node in chain:
-            if any(v in dropped for v in node.ins):
+        for node in epilogue:
+            if any(value in dropped for value in node.ins):
                 dropped.update(node.outs)
-        chain = [node for node in chain if node.outs[0] not in dropped]
+        epilogue = [node for node in epilogue if node.outs[0] not in dropped]

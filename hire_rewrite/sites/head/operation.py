@@ -134,15 +134,16 @@ class HeadOperation(Operation):
         return [self._replacement(head, arrays, reports=True)]
 
     def exact_form(self) -> SiteReplacement:
-        match, node = self._match, self._match.linear.node
-        read = dict.fromkeys((*node.ins, *match.sides))
+        match = self._match
+        read = dict.fromkeys((*match.linear.node.ins, *match.side_inputs))
         inputs = tuple(v for v in read if v.literal is None and v.const is None)
 
         def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
             env = dict(zip(inputs, ins, strict=True))
-            run_node(node, env)
-            raw = to_tokens(env[match.linear.out], (match.axis,))
-            epilogue = epilogue_of(match, {v: look_up(v, env) for v in match.sides})
+            for node in match.product:
+                run_node(node, env)
+            raw = to_tokens(env[match.logits], (match.axis,))
+            epilogue = epilogue_of(match, {v: look_up(v, env) for v in match.side_inputs})
             return output_values(match, ops.exact_head(raw, spec=self.spec, endpoints=epilogue))
 
         def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
@@ -178,7 +179,7 @@ class HeadOperation(Operation):
         match, spec = self._match, self.spec
 
         def hire_head(x: Any, sides: Sequence[Any], arrays: Any, layer: Any) -> Any:
-            epilogue = epilogue_of(match, dict(zip(match.sides, sides, strict=True)))
+            epilogue = epilogue_of(match, dict(zip(match.side_inputs, sides, strict=True)))
             return head(x, arrays, layer, spec=spec, endpoints=epilogue)
 
         def run(ins: Sequence[Any], layer: Any, arrays: Any) -> Any:

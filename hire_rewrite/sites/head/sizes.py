@@ -50,10 +50,10 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
         k=k,
         candidates=candidates,
         tail=rule.tail,
-        out_dtype=linear.out.dtype,
+        out_dtype=match.logits.dtype,
         precision=linear.node.params["precision"],
         compute_dtype=linear.weight.dtype,
-        starts=tuple(match.places[value][1] for value in match.endpoints),
+        starts=tuple(match.places[value][1] for value in match.outputs),
         parts=num_shards,
         recall_target=rule.recall_target,
     )
@@ -78,7 +78,7 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
             f"{site.name}: certify={rule.certify} of k={rule.k}: only the k greatest logits are "
             "exact, so give at most k, or a greater k"
         )
-    sides = {side: jax.ShapeDtypeStruct(side.shape, side.dtype) for side in match.sides}
+    sides = {side: jax.ShapeDtypeStruct(side.shape, side.dtype) for side in match.side_inputs}
 
     def examine(arrays: Any) -> None:
         chain_of(epilogue_of(match, dict(zip(sides, arrays, strict=True))), site.tokens, proved)

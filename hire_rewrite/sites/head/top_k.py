@@ -27,7 +27,7 @@ def logit_top_k(
 ) -> list[SiteReplacement]:
     """The replacements of what looks for the greatest logits of a head."""
     replacements = []
-    for search in match.searches:
+    for search in match.top_ks:
         node, gather = search.node, search.gather
         if node.primitive is p.approx_top_k_p and not (
             node.params["is_max_k"] and node.params["aggregate_to_topk"]

@@ -1,0 +1,163 @@
+"""What primitives do with their operands: the one table that every matcher reads.
+
+A matcher asks "does it only move numbers?" or "does it order them?", never "is it one of these?". A
+line teaches all of them a new primitive:
+
+    register_traits(my_primitive, Trait.POINTWISE, slopes="+")
+
+A primitive that is not in the table has no traits, and stops every match with its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+
+__all__ = ["Trait", "Traits", "has", "is_widening", "register_traits", "slope"]
+
+
+class Trait(enum.Flag):
+    """A fact about a primitive."""
+
+    POINTWISE = enum.auto()
+    """Each number of the result is made of those in the same place of the operands."""
+    LINEAR = enum.auto()
+    """Linear in each operand."""
+    ADDS = enum.auto()
+    """A sum or a difference."""
+    CASTS = enum.auto()
+    """Changes the type of its operand."""
+    COMPARES = enum.auto()
+    """Compares two operands."""
+    BENDS = enum.auto()
+    """The non-linear core of an activation function."""
+    KEEPS = enum.auto()
+    """Returns its operands as they are."""
+    SHARDS = enum.auto()
+    """Changes how its operand is sharded, and nothing else."""
+    MOVES = enum.auto()
+    """Returns the numbers of its operand in other places."""
+    CUTS = enum.auto()
+    """Returns a part of its operand, or several."""
+    EXTENDS = enum.auto()
+    """Returns its operand and more: axes stay where they are, and grow no shorter."""
+    REDUCES = enum.auto()
+    """Makes one number of all along some axes."""
+    ACCUMULATES = enum.auto()
+    """Makes a number of each one and all before it."""
+    ORDERS = enum.auto()
+    """Returns the numbers along an axis by size, all or the greatest."""
+    RANKS = enum.auto()
+    """Depends on which numbers along an axis are the greatest."""
+    SEARCHES = enum.auto()
+    """Returns where the greatest numbers along an axis are."""
+    SCATTERS = enum.auto()
+    """Writes to places that an operand says."""
+    MULTIPLIES = enum.auto()
+    """A product of matrices."""
+    MERGES = enum.auto()
+    """Makes one array, number by number, of those of several devices."""
+    COLLECTS = enum.auto()
+    """Joins the arrays of several devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """The facts about a primitive.
+
+    `slopes` has a character for each operand, the last one for all that follow: whether the result
+    rises (`+`) or falls (`-`) with it while the others stay, does one of the two (`?`), or neither
+    (`.`).
+    """
+
+    flags: Trait
+    slopes: str
+
+
+_NONE = Traits(Trait(0), ".")
+_table: dict[Any, Traits] = {}
+
+
+def register_traits(primitive: Any, flags: Trait, slopes: str = ".") -> None:
+    """Add a primitive to the table, or replace what was known of it."""
+    _table[primitive] = Traits(flags, slopes)
+
+
+def has(primitive: Any, traits: Trait) -> bool:
+    """Whether a primitive has any of the traits."""
+    return bool(_table.get(primitive, _NONE).flags & traits)
+
+
+def slope(primitive: Any, operand: int) -> str:
+    """How the result changes with an operand: `+`, `-`, `?` or `.` (see `Traits`)."""
+    slopes = _table.get(primitive, _NONE).slopes
+    return slopes[min(operand, len(slopes) - 1)]
+
+
+def is_widening(source: Any, target: Any) -> bool:
+    """Whether a cast between two floating-point types, 8 bits and less included, loses nothing."""
+    if not (jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)):
+        return False
+    old, new = jnp.finfo(source), jnp.finfo(target)
+    return bool(
+        old.nmant <= new.nmant
+        and old.maxexp <= new.maxexp
+        and old.minexp - old.nmant >= new.minexp - new.nmant
+    )
+
+
+_EACH = Trait.POINTWISE
+_LINEAR = Trait.POINTWISE | Trait.LINEAR
+_CAST = _LINEAR | Trait.CASTS
+_BEND = Trait.POINTWISE | Trait.BENDS
+_SAME = Trait.POINTWISE | Trait.KEEPS
+_ROWS: tuple[tuple[Any, ...], ...] = (
+    (_LINEAR | Trait.ADDS, "++", p.add_p),
+    (_LINEAR | Trait.ADDS, "+-", p.sub_p),
+    (_LINEAR, "-", p.neg_p),
+    (_LINEAR, "??", p.mul_p),
+    (_LINEAR, "?.", p.div_p),
+    (_EACH, ".+", p.select_n_p),
+    (_CAST, "+", p.convert_element_type_p, p.reduce_precision_p),
+    (_BEND, "+", p.tanh_p, p.logistic_p, p.exp_p),
+    (_BEND, "+", p.max_p),
+    (_BEND, ".", p.erf_p, p.erfc_p),
+    (_EACH, "+", p.min_p, p.clamp_p),
+    (_EACH | Trait.COMPARES, ".", p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p),
+    (_EACH, ".", p.abs_p, p.acos_p, p.acosh_p, p.and_p, p.asin_p, p.asinh_p, p.atan2_p, p.atan_p,
+     p.atanh_p, p.cbrt_p, p.ceil_p, p.cos_p, p.cosh_p, p.digamma_p, p.erf_inv_p, p.exp2_p,
+     p.expm1_p, p.floor_p, p.integer_pow_p, p.is_finite_p, p.lgamma_p, p.log1p_p, p.log_p,
+     p.nextafter_p, p.not_p, p.or_p, p.pow_p, p.rem_p, p.round_p, p.rsqrt_p, p.shift_left_p,
+     p.shift_right_arithmetic_p, p.shift_right_logical_p, p.sign_p, p.sin_p, p.sinh_p, p.sqrt_p,
+     p.square_p, p.tan_p, p.xor_p),
+    (_SAME, "+", p.copy_p, p.name_p, p.stop_gradient_p),
+    (_SAME | Trait.SHARDS, "+", p.sharding_constraint_p, *_compat.sharding_casts),
+    (Trait.KEEPS, "+", _compat.optimization_barrier_p),
+    (Trait.MOVES, "+", p.transpose_p, p.reshape_p, p.squeeze_p, p.broadcast_in_dim_p),
+    (Trait.CUTS, "+", p.slice_p, _compat.split_p, _compat.unstack_p),
+    (Trait.CUTS, "+.", p.dynamic_slice_p),
+    (Trait.EXTENDS, ".", p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p),
+    (Trait.REDUCES, ".", p.reduce_sum_p, p.reduce_prod_p, p.reduce_min_p, p.reduce_p,
+     p.reduce_or_p, p.reduce_and_p),
+    (Trait.REDUCES | Trait.RANKS, ".", p.reduce_max_p),
+    (Trait.REDUCES | Trait.RANKS | Trait.SEARCHES, ".", p.argmax_p),
+    (Trait.ORDERS | Trait.RANKS, ".", p.sort_p),
+    (Trait.ORDERS | Trait.RANKS | Trait.SEARCHES, ".", p.top_k_p, p.approx_top_k_p),
+    (Trait.ACCUMULATES, ".", p.cumsum_p, p.cumlogsumexp_p, p.cummax_p, p.cumprod_p, p.cummin_p),
+    (Trait.SCATTERS, ".", p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p,
+     p.scatter_min_p),
+    (Trait.MULTIPLIES, ".", p.dot_general_p, p.conv_general_dilated_p,
+     _compat.ragged_dot_general_p),
+    (Trait.MERGES, ".", *_compat.reductions),
+    (Trait.COLLECTS, ".", p.all_gather_p),
+)  # fmt: skip
+
+for _flags, _slopes, *_primitives in _ROWS:
+    for _primitive in _primitives:
+        register_traits(_primitive, _flags, _slopes)
