@@ -95,7 +95,7 @@ def test_what_pays_for_one_token_is_packed():
     rule = hire.FFN(k=0.2, candidates=0.2, predictor=Oracle(), max_tokens=None)
     found = decisions(rule, tokens=6)[1][0]
     assert (found.row.status, found.packs) == ("dense", True)
-    assert "the same top-k in dense arithmetic" in found.site.reason
+    assert "the same meaning in dense arithmetic" in found.row.reason
 
 
 @pytest.mark.parametrize(
