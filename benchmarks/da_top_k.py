@@ -69,9 +69,9 @@ random, for which the count above is there.
 
 Over several axes of a mesh either all are one, or each is merged before the next, the last axis
 first: between hosts then travel k pairs, not those of all their chips. A model of the time, in
-`hire_rewrite/ops/merge.py`, chooses: 5 µs for each collective, 1 µs for each transfer, 45 GB/s, and
-20 times as much between hosts. These are assumptions, made to tell few from many; `merge=` says
-otherwise.
+`hire_rewrite/ops/top_k/merge.py`, chooses: 5 µs for each collective, 1 µs for each transfer,
+45 GB/s, and 20 times as much between hosts. These are assumptions, made to tell few from many;
+`merge=` says otherwise.
 
 ## On paper
 

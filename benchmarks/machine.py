@@ -35,7 +35,8 @@ from hire_rewrite.graph.trace import trace
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.ffn.products import fetched_products
 from hire_rewrite.ops.predictors import Quantized
-from hire_rewrite.ops.products import block_product, product, quantize_blocks, quantize_rows
+from hire_rewrite.ops.products import block_product, product
+from hire_rewrite.ops.quantize import quantize_blocks, quantize_rows
 from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import detect
 from hire_rewrite.rules import Rule

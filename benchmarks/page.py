@@ -219,10 +219,7 @@ def _by_batch(
 def _top_k(result: Row) -> Iterable[str]:
     yield "\n## The k greatest\n"
     sides = list(dict.fromkeys(row["side"] for row in result["rows"]))
-    yield (
-        "Milliseconds for n normal numbers in the caches (kernels: "
-        f"{result['kernels']}). The threshold gives a mask of about k instead of an order."
-    )
+    yield (f"Milliseconds for n normal numbers in the caches (kernels: {result['kernels']}).")
     yield ""
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for row in result["rows"]:

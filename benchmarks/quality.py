@@ -157,7 +157,7 @@ class Quality:
             found[kind] = {
                 "perplexity": _rounded(report.model.perplexity),
                 "recall": _rounded([np.mean(site.recall), min(site.recall)]),
-                "error": round(site.error, 4),
+                "error": round(site.error_exact, 4),
             }
             print(rule.group, kind, found[kind], flush=True)
         return found | {"bytes": [site.bytes_dense, site.bytes_read]}

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from benchmarks import recall, timing
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.top_k.select import plain_top_k, threshold_mask, top_k
+from hire_rewrite.ops.top_k.select import plain_top_k, top_k
 from hire_rewrite.plan import table
 
 SIZES = (8192, 32_768, 131_072, 262_144)
@@ -42,7 +42,6 @@ FORMS = {
     "lax.approx_max_k": approximate,
     "ours": top_k,
     "ours, in JAX": without_kernels,
-    "ours, threshold": threshold_mask,
 }
 
 
@@ -59,20 +58,13 @@ def measure(n: int, k: int, rounds: int) -> list[dict[str, Any]]:
             "n": n,
             "k": k,
             "side": name,
-            "recall": round(recall.recall(_found(call()), wanted)[1], 4),
+            "recall": round(recall.recall(np.asarray(call()[1]), wanted)[1], 4),
             "median ms": round(1e3 * timings.median(name), 4),
             "spread": round(timings.spread(name), 3),
             "ratio": round(timings.ratio(PLAIN, name), 2),
         }
         for name, call in calls.items()
     ]
-
-
-def _found(result: Any) -> np.ndarray:
-    """int[1, m], the indices of a result of any of the forms."""
-    if isinstance(result, tuple | list):
-        return np.asarray(result[1])
-    return np.flatnonzero(np.asarray(result)[0])[None]
 
 
 def main() -> None:

@@ -224,6 +224,11 @@ def is_exported(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
 
 
+def platforms(context: Any) -> tuple[str, ...]:
+    """The platforms for which something is lowered (in the context of a lowering rule)."""
+    return tuple(context.platforms or context.module_context.platforms)
+
+
 def is_divided(context: Any) -> bool:
     """Whether the compiler is to divide what is lowered among devices (inside a `shard_map` over
     all axes the program has done so itself)."""

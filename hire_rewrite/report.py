@@ -25,9 +25,8 @@ class SiteReport:
       recall_p1: for each layer the 1st percentile over tokens of that share.
       best: share of tokens whose greatest unit was among the candidates, of all layers.
       mass: share of the true top k's mass (of what ranks groups, or of probability) among them.
-      error: mean relative error of the output (of a head, of its probabilities) against the exact
-        top k.
-      cost: the same of the exact top k against dense: what k itself changes.
+      error: mean relative error of the output (of a head, of its probabilities) against dense.
+      error_exact: the same against the exact top k, which the predictor alone is to blame for.
       proved: share of tokens whose greatest logits were proved; None without `certify`.
       bytes_dense, bytes_read: weight bytes for one token, in all layers.
       curve: recall for other numbers of candidates, as (candidates, bytes, recall of each layer).
@@ -43,7 +42,7 @@ class SiteReport:
     best: float
     mass: float
     error: float
-    cost: float
+    error_exact: float
     proved: float | None
     bytes_dense: int
     bytes_read: int
@@ -78,7 +77,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
-                  "greatest", "mass", "error", "proved", "MB read"]  # fmt: skip
+                  "greatest", "mass", "error", "from exact", "proved", "MB read"]  # fmt: skip
         parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
         if self.model is not None:
             model = self.model
@@ -144,7 +143,7 @@ def _row(site: SiteReport) -> list[str]:
     return [
         site.name, str(site.tokens), str(site.k), str(site.candidates), f"{mean:.4f}",
         f"{min(site.recall):.4f}", f"{min(site.recall_p1):.3f}", f"{site.best:.4f}",
-        f"{site.mass:.4f}", f"{site.error:.4f}",
+        f"{site.mass:.4f}", f"{site.error:.4f}", f"{site.error_exact:.4f}",
         "" if site.proved is None else f"{site.proved:.2%}",
         f"{site.bytes_dense / 1e6:.1f} → {site.bytes_read / 1e6:.1f}",
     ]  # fmt: skip

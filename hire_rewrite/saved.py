@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
+from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
 
 __all__ = ["load_rules", "save_rules"]
 
 
-def _classes() -> dict[str, type]:
-    """The rules and predictors that there are, by name."""
-    classes = (*(kind.rule for kind in site_kinds()), LowRank, Quantized, Cascade)
-    return {cls.__name__: cls for cls in classes}
-
-
 def save_rules(rules: Iterable[Rule], path: str) -> None:
     """Write rules to a JSON file, which `load_rules` reads.
 
     Raises:
-      HireRewriteError: a predictor is none of this package's.
+      HireRewriteError: a predictor is not registered.
     """
     text = json.dumps([_plain(rule) for rule in rules], indent=1)
     with open(path, "w", encoding="utf-8") as file:
@@ -54,10 +48,10 @@ def _plain(item: Any) -> Any:
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     name = type(item).__name__
-    known = _classes()
-    if known.get(name) is not type(item):
+    if _types().get(name) is not type(item):
         raise HireRewriteError(
-            f"save_rules: {item!r} is none of {', '.join(known)}: write it in code instead"
+            f"save_rules: {item!r} is none of {', '.join(_types())}: register its class with "
+            "register_predictor, or write the rule in code instead"
         )
     fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
     return {"type": name, **fields}
@@ -67,4 +61,9 @@ def _built(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     fields = {name: _built(value) for name, value in item.items() if name != "type"}
-    return _classes()[item["type"]](**fields)
+    return _types()[item["type"]](**fields)
+
+
+def _types() -> Mapping[str, type]:
+    """The classes that a file may name."""
+    return {kind.rule.__name__: kind.rule for kind in site_kinds()} | dict(predictor_types())

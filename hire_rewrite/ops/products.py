@@ -12,14 +12,14 @@ what is here for CPU runs where they are not built.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite import _compat
-from hire_rewrite.ops import kernels
+from hire_rewrite.ops.kernels import Operation
+from hire_rewrite.ops.quantize import dequantize_blocks, rounded_blocks
 
 _CHUNK = 3 << 18
 """Elements that are widened at a time on CPU: 3 MiB as float32. Chunks of 256 K to 3 M elements
@@ -31,23 +31,10 @@ _PRECISION = lax.Precision.DEFAULT
 _FUSED_TOKENS = 4
 """With more tokens one matrix product in chunks beats a fused product for each."""
 
-
-def quantize_rows(rows: Array) -> tuple[Array, Array]:
-    """Symmetric 8-bit rows, each with its own scale.
-
-    Args:
-      rows: [..., n, d].
-
-    Returns:
-      i8[..., n, d] and f32[..., n]; rows ≈ scale · integers, off by at most scale / 2. The scale
-      of a row that holds NaN or infinity is NaN or infinity, so that its products are NaN.
-    """
-    rows = rows.astype(jnp.float32)
-    scale = jnp.abs(rows).max(-1) / 127.0
-    integers = jnp.round(rows / jnp.where(scale == 0, 1.0, scale)[..., None])
-    return integers.astype(jnp.int8), scale
+__all__ = ["block_of", "block_product", "product", "scaled"]
 
 
+@Operation
 def product(
     x: Array,
     rows: Array,
@@ -67,99 +54,21 @@ def product(
     Returns:
       f32[tokens, n].
     """
-    factors = [one for one in (scale, offset) if one is not None]
-
-    def both(factors: tuple[Array, ...]) -> tuple[Array | None, Array | None]:
-        rest = list(factors)
-        return (None if scale is None else rest.pop(0)), (None if offset is None else rest.pop(0))
-
-    def by_cpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
-        return kernels.cpu.product(x, rows, layer, *both(factors))
-
-    def scaled(found: Array, layer: Array, factors: tuple[Array, ...]) -> Array:
-        scale, offset = (
-            one if one is None else lax.dynamic_index_in_dim(one, layer, keepdims=False)
-            for one in both(factors)
-        )
-        found = found if scale is None else found * scale
-        return found if offset is None else found + offset
-
-    def by_tpu(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
-        return scaled(kernels.tpu.product(x, rows, layer), layer, factors)
-
-    def reference(x: Array, rows: Array, layer: Array, *factors: Array) -> Array:
-        found = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
-        return scaled(found, layer, factors)
-
-    own = {
-        "cpu": by_cpu if kernels.cpu.usable(rows.dtype) else None,
-        "tpu": by_tpu if kernels.tpu.fits_product(x, rows) else None,
-    }
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    return kernels.call(reference, x, rows, layer, *factors, **own)
+    products = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+    return scaled(products, layer, scale, offset)
 
 
-def unpack(packed: Array) -> Array:
-    """i8[..., d] in [−8, 7] for i8[..., d/2]: two to a byte, d/2 apart, the first in the low bits.
-
-    So laid out, both halves come out whole and nothing has to be interleaved.
-    """
-    return jnp.concatenate([(packed << 4) >> 4, packed >> 4], axis=-1)
-
-
-def quantize_blocks(rows: Array, block: int) -> tuple[Array, Array]:
-    """Symmetric 4-bit rows, two numbers to a byte, with a scale for each block of columns.
-
-    The greatest of a block is 7.5 steps, so that both ends are rounded by half a step. Scales are
-    bfloat16: it has the range of float32, so that none overflows or vanishes, and the integers are
-    chosen for the scale as it was rounded.
-
-    Args:
-      rows: [..., n, d], d a multiple of `block` and even.
-
-    Returns:
-      i8[..., n, d/2] (see `unpack`) and bf16[..., n, d/block]. The scale of a block that holds NaN
-      or infinity is NaN or infinity, so that its products are NaN.
-    """
-    rows = rows.astype(jnp.float32)
-    d = rows.shape[-1]
-    blocks = rows.reshape(*rows.shape[:-1], d // block, block)
-    scale = (jnp.abs(blocks).max(-1) / 7.5).astype(jnp.bfloat16)
-    step = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
-    integers = jnp.clip(jnp.round(blocks / step), -8, 7).astype(jnp.int8).reshape(rows.shape)
-    return (integers[..., : d // 2] & 15) | (integers[..., d // 2 :] << 4), scale
+def scaled(products: Array, layer: Array, scale: Array | None, offset: Array | None) -> Array:
+    """f32[tokens, n], products · scale[layer] + offset[layer]; see `product`."""
+    if scale is not None:
+        products = products * lax.dynamic_index_in_dim(scale, layer)
+    if offset is not None:
+        products = products + lax.dynamic_index_in_dim(offset, layer)
+    return products
 
 
-def dequantize_blocks(packed: Array, scale: Array) -> Array:
-    """f32[..., n, d] for what `quantize_blocks` returns; no product in it is rounded."""
-    integers = unpack(packed)
-    blocks = integers.reshape(*scale.shape, integers.shape[-1] // scale.shape[-1])
-    wide = blocks.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
-    return wide.reshape(integers.shape)
-
-
-def round_blocks(x: Array, block: int) -> tuple[Array, Array]:
-    """x: [tokens, d] in 8 bits, with a scale for each block of columns.
-
-    Returns:
-      i8[tokens, d] and f32[tokens, d/block]. The scale of a block that holds NaN or infinity is NaN
-      or infinity, so that its products are NaN.
-    """
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
-    scale = jnp.abs(blocks).max(-1) / 127
-    step = jnp.where(scale == 0, 1, scale)[..., None]
-    return jnp.round(blocks / step).astype(jnp.int8).reshape(x.shape), scale
-
-
-def rounded_blocks(x: Array, block: int) -> Array:
-    """f32[tokens, d], what `round_blocks` makes of x; its derivative is that of x."""
-    integers, scale = round_blocks(x, block)
-    blocks = integers.reshape(*scale.shape, block).astype(jnp.float32) * scale[..., None]
-    x = x.astype(jnp.float32)
-    # So, and not as x and what it lacks, which would not be these numbers to the last bit.
-    return lax.stop_gradient(blocks.reshape(x.shape)) + (x - lax.stop_gradient(x))
-
-
+@Operation
 def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     """x @ rows[layer].T in float32 for rows that `quantize_blocks` stored.
 
@@ -175,23 +84,14 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
     Returns:
       f32[tokens, n].
     """
-    d, block = x.shape[1], x.shape[1] // scale.shape[2]
+    x, layer = rounded_blocks(x, block_of(x, scale)), jnp.asarray(layer, jnp.int32)
+    forms = {"cpu": _block_product_cpu, "default": _block_product_default}
+    return lax.platform_dependent(x, packed, scale, layer, **forms)
 
-    def by(kernel: Callable[..., Array], x: Array, *others: Array) -> Array:
-        return kernel(*round_blocks(x, block), *others)
 
-    def reference(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-        forms = {"cpu": _block_product_cpu, "default": _block_product_default}
-        return lax.platform_dependent(rounded_blocks(x, block), packed, scale, layer, **forms)
-
-    cpu = functools.partial(by, kernels.cpu.block_product)
-    tpu = functools.partial(by, kernels.tpu.block_product)
-    own = {
-        "cpu": cpu if kernels.cpu.fits_blocks(d, block) else None,
-        "tpu": tpu if kernels.tpu.fits_blocks(x, packed, scale) else None,
-    }
-    layer = jnp.asarray(layer, jnp.int32)
-    return kernels.call(reference, x, packed, scale, layer, **own)
+def block_of(x: Array, scale: Array) -> int:
+    """How many columns of x: [tokens, d] share a scale: [L, n, d/block]."""
+    return x.shape[1] // scale.shape[2]
 
 
 def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
@@ -226,7 +126,8 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
     # Otherwise XLA repeats the computation of x, at least its cast, for every row; and if a loop
     # calls this with the same rows, it widens them ahead of the loop.
     x, rows = lax.optimization_barrier((x, rows))
-    if _compat.cpu_fuses_widening and tokens <= _FUSED_TOKENS:
+    few = isinstance(tokens, int) and 0 < tokens <= _FUSED_TOKENS
+    if _compat.cpu_fuses_widening and few:
         here = lax.dynamic_index_in_dim(rows, layer, keepdims=False).astype(jnp.float32)
         # Vector times transposed matrix, and nothing else, is the form that XLA fuses.
         return jnp.stack([jnp.matmul(row, here.T, precision=_PRECISION) for row in x])
@@ -270,21 +171,3 @@ def _times(x: Array, rows: Array) -> Array:
         precision=_PRECISION,
         preferred_element_type=jnp.float32,
     )
-
-
-def fetch(rows: Array, layer: Array | int, chosen: Array) -> Array:
-    """rows[layer, chosen]: [tokens, m, d] of rows: [L, n, d], for chosen: i32[tokens, m]."""
-    layers, n, d = rows.shape
-    # One flat index: slicing the layer first would copy it.
-    flat = rows.reshape(layers * n, d)
-    return flat.at[chosen + layer * n].get(mode="promise_in_bounds")
-
-
-def where_they_are(stacked: Array, layer: Array, chosen: Array) -> tuple[Array, Array]:
-    """What kernels fetch stacked[layer, chosen] by, for stacked: [L, G, ..., d].
-
-    Returns:
-      The rows of all layers' groups, [L · G, n, d], and which of them the chosen ones are.
-    """
-    layers, count, *_, d = stacked.shape
-    return stacked.reshape(layers * count, -1, d), chosen + layer * count

@@ -1,48 +1,82 @@
-"""What a predictor misses, measured: the operations with exact arithmetic beside the guess.
+"""What a rewritten operation loses, measured beside the dense one.
 
-Everything is a sum over tokens, so that reports of several batches can be added.
+An operation is compared through one value, a `Comparison`: three results of the same input and, if
+it chooses among units (groups of neurons, rows of a vocabulary), what was chosen. Everything is a
+sum over tokens, so that reports of several batches can be added.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.ffn.activity import relative_error
-from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn.ffn import guess, kept_down, masked, ranked, topk_mask
-from hire_rewrite.ops.ffn.importance import best_mask, with_common
-from hire_rewrite.ops.ffn.products import all_down, all_products
-from hire_rewrite.ops.head.head import (
-    Endpoints,
-    HeadSpec,
-    HeadState,
-    candidates_of,
-    certified,
-    dense_logits,
-    exact_head,
-    finished,
-)
-from hire_rewrite.ops.predictors import Predictor, hopeful
-from hire_rewrite.ops.top_k.select import marked, top_k
+from hire_rewrite.ops.top_k.select import top_k
+
+__all__ = ["Choice", "Comparison", "Measured", "Quality", "quality", "relative_error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which of U units a predictor chose for each token, and what ranks them.
+
+    Attributes:
+      rank, guessed: f32[tokens, U], by which units are ranked exactly and by guess.
+      candidates: bool[tokens, U].
+      k: how many of the greatest are wanted.
+      mass: f32[tokens, U], what a unit weighs among those wanted, not negative.
+      nothing: a unit of this rank holds nothing, and cannot be missed.
+    """
+
+    rank: Array
+    guessed: Array
+    candidates: Array
+    k: int
+    mass: Array
+    nothing: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Results of one operation on the same tokens.
+
+    Attributes:
+      dense, exact, rewritten: [tokens, n], of the dense operation, of the one on its exact top k,
+        and of the rewritten one.
+      choice: what was chosen; None where nothing is.
+      proved: bool[tokens], tokens whose result was proved; None where there is no proof.
+    """
+
+    dense: Array
+    exact: Array
+    rewritten: Array
+    choice: Choice | None = None
+    proved: Array | None = None
+
+
+class Measured(NamedTuple):
+    """What an operation returns on its exact top k and rewritten, and how both compare."""
+
+    exact: Any
+    rewritten: Any
+    comparison: Comparison
 
 
 class Quality(NamedTuple):
-    """Sums over tokens; a unit is a group of neurons or a row of the vocabulary.
+    """Sums over tokens.
 
     Attributes:
       tokens: f32[], how many.
       places: f32[U], how often a unit of the true top k was the predictor's first, second, ...
       hits: f32[k + 1], how many tokens had 0, 1, ... of their true top k among the candidates.
+        Without a choice both are f32[0].
       best: f32[], how many tokens had their greatest unit among the candidates.
-      mass: f32[], what the candidates hold of the true top k's mass: of what ranks groups, or of
-        the probability of the k greatest logits.
-      error: f32[], ‖y − exact‖ / ‖exact‖ of the block's output, or of the logits' probabilities.
-      cost: f32[], the same between exact and dense: what the top k itself changes.
-      proved: f32[], tokens whose greatest logits were proved.
+      mass: f32[], what the candidates hold of the true top k's mass.
+      error, error_exact: f32[], relative error of the rewritten result against the dense one, and
+        against the one on the exact top k.
+      proved: f32[], tokens whose result was proved.
     """
 
     tokens: Array
@@ -51,107 +85,48 @@ class Quality(NamedTuple):
     best: Array
     mass: Array
     error: Array
-    cost: Array
+    error_exact: Array
     proved: Array
 
 
-def measured_ffn(
-    x: Array,
-    state: FFNState,
-    layer: Array | int,
-    *,
-    spec: FFNSpec,
-    activation: Activation,
-    predictor: Predictor,
-    follow: str,
-) -> tuple[Array, Quality]:
-    """`masked_ffn` or `exact_ffn` (as `follow` is "hire" or "exact"), and what it misses."""
-    scores, guessed = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
-    common = spec.common_groups
-    mask = best_mask(guessed, spec.candidate_groups - common, spec)
-    guessed = jnp.pad(guessed, ((0, 0), (common, 0)), constant_values=jnp.inf)
-    pre = all_products(x, state, layer, spec)
-    got = masked(pre, state, layer, scores, mask, spec, activation)
-    h, rank = ranked(pre, state, layer, spec, activation)
-    exact = kept_down(h, topk_mask(rank, spec), state, layer, spec)
-    dense = all_down(h, state, layer, spec)
-    quality = compared(rank, guessed, with_common(mask, spec), spec.k_groups, rank, 0.0)
-    quality = quality._replace(
-        error=relative_error(got, exact).sum(), cost=relative_error(exact, dense).sum()
+def quality(comparison: Comparison) -> Quality:
+    """The sums of a comparison."""
+    rewritten, choice, proved = comparison.rewritten, comparison.choice, comparison.proved
+    zero, empty = jnp.zeros((), jnp.float32), jnp.zeros(0, jnp.float32)
+    return Quality(
+        jnp.float32(rewritten.shape[0]),
+        *((empty, empty, zero, zero) if choice is None else _chosen(choice)),
+        error=relative_error(rewritten, comparison.dense).sum(),
+        error_exact=relative_error(rewritten, comparison.exact).sum(),
+        proved=zero if proved is None else proved.sum(dtype=jnp.float32),
     )
-    return got if follow == "hire" else exact, quality
 
 
-def measured_head(
-    x: Array,
-    state: HeadState,
-    layer: Array | int,
-    *,
-    spec: HeadSpec,
-    endpoints: Endpoints,
-    predictor: Predictor,
-    follow: str,
-) -> tuple[tuple[Array, ...], Quality]:
-    """`hire_head` or `exact_head` (by `follow`), and what it misses of its last endpoint."""
-    scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
-    raw = dense_logits(x, state, layer, spec)
-    dense, wanted = endpoints(raw), exact_head(raw, spec=spec, endpoints=endpoints)
-    exact = jnp.take_along_axis(raw, rows, axis=-1, mode="promise_in_bounds")
-    values = finished(scores, rows, exact, found, spec, endpoints)
-    proved = jnp.zeros(())
-    if spec.certify:
-        values, sure = certified(
-            x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
-        )
-        proved = sure.sum().astype(jnp.float32)
-    last = dense[-1].astype(jnp.float32)
-    order = hopeful(scores, state.predictor, layer).astype(spec.out_dtype)
-    guessed = endpoints(order)[-1].astype(jnp.float32)
-    mask = marked(found[-1], last.shape[-1])
-    chance = jax.nn.softmax(last, axis=-1)
-    quality = compared(last, guessed, mask, min(spec.k, last.shape[-1]), chance, -jnp.inf)
-    got, best = (jax.nn.softmax(z[-1].astype(jnp.float32), axis=-1) for z in (values, wanted))
-    quality = quality._replace(
-        error=relative_error(got, best).sum(),
-        cost=relative_error(best, chance).sum(),
-        proved=proved,
-    )
-    return values if follow == "hire" else wanted, quality
-
-
-def compared(
-    rank: Array, guessed: Array, candidates: Array, k: int, mass: Array, nothing: float
-) -> Quality:
-    """The quality of a choice, without errors of results.
-
-    Args:
-      rank, guessed: [tokens, U], by which units are ranked exactly and by guess.
-      candidates: bool[tokens, U].
-      mass: f32[tokens, U], not negative.
-      nothing: units of this rank are none: if fewer than k are more, the rest of the top k cannot
-        be missed.
-    """
-    tokens, units = rank.shape
-    values, best = top_k(rank, k)
-    real = values > nothing
-    found = jnp.take_along_axis(candidates, best, axis=1) | ~real
-    held = jnp.where(real, jnp.take_along_axis(mass, best, axis=1), 0.0)
+def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:
+    """`places`, `hits`, `best` and `mass` of a choice."""
+    values, best = top_k(choice.rank, choice.k)
+    real = values > choice.nothing
+    hit = jnp.take_along_axis(choice.candidates, best, axis=1) | ~real
+    held = jnp.where(real, jnp.take_along_axis(choice.mass, best, axis=1), 0.0)
     held = held / jnp.maximum(held.max(1, keepdims=True), 1e-30)
 
     def place(row: tuple[Array, Array]) -> Array:
-        guesses, which = row
-        return (guesses > guesses[which][:, None]).sum(1)
+        guesses, units = row
+        return (guesses[None] > guesses[units][:, None]).sum(1)
 
-    places = lax.map(place, (guessed, best))
-    places = jnp.zeros(units).at[places].add(real.astype(jnp.float32))
-    zero = jnp.zeros(())
-    return Quality(
-        tokens=jnp.float32(tokens),
-        places=places,
-        hits=jnp.zeros(k + 1).at[found.sum(1)].add(1.0),
-        best=found[:, 0].sum().astype(jnp.float32),
-        mass=((held * found).sum(1) / jnp.maximum(held.sum(1), 1e-30)).sum(),
-        error=zero,
-        cost=zero,
-        proved=zero,
+    places = lax.map(place, (choice.guessed, best))
+    units = choice.rank.shape[1]
+    share = (held * hit).sum(1) / jnp.maximum(held.sum(1), 1e-30)
+    return (
+        jnp.zeros(units, jnp.float32).at[places].add(real.astype(jnp.float32)),
+        jnp.zeros(choice.k + 1, jnp.float32).at[hit.sum(1)].add(1.0),
+        hit[:, 0].sum(dtype=jnp.float32),
+        share.sum(),
     )
+
+
+def relative_error(got: Array, wanted: Array) -> Array:
+    """f32[tokens], ‖got − wanted‖ / ‖wanted‖ of vectors: [tokens, n]."""
+    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+    size = jnp.sqrt(jnp.square(wanted).sum(-1))
+    return jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.reports import combine
 from hire_rewrite.graph.trace import abstract
 from hire_rewrite.sites import MatchedSite
 
@@ -51,7 +52,7 @@ def accumulate(
         if kind not in compiled:
             compiled[kind] = jax.jit(build(kind))
         report = jax.tree.map(_in_context, compiled[kind](operands))
-        total = report if total is None else _sum(total, report)
+        total = report if total is None else _merge(total, report)
     return total
 
 
@@ -69,11 +70,11 @@ def by_layer(report: Any, site: MatchedSite, *, experts: bool = False) -> Any:
     return jax.tree.map(merge, report)
 
 
-def _sum(total: Any, report: Any) -> Any:
-    """Both reports, added up where both have one."""
+def _merge(total: Any, report: Any) -> Any:
+    """Both reports, combined where both have one."""
     if not isinstance(total, dict):
-        return jax.tree.map(jnp.add, total, report)
-    both = {name: _sum(total[name], report[name]) for name in total if name in report}
+        return combine(total, report)
+    both = {name: _merge(total[name], report[name]) for name in total if name in report}
     return total | report | both
 
 

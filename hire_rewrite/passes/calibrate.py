@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.reports import combine
 from hire_rewrite.passes.accumulate import accumulate, by_layer
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.pack import Calibration
@@ -105,6 +106,5 @@ def _conclude(decisions: Sequence[Decision], reports: Mapping[str, Any]) -> Cali
         if known is not None:
             statistics[name] = known
         before = sites.get(decision.packed_name)
-        both = seen if before is None else jax.tree.map(jnp.add, before, seen)
-        sites[decision.packed_name] = both
+        sites[decision.packed_name] = seen if before is None else combine(before, seen)
     return Calibration(jax.tree.map(automatic, sites), statistics)

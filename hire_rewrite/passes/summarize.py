@@ -69,7 +69,7 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
         best=mean(sums.best),
         mass=mean(sums.mass),
         error=mean(sums.error),
-        cost=mean(sums.cost),
+        error_exact=mean(sums.error_exact),
         proved=mean(sums.proved) if operation.proves else None,
         bytes_dense=now.before,
         bytes_read=now.after,

@@ -8,6 +8,7 @@ become extra `shard_map` operands.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +21,7 @@ from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of
+from hire_rewrite.graph.reports import combine
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import Stacked, Stacker
 from hire_rewrite.patterns.linear import Linear
@@ -80,20 +82,20 @@ class ManualSharding(Sharding):
         """What all devices report, `[devices, ...]`, as `[count, ...]` for the different shards,
         or `[...]` if there is one.
 
-        Reports of the same shard are added up where its devices have different tokens, and are
+        Reports of the same shard are combined where its devices have different tokens, and are
         the same everywhere else.
         """
         sizes = [self.mesh.shape[axis] for axis in self.manual]
-
-        def combine_leaf(leaf: Any) -> Any:
-            leaf = leaf.reshape(*sizes, *leaf.shape[1:])
-            for place, axis in reversed(list(enumerate(self.manual))):
-                if axis not in self.axes:
-                    leaf = leaf.sum(place) if axis in self.token_axes else leaf.take(0, place)
-            first = (self.count,) if self.axes else ()
-            return leaf.reshape(*first, *leaf.shape[len(self.axes) :])
-
-        return jax.tree.map(combine_leaf, report)
+        first = (self.count,) if self.axes else ()
+        report = jax.tree.map(lambda leaf: leaf.reshape(*sizes, *leaf.shape[1:]), report)
+        for place, axis in reversed(list(enumerate(self.manual))):
+            if axis not in self.axes:
+                shards = sizes[place] if axis in self.token_axes else 1
+                reports = (_take(report, shard, place) for shard in range(shards))
+                report = functools.reduce(combine, reports)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(*first, *leaf.shape[len(self.axes) :]), report
+        )
 
     def pack(self, pack: Callable[[Any, Any], Any], weights: Any, calibration: Any) -> Any:
         """What `pack` makes of each device's own weights and its part of the calibration, which
@@ -207,6 +209,10 @@ def exchanges_weights(value: Value, within: Scope) -> bool:
         stack += [source for source in sources if source not in seen]
         seen.update(sources)
     return False
+
+
+def _take(report: Any, shard: int, axis: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf.take(shard, axis), report)
 
 
 def _is_manual(scope: Scope) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.ops.quality import Measured, Quality, quality
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.observe import tap
@@ -164,3 +165,16 @@ class Operation(abc.ABC):
             site.loops,
             reports,
         )
+
+
+def reporting(
+    measured: Callable[..., Measured], follow_exact: bool, **settings: Any
+) -> Callable[..., tuple[Any, Quality]]:
+    """A measured operation that goes on with one of its results, and reports its quality."""
+
+    def run(*args: Any, **more: Any) -> tuple[Any, Quality]:
+        results = measured(*args, **settings, **more)
+        chosen = results.exact if follow_exact else results.rewritten
+        return chosen, quality(results.comparison)
+
+    return run

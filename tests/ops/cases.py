@@ -1,17 +1,21 @@
 """Predictors and states that the tests of `ops` share."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire_rewrite.ops import products, quantize
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.head.head import HeadSpec, HeadState
+from hire_rewrite.ops.kernels import register_kernel
 from tests.cases import Oracle
 
-__all__ = ["Oracle", "ffn", "fitted", "head", "normal", "scaled", "stack"]
+__all__ = ["Oracle", "as_other_backends", "ffn", "fitted", "head", "normal", "scaled", "stack"]
 
 
 def stack(states: list[Any]) -> Any:
@@ -36,6 +40,25 @@ def fitted(predictor: Any, rows: Any) -> Any:
 def _fit(predictor: Any) -> Any:
     """Compiled once for equal predictors, not once for each test."""
     return jax.jit(predictor.fit)
+
+
+@contextlib.contextmanager
+def as_other_backends() -> Iterator[None]:
+    """Products on CPU as backends that are not CPU compute them."""
+
+    def by_rows(x: Any, rows: Any, layer: Any, scale: Any = None, offset: Any = None) -> Any:
+        found = products._product_default(x.astype(jnp.float32), rows, layer)
+        return products.scaled(found, layer, scale, offset)
+
+    def by_blocks(x: Any, packed: Any, scale: Any, layer: Any) -> Any:
+        x = quantize.rounded_blocks(x, products.block_of(x, scale))
+        return products._block_product_default(x, packed, scale, layer)
+
+    with (
+        register_kernel(products.product, "cpu", by_rows),
+        register_kernel(products.block_product, "cpu", by_blocks),
+    ):
+        yield
 
 
 def head(
@@ -97,7 +120,7 @@ def ffn(
     extra = tuple(
         normal(seed + 100 + i, layers, groups, group, dtype=dtype) for i in range(vectors)
     )
-    scored = stacked[:, list(spec.scored), spec.common_groups * group :]
+    scored = stacked[:, :, spec.common_groups * group :]
     predicted = fitted(predictor, scored.reshape(layers, spec.scored_rows, d))
     state = FFNState(up, second.reshape(layers, groups, group, d), extra, predicted)
     if spec.criterion == "output":

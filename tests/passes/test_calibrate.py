@@ -40,9 +40,10 @@ def check(report, tokens):
     tokens = np.asarray(tokens, np.float64)
     assert report.count.shape == tokens.shape[:-2]
     np.testing.assert_array_equal(report.count, tokens.shape[-2])
-    np.testing.assert_allclose(report.total, tokens.sum(-2), rtol=1e-4, atol=1e-4)
-    second = np.swapaxes(tokens, -1, -2) @ tokens
-    np.testing.assert_allclose(report.second, second, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(report.mean, tokens.mean(-2), rtol=1e-4, atol=1e-4)
+    rest = tokens - tokens.mean(-2, keepdims=True)
+    scatter = np.swapaxes(rest, -1, -2) @ rest
+    np.testing.assert_allclose(report.scatter, scatter, rtol=1e-4, atol=1e-4)
 
 
 def numpy_layer(p, x):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hire_rewrite.sites.weights import narrow
 from jax import lax
 
+from hire_rewrite.graph.weights import narrow
 from hire_rewrite.patterns.refusal import Refusal
 from tests.cases import FULL, D, F, T, found_in, inputs, plan_of, rand
 from tests.cases_ffn import (

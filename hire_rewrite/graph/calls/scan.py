@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls.table import BodyResult, BodySpec, BodyWriter
 from hire_rewrite.graph.nodes import Input, Node, Output
+from hire_rewrite.graph.reports import combine
 
 
 class Scan:
@@ -53,7 +54,7 @@ class Scan:
             result = iterate(carry, slices)
             apart, summed = writer.split_reports(body, result.reports)
             new = [result.outputs[feeder[i]] for i in carried]
-            totals = jax.tree.map(jnp.add, totals, summed)
+            totals = combine(totals, summed)
             return (new, totals), ([result.outputs[j] for j in stacked], apart)
 
         def first() -> tuple[None, dict[str, Any]]:

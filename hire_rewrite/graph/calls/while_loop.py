@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hire_rewrite.graph.calls.table import BodyResult, BodySpec, BodyWriter
 from hire_rewrite.graph.nodes import Input, Node, Output
+from hire_rewrite.graph.reports import combine
 
 
 class While:
@@ -60,11 +60,11 @@ class While:
             result = writer.run(body, body_consts | inputs, None)
             return [result.outputs[i] for i in live], result.reports
 
-        def accumulate(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        def repeat(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
             carry, reports = step(state[0])
-            return carry, jax.tree.map(jnp.add, state[1], reports)
+            return carry, combine(state[1], reports)
 
         init = [writer.read(body.inputs[nb + i].outer) for i in live]
         start = (init, writer.report_zeros(step, init))
-        carry, reports = jax.lax.while_loop(proceed, accumulate, start)
+        carry, reports = jax.lax.while_loop(proceed, repeat, start)
         return BodyResult(dict(zip(live, carry, strict=True)), reports)

@@ -18,10 +18,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite.errors import HireRewriteError
+
 __all__ = [
     "CPU_UNIT",
     "OTHER_UNIT",
     "at_least",
+    "check_product",
     "flushed",
     "gamma",
     "norms",
@@ -58,6 +61,23 @@ def operand_unit(dtype: Any, precision: Any) -> float:
     precise = precision if isinstance(precision, tuple) else (precision,)
     exact = all(one == lax.Precision.HIGHEST for one in precise)
     return 0.0 if exact or jnp.dtype(dtype) == jnp.bfloat16 else BFLOAT16_UNIT
+
+
+def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
+    """Raise HireRewriteError if nothing is known about the rounding of such a product."""
+    known = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    for dtype in (compute_dtype, out_dtype):
+        if dtype is None or jnp.dtype(dtype) not in known:
+            raise HireRewriteError(
+                f"certify: a product of {compute_dtype} that returns {out_dtype} cannot be "
+                "certified, only float32 and bfloat16 can: leave certify out, or cast the weight"
+            )
+    for single in precision if isinstance(precision, tuple) else (precision,):
+        if single is not None and not isinstance(single, lax.Precision):
+            raise HireRewriteError(
+                f"certify: the rounding of precision={single} is not known: leave certify out, or "
+                'give one of "default", "high" and "highest"'
+            )
 
 
 def at_least(bound: Array) -> Array:

@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 
 from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.top_k.select import scatter, top_k
+from hire_rewrite.ops.ffn.importance import importance, places
+from hire_rewrite.ops.quality import relative_error
 
 _STEPS = 33
 """Values of k that are tried, from 1/64 of the groups to all of them."""
@@ -45,19 +46,23 @@ def tried_groups(groups: int) -> list[int]:
 
 
 def activity(
-    h: Array, rank: Array, spec: FFNSpec, down: Callable[[Array], Array], *, shares: bool
+    h: Array,
+    norms: Array | None,
+    spec: FFNSpec,
+    down: Callable[[Array], Array],
+    *,
+    shares: bool,
 ) -> Activity:
     """The activity of a block.
 
     Args:
       h: [tokens, f], exact activations.
-      rank: f32[tokens, G], what ranks the groups.
+      norms: as in `importance`.
       down: the rest of the block, from [tokens, f] to its output.
       shares: whether to find what each k keeps; zeros otherwise.
     """
-    tokens, groups = rank.shape
-    order = top_k(rank, groups)[1]
-    place = scatter(jnp.zeros(rank.shape, jnp.int32), order, jnp.arange(groups))
+    tokens, groups = h.shape[0], spec.groups
+    place = places(importance(h, norms, spec), spec)
     tried = tried_groups(groups)
     share, whole = jnp.zeros(len(tried)), jnp.float32(tokens)
     if shares and spec.sparse:
@@ -80,13 +85,6 @@ def activity(
         share=share,
         whole=jnp.asarray(whole, jnp.float32),
     )
-
-
-def relative_error(got: Array, wanted: Array) -> Array:
-    """f32[tokens], ‖got − wanted‖ / ‖wanted‖ of vectors: [tokens, n]."""
-    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
-    size = jnp.sqrt(jnp.square(wanted).sum(-1))
-    return jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)
 
 
 def smallest_k(seen: Activity, keep: float, groups: int) -> int:

@@ -18,21 +18,11 @@ from hire_rewrite.ops.predictors import State
 Activation = Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
 """(pre: P arrays [tokens, n], vectors: arrays [n]) to h: [tokens, n], pointwise along n."""
 
-_CHOICES = {
-    "criterion": ("hidden", "gate", "output"),
-    "reduction": ("l2", "max", "sum"),
-    "selection": ("sort", "threshold"),
-}
 
-
-def check_choices(asked: Any) -> None:
-    """Raise HireRewriteError if the criterion, reduction or selection of a spec or rule is none."""
-    for name, choices in _CHOICES.items():
-        if getattr(asked, name) not in choices:
-            raise HireRewriteError(
-                f"{type(asked).__name__}: {name}={getattr(asked, name)!r} must be one of "
-                f"{', '.join(choices)}"
-            )
+def check_criterion(owner: str, criterion: object) -> None:
+    """Raise HireRewriteError if a spec or rule ranks neurons by something that is not known."""
+    if criterion not in ("hidden", "output"):
+        raise HireRewriteError(f'{owner}: criterion={criterion!r} must be "hidden" or "output"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +43,8 @@ class FFNSpec:
       gate_bias: the vector that is added to the gate first, or None.
       selects: whether the activation itself looks at all neurons together and zeroes most; then it
         is given the guesses of those that were not fetched.
-      criterion: what a neuron is ranked by: |h| (`"hidden"`), |h| with the other projection taken
-        as one (`"gate"`), or |h| times the norm of the neuron's second row (`"output"`).
-      reduction: what ranks a group, of its members: `"l2"`, `"max"` or `"sum"`.
-      selection: how candidates are found, by a partial `"sort"` or by a `"threshold"`.
+      criterion: what a neuron is ranked by: |h| (`"hidden"`), or |h| times the norm of the neuron's
+        second row (`"output"`). A group is ranked by the root of the sum of its squares.
       common_groups: the first so many groups are always computed, without prediction.
       parts: the neurons are taken as so many equal parts, one behind the other, and of each part
         the same number are candidates and are kept: one part for each device that has some.
@@ -76,8 +64,6 @@ class FFNSpec:
     gate_bias: int | None = None
     selects: bool = False
     criterion: str = "hidden"
-    reduction: str = "l2"
-    selection: str = "sort"
     common_groups: int = 0
     parts: int = 1
 
@@ -111,7 +97,7 @@ class FFNSpec:
                 f"FFNSpec: parts={self.parts} with common groups, or with an activation that "
                 "selects, are not supported: give parts=1"
             )
-        check_choices(self)
+        check_criterion("FFNSpec", self.criterion)
 
     @property
     def part(self) -> FFNSpec:
@@ -130,16 +116,9 @@ class FFNSpec:
         return self.width // self.group
 
     @property
-    def scored(self) -> tuple[int, ...]:
-        """The projections whose products the predictor guesses."""
-        if self.criterion == "gate":
-            return (self.gate,)
-        return tuple(range(self.projections))
-
-    @property
     def scored_rows(self) -> int:
-        """How many products it guesses."""
-        return len(self.scored) * (self.groups - self.common_groups) * self.group
+        """How many products the predictor guesses."""
+        return self.projections * (self.groups - self.common_groups) * self.group
 
     def fetched_groups(self, tokens: int, budget: int | None = None) -> int:
         """How many groups `tokens` tokens fetch together, at most; `budget` bounds it further."""
@@ -167,8 +146,8 @@ class FFNState(NamedTuple):
       up: [L, G, P, group, d_in], the rows of the first matrices.
       down: [L, G, group, d_out], those of the second.
       vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
-      predictor: for the rows of the projections `spec.scored`, without those of the common groups:
-        part by part, all of the first projection, then all of the next; with the same leading axis.
+      predictor: for the rows of all projections, without those of the common groups: part by part,
+        all of the first projection, then all of the next; with the same leading axis.
       fused: parts of a product that the block shares with others, which are computed whole.
       joined: of [L, n, d_out], rows of the last matrix that other inputs than h are for.
       norms: f32[L, G, group], norms of the second rows, for the criterion `"output"` alone.

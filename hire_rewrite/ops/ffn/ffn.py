@@ -22,16 +22,17 @@ from hire_rewrite.ops.ffn.importance import (
     guessed_importance,
     importance,
     norms_of,
+    top_groups,
     vectors_of,
     with_common,
 )
 from hire_rewrite.ops.ffn.products import (
     all_down,
     all_products,
-    fetch_groups,
     fetched_down,
     fetched_products,
 )
+from hire_rewrite.ops.gather import fetch
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.top_k.select import marked, part_top_k
 
@@ -70,7 +71,7 @@ def hire_ffn(
         return exact_ffn(x, state, layer, spec=spec, activation=activation)
     scores, rank = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
     fetched = functools.partial(_fetched, x, state, layer, scores, spec=spec, activation=activation)
-    if tokens == 1 and spec.selection == "sort":
+    if tokens == 1:
         return fetched(best_places(rank, count, spec)[0], None)
     mask = best_mask(rank, count, spec)
     union = mask.any(0)
@@ -102,8 +103,8 @@ def exact_ffn(
 
     Differentiable: which groups are kept counts as constant.
     """
-    h, rank = ranked(all_products(x, state, layer, spec), state, layer, spec, activation)
-    return kept_down(h, topk_mask(rank, spec), state, layer, spec)
+    h = activation(all_products(x, state, layer, spec), vectors_of(state, layer))
+    return all_down(top_groups(h, norms_of(state, layer), spec), state, layer, spec)
 
 
 def masked_ffn(
@@ -122,32 +123,6 @@ def masked_ffn(
     return masked(pre, state, layer, scores, mask, spec, activation)
 
 
-def topk_mask(rank: Array, spec: FFNSpec) -> Array:
-    """bool[tokens, f]: the neurons of the k_groups groups of greatest rank: [tokens, G]."""
-    if spec.k_groups == spec.groups:
-        return jnp.ones((rank.shape[0], spec.width), bool)
-    kept = marked(part_top_k(rank, spec.k_groups, spec.parts)[1], spec.groups)
-    return jnp.repeat(kept, spec.group, axis=1)
-
-
-def ranked(
-    pre: tuple[Array, ...],
-    state: FFNState,
-    layer: Array | int,
-    spec: FFNSpec,
-    activation: Activation,
-) -> tuple[Array, Array]:
-    """h: [tokens, f] of the products of all neurons, and what ranks its groups: f32[tokens, G]."""
-    vectors = vectors_of(state, layer)
-    h = activation(pre, vectors)
-    return h, importance(h, pre, vectors, norms_of(state, layer), spec, activation)
-
-
-def kept_down(h: Array, kept: Array, state: FFNState, layer: Array | int, spec: FFNSpec) -> Array:
-    """The block's result of those of h: [tokens, f] that are kept: bool[tokens, f]."""
-    return all_down(jnp.where(kept, h, jnp.zeros_like(h)), state, layer, spec)
-
-
 def guess(
     x: Array,
     state: FFNState,
@@ -159,7 +134,7 @@ def guess(
 ) -> tuple[Array, Array]:
     """Predicted products [tokens, spec.scored_rows], and what they rank: [tokens, G - common]."""
 
-    projections = len(spec.scored)
+    projections = spec.projections
 
     def in_order(scores: Array) -> Array:
         """From part by part to projection by projection."""
@@ -204,13 +179,13 @@ def _fetched(
     if own is not None:
         own = with_common(own, spec)
     pre = fetched_products(x, state, layer, groups, spec)
-    vectors = tuple(fetch_groups(vector, layer, groups).reshape(-1) for vector in state.vectors)
-    norms = None if state.norms is None else fetch_groups(state.norms, layer, groups).reshape(-1)
+    vectors = tuple(fetch(vector, layer, groups).reshape(-1) for vector in state.vectors)
+    norms = None if state.norms is None else fetch(state.norms, layer, groups).reshape(-1)
     if spec.selects:
         h = _selected(pre, scores, groups, own, state, layer, spec, activation)
     else:
         h = activation(pre, vectors)
-    rank = importance(h, pre, vectors, norms, spec, activation)
+    rank = importance(h, norms, spec)
     h = h.reshape(tokens, -1, spec.group)
     if own is not None:
         rank, h = jnp.where(own, rank, -1.0), jnp.where(own[:, :, None], h, jnp.zeros_like(h))
@@ -254,15 +229,14 @@ def masked(
       mask: bool[tokens, G - common], each token's candidates.
     """
     own = with_common(mask, spec)
-    neurons = jnp.repeat(own, spec.group, axis=1)
     if spec.selects:
+        neurons = jnp.repeat(own, spec.group, axis=1)
         guesses = jnp.split(scores.astype(spec.up_dtype), spec.projections, axis=1)
         pre = tuple(
             jnp.where(neurons, exact, guess) for exact, guess in zip(pre, guesses, strict=True)
         )
-    h, rank = ranked(pre, state, layer, spec, activation)
-    kept = topk_mask(jnp.where(own, rank, -1.0), spec) & neurons
-    return kept_down(h, kept, state, layer, spec)
+    h = activation(pre, vectors_of(state, layer))
+    return all_down(top_groups(h, norms_of(state, layer), spec, own), state, layer, spec)
 
 
 def _selected(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.top_k.select import marked, part_top_k, threshold_mask
+from hire_rewrite.ops.top_k.select import marked, part_top_k, scatter, top_k
 
 
 def vectors_of(state: FFNState, layer: Array | int, first: int = 0) -> tuple[Array, ...]:
@@ -26,43 +24,25 @@ def norms_of(state: FFNState, layer: Array | int, first: int = 0) -> Array | Non
     return lax.dynamic_index_in_dim(state.norms, layer, keepdims=False)[first:].reshape(-1)
 
 
-def importance(
-    h: Array,
-    pre: Sequence[Array],
-    vectors: Sequence[Array],
-    norms: Array | None,
-    spec: FFNSpec,
-    activation: Activation,
-) -> Array:
+def importance(h: Array, norms: Array | None, spec: FFNSpec) -> Array:
     """What ranks each group.
 
     Args:
       h: [tokens, n], the activations of some neurons in whole groups.
-      pre: for each projection the products that they were made of, [tokens, n].
-      vectors, norms: of those neurons, each [n].
+      norms: [n], of those neurons' second rows, for the criterion `"output"` alone.
 
     Returns:
       f32[tokens, n / group], not negative; infinite for a group that holds a NaN, which must be
       kept to come out of the block.
     """
-    if spec.criterion == "gate" and spec.projections > 1:
-        ones = jnp.ones_like(pre[spec.gate])
-        h = activation(
-            tuple(p if i == spec.gate else ones for i, p in enumerate(pre)), tuple(vectors)
-        )
     values = lax.stop_gradient(h).astype(jnp.float32)
     if spec.criterion == "output":
         assert norms is not None
-        values = values * norms
-    values = values.reshape(values.shape[0], -1, spec.group)
-    if spec.reduction == "max":
-        found = jnp.abs(values).max(-1)
-    elif spec.reduction == "sum":
-        found = jnp.abs(values).sum(-1)
-    else:  # Σ h² ranks as its square root does
-        found = jnp.square(values).sum(-1)
+        values = values * norms[None]
+    # Σ h² ranks as its square root does.
+    rank = jnp.square(values.reshape(values.shape[0], -1, spec.group)).sum(-1)
     # With its sign bit set a NaN would rank last.
-    return jnp.where(jnp.isnan(found), jnp.inf, found)
+    return jnp.where(jnp.isnan(rank), jnp.inf, rank)
 
 
 def guessed_importance(
@@ -79,12 +59,9 @@ def guessed_importance(
     """
     first = spec.common_groups
     scores = scores.astype(spec.up_dtype)
-    parts = dict(zip(spec.scored, jnp.split(scores, len(spec.scored), axis=1), strict=True))
-    ones = jnp.ones_like(parts[spec.gate])
-    pre = tuple(parts.get(i, ones) for i in range(spec.projections))
-    vectors, norms = vectors_of(state, layer, first), norms_of(state, layer, first)
-    h = activation(pre, vectors)
-    rank = importance(h, pre, vectors, norms, spec, activation)
+    pre = tuple(jnp.split(scores, spec.projections, axis=1))
+    vectors = vectors_of(state, layer, first)
+    rank = importance(activation(pre, vectors), norms_of(state, layer, first), spec)
     if spec.sparse:
         gate = pre[spec.gate].astype(jnp.float32)
         if spec.gate_bias is not None:
@@ -93,6 +70,27 @@ def guessed_importance(
         below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
         rank = jnp.where(rank == 0, below, rank)
     return rank
+
+
+def top_groups(h: Array, norms: Array | None, spec: FFNSpec, among: Array | None = None) -> Array:
+    """h: [tokens, f] on the k_groups groups of the greatest rank, zero elsewhere.
+
+    This is what the top k of a block means, wherever it is computed. Which groups are kept counts
+    as constant in derivatives.
+
+    Args:
+      norms: see `importance`.
+      among: bool[tokens, G], the groups that may be kept; None for all.
+    """
+    if among is None and spec.k_groups == spec.groups:
+        return h
+    rank = importance(h, norms, spec)
+    if among is not None:
+        rank = jnp.where(among, rank, -1.0)
+    kept = best_mask(rank, spec.k_groups, spec)
+    if among is not None:
+        kept &= among
+    return jnp.where(jnp.repeat(kept, spec.group, axis=1), h, jnp.zeros_like(h))
 
 
 def best_places(rank: Array, count: int, spec: FFNSpec) -> Array:
@@ -104,11 +102,16 @@ def best_places(rank: Array, count: int, spec: FFNSpec) -> Array:
 
 
 def best_mask(rank: Array, count: int, spec: FFNSpec) -> Array:
-    """bool[tokens, groups]: the `count` groups of the greatest rank (or fewer, by a threshold)."""
-    if spec.selection == "threshold":
-        parts = rank.reshape(rank.shape[0], spec.parts, -1)
-        return threshold_mask(parts, count // spec.parts).reshape(rank.shape)
+    """bool[tokens, groups]: the `count` groups of the greatest rank."""
     return marked(part_top_k(rank, count, spec.parts)[1], rank.shape[1])
+
+
+def places(rank: Array, spec: FFNSpec) -> Array:
+    """i32[tokens, G]: less than k where `best_mask` marks the k greatest, for every k at once."""
+    count = spec.groups // spec.parts
+    parts = rank.reshape(rank.shape[0] * spec.parts, count)
+    place = scatter(jnp.zeros(parts.shape, jnp.int32), top_k(parts, count)[1], jnp.arange(count))
+    return (place * spec.parts).reshape(rank.shape)
 
 
 def with_common(mask: Array, spec: FFNSpec) -> Array:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from hire_rewrite.ops.head.head import at, gathered, with_tail
+from hire_rewrite.ops.head.logits import gathered_logits
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
+from hire_rewrite.ops.head.tail import at, with_tail
 from hire_rewrite.ops.predictors import Predictor, hopeful
 from hire_rewrite.ops.predictors.sharded import fitted_specs
 from hire_rewrite.ops.top_k.keys import lowest
@@ -48,7 +49,7 @@ def sharded_head(
     ) -> tuple[Array, tuple[Array, ...]]:
         found = tuple(top_k(values, count)[1] for values in hopes)
         rows = jnp.concatenate(found, axis=-1)
-        exact = gathered(x, state, layer, rows, spec).astype(spec.out_dtype)
+        exact = gathered_logits(x, state, layer, rows, spec).astype(spec.out_dtype)
         return scatter(guessed, rows, exact), found
 
     def finish(values: Array, guesses: Array, found: Array) -> Array:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.predictors import State
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import part_top_k
@@ -72,7 +73,7 @@ class HeadSpec:
                 "exact, so give at most k, or a greater k"
             )
         if self.certify:
-            check_product(self.compute_dtype, self.out_dtype, self.precision)
+            rounding.check_product(self.compute_dtype, self.out_dtype, self.precision)
 
     @property
     def part_rows(self) -> int:
@@ -94,23 +95,6 @@ class HeadState(NamedTuple):
     rows: Array
     predictor: State
     bound: State = {}  # noqa: RUF012 - a NamedTuple's default; never changed
-
-
-def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
-    """Raise HireRewriteError if nothing is known about the rounding of such a product."""
-    known = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-    for dtype in (compute_dtype, out_dtype):
-        if dtype is None or jnp.dtype(dtype) not in known:
-            raise HireRewriteError(
-                f"certify: a product of {compute_dtype} that returns {out_dtype} cannot be "
-                "certified, only float32 and bfloat16 can: leave certify out, or cast the weight"
-            )
-    for one in precision if isinstance(precision, tuple) else (precision,):
-        if one is not None and not isinstance(one, lax.Precision):
-            raise HireRewriteError(
-                f"certify: the rounding of precision={one} is not known: leave certify out, or "
-                'give one of "default", "high" and "highest"'
-            )
 
 
 def best(values: Array, k: int, parts: int = 1) -> tuple[Array, Array]:

@@ -1,10 +1,8 @@
 """Kernels: operations that XLA's own code computes badly, written for a platform.
 
-`call` runs one in place of a reference in JAX, where there is one. `cpu` has those in C++, `tpu`
-those in Pallas. With `HIRE_REWRITE_KERNELS=0` in the environment none are used.
+`cpu` has those in C++, `tpu` those in Pallas; `register_kernel` adds others.
 """
 
-from hire_rewrite.ops.kernels import cpu, tpu
-from hire_rewrite.ops.kernels.call import call
+from hire_rewrite.ops.kernels.operation import Operation, Registration, register_kernel
 
-__all__ = ["call", "cpu", "tpu"]
+__all__ = ["Operation", "Registration", "register_kernel"]

@@ -1,149 +1,155 @@
-"""A function in JAX that some platforms compute by a kernel."""
+"""The primitive behind an `Operation`: its type, derivative, batching and lowering."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import Array, lax
-from jax.core import ShapedArray
-from jax.custom_derivatives import SymbolicZero
+from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from hire_rewrite import _compat
 
-__all__ = ["call"]
+__all__ = ["Call", "Kernel", "call_p"]
 
-Function = Callable[..., Any]
+Leaves = Callable[..., list[Array]]
+"""A function of arrays to a list of arrays."""
 
 
-def call(
-    reference: Function,
-    *operands: Array,
-    cpu: Function | None = None,
-    tpu: Function | None = None,
-) -> Any:
-    """`reference` of the operands, computed by a kernel on the platforms that one is given for.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A function that computes an operation on one platform (see `register_kernel`)."""
 
-    Its derivatives are those of the reference. Where a program is exported (`jax.export`), all
-    compute the reference: the process that runs it need not have the kernels. So does TPU where
-    the compiler divides arrays among devices, for it cannot divide a kernel.
+    platform: str
+    function: Callable[..., Any]
+    supports: Callable[..., bool]
+    divisible: bool
 
-    Args:
-      reference: from arrays to an array or a tuple of arrays.
-      cpu, tpu: the same on a platform; None if there is no kernel for these operands.
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of an operation: all of it but the arrays.
+
+    Attributes:
+      operation: its reference, a function of the operands and settings.
+      kernels: those that may compute it, at most one of each platform.
+      tree: how the arrays make up the operands.
+      settings: pairs of a name and a value.
+      batches: for each `vmap` around, the first one inside, the axes of the arrays and the size.
     """
-    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
-        return reference(*operands)
-    given = {"cpu": cpu, "tpu": tpu}
-    kernels = {name: _typed(_portable(one, reference)) for name, one in given.items() if one}
-    if not kernels:
-        return reference(*operands)
-    platforms = {**kernels, "default": reference}
 
-    @jax.custom_jvp
-    def run(*operands: Array) -> Any:
-        return lax.platform_dependent(*operands, **platforms)
+    operation: Callable[..., Any]
+    kernels: tuple[Kernel, ...]
+    tree: Any
+    settings: tuple[tuple[str, Any], ...]
+    batches: tuple[tuple[tuple[int | None, ...], int], ...] = ()
 
-    def derivative(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        moving = [i for i, one in enumerate(tangents) if not isinstance(one, SymbolicZero)]
+    @property
+    def reference(self) -> Leaves:
+        """What computes it in JAX."""
+        return _leaves(self, self.operation)
 
-        def of_moving(*some: Array) -> Any:
-            known = dict(zip(moving, some, strict=True))
-            return reference(*(known.get(i, one) for i, one in enumerate(primals)))
+    def function(self, platforms: Sequence[str], *, divided: bool) -> Leaves | None:
+        """What is registered to compute it on a platform; None for nothing.
 
-        points, ways = ([each[i] for i in moving] for each in (primals, tangents))
-        return run(*primals), jax.jvp(of_moving, points, ways)[1]
+        Args:
+          platforms: those of a program. On more than one the reference runs.
+          divided: whether the compiler divides the program among devices.
+        """
+        for kernel in self.kernels:
+            if (kernel.divisible or not divided) and _names(kernel.platform, platforms):
+                return _leaves(self, kernel.function)
+        return None
 
-    run.defjvp(derivative, symbolic_zeros=True)
-    return run(*operands)
 
+@functools.cache  # so that JAX traces it once
+def _leaves(call: Call, function: Callable[..., Any]) -> Leaves:
+    def run(*leaves: Array) -> list[Array]:
+        operands = jax.tree.unflatten(call.tree, leaves)
+        return jax.tree.leaves(function(*operands, **dict(call.settings)))
 
-def _typed(kernel: Function) -> Function:
-    """A kernel whose results have, inside `shard_map`, the types that JAX would give them."""
-
-    def run(*operands: Array) -> Any:
-        axes = _compat.varying_axes(operands)
-        operands = tuple(_compat.varying_over(one, axes) for one in operands)
-        return jax.tree.map(lambda leaf: _compat.varying_over(leaf, axes), kernel(*operands))
-
+    for axes, size in call.batches:
+        run = jax.vmap(run, in_axes=axes, axis_size=size)
     return run
 
 
-def _portable(kernel: Function, reference: Function) -> Function:
-    """A kernel in programs that run here, its reference in those that are exported."""
-
-    def run(*operands: Array) -> Any:
-        shapes, tree = jax.tree.flatten(jax.eval_shape(reference, *map(_shape, operands)))
-        results = tuple((shape.shape, shape.dtype) for shape in shapes)
-        found = kernel_p.bind(*operands, kernel=kernel, reference=reference, results=results)
-        return jax.tree.unflatten(tree, found)
-
-    return run
+def _names(platform: str, platforms: Sequence[str]) -> bool:
+    names = ("cuda", "rocm") if platform == "gpu" else (platform,)
+    return len(platforms) == 1 and platforms[0] in names
 
 
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _abstract(*avals: Any, call: Call) -> list[Any]:
+    return jax.make_jaxpr(call.reference)(*avals).out_avals
 
 
-# Its parameters:
-#   kernel, reference  functions of the operands with the same results
-#   results            their shapes and dtypes
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[Any, Any]:
+    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
 
+    def of_moving(*some: Array) -> list[Array]:
+        known = dict(zip(moving, some, strict=True))
+        return call.reference(*(known.get(i, primal) for i, primal in enumerate(primals)))
 
-def _abstract(*_: Any, results: Sequence[tuple[Any, Any]], **__: Any) -> list[ShapedArray]:
-    return [ShapedArray(shape, dtype) for shape, dtype in results]
-
-
-def _lowering(
-    context: Any, *operands: Any, kernel: Function, reference: Function, results: Any
-) -> Any:
-    function = reference if _compat.is_exported(context) else kernel
-    return _lowered(context, function, operands)
-
-
-def _lowering_for_tpu(
-    context: Any, *operands: Any, kernel: Function, reference: Function, results: Any
-) -> Any:
-    refused = _compat.is_exported(context) or _compat.is_divided(context)
-    return _lowered(context, reference if refused else kernel, operands)
-
-
-def _lowered(context: Any, function: Function, operands: Sequence[Any]) -> Any:
-    def leaves(*operands: Array) -> list[Array]:
-        return jax.tree.leaves(function(*operands))
-
-    return mlir.lower_fun(leaves, multiple_results=True)(context, *operands)
+    points, ways = ([arrays[i] for i in moving] for arrays in (primals, tangents))
+    moved = jax.jvp(of_moving, points, ways)[1]
+    results = call_p.bind(*primals, call=call)
+    return results, [
+        ad.Zero(jax.typeof(result).to_tangent_aval()) if way.dtype == jax.dtypes.float0 else way
+        for result, way in zip(results, moved, strict=True)
+    ]
 
 
 def _batch(
-    axis: Any,
-    operands: Sequence[Array],
-    dims: Sequence[int | None],
-    *,
-    kernel: Function,
-    reference: Function,
-    results: Sequence[tuple[Any, Any]],
-) -> tuple[Any, Any]:
-    kernel, reference = (
-        jax.vmap(one, in_axes=tuple(dims), axis_size=axis.size) for one in (kernel, reference)
-    )
+    axis: Any, operands: Sequence[Array], dims: Sequence[int | None], *, call: Call
+) -> tuple[Any, tuple[int, ...]]:
+    batched = dataclasses.replace(call, batches=(*call.batches, (tuple(dims), axis.size)))
+    results = call_p.bind(*operands, call=batched)
+    return results, (0,) * len(results)
+
+
+def _lowering(context: Any, *operands: Any, call: Call) -> Any:
+    function = None
+    if not _compat.is_exported(context):
+        platforms, divided = _compat.platforms(context), _compat.is_divided(context)
+        function = call.function(platforms, divided=divided)
+    if function is not None and call.batches and not _takes(function, context.avals_in):
+        function = None
+    run = call.reference if function is None else _alike(function)
+    return mlir.lower_fun(run, multiple_results=True)(context, *operands)
+
+
+def _takes(function: Leaves, avals: Sequence[Any]) -> bool:
+    """Whether a kernel can be batched so: those for TPU take no batch of weights."""
     try:
-        jax.eval_shape(kernel, *map(_shape, operands))
-    except NotImplementedError:  # those for TPU take no batch of weights
-        kernel = reference
-    results = tuple(((axis.size, *shape), dtype) for shape, dtype in results)
-    found = kernel_p.bind(*operands, kernel=kernel, reference=reference, results=results)
-    return found, (0,) * len(found)
+        jax.make_jaxpr(function)(*avals)
+    except NotImplementedError:
+        return False
+    return True
 
 
-kernel_p = Primitive("hire_kernel")
-kernel_p.multiple_results = True
-kernel_p.def_abstract_eval(_abstract)
-kernel_p.def_impl(lambda *operands, kernel, **_: jax.tree.leaves(kernel(*operands)))
-batching.fancy_primitive_batchers[kernel_p] = _batch
-mlir.register_lowering(kernel_p, _lowering)
-mlir.register_lowering(kernel_p, _lowering_for_tpu, platform="tpu")
+def _alike(kernel: Leaves) -> Leaves:
+    """A kernel whose operands have, inside `shard_map`, the type that all of them fit."""
+
+    def run(*operands: Array) -> list[Array]:
+        return kernel(*_compat.varying_alike(operands))
+
+    return run
+
+
+call_p = Primitive("hire_kernel")
+call_p.multiple_results = True
+call_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[call_p] = _jvp
+batching.fancy_primitive_batchers[call_p] = _batch
+mlir.register_lowering(call_p, _lowering)
+
+
+@functools.partial(jax.jit, static_argnames="call")
+def _compiled(*operands: Array, call: Call) -> list[Array]:
+    return call_p.bind(*operands, call=call)
+
+
+call_p.def_impl(_compiled)

@@ -1,6 +1,7 @@
 """Predictors guess all products of a matrix with a vector while reading little of it.
 
-A predictor is a frozen dataclass with the methods of `Predictor`; another one is another file.
+A predictor is a frozen dataclass with the methods of `Predictor`; another one is another file, and
+a `register_predictor`.
 """
 
 from hire_rewrite.ops.predictors.cascade import Cascade
@@ -15,7 +16,9 @@ from hire_rewrite.ops.predictors.protocol import (
     Timed,
     certifies,
     hopeful,
+    predictor_types,
     reads_of,
+    register_predictor,
     written,
 )
 from hire_rewrite.ops.predictors.quantized import Quantized
@@ -33,6 +36,8 @@ __all__ = [
     "Timed",
     "certifies",
     "hopeful",
+    "predictor_types",
     "reads_of",
+    "register_predictor",
     "written",
 ]

@@ -11,9 +11,10 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.gather import by_tokens
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors.protocol import (
     Choose,
@@ -23,13 +24,15 @@ from hire_rewrite.ops.predictors.protocol import (
     State,
     hopeful,
     reads_of,
+    register_predictor,
 )
-from hire_rewrite.ops.top_k.select import top_k
+from hire_rewrite.ops.top_k.select import scatter, top_k
 
 _TOGETHER = 8
 """Tokens whose rows are scored again at a time."""
 
 
+@register_predictor
 @dataclasses.dataclass(frozen=True)
 class Cascade:
     """Score all rows with `first`, and the best of them again with `second`.
@@ -106,16 +109,10 @@ class Cascade:
         second, state = self.second, _part(state, "second")
         assert isinstance(second, ScoresRows)
 
-        def again(each: tuple[Array, Array]) -> Array:
-            token, chosen = each
-            return second.score_rows(state, token[None], layer, chosen[None])[0]
+        def again(x: Array, rows: Array) -> Array:
+            return second.score_rows(state, x, layer, rows)
 
-        if x.shape[0] <= _TOGETHER:
-            better = second.score_rows(state, x, layer, rows)
-        else:  # the rows of many tokens at a time would fill the memory
-            better = lax.map(again, (x, rows), batch_size=_TOGETHER)
-        token = jnp.arange(x.shape[0])[:, None]
-        return scores.at[token, rows].set(better, mode="promise_in_bounds")
+        return scatter(scores, rows, by_tokens(again, (x, rows), _TOGETHER))
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """All of the first predictor, and of the second the kept rows of each token."""

@@ -47,8 +47,9 @@ from jax.scipy.stats import norm
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
-from hire_rewrite.ops.products import product, quantize_rows
+from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
+from hire_rewrite.ops.products import product
+from hire_rewrite.ops.quantize import quantize_rows
 
 _SHRINKAGE = 1e-3
 """The part of the covariance that is replaced by the mean square of x in all directions alike.
@@ -57,6 +58,11 @@ Directions that the calibration did not show, all but a few when it has fewer to
 then rare instead of impossible. Between 0.01 % and 1 % recall was the best and hardly changed, from
 128 to 16 K tokens at d = 576; 5 % and more, and also the shrinkage that is optimal for normally
 distributed tokens (Chen et al. 2010), lost recall on other kinds of text."""
+
+_LARGE = 10.0
+"""The square of the mean counts at most so many times the variance. In SmolLM2 it is 0.2 to 2.8
+times that; where it is a million times that, float32 would leave nothing else of the fit. (The
+products of the mean are an offset of the scores, and right in any case.)"""
 
 _FLOOR = 0.01
 """What a row counts that is never among the greatest, where one that always is counts 1."""
@@ -70,6 +76,7 @@ _NEGLIGIBLE = 1e-7
 """Eigenvalues below this part of the greatest are rounding errors of float32."""
 
 
+@register_predictor
 @dataclasses.dataclass(frozen=True, repr=False)
 class LowRank:
     """Score with a product of two thin matrices.
@@ -140,13 +147,15 @@ class LowRank:
         w = rows.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):
             mean, covariance = jnp.zeros(d), jnp.eye(d)
+            near = mean
             if moments is not None:
-                mean, covariance = moments.mean_and_covariance()
-                covariance = _shrunk(mean, covariance)
+                mean, covariance = moments.mean, moments.covariance()
+                near = _bounded(mean, covariance)
+                covariance = _shrunk(near, covariance)
             if moments is None or top is None:
                 seen, weight, metric = w, jnp.ones(n), covariance
             else:
-                seen, metric = w - w.mean(0), covariance + jnp.outer(mean, mean)
+                seen, metric = w - w.mean(0), covariance + jnp.outer(near, near)
                 weight = _weights(w @ mean, _spread(w, covariance), min(top, n / 2))
             gram = (seen * weight[:, None]).T @ seen
             root = metric if moments is None else _square_root(metric)
@@ -202,6 +211,13 @@ def _stored(dtype: Any) -> Any:
     """The dtype of the large factor for weights of a dtype."""
     # Not float16: what becomes of the factors' range is not known.
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize <= 2 else jnp.float32)
+
+
+def _bounded(mean: Array, covariance: Array) -> Array:
+    """A mean that is large beside the deviations, made shorter."""
+    square, variance = mean @ mean, jnp.trace(covariance)
+    large = (variance > 0) & (square > _LARGE * variance)
+    return jnp.where(large, jnp.sqrt(_LARGE * variance / jnp.where(large, square, 1.0)), 1.0) * mean
 
 
 def _shrunk(mean: Array, covariance: Array) -> Array:

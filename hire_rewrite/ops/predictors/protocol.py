@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jax import Array, lax
 
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
 
 State = dict[str, Array]
@@ -82,6 +83,40 @@ class Predictor(Protocol):
           dtype: of the rows themselves.
         """
         ...
+
+
+_TYPES: dict[str, type] = {}
+
+PredictorType = TypeVar("PredictorType", bound=type)
+
+
+def register_predictor(cls: PredictorType) -> PredictorType:
+    """Let rules that hold such a predictor be saved and loaded: a decorator of a dataclass.
+
+    Example::
+
+        @register_predictor
+        @dataclasses.dataclass(frozen=True)
+        class Signs:
+            bits: int = 1
+            ...
+
+    Raises:
+      HireRewriteError: another class of this name is registered.
+    """
+    known = _TYPES.setdefault(cls.__name__, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise HireRewriteError(
+            f"register_predictor: {known.__module__}.{known.__qualname__} is registered as "
+            f"{cls.__name__} already: give the class another name"
+        )
+    _TYPES[cls.__name__] = cls
+    return cls
+
+
+def predictor_types() -> Mapping[str, type]:
+    """The registered predictors by the names of their classes."""
+    return dict(_TYPES)
 
 
 class Read(NamedTuple):

@@ -1,38 +1,33 @@
 """HiRE-Q: the rows themselves, in few bits (arXiv 2402.09360).
 
-Its errors have bounds, so that heads can prove what they return: with w = ŵ + r, where ŵ is what is
-stored, x·w differs from x·ŵ by at most ‖x‖ ‖r‖ (Cauchy and Schwarz), and what is computed for x·ŵ
-differs from it by roundings (in 4 bits also of x, to 8 bits). `docs/certify.md` has the rest.
+Its errors have bounds (`ops.certify.quantized`), so that heads can prove what they return.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import kernels
-from hire_rewrite.ops.certify import rounding
+from hire_rewrite.ops.certify import quantized
+from hire_rewrite.ops.gather import fetch, gathered_matmul
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors.protocol import Choose, Read, State, written
-from hire_rewrite.ops.products import (
-    block_product,
+from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
+from hire_rewrite.ops.products import block_product, product
+from hire_rewrite.ops.quantize import (
     dequantize_blocks,
-    fetch,
-    product,
     quantize_blocks,
     quantize_rows,
     rounded_blocks,
-    where_they_are,
 )
 
 _BLOCK = 32
 
 
+@register_predictor
 @dataclasses.dataclass(frozen=True, repr=False)
 class Quantized:
     """Score with the rows rounded to `bits` bits.
@@ -117,14 +112,19 @@ class Quantized:
 
     def score_rows(self, state: State, x: Array, layer: Array | int, rows: Array) -> Array:
         """f32[tokens, m] for rows: i32[tokens, m] (see `ScoresRows`)."""
-        scale, x = state["scale"], x.astype(jnp.float32)
+        rows_stored, scale, x = state["rows"], state["scale"], x.astype(jnp.float32)
+        wide, default = jnp.dtype(jnp.float32), lax.Precision.DEFAULT
         if self.bits == 4:
-            integers, scale = (fetch(each, layer, rows) for each in (state["rows"], scale))
-            return _each_product(rounded_blocks(x, self._block), dequantize_blocks(integers, scale))
-        kernel = _fetched_product if kernels.cpu.usable() else None
-        layer = jnp.asarray(layer, jnp.int32)
-        scores = kernels.call(_fetched_reference, x, state["rows"], layer, rows, cpu=kernel)
-        return scores * fetch(scale[..., None], layer, rows)[..., 0]
+            integers, scale = fetch(rows_stored, layer, rows), fetch(scale, layer, rows)
+            return lax.dot_general(
+                dequantize_blocks(integers, scale),
+                rounded_blocks(x, self._block),
+                (((2,), (1,)), ((0,), (0,))),
+                precision=default,
+            )
+        settings = {"compute_dtype": wide, "out_dtype": wide, "precision": default}
+        scores = gathered_matmul(x, rows_stored, layer, rows, **settings)
+        return scores * fetch(scale, layer, rows)
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """The integers and their scales."""
@@ -137,42 +137,12 @@ class Quantized:
         return (Read(f"scored_int{self.bits}", self.bytes(n, d, dtype), tokens),)
 
     def fit_bound(self, rows: Array, state: State) -> State:
-        """`residual`: f32[n], no less than ‖r‖, and `norm`: f32[n], no less than ‖w‖."""
-        if self.bits == 4:
-            stored = dequantize_blocks(state["rows"], state["scale"])
-        else:
-            stored = state["rows"].astype(jnp.float32) * state["scale"][:, None]
-        exact = rows.astype(jnp.float32)
-        norm, residual = rounding.norms(exact), rounding.norms(exact - stored)
-        # The product and the difference above were rounded: by at most u (2 ‖ŵ‖ + ‖r‖).
-        slack = 4 * rounding.OTHER_UNIT * (norm + residual)
-        return {"residual": rounding.at_least(residual + slack), "norm": norm}
+        """`residual` and `norm`: f32[n] (see `ops.certify.quantized`)."""
+        return quantized.fit_bound(rows, state["rows"], state["scale"])
 
     def bound(self, state: State, extra: State, x: Array, layer: Array | int) -> Array:
         """f32[tokens, n] (see `Certifying.bound`)."""
-        residual, norm = (
-            lax.dynamic_index_in_dim(extra[name], layer, keepdims=False)
-            for name in ("residual", "norm")
-        )
-        d, length, stored = x.shape[1], rounding.norms(x)[:, None], norm + residual
-        # Other backends than CPU may multiply rounded vectors and, in 4 bits, rounded rows.
-        unit = rounding.operand_unit(x.dtype, None)
-        off = rounding.platform(0.0, unit)
-        rows_off = rounding.platform(0.0, rounding.BFLOAT16_UNIT if self.bits == 4 else 0.0)
-        count = d + 3
-        if self.bits == 4:  # the kernel adds 8 to the integers and takes 8 Σ x away again
-            count += math.ceil(10 * (1 + 16 / 7 * math.sqrt(self._block)))
-        sums = rounding.platform(
-            *(rounding.gamma(count, unit) for unit in (rounding.CPU_UNIT, rounding.OTHER_UNIT))
-        )
-        # (1 + off) (1 + rows_off) (1 + sums) - 1, without the cancellation.
-        wrong = off + (1 + off) * (rows_off + (1 + rows_off) * sums)
-        tiny = rounding.flushed(d, length, stored)
-        bound = length * residual + wrong * length * stored + tiny
-        if self.bits == 4:  # what is multiplied is x̂
-            moved = rounding.norms(x.astype(jnp.float32) - rounded_blocks(x, self._block))[:, None]
-            bound += (moved + 4 * rounding.OTHER_UNIT * length) * (1 + wrong) * stored
-        return rounding.at_least(bound)
+        return quantized.error_bound(x, extra, layer, self._block if self.bits == 4 else None)
 
     @property
     def _block(self) -> int:
@@ -180,16 +150,3 @@ class Quantized:
 
     def _quantize_blocks(self, rows: Array) -> tuple[Array, Array]:
         return quantize_blocks(rows, self._block)
-
-
-def _fetched_product(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
-    return kernels.cpu.fetched_product(x, *where_they_are(stacked, layer, rows))
-
-
-def _fetched_reference(x: Array, stacked: Array, layer: Array, rows: Array) -> Array:
-    return _each_product(x, fetch(stacked, layer, rows).astype(jnp.float32))
-
-
-def _each_product(x: Array, rows: Array) -> Array:
-    """f32[tokens, m] for x: f32[tokens, d] and each token's own rows: f32[tokens, m, d]."""
-    return lax.dot_general(rows, x, (((2,), (1,)), ((0,), (0,))))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,10 +31,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.top_k.buckets import bucket_top_k
 from hire_rewrite.ops.top_k.keys import from_keys, lowest, to_keys
 from hire_rewrite.ops.top_k.merge import Merge, cheapest, first, merged
-from hire_rewrite.ops.top_k.select import top_k
-
-Select = Callable[[Array, int], tuple[Array, Array]]
-"""The greatest values along the last axis and their places, as `lax.top_k`."""
+from hire_rewrite.ops.top_k.select import Select, top_k
 
 
 def axis_size(name: str) -> int:

@@ -8,15 +8,14 @@ to jaxlib 0.11, where one of the two results is not used.
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import kernels
+from hire_rewrite.ops.kernels import Operation
 from hire_rewrite.ops.top_k.keys import from_keys, lowest, to_keys
 
 _TWO_STAGES = 1 << 17
@@ -25,9 +24,8 @@ enter its heap, and that depends on their order: 262,144 normal scores took 0.50
 0.90 ms for 1024, ascending ones 11 and 12 ms. Two stages took 0.31 and 0.85, and 0.8 and 1.9 ms.
 Of 49,152 scores one stage takes 0.1 ms, and at worst 1.7 ms."""
 
-
-_BISECTIONS = 20
-"""Scores that differ by more than 0.1 % are told apart."""
+Select = Callable[[Array, int], tuple[Array, Array]]
+"""The greatest values along the last axis and their places, as `lax.top_k`."""
 
 
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
@@ -50,10 +48,17 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
         raise HireRewriteError(
             f"top_k: k={k} of {scores.shape[-1]} scores: give a k between 0 and their number"
         )
+    return top_k_operation(scores, k=k)
+
+
+@Operation
+def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
+    """What platforms may compute otherwise in `top_k`."""
     if k == 0 or jnp.dtype(scores.dtype).itemsize > 4:
         return plain_top_k(scores, k)
+    in_stages = through_float32(_in_stages)
     return lax.platform_dependent(
-        scores, cpu=lambda s: _top_k_cpu(s, k), default=lambda s: plain_top_k(s, k)
+        scores, cpu=lambda s: in_stages(s, k), default=lambda s: plain_top_k(s, k)
     )
 
 
@@ -69,37 +74,6 @@ def part_top_k(scores: Array, k: int, parts: int) -> tuple[Array, Array]:
     values, places = top_k(scores.reshape(*lead, parts, n // parts), k // parts)
     places += jnp.arange(parts, dtype=places.dtype)[:, None] * (n // parts)
     return values.reshape(*lead, k), places.reshape(*lead, k)
-
-
-def threshold_mask(scores: Array, k: int) -> Array:
-    """Up to k of the greatest scores along the last axis, without a sort.
-
-    The first threshold is where normally distributed scores would leave k of n above it,
-    mean + std · Φ⁻¹(1 − k/n) (arXiv 2506.06644). Bisection between floating-point numbers then
-    moves it, so that close to k and never more are above it. Each step reads the scores once.
-
-    Args:
-      scores: f32[..., n]; infinity is greatest.
-      k: between 1 and n.
-
-    Returns:
-      bool[..., n], true for k or fewer; the greatest score is always among them, the first of
-      several equal ones.
-    """
-    n = scores.shape[-1]
-    if k == n:
-        return jnp.ones(scores.shape, bool)
-    finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
-    mean, std = finite.mean(-1, keepdims=True), finite.std(-1, keepdims=True)
-    ranks = ~to_keys(scores)
-    low, high = ranks.min(-1, keepdims=True), ranks.max(-1, keepdims=True)
-    middle = jnp.clip(~to_keys(mean + std * jax.scipy.special.ndtri(1.0 - k / n)), low, high)
-    for _ in range(_BISECTIONS):
-        fits = (ranks >= middle).sum(-1, keepdims=True) <= k
-        low, high = jnp.where(fits, low, middle), jnp.where(fits, middle, high)
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-    mask = ranks >= high
-    return mask & (jnp.cumsum(mask, axis=-1) <= k)
 
 
 def scatter(values: Array, indices: Array, updates: Array | bool) -> Array:
@@ -119,26 +93,25 @@ def plain_top_k(scores: Array, k: int) -> tuple[Array, Array]:
     return values, indices
 
 
-def _top_k_cpu(scores: Array, k: int) -> tuple[Array, Array]:
-    dtype = scores.dtype
-    if dtype == jnp.float32:
-        return _partial_sort(scores, k)
-    if dtype in (jnp.int32, jnp.uint32):
-        # The float that has the same place in the order of floats; not its value.
-        values, indices = _partial_sort(from_keys(to_keys(scores), jnp.float32), k)
-        return from_keys(to_keys(values), dtype), indices
-    values, indices = _partial_sort(scores.astype(jnp.float32), k)
-    return values.astype(dtype), indices
+def through_float32(select: Select) -> Select:
+    """`top_k` of numbers of at most 32 bits, by one of float32 that keeps the order of bits."""
 
+    def run(scores: Array, k: int) -> tuple[Array, Array]:
+        dtype = scores.dtype
+        if dtype == jnp.float32:
+            return select(scores, k)
+        if dtype in (jnp.int32, jnp.uint32):
+            # The float that has the same place in the order of floats; not its value.
+            values, indices = select(from_keys(to_keys(scores), jnp.float32), k)
+            return from_keys(to_keys(values), dtype), indices
+        values, indices = select(scores.astype(jnp.float32), k)
+        return values.astype(dtype), indices
 
-def _partial_sort(scores: Array, k: int) -> tuple[Array, Array]:
-    """`lax.top_k` of f32[..., n] on CPU."""
-    kernel = functools.partial(kernels.cpu.top_k, k=k) if kernels.cpu.usable() else None
-    return kernels.call(functools.partial(_in_stages, k=k), scores, cpu=kernel)
+    return run
 
 
 def _in_stages(scores: Array, k: int) -> tuple[Array, Array]:
-    """`_partial_sort` in one stage or two."""
+    """`lax.top_k` of f32[..., n] on CPU, in one stage or two."""
     n = scores.shape[-1]
     # Both stages together look at n / block + k * block scores.
     block = 1 << max(0, round(math.log2(n / k) / 2))

@@ -14,8 +14,7 @@ from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.graph.nodes import Frame, Node, Value
 from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.ffn.ffn import topk_mask
-from hire_rewrite.ops.ffn.importance import importance
+from hire_rewrite.ops.ffn.importance import top_groups
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.kind import MatchedSite
@@ -31,9 +30,7 @@ def exact_form(site: MatchedSite, spec: FFNSpec) -> SiteReplacement:
 
     def exact_ffn(ins: Sequence[Any]) -> Sequence[Any]:
         env = block.hidden(ins)
-        hidden, rank = block.ranked(env, spec)
-        kept = jnp.where(topk_mask(rank, spec), hidden, jnp.zeros_like(hidden))
-        return [block.down(env, kept)]
+        return [block.down(env, top_groups(*block.activations(env, spec), spec))]
 
     def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
         return jax.jit(exact_ffn)(ins)
@@ -50,12 +47,12 @@ def observed(site: MatchedSite, spec: FFNSpec, *, shares: bool) -> SiteReplaceme
     def run(ins: Sequence[Any], *_: Any) -> tuple[Sequence[Any], Any]:
         arrays = dict(zip(inputs, ins, strict=True))
         env = block.hidden([arrays[value] for value in block.inputs])
-        hidden, rank = block.ranked(env, spec)
+        hidden, norms = block.activations(env, spec)
 
         def down(h: Any) -> Any:
             return to_tokens(block.down(env, h), match.down.out_axes)
 
-        active = activity(hidden, rank, spec, down, shares=shares)
+        active = activity(hidden, norms, spec, down, shares=shares)
         moments = Moments.of(to_tokens(arrays[match.x], match.x_axes))
         return [block.down(env, hidden)], (moments, active)
 
@@ -102,12 +99,11 @@ class _Block:
             run_node(node, env)
         return env[self.match.down.out]
 
-    def ranked(self, env: Mapping[Value, Any], spec: FFNSpec) -> tuple[Any, Any]:
-        """The activations [tokens, f] and what ranks their groups, f32[tokens, G]."""
+    def activations(self, env: Mapping[Value, Any], spec: FFNSpec) -> tuple[Any, Any]:
+        """h: [tokens, f], and the norms of the second rows if they rank it, f32[f]."""
         region = self.match.region
         hidden = to_tokens(env[region.value], (region.axis,))
-        norms = self._norms(env) if spec.criterion == "output" else None
-        return hidden, importance(hidden, (), (), norms, spec, lambda *_: hidden)
+        return hidden, self._norms(env) if spec.criterion == "output" else None
 
     def _norms(self, env: Mapping[Value, Any]) -> Any:
         """f32[f]: the norms of the rows of the last matrix."""

@@ -16,10 +16,10 @@ import jax
 
 from hire_rewrite.ops.ffn import ffn as ops
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
+from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.products import add_joined, part_inputs
 from hire_rewrite.ops.ffn.sharded import ffn_specs, sharded_ffn
 from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
-from hire_rewrite.ops.quality import measured_ffn
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.cost import ffn_reads
@@ -30,7 +30,7 @@ from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.statistics import TOKENS, FFNStatistics, ffn_statistics
 from hire_rewrite.sites.kind import Functions, MatchedSite
 from hire_rewrite.sites.layout import from_tokens, to_tokens
-from hire_rewrite.sites.operation import Operation, SiteCalibration
+from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 
@@ -138,11 +138,7 @@ class FFNOperation(Operation):
         return self._replacements(ops.dense_ffn, arrays, ("dense",))
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        block = functools.partial(
-            measured_ffn,
-            predictor=self.rule.predictor,
-            follow="exact" if follow_exact else "hire",
-        )
+        block = reporting(measured_ffn, follow_exact, predictor=self.rule.predictor)
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 
     def exact_form(self) -> SiteReplacement:

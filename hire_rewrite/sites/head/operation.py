@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.ops.head import head as ops
+from hire_rewrite.ops.head.logits import exact_values
+from hire_rewrite.ops.head.measured import measured_head
 from hire_rewrite.ops.head.sharded import head_specs, sharded_head
 from hire_rewrite.ops.head.spec import HeadSpec, HeadState
 from hire_rewrite.ops.predictors import (
@@ -23,7 +25,6 @@ from hire_rewrite.ops.predictors import (
     Read,
     certifies,
 )
-from hire_rewrite.ops.quality import measured_head
 from hire_rewrite.ops.top_k.merge import cheapest, described
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.head.cost import head_reads
@@ -32,7 +33,7 @@ from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.top_k import logit_top_k
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.layout import to_tokens
-from hire_rewrite.sites.operation import Operation, SiteCalibration
+from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, each_layer, fit_predictor
 
@@ -116,21 +117,13 @@ class HeadOperation(Operation):
         return [self._replacement(head, arrays), *searches]
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        def head(x: Any, arrays: Any, layer: Any, *, spec: HeadSpec, endpoints: Any) -> Any:
-            (raw,) = ops.dense_head(x, arrays, layer, spec=spec, endpoints=lambda z: (z,))
-            return ops.exact_head(raw, spec=spec, endpoints=endpoints)
-
-        return [self._replacement(head, arrays)]
+        return [self._replacement(ops.exact_head, arrays)]
 
     def dense(self, arrays: Any) -> list[SiteReplacement]:
         return [self._replacement(ops.dense_head, arrays)]
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        head = functools.partial(
-            measured_head,
-            predictor=self.rule.predictor,
-            follow="exact" if follow_exact else "hire",
-        )
+        head = reporting(measured_head, follow_exact, predictor=self.rule.predictor)
         return [self._replacement(head, arrays, reports=True)]
 
     def exact_form(self) -> SiteReplacement:
@@ -144,7 +137,7 @@ class HeadOperation(Operation):
                 run_node(node, env)
             raw = to_tokens(env[match.logits], (match.axis,))
             epilogue = epilogue_of(match, {v: look_up(v, env) for v in match.side_inputs})
-            return output_values(match, ops.exact_head(raw, spec=self.spec, endpoints=epilogue))
+            return output_values(match, exact_values(raw, spec=self.spec, endpoints=epilogue))
 
         def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
             return jax.jit(exact_head)(ins)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import proof as certify
 from hire_rewrite.ops.certify import rounding
+from hire_rewrite.ops.certify.head import certified
 from hire_rewrite.ops.certify.monotone import Chain
-from hire_rewrite.ops.head.head import HeadSpec, HeadState, certified, dense_head, hire_head
+from hire_rewrite.ops.head.head import HeadSpec, HeadState, dense_head, hire_head
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, normal
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, guess, hire_ffn, masked_ffn, topk_mask
-from hire_rewrite.ops.ffn.importance import importance
+from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, guess, hire_ffn, masked_ffn
+from hire_rewrite.ops.ffn.importance import top_groups
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, ffn, fitted, normal
 
@@ -102,7 +102,7 @@ def test_exact_keeps_the_groups_of_greatest_energy():
     mask = np.zeros((2, spec.groups), bool)
     np.put_along_axis(mask, keep, True, 1)
     mask = np.repeat(mask, spec.group, axis=1)
-    np.testing.assert_array_equal(topk_mask(jnp.asarray(energy), spec), mask)
+    np.testing.assert_array_equal(top_groups(jnp.asarray(h), None, spec), h * mask)
     got = run(exact_ffn, x, spec, state, reglu)
     np.testing.assert_allclose(got, (h * mask) @ down, rtol=1e-4, atol=1e-5)
 
@@ -228,10 +228,9 @@ def test_a_neuron_of_nan_is_kept_whatever_its_sign():
     spec, _, _ = ffn(Oracle())
     h = np.array(normal(5, 2, 96))
     h[0, 50], h[1, 7] = np.nan, -np.nan
-    rank = importance(jnp.asarray(h), (), (), None, spec, reglu)
-    mask = topk_mask(rank, spec)
-    assert mask[0, 50]
-    assert mask[1, 7]
+    kept = top_groups(jnp.asarray(h), None, spec)
+    assert np.isnan(kept[0, 50])
+    assert np.isnan(kept[1, 7])
 
 
 @pytest.mark.parametrize("predictor", [Quantized(), LowRank(16)])
@@ -266,8 +265,7 @@ def test_differentiable_with_the_choice_held_constant():
     def hire(x):
         return hire_ffn(x, state, 0, spec=spec, activation=reglu, predictor=predictor).sum()
 
-    rank = importance(hidden(x), (), (), None, spec, reglu)
-    mask = topk_mask(rank, spec)
+    mask = top_groups(hidden(x), None, spec) != 0
     want = jax.jit(jax.grad(lambda x: ((hidden(x) * mask) @ down).sum()))(x)
     for op in (exact, hire):
         np.testing.assert_allclose(jax.jit(jax.grad(op))(x), want, rtol=1e-3, atol=1e-5)
@@ -315,7 +313,7 @@ def test_it_lowers_for_every_platform(platform):
         ({"k_groups": 0}, "at least 1"),
         ({"gate": 2}, "gate=2 is none of 2 projections"),
         ({"common_groups": 7}, "common_groups=7 .* at most candidate_groups=6"),
-        ({"criterion": "norm"}, "criterion='norm' must be one of hidden, gate, output"),
+        ({"criterion": "norm"}, "criterion='norm' must be .hidden. or .output."),
     ],
 )
 def test_a_spec_out_of_range(changes, message):
@@ -325,13 +323,12 @@ def test_a_spec_out_of_range(changes, message):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("selection", ["sort", "threshold"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_masked_is_the_same_without_fetching(name, tokens, selection):
+def test_masked_is_the_same_without_fetching(name, tokens):
     """Also where the predictor errs, so that the candidates lack some of the top k."""
     activation, sizes = BLOCKS[name]
     predictor = Oracle(4.0)
-    spec, state, _ = ffn(predictor, selection=selection, **sizes)
+    spec, state, _ = ffn(predictor, **sizes)
     x = normal(3, tokens, 16)
     got = run(hire_ffn, x, spec, state, activation, predictor=predictor)
     want = run(masked_ffn, x, spec, state, activation, predictor=predictor)
@@ -370,28 +367,17 @@ def _unwanted(spec, state, x):
     return jnp.argsort(rank[0])[: spec.groups - spec.candidate_groups]
 
 
-CRITERIA = [
-    ("hidden", "l2"),
-    ("hidden", "max"),
-    ("hidden", "sum"),
-    ("gate", "l2"),
-    ("output", "sum"),
-]
-
-
-@pytest.mark.parametrize(("criterion", "reduction"), CRITERIA)
+@pytest.mark.parametrize("criterion", ["hidden", "output"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_what_ranks_a_group(criterion, reduction, tokens):
+def test_what_ranks_a_group(criterion, tokens):
     predictor = Oracle()
-    spec, state, weights = ffn(predictor, criterion=criterion, reduction=reduction)
+    spec, state, weights = ffn(predictor, criterion=criterion)
     x = normal(5, tokens, 16)
     gate, up, down = (np.asarray(w[0]) for w in weights)
     act = np.maximum(np.asarray(x) @ gate.T, 0)
     h = act * (np.asarray(x) @ up.T)
-    ranked = {"hidden": h, "gate": act, "output": h * np.linalg.norm(down, axis=1)}[criterion]
-    members = np.abs(ranked).reshape(tokens, spec.groups, spec.group)
-    reduce = {"l2": lambda m: np.square(m).sum(-1), "max": lambda m: m.max(-1)}
-    rank = reduce.get(reduction, lambda m: m.sum(-1))(members)
+    ranked = {"hidden": h, "output": h * np.linalg.norm(down, axis=1)}[criterion]
+    rank = np.square(ranked.reshape(tokens, spec.groups, spec.group)).sum(-1)
     keep = np.argsort(-rank, axis=1)[:, : spec.k_groups]
     mask = np.zeros((tokens, spec.groups), bool)
     np.put_along_axis(mask, keep, True, 1)
@@ -400,11 +386,6 @@ def test_what_ranks_a_group(criterion, reduction, tokens):
     np.testing.assert_allclose(exact, want, rtol=1e-4, atol=1e-5)
     got = run(hire_ffn, x, spec, state, reglu, predictor=predictor)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_the_gate_alone_is_scored():
-    spec, state, _ = ffn(Oracle(), criterion="gate")
-    assert spec.scored_rows == state.predictor["rows"].shape[1] == spec.width
 
 
 @pytest.mark.parametrize("name", ["reglu", "biased_gelu"])
@@ -432,7 +413,7 @@ def test_rows_fetched_in_pieces(name, tokens, monkeypatch):
     spec, state, _ = ffn(predictor, k_groups=5, candidate_groups=7, **sizes)
     x = normal(5, tokens, 16)
     whole = run(hire_ffn, x, spec, state, activation, predictor=predictor)
-    monkeypatch.setattr("hire_rewrite.ops.ffn.products._PIECE", 3 * 4 * 2 * 16 * 4)
+    monkeypatch.setattr("hire_rewrite.ops.gather._PIECE", 3 * 4 * 2 * 16 * 4)
     pieces = run(hire_ffn, x, spec, state, activation, predictor=predictor)
     np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
     assert np.abs(whole).max() > 0.1

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.head.head import HeadSpec, HeadState, dense_head, exact_head, hire_head
+from hire_rewrite.ops.head.head import HeadSpec, HeadState, dense_head, hire_head
+from hire_rewrite.ops.head.logits import exact_values
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, fitted, head, normal
 
@@ -184,7 +185,7 @@ def test_the_tail_is_minus_infinity_where_asked():
     kept = np.isfinite(got)
     assert (kept.sum(1) == spec.candidates).all()
     np.testing.assert_allclose(got[kept], want[kept], rtol=1e-5)
-    (reference,) = exact_head(want, spec=spec, endpoints=raw)
+    (reference,) = exact_values(want, spec=spec, endpoints=raw)
     assert (np.isfinite(reference).sum(1) == spec.candidates).all()
     np.testing.assert_array_equal(greatest(reference, 20), greatest(want, 20))
 
@@ -192,7 +193,7 @@ def test_the_tail_is_minus_infinity_where_asked():
 def test_exact_head_leaves_a_predicted_tail_dense():
     spec, _ = head(Oracle())
     logits = normal(0, 2, 200)
-    (got,) = exact_head(logits, spec=spec, endpoints=raw)
+    (got,) = exact_values(logits, spec=spec, endpoints=raw)
     np.testing.assert_array_equal(got, logits)
 
 

@@ -65,7 +65,7 @@ def test_it_is_the_best_of_its_rank():
     rows, x = normal(0, N, D), activations(2, 4000)
     moments = Moments.of(x)
     error = scored(LowRank(12), rows, moments, x) - x @ rows.T
-    _, covariance = moments.mean_and_covariance()
+    covariance = moments.covariance()
     root = np.linalg.cholesky(np.asarray(covariance, np.float64) + 1e-9 * np.eye(D))
     cut = np.linalg.svd(np.asarray(rows, np.float64) @ root)[1][12:] ** 2
     assert float(jnp.square(error).sum(1).mean()) == pytest.approx(cut.sum(), rel=0.05)
@@ -73,7 +73,7 @@ def test_it_is_the_best_of_its_rank():
 
 def test_the_mean_is_scored_exactly():
     rows, moments = normal(0, N, D), Moments.of(activations(2, 500))
-    mean, _ = moments.mean_and_covariance()
+    mean = moments.mean
     got = scored(LowRank(4), rows, moments, mean[None])
     np.testing.assert_allclose(got[0], rows @ mean, rtol=1e-4, atol=1e-4)
 
@@ -189,3 +189,17 @@ def test_too_few_calibration_tokens_say_how_many_are_needed():
         LowRank().check(N, D, tokens=1)
     for enough in (None, 0, 8):
         LowRank(8).check(N, D, tokens=enough)
+
+
+@pytest.mark.parametrize("top", [None, 32])
+def test_a_mean_that_is_large_beside_the_deviations(top):
+    """The error is about what it is for tokens without a mean."""
+    rows, x = normal(0, N, D), activations(2, 1500)
+    off = []
+    for mean in (0.0, 1e3):
+        seen = x + mean
+        state = jax.jit(LowRank(12).fit, static_argnums=2)(rows, Moments.of(seen), top)
+        scores = LowRank(12).score(jax.tree.map(lambda leaf: leaf[None], state), seen, 0)
+        exact = np.asarray(seen, np.float64) @ np.asarray(rows, np.float64).T
+        off.append(np.sqrt(np.square(scores - exact).mean() / exact.var(0).mean()))
+    assert off[1] < 1.5 * off[0] + 0.05

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops import products
+from hire_rewrite.ops import quantize
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.predictors import Certifying, Predictor, Quantized, ScoresRows, certifies
-from tests.ops.cases import fitted, normal
+from tests.ops.cases import as_other_backends, fitted, normal
 
 EVERY = [Quantized(), Quantized(4, 8)]
 
@@ -80,11 +80,12 @@ def test_4_bits_read_little_more_than_half_of_8():
 @pytest.fixture(params=["cpu", "other"])
 def backend(request, monkeypatch):
     """The products and the bounds of CPU, or those of other backends, here."""
-    if request.param == "other":
-        monkeypatch.setattr(products, "_product_cpu", products._product_default)
-        monkeypatch.setattr(products, "_block_product_cpu", products._block_product_default)
-        monkeypatch.setattr(rounding, "platform", lambda _, other: jnp.float32(other))
-    return request.param
+    if request.param == "cpu":
+        yield request.param
+        return
+    monkeypatch.setattr(rounding, "platform", lambda _, other: jnp.float32(other))
+    with as_other_backends():
+        yield request.param
 
 
 @pytest.mark.parametrize("predictor", EVERY)
@@ -120,7 +121,7 @@ def test_the_bound_holds_for_the_worst_vector(seed, predictor):
     exact = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
     error = np.abs(predictor.score(state, x, 0) - exact).diagonal()
     assert (error <= bound).all()
-    rounded = products.rounded_blocks(x, predictor.block) if predictor.bits == 4 else x
+    rounded = quantize.rounded_blocks(x, predictor.block) if predictor.bits == 4 else x
     moved = np.linalg.norm(x - rounded, axis=1) * np.linalg.norm(units, axis=1)
     assert (error >= 0.99 * (bound - moved) - moved).all()
 

@@ -6,16 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
-from hire_rewrite.ops.top_k.select import threshold_mask, top_k
+from hire_rewrite.ops.top_k.select import top_k
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "int16"]
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0]
 
 
-@pytest.fixture(params=["one stage", "two stages"])
+@pytest.fixture(params=["kernels", "one stage", "two stages"])
 def stages(request, monkeypatch):
+    if request.param == "kernels":
+        yield
+        return
     monkeypatch.setattr(select, "_TWO_STAGES", 1 if request.param == "two stages" else 1 << 30)
+    operation = select.top_k_operation
+    with register_kernel(operation, "cpu", operation.reference):
+        yield
 
 
 def assert_same_as_lax(scores, k):
@@ -86,13 +93,13 @@ def test_values_are_differentiable():
     np.testing.assert_array_equal(jax.grad(lambda s: top_k(s, 2)[0].sum())(scores), [1, 0, 1])
 
 
-ONE_STAGE = jax.jit(lambda s: select._partial_sort(s, 5))
+ONE_STAGE = jax.jit(lambda s: select._in_stages(s, 5))
 
 
 def _two_stages(scores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "_TWO_STAGES", 1)
-        return select._partial_sort(scores, 5)
+        return select._in_stages(scores, 5)
 
 
 TWO_STAGES = jax.jit(_two_stages)
@@ -122,26 +129,3 @@ def test_it_lowers_for_every_platform(platform):
     lowered = jax.jit(lambda s: top_k(s, 3)).trace(jnp.zeros((1, 9), jnp.bfloat16))
     text = lowered.lower(lowering_platforms=(platform,)).as_text()
     assert "top_k" in text
-
-
-@pytest.mark.parametrize("k", [1, 7, 64, 500, 999])
-@pytest.mark.parametrize("power", [1, 4])
-def test_a_threshold_takes_the_greatest_without_a_sort(k, power):
-    scores = np.random.default_rng(k).standard_normal((4, 1000)).astype(np.float32) ** power
-    mask = np.asarray(jax.jit(lambda s: threshold_mask(s, k))(scores))
-    assert (mask.sum(1) <= k).all()
-    assert (mask.sum(1) >= 0.99 * k - 1).all()
-    for row, taken in zip(scores, mask, strict=True):
-        assert row[taken].min() >= np.sort(row)[::-1][k - 1]
-        assert taken[row.argmax()]
-
-
-def test_a_threshold_among_equal_and_infinite_scores():
-    taken = jax.jit(lambda s: threshold_mask(s, 3))
-    equal = np.zeros((1, 50), np.float32)
-    np.testing.assert_array_equal(np.flatnonzero(taken(equal)[0]), [0, 1, 2])
-    spikes = equal.copy()
-    spikes[0, [7, 49]] = np.inf, 1e-30
-    np.testing.assert_array_equal(np.flatnonzero(taken(spikes)[0])[:1], [7])
-    assert taken(spikes)[0, 49]
-    assert threshold_mask(jnp.zeros((2, 5)), 5).all()

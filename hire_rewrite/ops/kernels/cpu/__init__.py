@@ -1,151 +1,95 @@
-"""Kernels in C++ for CPU, which XLA calls through its foreign function interface.
+"""Kernels in C++ for CPU: operations without widened or gathered copies.
 
-They compute what `ops.products`, `ops.ffn` and `ops.top_k` compute in JAX, without widened or
-gathered copies. Installing the package builds them where there is a C++ compiler; without one, or
-with `HIRE_REWRITE_KERNELS=0` in the environment, everything runs in JAX alone. `status` says which.
-There are three forms, and the fastest that the processor knows is used: with the integer products
-of AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and `portable` ask for the others.
-
-They sum in float32, in an order of their own.
+Installing the package builds them where there is a C++ compiler; without one everything runs in JAX
+alone. `status` says which. There are three forms, and the fastest that the processor knows is used:
+with the integer products of AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and
+`portable` in the environment ask for the others. They sum in float32, in an order of their own.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.machinery
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = [
-    "block_product",
-    "fetched_product",
-    "fetched_sum",
-    "fits_blocks",
-    "product",
-    "status",
-    "top_k",
-    "usable",
-]
+from hire_rewrite.ops import gather, products
+from hire_rewrite.ops.kernels import register_kernel
+from hire_rewrite.ops.kernels.cpu import targets
+from hire_rewrite.ops.kernels.cpu.targets import status
+from hire_rewrite.ops.quantize import round_blocks
+from hire_rewrite.ops.top_k import select
 
-_VERSION = 2
-"""Of the targets' operands; see `targets.cc`."""
-
-_TARGETS = (
-    "hire_block_product",
-    "hire_fetched_product",
-    "hire_fetched_sum",
-    "hire_product",
-    "hire_top_k",
-)
+__all__ = ["status", "usable"]
 
 
-@functools.cache
-def status() -> str:
-    """`"in use"`, or why they are not."""
-    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
-        return "not in use: HIRE_REWRITE_KERNELS=0"
-    folder = Path(__file__).parent
-    built = [folder / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    built = [path for path in built if path.exists()]
-    if not built:
-        return "not built: install again where a C++ compiler is found"
-    try:
-        library = ctypes.CDLL(str(built[0]))
-        if not hasattr(library, "hire_version") or library.hire_version() != _VERSION:
-            return "not in use: built from other sources; install again"
-        for name in _TARGETS:
-            target = jax.ffi.pycapsule(getattr(library, name))
-            jax.ffi.register_ffi_target(name, target, platform="cpu")
-    except Exception as error:  # a kernel is never worth a failed import
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"not in use: built for another jaxlib ({reason}); install again"
-    return "in use"
+def usable(x: Array, *dtypes: Any) -> bool:
+    """Whether the library is there, x is not empty, and all dtypes are known to it."""
+    known = all(dtype is None or jnp.dtype(dtype) in _KNOWN for dtype in dtypes)
+    return known and isinstance(x.size, int) and x.size > 0 and status() == "in use"
 
 
-def usable(*dtypes: Any) -> bool:
-    """Whether the kernels are there, and know rows of these dtypes."""
-    known = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
-    return status() == "in use" and all(jnp.dtype(dtype) in known for dtype in dtypes)
+_KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 
 
-def product(
-    x: Array,
-    rows: Array,
-    layer: Array,
-    scale: Array | None = None,
-    offset: Array | None = None,
+def _product(
+    x: Array, rows: Array, layer: Array, scale: Array | None = None, offset: Array | None = None
 ) -> Array:
-    """f32[tokens, n] = x @ rows[layer].T * scale[layer] + offset[layer].
-
-    Args:
-      x: f32[tokens, d].
-      rows: [L, n, d].
-      layer: i32[].
-      scale, offset: f32[L, n], or None for none.
-    """
-    none = jnp.zeros((rows.shape[0], 0))
-    factors = (none if one is None else one for one in (scale, offset))
-    shape = (x.shape[0], rows.shape[1])
-    return _call("hire_product", shape)(x, rows, layer.reshape(1), *factors)
+    layer = layer.astype(jnp.int32)
+    return targets.product(x.astype(jnp.float32), rows, layer, scale, offset)
 
 
-def block_product(x: Array, x_scale: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    """f32[tokens, n] for tokens and rows as `round_blocks` and `quantize_blocks` store them.
-
-    Args:
-      x: i8[tokens, d].
-      x_scale: f32[tokens, d/block].
-      packed: i8[L, n, d/2].
-      scale: bf16[L, n, d/block]; see `fits_blocks`.
-      layer: i32[].
-    """
-    shape = (x.shape[0], packed.shape[1])
-    return _call("hire_block_product", shape)(x, x_scale, packed, scale, layer.reshape(1))
+def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    rounded = round_blocks(x, products.block_of(x, scale))
+    return targets.block_product(*rounded, packed, scale, layer.astype(jnp.int32))
 
 
-def fits_blocks(d: int, block: int) -> bool:
-    """Whether `block_product` takes such rows: it reads both halves of a row in whole blocks."""
-    return usable() and (d // 2) % block == 0 and block % 32 == 0 and d <= 65536
+def _fits_blocks(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
+    """The library reads both halves of a row in whole blocks."""
+    d, block = x.shape[1], products.block_of(x, scale)
+    return usable(x) and (d // 2) % block == 0 and block % 32 == 0 and d <= 65536
 
 
-def fetched_product(x: Array, rows: Array, index: Array) -> Array:
-    """f32[tokens, n · m], products with rows that are read where they are.
-
-    Args:
-      x: f32[tokens, d].
-      rows: [N, m, d].
-      index: i32[1, n], for all tokens, or i32[tokens, n].
-    """
-    shape = (x.shape[0], index.shape[1] * rows.shape[1])
-    return _call("hire_fetched_product", shape)(x, rows, index)
+def _gathered_matmul(
+    x: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
+) -> Array:
+    rows, index = gather.flattened(stacked, layer, jnp.atleast_2d(groups))
+    return targets.fetched_product(x.astype(jnp.float32), rows, index).astype(out_dtype or x.dtype)
 
 
-def fetched_sum(h: Array, rows: Array, index: Array) -> Array:
-    """f32[tokens, d], the sum of rows[index] with the weights h.
-
-    Args:
-      h: f32[tokens, n, m].
-      rows: [N, m, d], float32 or bfloat16.
-      index: i32[n].
-    """
-    return _call("hire_fetched_sum", (h.shape[0], rows.shape[2]))(h, rows, index)
+def _fits_matmul(
+    x: Array, stacked: Array, layer: Array, groups: Array, *, compute_dtype: Any, out_dtype: Any,
+    precision: Any,
+) -> bool:  # fmt: skip
+    return usable(x, stacked.dtype, x.dtype, compute_dtype, out_dtype)
 
 
-def top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    """`lax.top_k` of f32[..., n]."""
-    shape = (*scores.shape[:-1], k)
-    results = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32))
-    values, indices = jax.ffi.ffi_call("hire_top_k", results, vmap_method="expand_dims")(scores)
-    return values, indices
+def _gathered_sum(
+    h: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
+) -> Array:
+    rows, index = gather.flattened(stacked, layer, groups)
+    return targets.fetched_sum(h.astype(jnp.float32), rows, index).astype(out_dtype or h.dtype)
 
 
-def _call(target: str, shape: tuple[int, ...]) -> Callable[..., Array]:
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(target, result, vmap_method="sequential")
+def _fits_sum(
+    h: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, precision: Any
+) -> bool:
+    return usable(h, stacked.dtype, h.dtype, out_dtype) and stacked.dtype != jnp.int8
+
+
+def _top_k(scores: Array, *, k: int) -> tuple[Array, Array]:
+    return select.through_float32(targets.top_k)(scores, k)
+
+
+def _fits_top_k(scores: Array, *, k: int) -> bool:
+    return k > 0 and scores.dtype.itemsize <= 4 and usable(scores)
+
+
+for _operation, _function, _supports in (
+    (products.product, _product, lambda x, rows, *_: usable(x, rows.dtype)),
+    (products.block_product, _block_product, _fits_blocks),
+    (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
+    (gather.gathered_sum, _gathered_sum, _fits_sum),
+    (select.top_k_operation, _top_k, _fits_top_k),
+):
+    register_kernel(_operation, "cpu", _function, supports=_supports)

@@ -1,29 +1,68 @@
 """Kernels for TPU in Pallas: rows are read from HBM, and nothing else is.
 
 XLA widens narrow rows and gathers a few without a copy in HBM, as a rule. But it may bring a whole
-weight into VMEM to gather from there, which saves nothing; these kernels never do.
+weight into VMEM to gather from there, which saves nothing; these kernels never do. The compiler
+cannot divide them among devices. Pallas is imported where a program for TPU is compiled.
 """
 
-from hire_rewrite.ops.kernels.tpu.rows import (
-    fetched_product,
-    fetched_sum,
-    fits_groups,
-    fits_single,
-)
-from hire_rewrite.ops.kernels.tpu.scores import (
-    block_product,
-    fits_blocks,
-    fits_product,
-    product,
-)
+from __future__ import annotations
 
-__all__ = [
-    "block_product",
-    "fetched_product",
-    "fetched_sum",
-    "fits_blocks",
-    "fits_groups",
-    "fits_product",
-    "fits_single",
-    "product",
-]
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from hire_rewrite.ops import gather, products
+from hire_rewrite.ops.kernels import register_kernel
+from hire_rewrite.ops.kernels.tpu.fits import fits_blocks, fits_groups, fits_product, fits_single
+from hire_rewrite.ops.quantize import round_blocks
+
+
+def _product(
+    x: Array, rows: Array, layer: Array, scale: Array | None = None, offset: Array | None = None
+) -> Array:
+    from hire_rewrite.ops.kernels.tpu import scores
+
+    layer = layer.astype(jnp.int32)
+    products_of_rows = scores.product(x.astype(jnp.float32), rows, layer)
+    return products.scaled(products_of_rows, layer, scale, offset)
+
+
+def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    from hire_rewrite.ops.kernels.tpu import scores
+
+    rounded = round_blocks(x, products.block_of(x, scale))
+    return scores.block_product(*rounded, packed, scale, layer.astype(jnp.int32))
+
+
+def _gathered_matmul(
+    x: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
+) -> Array:
+    from hire_rewrite.ops.kernels.tpu import rows
+
+    flat, index = gather.flattened(stacked, layer, jnp.atleast_2d(groups))
+    return rows.fetched_product(x, flat, index).astype(out_dtype or x.dtype)
+
+
+def _fits_matmul(x: Array, stacked: Array, layer: Array, groups: Array, **_: Any) -> bool:
+    if groups.ndim == 1:
+        return fits_groups(x, stacked)
+    return fits_single(x, stacked, groups)
+
+
+def _gathered_sum(
+    h: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
+) -> Array:
+    from hire_rewrite.ops.kernels.tpu import rows
+
+    flat, index = gather.flattened(stacked, layer, groups)
+    return rows.fetched_sum(h, flat, index).astype(out_dtype or h.dtype)
+
+
+for _operation, _function, _supports in (
+    (products.product, _product, fits_product),
+    (products.block_product, _block_product, fits_blocks),
+    (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
+    (gather.gathered_sum, _gathered_sum, fits_groups),
+):
+    register_kernel(_operation, "tpu", _function, supports=_supports, divisible=False)

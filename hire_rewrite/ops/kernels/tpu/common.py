@@ -7,10 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-"""Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
-by row, so that the whole weight would be copied for it."""
-
 
 def in_hbm(array: Array, interpret: bool) -> Array:
     """The weight, kept where it is: XLA must not bring it into VMEM before the kernel starts.

@@ -18,50 +18,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm, result
-
-_CHUNK = 1 << 21
-"""Bytes of rows in a chunk, at most; two of them are in VMEM."""
-
-_TILE = 8
-"""Rows that lie together in a tile; fewer cannot be copied (of bfloat16, which lies in pairs)."""
-
-_VMEM = 128 << 20
-"""Bytes, the most that a TPU has: XLA never brings a larger array there."""
-
-_TOKENS = 32
-
-
-def fits_groups(x: Array, rows: Array) -> bool:
-    """Whether `fetched_product` and `fetched_sum` take groups for all tokens.
-
-    Args:
-      x: what they are multiplied with, [tokens, ...].
-      rows: [..., m, d], m of them in a group or a part of it.
-    """
-    m, d = rows.shape[-2:]
-    return m % _TILE == 0 and m * d * rows.dtype.itemsize <= _CHUNK and _fits(x, rows)
-
-
-def fits_single(x: Array, rows: Array, index: Array) -> bool:
-    """Whether `fetched_product` takes single rows of each token, and reads less than XLA would.
-
-    It reads the tile around each row; XLA's gather reads the row alone, or, if the weight fits into
-    VMEM, perhaps the whole weight.
-
-    Args:
-      x: [tokens, d].
-      rows: [..., n, d].
-      index: i32[tokens, m].
-    """
-    tiles = rows.size // rows.shape[-1] // _TILE
-    small = rows.size * rows.dtype.itemsize <= _VMEM
-    return rows.shape[-2] % _TILE == 0 and small and 0 < index.size < tiles and _fits(x, rows)
-
-
-def _fits(x: Array, rows: Array) -> bool:
-    narrow = x.dtype == rows.dtype == jnp.bfloat16
-    return narrow and rows.shape[-1] % LANES == 0 and 0 < x.shape[0] <= _TOKENS
+from hire_rewrite.ops.kernels.tpu.common import in_hbm, result
+from hire_rewrite.ops.kernels.tpu.fits import CHUNK, TILE
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -75,10 +33,10 @@ def fetched_product(x: Array, rows: Array, index: Array, *, interpret: bool = Fa
     """
     if rows.shape[1] > 1:
         return _group_products(x, rows, index, interpret)
-    tiles = rows.reshape(-1, _TILE, rows.shape[2])
-    products = _group_products(x, tiles, index // _TILE, interpret)
-    products = products.reshape(x.shape[0], -1, _TILE)
-    return jnp.take_along_axis(products, (index % _TILE)[..., None], axis=2)[..., 0]
+    tiles = rows.reshape(-1, TILE, rows.shape[2])
+    products = _group_products(x, tiles, index // TILE, interpret)
+    products = products.reshape(x.shape[0], -1, TILE)
+    return jnp.take_along_axis(products, (index % TILE)[..., None], axis=2)[..., 0]
 
 
 def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Array:
@@ -210,7 +168,7 @@ def _over_chunks(
 
 def _chunks(n: int, rows: Array) -> tuple[int, int]:
     """How many chunks n groups come in, and how many groups are in each."""
-    most = max(1, _CHUNK // (math.prod(rows.shape[1:]) * rows.dtype.itemsize))
+    most = max(1, CHUNK // (math.prod(rows.shape[1:]) * rows.dtype.itemsize))
     chunks = -(-n // most)
     return chunks, -(-n // chunks)
 

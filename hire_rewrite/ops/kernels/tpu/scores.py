@@ -11,22 +11,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hire_rewrite.ops.kernels.tpu.common import LANES, in_hbm, result
+from hire_rewrite.ops.kernels.tpu.common import in_hbm, result
+from hire_rewrite.ops.kernels.tpu.fits import LANES
 
 _BLOCK = 1 << 20
 """Bytes of rows that are in VMEM at a time, twice over: while one block is used, the next comes."""
-
-_PARTS = 1 << 21
-"""Bytes that x may take, a copy for each block of columns."""
-
-_TOKENS = 16
-"""More tokens are a matrix product, and no longer bound by the rows."""
-
-
-def fits_product(x: Array, rows: Array) -> bool:
-    """Whether `product` takes them: narrow rows, few tokens."""
-    narrow = rows.dtype in (jnp.int8, jnp.bfloat16)
-    return narrow and rows.shape[2] % LANES == 0 and 0 < x.shape[0] <= _TOKENS
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -68,13 +57,6 @@ def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> 
         name="hire_product",
         interpret=interpret,
     )(layer.reshape(1), x.astype(jnp.bfloat16), in_hbm(rows, interpret))
-
-
-def fits_blocks(x: Array, packed: Array, scale: Array) -> bool:
-    """Whether `block_product` takes them: halves of rows in whole blocks, few tokens."""
-    tokens, half, blocks = x.shape[0], packed.shape[2], scale.shape[2]
-    whole = half % LANES == 0 and blocks % 2 == 0
-    return whole and 0 < tokens <= _TOKENS and blocks * tokens * half * 2 <= _PARTS
 
 
 @functools.partial(jax.jit, static_argnames="interpret")

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_rewrite.ops import kernels, products
+from hire_rewrite.ops import products, quantize
+from hire_rewrite.ops.kernels.tpu import fits
 from hire_rewrite.ops.kernels.tpu import rows as rows_module
 from hire_rewrite.ops.kernels.tpu import scores as scores_module
-
-tpu = kernels.tpu
 
 
 def normal(*shape, dtype=np.float32, seed=0):
@@ -36,9 +35,9 @@ def exact(x, rows):
 def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
     monkeypatch.setattr(scores_module, "_BLOCK", 128 * 256)
     rows, x = (normal(3, 300, 256) * 20).astype(dtype), normal(tokens, 256, seed=1)
-    assert tpu.fits_product(x, rows)
+    assert fits.fits_product(x, rows)
     for layer in (0, 2):
-        got = tpu.product(x, rows, jnp.int32(layer), interpret=True)
+        got = scores_module.product(x, rows, jnp.int32(layer), interpret=True)
         close(got, exact(x.astype(jnp.bfloat16), rows[layer]), 20 * 256)
 
 
@@ -46,23 +45,23 @@ def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
 @pytest.mark.parametrize(("d", "block"), [(512, 32), (1024, 8)])
 def test_block_product(monkeypatch, tokens, d, block):
     monkeypatch.setattr(scores_module, "_BLOCK", 128 * d)
-    packed, scale = products.quantize_blocks(normal(2, 300, d), block)
+    packed, scale = quantize.quantize_blocks(normal(2, 300, d), block)
     x = normal(tokens, d, seed=1)
-    assert tpu.fits_blocks(x, packed, scale)
-    rounded = products.round_blocks(x, block)
-    got = tpu.block_product(*rounded, packed, scale, jnp.int32(1), interpret=True)
-    want = products.rounded_blocks(x, block), products.dequantize_blocks(packed[1], scale[1])
+    assert fits.fits_blocks(x, packed, scale)
+    rounded = quantize.round_blocks(x, block)
+    got = scores_module.block_product(*rounded, packed, scale, jnp.int32(1), interpret=True)
+    want = quantize.rounded_blocks(x, block), quantize.dequantize_blocks(packed[1], scale[1])
     close(got, exact(*want), d)
 
 
 @pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize(("count", "members"), [(13, 16), (4, 64)])
 def test_fetched_product(monkeypatch, tokens, lists, count, members):
-    monkeypatch.setattr(rows_module, "_CHUNK", 4 * members * 128 * 2)
+    monkeypatch.setattr(rows_module, "CHUNK", 4 * members * 128 * 2)
     rows = normal(20, members, 128, dtype=jnp.bfloat16)
     x, chosen = normal(tokens, 128, dtype=jnp.bfloat16, seed=1), index(lists, count, below=20)
-    assert tpu.fits_groups(x, rows)
-    got = tpu.fetched_product(x, rows, chosen, interpret=True)
+    assert fits.fits_groups(x, rows)
+    got = rows_module.fetched_product(x, rows, chosen, interpret=True)
     each = np.asarray(rows, np.float64)[np.broadcast_to(chosen, (tokens, count))]
     want = np.einsum("td,tcmd->tcm", np.asarray(x, np.float64), each)
     close(got, want.reshape(tokens, -1), 128)
@@ -71,7 +70,7 @@ def test_fetched_product(monkeypatch, tokens, lists, count, members):
 def test_single_rows_are_taken_out_of_their_tiles():
     rows, x = normal(400, 1, 128, dtype=jnp.bfloat16), normal(3, 128, dtype=jnp.bfloat16, seed=1)
     chosen = index(3, 11, below=400)
-    got = tpu.fetched_product(x, rows, chosen, interpret=True)
+    got = rows_module.fetched_product(x, rows, chosen, interpret=True)
     each = np.asarray(rows, np.float64)[chosen, 0]
     close(got, np.einsum("td,tcd->tc", np.asarray(x, np.float64), each), 128)
 
@@ -79,11 +78,11 @@ def test_single_rows_are_taken_out_of_their_tiles():
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("count", "members"), [(13, 8), (4, 64)])
 def test_fetched_sum(monkeypatch, tokens, count, members):
-    monkeypatch.setattr(rows_module, "_CHUNK", 4 * members * 128 * 2)
+    monkeypatch.setattr(rows_module, "CHUNK", 4 * members * 128 * 2)
     rows = normal(20, members, 128, dtype=jnp.bfloat16)
     h = normal(tokens, count, members, dtype=jnp.bfloat16, seed=1)
     chosen = index(count, below=20)
-    got = tpu.fetched_sum(h, rows, chosen, interpret=True)
+    got = rows_module.fetched_sum(h, rows, chosen, interpret=True)
     want = np.einsum("tcm,cmd->td", np.asarray(h, np.float64), np.asarray(rows, np.float64)[chosen])
     close(got, want, 4 * count * members)
 
@@ -91,10 +90,10 @@ def test_fetched_sum(monkeypatch, tokens, count, members):
 def test_values_that_are_no_numbers():
     rows = normal(9, 8, 128, dtype=jnp.bfloat16).at[4, 2, 3].set(jnp.nan)
     x = jnp.ones((1, 128), jnp.bfloat16)
-    got = np.asarray(tpu.fetched_product(x, rows, jnp.array([[4, 1]]), interpret=True))[0]
+    got = np.asarray(rows_module.fetched_product(x, rows, jnp.array([[4, 1]]), interpret=True))[0]
     assert np.flatnonzero(np.isnan(got)).tolist() == [2]
     h = jnp.ones((1, 3, 8), jnp.bfloat16)
-    total = functools.partial(tpu.fetched_sum, h, rows, interpret=True)
+    total = functools.partial(rows_module.fetched_sum, h, rows, interpret=True)
     assert np.flatnonzero(np.isnan(total(jnp.array([0, 4, 1]))[0])).tolist() == [3]
     assert np.isfinite(total(jnp.array([0, 3, 1]))).all()
 
@@ -102,23 +101,23 @@ def test_values_that_are_no_numbers():
 def test_what_they_do_not_take():
     x, wide = jnp.zeros((1, 256)), jnp.zeros((33, 256))
     int8 = jnp.zeros((1, 8, 256), jnp.int8)
-    assert not tpu.fits_product(x, jnp.zeros((1, 8, 256)))  # not narrow
-    assert not tpu.fits_product(jnp.zeros((1, 192)), jnp.zeros((1, 8, 192), jnp.int8))
-    assert not tpu.fits_product(wide, int8)
-    assert tpu.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 8)))
-    assert not tpu.fits_blocks(x, jnp.zeros((1, 8, 64), jnp.int8), jnp.zeros((1, 8, 4)))
-    assert not tpu.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 1)))
+    assert not fits.fits_product(x, jnp.zeros((1, 8, 256)))  # not narrow
+    assert not fits.fits_product(jnp.zeros((1, 192)), jnp.zeros((1, 8, 192), jnp.int8))
+    assert not fits.fits_product(wide, int8)
+    assert fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 8)))
+    assert not fits.fits_blocks(x, jnp.zeros((1, 8, 64), jnp.int8), jnp.zeros((1, 8, 4)))
+    assert not fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 1)))
     narrow, rows = x.astype(jnp.bfloat16), jnp.zeros((1, 32, 8, 256), jnp.bfloat16)
-    assert tpu.fits_groups(narrow, rows)
-    assert not tpu.fits_groups(x, rows)  # would be rounded
-    assert not tpu.fits_groups(narrow, rows.reshape(1, 64, 4, 256))
+    assert fits.fits_groups(narrow, rows)
+    assert not fits.fits_groups(x, rows)  # would be rounded
+    assert not fits.fits_groups(narrow, rows.reshape(1, 64, 4, 256))
     few, many = jnp.zeros((1, 31), jnp.int32), jnp.zeros((1, 32), jnp.int32)
-    assert tpu.fits_single(narrow, rows.reshape(1, 256, 256), few)
-    assert not tpu.fits_single(
+    assert fits.fits_single(narrow, rows.reshape(1, 256, 256), few)
+    assert not fits.fits_single(
         narrow, rows.reshape(1, 256, 256), many
     )  # as many tiles as there are
     large = jax.ShapeDtypeStruct((1, 1 << 19, 256), jnp.bfloat16)
-    assert not tpu.fits_single(narrow, large, few)  # XLA reads the rows alone
+    assert not fits.fits_single(narrow, large, few)  # XLA reads the rows alone
 
 
 def lowered(function, *args):
@@ -154,7 +153,7 @@ def test_arrays_that_the_compiler_divides_are_left_to_it():
     assert lowered(inside, x, rows) == 1
 
 
-PRODUCT = functools.partial(tpu.product, interpret=True)
+PRODUCT = functools.partial(scores_module.product, interpret=True)
 
 
 def calls(function, *args):
@@ -192,7 +191,7 @@ def test_what_streaming_kernels_declare_is_what_their_grids_read(n):
 @pytest.mark.parametrize("count", [1, 13, 40])
 def test_what_fetching_kernels_declare_is_what_they_copy(monkeypatch, count):
     """Copies are counted as they run: groups that are not fetched would be found in the result."""
-    monkeypatch.setattr(rows_module, "_CHUNK", 4 * 8 * 128 * 2)
+    monkeypatch.setattr(rows_module, "CHUNK", 4 * 8 * 128 * 2)
     rows, x = normal(50, 8, 128, dtype=jnp.bfloat16), normal(2, 128, dtype=jnp.bfloat16)
     copied = []
     own = rows_module.pltpu.make_async_copy

@@ -1,4 +1,4 @@
-"""The kernels for CPU against the same in JAX. (`kernels_check.cc` has more sizes of each.)"""
+"""The kernels for CPU against the same in JAX. (`check.cc` has more sizes of each.)"""
 
 import functools
 import os
@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from hire_rewrite.ops import kernels, products
-from hire_rewrite.ops.ffn.products import fetch_groups
+from hire_rewrite.ops import gather, kernels, products, quantize
+from hire_rewrite.ops.kernels.cpu import targets
 
 needed = pytest.mark.skipif(
     kernels.cpu.status() != "in use", reason=f"kernels for CPU are {kernels.cpu.status()}"
@@ -48,7 +48,7 @@ def test_they_are_built_where_they_can_be():
 def test_product(dtype, tokens, n, d):
     rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
     for layer in (0, 2):
-        got = jax.jit(kernels.cpu.product)(x, rows, jnp.int32(layer))
+        got = jax.jit(targets.product)(x, rows, jnp.int32(layer))
         want = np.asarray(x, np.float64) @ np.asarray(rows[layer], np.float64).T
         close(got, want, 20 * d)
 
@@ -57,33 +57,30 @@ def test_product(dtype, tokens, n, d):
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize(("n", "d", "block"), [(100, 512, 64), (333, 576, 32)])
 def test_block_product(tokens, n, d, block):
-    packed, scale = products.quantize_blocks(normal(2, n, d), block)
-    x = products.round_blocks(normal(tokens, d, seed=1), block)
-    got = jax.jit(kernels.cpu.block_product)(*x, packed, scale, jnp.int32(1))
-    wide = products.rounded_blocks(normal(tokens, d, seed=1), block)
-    want = jnp.dot(wide, products.dequantize_blocks(packed[1], scale[1]).T, precision="highest")
+    packed, scale = quantize.quantize_blocks(normal(2, n, d), block)
+    x = quantize.round_blocks(normal(tokens, d, seed=1), block)
+    got = jax.jit(targets.block_product)(*x, packed, scale, jnp.int32(1))
+    wide = quantize.rounded_blocks(normal(tokens, d, seed=1), block)
+    want = jnp.dot(wide, quantize.dequantize_blocks(packed[1], scale[1]).T, precision="highest")
     close(got, want, d)
 
 
 @pytest.mark.parametrize("block", [8, 32, 64])
 def test_tokens_are_rounded_to_8_bits_in_blocks(block):
     x = normal(3, 128).at[1, :block].set(0).at[2, 0].set(jnp.nan).at[2, block].set(jnp.inf)
-    got = products.rounded_blocks(x, block)
+    got = quantize.rounded_blocks(x, block)
     step = jnp.abs(x).reshape(3, -1, block).max(-1).repeat(block, axis=1) / 127
     assert (jnp.abs(got - x) <= 0.5001 * step)[:2].all()
     np.testing.assert_array_equal(got[1, :block], 0)
     assert np.isnan(got[2, : 2 * block]).any()
-    slope = jax.grad(lambda x: (products.rounded_blocks(x, block) * x[0]).sum())(x[:1])
-    np.testing.assert_allclose(slope, x[:1] + products.rounded_blocks(x[:1], block), rtol=1e-5)
+    slope = jax.grad(lambda x: (quantize.rounded_blocks(x, block) * x[0]).sum())(x[:1])
+    np.testing.assert_allclose(slope, x[:1] + quantize.rounded_blocks(x[:1], block), rtol=1e-5)
 
 
 def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
-    assert kernels.cpu.fits_blocks(128, 32) == kernels.cpu.usable()
-    assert not kernels.cpu.fits_blocks(96, 32)
-    assert not kernels.cpu.fits_blocks(24, 12)
-    packed, scale = products.quantize_blocks(normal(1, 10, 96), 32)
+    packed, scale = quantize.quantize_blocks(normal(1, 10, 96), 32)
     x = normal(2, 96, seed=1)
-    want = products.rounded_blocks(x, 32) @ products.dequantize_blocks(packed[0], scale[0]).T
+    want = quantize.rounded_blocks(x, 32) @ quantize.dequantize_blocks(packed[0], scale[0]).T
     close(products.block_product(x, packed, scale, 0), want, 96)
 
 
@@ -94,7 +91,7 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
 def test_fetched_product(dtype, tokens, lists, count, members, d):
     rows, x = normal(60, members, d, dtype=dtype), normal(tokens, d, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, (lists, count)), jnp.int32)
-    got = jax.jit(kernels.cpu.fetched_product)(x, rows, index)
+    got = jax.jit(targets.fetched_product)(x, rows, index)
     each = jnp.broadcast_to(index, (tokens, count))
     want = jnp.einsum("td,tcmd->tcm", x, rows[each].astype(jnp.float32), precision="highest")
     close(got, want.reshape(tokens, -1), d)
@@ -107,7 +104,7 @@ def test_fetched_product(dtype, tokens, lists, count, members, d):
 def test_fetched_sum(dtype, tokens, count, members, d):
     rows, h = normal(60, members, d, dtype=dtype), normal(tokens, count, members, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, count), jnp.int32)
-    got = jax.jit(kernels.cpu.fetched_sum)(h, rows, index)
+    got = jax.jit(targets.fetched_sum)(h, rows, index)
     want = jnp.einsum("tcm,cmd->td", h, rows[index].astype(jnp.float32), precision="highest")
     close(got, want, 4 * count * members)
 
@@ -120,7 +117,7 @@ SPECIAL = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 
 def test_top_k_of_special_values(k):
     rng = np.random.default_rng(0)
     scores = jnp.asarray(np.stack([rng.permutation(SPECIAL) for _ in range(20)]).reshape(4, 5, 10))
-    got, want = jax.jit(functools.partial(kernels.cpu.top_k, k=k))(scores), lax.top_k(scores, k)
+    got, want = jax.jit(functools.partial(targets.top_k, k=k))(scores), lax.top_k(scores, k)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.int32), np.asarray(other).view("i4"))
 
@@ -133,7 +130,7 @@ def test_top_k(n):
     others = (sampled, jnp.round(scores), jnp.ones((3, n)))
     for values in (scores, ordered, ordered[:, ::-1], *others):
         for k in {1, min(n, 64), n}:
-            got, want = kernels.cpu.top_k(values, k), lax.top_k(values, k)
+            got, want = targets.top_k(values, k), lax.top_k(values, k)
             jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
 
 
@@ -153,7 +150,7 @@ def test_derivatives_and_batching_are_the_references():
     layers = jnp.arange(2)
     each = jax.vmap(lambda layer: products.product(x, rows, layer))(layers)
     close(each, jnp.einsum("td,lnd->ltn", x, rows, precision="highest"), 24)
-    batched = jax.vmap(lambda s: kernels.cpu.top_k(s, 3)[1])(normal(5, 2, 30))
+    batched = jax.vmap(lambda s: targets.top_k(s, 3)[1])(normal(5, 2, 30))
     np.testing.assert_array_equal(batched, lax.top_k(normal(5, 2, 30), 3)[1])
 
 
@@ -186,10 +183,10 @@ def test_values_that_are_no_numbers():
     assert np.isfinite(np.delete(got, [2, 5])).all()
     h = jnp.ones((1, 2, 1))
     stacked = normal(1, 4, 1, 16).at[0, 1].set(jnp.nan)
-    assert np.isnan(fetch_groups(stacked, 0, jnp.array([1]))).all()
-    if kernels.cpu.usable():
+    assert np.isnan(gather.fetch(stacked, 0, jnp.array([1]))).all()
+    if targets.status() == "in use":
         index = jnp.array([0, 1], jnp.int32)
-        assert np.isnan(kernels.cpu.fetched_sum(h, stacked[0], index)).all()
+        assert np.isnan(targets.fetched_sum(h, stacked[0], index)).all()
 
 
 @pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")
@@ -200,7 +197,7 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
         pytest.skip("there is no C++ compiler")
     program, flags = tmp_path / "check", [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags += ["-std=c++17", "-O1", "-Wno-psabi", "-pthread", f"-I{folder}", "-o", str(program)]
-    sources = [Path(__file__).with_name("kernels_check.cc"), *folder.glob("rows_*.cc")]
+    sources = [Path(__file__).with_name("check.cc"), *folder.glob("rows_*.cc")]
     (tmp_path / "empty.cc").write_text("int main() {}")
     if subprocess.run([compiler, *flags, str(tmp_path / "empty.cc")], check=False).returncode:
         pytest.skip(f"the compiler has no library for -fsanitize={sanitizer}")

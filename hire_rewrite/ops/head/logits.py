@@ -1,0 +1,111 @@
+"""The parts of a head: dense logits, guesses, candidates, and what is made of them.
+
+Between logits and consumer a model may scale, bias, cap, mask or perturb them: the `endpoints`.
+Candidates are chosen by what comes out of them, for a bias or a mask changes the order.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hire_rewrite.ops.gather import gathered_matmul
+from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState, best
+from hire_rewrite.ops.head.tail import at, with_tail
+from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.top_k.select import scatter
+
+__all__ = ["candidates_of", "dense_logits", "exact_values", "finished", "gathered_logits"]
+
+
+def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
+    """[tokens, V] for x: [tokens, d]."""
+    rows = lax.dynamic_index_in_dim(state.rows, layer, keepdims=False)[: spec.width]
+    return lax.dot_general(
+        x,
+        rows.astype(spec.compute_dtype),
+        (((1,), (1,)), ((), ())),
+        precision=spec.precision,
+        preferred_element_type=spec.out_dtype,
+    )
+
+
+def gathered_logits(
+    x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec
+) -> Array:
+    """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
+    return gathered_matmul(
+        x,
+        state.rows,
+        layer,
+        rows,
+        compute_dtype=spec.compute_dtype,
+        out_dtype=spec.out_dtype,
+        precision=spec.precision,
+    )
+
+
+def candidates_of(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+) -> tuple[Array, list[Array], Array]:
+    """What is guessed, and the rows that are worth an exact product.
+
+    Returns:
+      Scores f32[tokens, V]; for each endpoint where its candidates stand in it, i32[tokens, c]; and
+      the rows that all of those belong to, i32[tokens, Σ c].
+    """
+
+    def greatest(scores: Array, count: int) -> list[Array]:
+        values = endpoints(scores.astype(spec.out_dtype))
+        return [best(value, count, spec.parts)[1] for value in values]
+
+    def rows_of(places: list[Array]) -> Array:
+        starts = spec.starts or (0,) * len(places)
+        rows = [place + start for place, start in zip(places, starts, strict=True)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
+
+    def choose(scores: Array, count: int) -> Array:
+        return rows_of(greatest(scores[:, : spec.width], -(-count // spec.parts) * spec.parts))
+
+    scores = predictor.score(state.predictor, x, layer, choose)
+    better = hopeful(scores, state.predictor, layer)[:, : spec.width]
+    places = greatest(better, spec.candidates)
+    return scores[:, : spec.width], places, rows_of(places)
+
+
+def finished(
+    scores: Array,
+    rows: Array,
+    exact: Array,
+    places: list[Array],
+    spec: HeadSpec,
+    endpoints: Endpoints,
+) -> tuple[Array, ...]:
+    """The endpoints, of exact logits [tokens, c] at `rows` and scores elsewhere, with the tail."""
+    guessed, exact = scores.astype(spec.out_dtype), exact.astype(spec.out_dtype)
+    guesses = endpoints(guessed)
+    if len(guesses) == 1 and guesses[0] is guessed:  # no code behind the logits
+        return (with_tail(exact, places[0], guessed, spec),)
+    values = endpoints(scatter(guessed, rows, exact))
+    return tuple(
+        with_tail(at(value, place), place, guess, spec)
+        for value, guess, place in zip(values, guesses, places, strict=True)
+    )
+
+
+def exact_values(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[Array, ...]:
+    """The endpoints of dense logits raw: [tokens, V], with the tail that the spec asks for.
+
+    This is what the exact top k of a head means, wherever its logits are computed.
+    """
+    if spec.tail == "predicted":
+        return endpoints(raw)
+    return tuple(
+        with_tail(*best(values, spec.candidates, spec.parts), values, spec)
+        for values in endpoints(raw)
+    )

@@ -1,0 +1,81 @@
+"""Which operands the kernels for TPU take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+__all__ = ["CHUNK", "LANES", "TILE", "fits_blocks", "fits_groups", "fits_product", "fits_single"]
+
+LANES = 128
+"""Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
+by row, so that the whole weight would be copied for it."""
+
+TILE = 8
+"""Rows that lie together in a tile; fewer cannot be copied (of bfloat16, which lies in pairs)."""
+
+CHUNK = 1 << 21
+"""Bytes of rows in a chunk that is fetched, at most; two of them are in VMEM."""
+
+_PARTS = 1 << 21
+"""Bytes that x may take in `block_product`, a copy for each block of columns."""
+
+_VMEM = 128 << 20
+"""Bytes, the most that a TPU has: XLA never brings a larger array there."""
+
+_SCORED, _FETCHED = 16, 32
+"""Tokens. More are a matrix product, and no longer bound by the rows."""
+
+
+def fits_product(x: Array, rows: Array, *_: Any) -> bool:
+    """Whether `product` takes them: narrow rows, few tokens."""
+    narrow = rows.dtype in (jnp.int8, jnp.bfloat16)
+    return narrow and rows.shape[2] % LANES == 0 and _few(x, _SCORED)
+
+
+def fits_blocks(x: Array, packed: Array, scale: Array, *_: Any) -> bool:
+    """Whether `block_product` takes them: halves of rows in whole blocks, few tokens."""
+    half, blocks = packed.shape[2], scale.shape[2]
+    if half % LANES or blocks % 2 or not _few(x, _SCORED):
+        return False
+    return blocks * x.shape[0] * half * 2 <= _PARTS
+
+
+def fits_groups(x: Array, stacked: Array, *_: Any, **__: Any) -> bool:
+    """Whether `fetched_product` and `fetched_sum` take groups for all tokens.
+
+    Args:
+      x: what they are multiplied with, [tokens, ...].
+      stacked: [..., m, d], m of them in a group or a part of it.
+    """
+    m, d = stacked.shape[-2:]
+    return m % TILE == 0 and m * d * stacked.dtype.itemsize <= CHUNK and _narrow(x, stacked)
+
+
+def fits_single(x: Array, stacked: Array, index: Array) -> bool:
+    """Whether `fetched_product` takes single rows of each token, and reads less than XLA would.
+
+    It reads the tile around each row; XLA's gather reads the row alone, or, if the weight fits into
+    VMEM, perhaps the whole weight.
+
+    Args:
+      x: [tokens, d].
+      stacked: [..., n, d].
+      index: i32[tokens, m].
+    """
+    tiles = stacked.size // stacked.shape[-1] // TILE
+    small = stacked.size * stacked.dtype.itemsize <= _VMEM
+    tiled = stacked.shape[-2] % TILE == 0
+    return tiled and small and _narrow(x, stacked) and 0 < index.size < tiles
+
+
+def _narrow(x: Array, stacked: Array) -> bool:
+    narrow = x.dtype == stacked.dtype == jnp.bfloat16
+    return narrow and stacked.shape[-1] % LANES == 0 and _few(x, _FETCHED)
+
+
+def _few(x: Array, most: int) -> bool:
+    """Whether x has at most so many tokens; where their number is a symbol, nobody knows."""
+    return isinstance(x.shape[0], int) and 0 < x.shape[0] <= most
