@@ -7,6 +7,7 @@ in it. The same cases are detected (tests/patterns) and rewritten (tests/passes)
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -110,8 +111,16 @@ def packed(step: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def run(fn: Any, *args: Any) -> Any:
-    """`fn` compiled quickly: most of the time of these tests goes to compiling what runs once."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)
+    """`fn` under `jit`, compiled as quickly as XLA can (see `conftest`)."""
+    return jax.jit(fn)(*args)
+
+
+def optimized(fn: Any, *args: Any) -> Any:
+    """`fn` under `jit`, compiled as a user's program is."""
+    options: dict[str, Any] = {"xla_backend_optimization_level": 3}
+    if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+        options["xla_cpu_use_fusion_emitters"] = True
+    return jax.jit(fn, compiler_options=options)(*args)
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-4) -> None:

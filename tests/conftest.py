@@ -1,12 +1,20 @@
-"""Eight host devices for the whole run, set before jax starts.
+"""Eight host devices for the whole run, and programs compiled quickly, set before jax starts.
 
-Sites of tests are too small to pay in time: they are judged by bytes.
+Sites of tests are too small to pay in time: they are judged by bytes. Programs of tests run once,
+on a few numbers: most of a run would go to optimizing them (`tests.cases.optimized` asks for that).
 """
 
+import importlib.metadata
 import os
+
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HIRE_REWRITE_MACHINE"] = "bytes"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
