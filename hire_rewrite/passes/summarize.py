@@ -10,10 +10,12 @@ import numpy as np
 
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import estimate
+from hire_rewrite.cost.machine import Machine
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.accumulate import by_layer
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.report import ModelReport, Report, SiteReport
+from hire_rewrite.sites import Operation
 
 __all__ = ["summarize"]
 
@@ -40,20 +42,13 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
             f"{site.name}: no evaluation batch reached it: give batches of calls that run it"
         )
     tokens = sums.tokens
-    # A vocabulary may be cut to fewer rows than are asked for.
-    k, units = sums.hits.shape[1] - 1, sums.places.shape[1]
-    candidates = min(operation.candidates, units)
-    recall = sums.hits @ np.arange(k + 1) / (tokens * k)
-    percentile = (np.cumsum(sums.hits, 1) >= 0.01 * tokens[:, None]).argmax(1) / k
-    # Slots of the top k that hold nothing are never missed.
-    empty = tokens[:, None] * k - sums.places.sum(1, keepdims=True)
-    within = (np.cumsum(sums.places, 1) + empty) / (tokens[:, None] * k)
     machine = machines.current()
-    curve = []
-    for count in _counts(max(k, operation.fixed_units), candidates, units):
-        size = estimate(operation.with_candidates(count), 1, machine).after
-        curve.append((count, size, tuple(map(float, within[:, count - 1]))))
     now = estimate(operation, 1, machine)
+    choice = _choice(operation, sums, machine)
+    if choice is None:  # nothing is chosen, so nothing is missed
+        ones = (1.0,) * len(tokens)
+        choice = {"k": 0, "candidates": 0, "recall": ones, "recall_p1": ones}
+        choice["curve"] = ((0, now.after, ones),)
 
     def mean(sums: Any) -> float:
         return float(sums.sum() / tokens.sum())
@@ -62,10 +57,6 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
         name=site.name,
         kind=site.kind.name,
         tokens=int(tokens.max()),
-        k=k,
-        candidates=candidates,
-        recall=tuple(map(float, recall)),
-        recall_p1=tuple(map(float, percentile)),
         best=mean(sums.best),
         mass=mean(sums.mass),
         error=mean(sums.error),
@@ -73,8 +64,33 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
         proved=mean(sums.proved) if operation.proves else None,
         bytes_dense=now.before,
         bytes_read=now.after,
-        curve=tuple(curve),
+        **choice,
     )
+
+
+def _choice(operation: Operation, sums: Any, machine: Machine) -> dict[str, Any] | None:
+    """What a site's predictor misses, as fields of `SiteReport`; None if it chooses nothing."""
+    tokens, units = sums.tokens[:, None], sums.places.shape[1]
+    if not units:
+        return None
+    # A vocabulary may be cut to fewer rows than are asked for.
+    k, candidates = sums.hits.shape[1] - 1, min(operation.candidates, units)
+    # Slots of the top k that hold nothing are never missed.
+    empty = tokens * k - sums.places.sum(1, keepdims=True)
+    within = (np.cumsum(sums.places, 1) + empty) / (tokens * k)
+    curve = []
+    for count in _counts(max(k, operation.fixed_units), candidates, units):
+        size = estimate(operation.with_candidates(count), 1, machine).after
+        curve.append((count, size, tuple(map(float, within[:, count - 1]))))
+    recall = sums.hits @ np.arange(k + 1) / (tokens[:, 0] * k)
+    percentile = (np.cumsum(sums.hits, 1) >= 0.01 * tokens).argmax(1) / k
+    return {
+        "k": k,
+        "candidates": candidates,
+        "recall": tuple(map(float, recall)),
+        "recall_p1": tuple(map(float, percentile)),
+        "curve": tuple(curve),
+    }
 
 
 def _counts(least: int, candidates: int, units: int) -> list[int]:

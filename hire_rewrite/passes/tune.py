@@ -120,7 +120,9 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
     enough = (point for point in report.curve if min(point[2]) >= target)
     # All units are candidates at the end of the curve, and nothing is missed.
     candidates, size, recalls = next(enough, report.curve[-1])
-    settled = rule.replace(candidates=candidates * operation.unit, force=operation.rule.force)
+    settled = rule.replace(force=operation.rule.force)
+    if operation.candidates:
+        settled = settled.replace(candidates=candidates * operation.unit)
     return Trial(operation.site.name, settled, size, min(recalls))
 
 

@@ -130,8 +130,8 @@ class Operation(abc.ABC):
         raise NotImplementedError
 
     def with_candidates(self, candidates: int) -> Operation:
-        """The same with another number of candidates."""
-        raise NotImplementedError
+        """The same with another number of candidates, where there are some."""
+        return self
 
     def tuned_rule(self) -> Rule:
         """The rule with its sizes written out, from which tuning starts."""
@@ -139,11 +139,11 @@ class Operation(abc.ABC):
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
         """The predictors that are worth a trial here, of low rank and others."""
-        raise NotImplementedError
+        return [self.rule.predictor]
 
     def probe_predictor(self) -> Predictor:
         """A predictor that calibration tells everything about."""
-        raise NotImplementedError
+        return self.rule.predictor
 
     def replacement(
         self,

@@ -1,0 +1,262 @@
+"""A kind of site and a predictor that are not in the package work like the built-in ones.
+
+The kind: any linear layer from the model's width to another, computed from rows in 8 bits, with the
+exact form where it is not rewritten. All that it takes is in this file.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from hire_rewrite.ops.predictors import Predictor, Quantized, reads_of, register_predictor
+from hire_rewrite.ops.quality import Comparison, Measured
+from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites import Operation, SiteKind, registered
+from hire_rewrite.sites.layout import from_tokens, to_tokens
+from hire_rewrite.sites.operation import reporting
+from hire_rewrite.sites.weight_rows import fit_predictor
+from tests.cases import D, close, inputs, rand
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Narrow(Rule):
+    """Compute linear layers from compressed rows."""
+
+    predictor: Predictor = Quantized()
+    max_tokens: int | None = None
+    path: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self.check_common()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NarrowMatch:
+    linear: Linear
+    unsupported = None
+    shared = frozenset()
+
+    @property
+    def linears(self):
+        return (self.linear,)
+
+    @property
+    def nodes(self):
+        return frozenset({self.linear.node})
+
+    @property
+    def inputs(self):
+        return (self.linear.x,)
+
+    @property
+    def outputs(self):
+        return self.linear.node.outs
+
+    @property
+    def weights(self):
+        return (self.linear.weight,)
+
+
+class NarrowKind(SiteKind):
+    name = "narrow"
+    rule = Narrow
+
+    def match(self, linear, context, rules):
+        if not rules:
+            raise NoMatch(Refusal.UNSUPPORTED, "no rule asks for narrow layers", linear.node)
+        if linear.batch:
+            raise NoMatch(Refusal.UNSUPPORTED, "a weight for each input", linear.node)
+        return NarrowMatch(linear)
+
+    def resolve(self, site, rule, statistics, functions):
+        return NarrowOperation(site, rule)
+
+
+class NarrowOperation(Operation):
+    def __init__(self, site, rule):
+        self.site, self.rule, self.linear = site, rule, site.match.linear
+
+    @property
+    def layout(self):
+        return "narrow", self.scored, self.rule.predictor
+
+    @property
+    def scored(self):
+        return self.linear.out_dim, self.linear.in_dim
+
+    def describe(self):
+        return f"rows by {self.rule.predictor}"
+
+    def reads(self, tokens):
+        return reads_of(self.rule.predictor, *self.scored, self.linear.weight.dtype, tokens)
+
+    def pack(self, weights, calibration, advance):
+        rows = weights.linear(self.linear)
+        moments = None if calibration is None else calibration[0]
+        return {"rows": rows, "narrow": fit_predictor(self.rule.predictor, rows, moments, advance)}
+
+    def narrow(self, x, arrays, layer):
+        return self.rule.predictor.score(arrays["narrow"], x, layer)
+
+    def whole(self, x, arrays, layer):
+        return x @ lax.dynamic_index_in_dim(arrays["rows"], layer, keepdims=False).T
+
+    def rewritten(self, arrays):
+        return [self._replacement(self.narrow, arrays)]
+
+    def exact(self, arrays):
+        return [self._replacement(self.whole, arrays)]
+
+    dense = exact
+
+    def measured(self, arrays, *, follow_exact):
+        def both(x, arrays, layer):
+            narrow, whole = self.narrow(x, arrays, layer), self.whole(x, arrays, layer)
+            return Measured(whole, narrow, Comparison(whole, whole, narrow))
+
+        return [self._replacement(reporting(both, follow_exact), arrays, reports=True)]
+
+    def _replacement(self, function, arrays, *, reports=False):
+        linear = self.linear
+
+        def run(ins, layer, arrays):
+            result = function(to_tokens(ins[0], linear.x_axes), arrays, layer)
+            y, report = result if reports else (result, None)
+            outs = [from_tokens(y.astype(linear.out.dtype), linear.out.shape, linear.out_axes)]
+            return (outs, report) if reports else outs
+
+        return self.replacement(run, arrays, reports=reports)
+
+
+@register_predictor
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """A predictor that stores rows in float16."""
+
+    scale: float = 1.0
+    wants_calibration = False
+
+    def check(self, n, d, *, site="", tokens=None):
+        pass
+
+    def fit(self, rows, moments=None, top=None):
+        return {"rows": (rows * self.scale).astype(jnp.float16)}
+
+    def score(self, state, x, layer, choose=None):
+        rows = lax.dynamic_index_in_dim(state["rows"], layer, keepdims=False)
+        return x.astype(jnp.float32) @ rows.astype(jnp.float32).T / self.scale
+
+    def bytes(self, n, d, dtype, tokens=1):
+        return 2 * n * d
+
+
+LAYERS, VOCABULARY = 3, 128
+PARAMS = {
+    "layers": {"q": rand(LAYERS, D, D), "o": rand(LAYERS, D, D, seed=1)},
+    "embed": rand(VOCABULARY, D, seed=2),
+}
+X = inputs(4, D)
+RULES = (
+    Narrow(path="layers", predictor=Halves(), force=True),
+    hire.Head(k=4, candidates=32, min_width=100, force=True),
+)
+
+
+def model(params, x):
+    def layer(x, w):
+        return x + jax.nn.softmax(x @ w["q"]) @ w["o"], None
+
+    return lax.scan(layer, x, params["layers"])[0] @ params["embed"].T
+
+
+@pytest.fixture(autouse=True)
+def narrow_kind():
+    with registered(NarrowKind()):
+        yield
+
+
+def test_it_is_planned_packed_and_run_beside_the_others():
+    step = hire.transform(model, *RULES)
+    packed = step.pack(PARAMS, X)
+    plan = step.plan(packed, X)
+    assert [(site.kind, site.status) for site in plan.sites] == [
+        ("head", "rewritten"),
+        ("narrow", "rewritten"),
+        ("narrow", "rewritten"),
+    ]
+    narrow = plan.sites[1]
+    assert (narrow.repeats, narrow.width, narrow.d_model) == (LAYERS, D, D)
+    assert narrow.bytes_after == LAYERS * 2 * D * D == narrow.bytes_before // 2
+    assert "Halves" in narrow.reason
+    assert set(packed.weights) == set()
+    want = model(PARAMS, X)
+    close(jax.jit(step)(packed, X), step(packed, X), 1e-6)
+    best = np.asarray(want).argsort(1)[:, -4:]
+    got = np.take_along_axis(np.asarray(step(packed, X)), best, 1)
+    np.testing.assert_allclose(got, np.take_along_axis(np.asarray(want), best, 1), atol=0.02)
+
+
+def test_its_modes():
+    step = hire.transform(model, *RULES)
+    packed = step.pack(PARAMS, X)
+    for mode in ("exact", "dense"):
+        close(hire.transform(model, *RULES, mode=mode)(packed, X), model(PARAMS, X), 1e-5)
+    close(hire.transform(model, *RULES, mode="exact")(PARAMS, X), model(PARAMS, X), 1e-5)
+
+
+def test_it_is_estimated():
+    plan = hire.inspect(model, PARAMS, X, rules=[dataclasses.replace(RULES[0], force=False)])
+    asked = [site for site in plan.sites if site.rule is not None]
+    assert [(site.kind, site.expected) for site in asked] == [("narrow", 2.0)] * 2
+
+
+def test_it_is_calibrated_and_evaluated():
+    rules = Narrow(path="layers", predictor=hire.LowRank(8), force=True), RULES[1]
+    step, batches = hire.transform(model, *rules), [(inputs(64, D, seed=s),) for s in range(2)]
+    plain = Narrow(path="layers", predictor=hire.LowRank(8), force=True)
+    with pytest.warns(UserWarning, match="without calibration"):
+        guessed = hire.transform(model, plain).pack(PARAMS, X)
+    packed = step.pack(PARAMS, X, calibration=batches)
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(packed.sites["params/layers/q"]),
+            jax.tree.leaves(guessed.sites["params/layers/q"]),
+            strict=True,
+        )
+    )
+    report = step.evaluate(packed, batches)
+    narrow = [site for site in report.sites if site.kind == "narrow"]
+    assert len(narrow) == 2
+    assert all(0 < site.error < 1 and site.recall == (1.0,) * LAYERS for site in narrow)
+    assert report.model.tokens == 128
+    assert "params/layers/q" in str(report)
+
+
+def test_it_is_tuned_saved_and_loaded(tmp_path):
+    step, batches = hire.transform(model, *RULES), [(inputs(64, D, seed=s),) for s in range(4)]
+    tuned = step.tune(PARAMS, batches, recall=0.9)
+    assert any(isinstance(rule, Narrow) and rule.predictor == Halves() for rule in tuned)
+    tuned.save(str(tmp_path / "rules.json"))
+    loaded = hire.load_rules(str(tmp_path / "rules.json"))
+    assert loaded == tuple(tuned)
+    step = hire.transform(model, *loaded)
+    packed = step.pack(PARAMS, X)
+    restored = jax.tree.unflatten(jax.tree.structure(packed), jax.tree.leaves(packed))
+    close(step(restored, X), step(packed, X), 1e-6)
+    assert "hire_head" in str(step.diff(PARAMS, X))
+
+
+def test_a_kind_that_is_not_registered_has_no_rules():
+    rule, unknown = RULES[0], dataclasses.make_dataclass("Unknown", [], bases=(Rule,))
+    assert hire.transform(model, rule)
+    with pytest.raises(hire.HireRewriteError, match="is not a rule"):
+        hire.transform(model, unknown())
