@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Each worker begins with neighbors, which share what a file compiles once.
+PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
@@ -14,7 +16,7 @@ help:
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
-	@echo "make zoo       the zoo of models in bfloat16 too"
+	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make docs      the generated pages of docs/"
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m examples.smollm2.demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # For a quick look, which writes no results of most: make bench QUICK='--rounds 3'
 bench: $(VENV)/.peers
@@ -47,10 +49,10 @@ pretrain: $(VENV)/.pretrain
 	$(RUN) -m examples.pretrain
 
 zoo: $(VENV)/.test
-	$(RUN) -m pytest -n auto -m zoo tests/zoo
+	$(PYTEST) -m zoo tests/zoo
 
 mesh: $(VENV)/.test
-	$(RUN) -m pytest -n auto -m mesh tests/zoo
+	$(PYTEST) -m mesh tests/zoo
 	$(RUN) -m benchmarks.mesh
 
 # In an environment of its own: with libtpu installed, jax looks for a TPU.

@@ -115,12 +115,12 @@ def run(fn: Any, *args: Any) -> Any:
     return jax.jit(fn)(*args)
 
 
-def optimized(fn: Any, *args: Any) -> Any:
-    """`fn` under `jit`, compiled as a user's program is."""
+def optimized(fn: Any, **settings: Any) -> Any:
+    """`fn` under a `jit` that compiles as a user's does, for what runs long or is XLA's own."""
     options: dict[str, Any] = {"xla_backend_optimization_level": 3}
     if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
         options["xla_cpu_use_fusion_emitters"] = True
-    return jax.jit(fn, compiler_options=options)(*args)
+    return jax.jit(fn, compiler_options=options, **settings)
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-4) -> None:

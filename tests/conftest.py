@@ -5,16 +5,15 @@ on a few numbers: most of a run would go to optimizing them (`tests.cases.optimi
 """
 
 import importlib.metadata
+import importlib.util
 import os
 
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if importlib.util.find_spec("libtpu") is None:  # whose compiler would read them too
+    FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HIRE_REWRITE_MACHINE"] = "bytes"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])

@@ -17,6 +17,7 @@ from examples.pretrain.train import Setting, topk_loss, train
 from tests.cases import Oracle
 
 VOCAB = 64
+ONE_ARCHITECTURE = pytest.mark.parametrize("config", ["gated"], indirect=True)
 
 
 @pytest.fixture(params=model.ARCHITECTURES)
@@ -162,6 +163,7 @@ def test_a_top_k_of_everything_is_the_model_itself(config, params, text):
     assert abs(float(some(params, rows)) - float(expected)) > 1e-4
 
 
+@ONE_ARCHITECTURE
 def test_neurons_outside_the_top_k_learn_nothing(config, params, text):
     """One row of one token: at most k neurons of a layer have a gradient."""
     gradient = jax.jit(jax.grad(topk_loss(config, 0.125)))(params, text[None, :2])
@@ -170,6 +172,7 @@ def test_neurons_outside_the_top_k_learn_nothing(config, params, text):
     assert jnp.all(used <= config.d_ff / 8)
 
 
+@ONE_ARCHITECTURE
 def test_the_gradient_is_the_same_under_checkpoint(config, params, text):
     loss = topk_loss(config, 0.125)
     rows = text[: 4 * 17].reshape(4, 17)
@@ -179,11 +182,12 @@ def test_the_gradient_is_the_same_under_checkpoint(config, params, text):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
 
 
+@ONE_ARCHITECTURE
 def test_stages(setting):
     assert [setting.k(step) for step in range(7)] == [1.0, 1.0, 0.5, 0.5, 0.125, 0.125, 0.125]
 
 
-@pytest.mark.parametrize("config", ["gated"], indirect=True)
+@ONE_ARCHITECTURE
 def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, monkeypatch):
     whole = train(setting, text, tmp_path / "whole")
 
@@ -212,16 +216,11 @@ def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, mon
     done = train(setting, text, tmp_path / "broken")
     assert steps == [2, 3, 4, 5]
     assert done.seconds == broken.seconds
+    with pytest.raises(ValueError, match="setting"):
+        train(dataclasses.replace(setting, rate=1.0), text, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("config", ["gated"], indirect=True)
-def test_checkpoints_of_another_setting_are_an_error(setting, text, tmp_path):
-    setting = dataclasses.replace(setting, stages=((0.0, 1.0),))
-    train(setting, text, tmp_path)
-    with pytest.raises(ValueError, match="checkpoints of another setting"):
-        train(dataclasses.replace(setting, rate=1.0), text, tmp_path)
-
-
+@ONE_ARCHITECTURE
 def test_training_lowers_the_loss(setting, text, tmp_path):
     setting = dataclasses.replace(setting, stages=((0.0, 0.125),), steps=60, save_every=30)
     trained = train(setting, text[:2500], tmp_path)
@@ -232,6 +231,7 @@ def test_training_lowers_the_loss(setting, text, tmp_path):
     assert [entry["step"] for entry in trained.history] == [30, 60]
 
 
+@ONE_ARCHITECTURE
 def test_a_model_is_evaluated_both_ways(config, params, text):
     losses = both_ways(config, params, text[:300], context=16)
     (rows,) = batches.in_order(text[:300], context=16, batch=16)
@@ -252,6 +252,7 @@ def test_both_arms_differ_by_the_top_k_alone():
         assert (dense.k(1000), topk.k(1000)) == (1.0, 0.05)
 
 
+@ONE_ARCHITECTURE
 def test_a_model_is_converted_and_measured(config, params, text, monkeypatch):
     """With a predictor that is always right the rewritten model is the exact one."""
     monkeypatch.setattr("examples.pretrain.convert.HEAD", hire.Head(min_width=64, path="nowhere"))

@@ -16,7 +16,7 @@ def run_two(module: str) -> list[dict]:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -54,9 +54,9 @@ def test_sites_and_results_at_full_budget(model, dtype):
     one = built(model, dtype)
     step = hire.transform(one.fn, *FULL)
     plan = step.plan(one.weights, *one.args)
-    found = [Expected(**{name: getattr(site, name) for name in FIELDS}) for site in plan.sites]
-    assert sorted(found, key=str) == sorted(model.sites, key=str)
+    sites = [Expected(**{name: getattr(site, name) for name in FIELDS}) for site in plan.sites]
     if dtype == "float32":
+        assert sorted(sites, key=str) == sorted(model.sites, key=str)
         assert row(model, plan) in ROWS, "docs/coverage.md is old: `make docs` writes it"
     if not model.sites:
         return
