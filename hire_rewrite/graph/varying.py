@@ -12,7 +12,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
-from hire_rewrite.patterns.traits import Trait, has
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sharding.rows import mesh_axes
 
 __all__ = ["VaryingAxes"]

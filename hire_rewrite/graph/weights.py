@@ -19,7 +19,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
-from hire_rewrite.patterns.traits import is_widening
+from hire_rewrite.graph.traits import is_widening
 from hire_rewrite.sharding.arrays import automatic
 
 __all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow"]

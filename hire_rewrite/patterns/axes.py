@@ -16,7 +16,6 @@ is given the equation's parameters by name:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.evaluate import evaluate_part
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.patterns.traits import Trait, has
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
 __all__ = [
@@ -45,31 +44,26 @@ class Blocked(Exception):  # noqa: N818 (a finding, not an error)
     """The operation mixes positions of the axis; the message completes "the axis ..."."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AxisRule:
-    """What is known about an operation on a part of an axis.
-
-    Attributes:
-      operands: `(node, window, *, output, **params)` to the windows of the operands that belong to
-        a window of a result; raises `Blocked`.
-      bind: `(operands, shape, /, *, output, **params)` to a result of that shape from operands in
-        their windows; None where the equation does it as it is.
-    """
-
-    operands: Callable[..., Windows]
-    bind: Callable[..., Any] | None = None
-
-
-_rules: dict[Any, AxisRule] = {}
+_rules: dict[Any, Callable[..., Windows]] = {}
+_binds: dict[Any, Callable[..., Any]] = {}
 
 
 def register_axis_rule(
     *primitives: Any, bind: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Windows]], Callable[..., Windows]]:
-    """Function decorator: the `operands` of the rule for `primitives` (see `AxisRule`)."""
+    """Function decorator: the rule for `primitives`.
+
+    The function is called as `(node, window, *, output, **params)` with a window of a result, and
+    returns the windows of the operands that belong to it, or raises `Blocked`.
+
+    Args:
+      bind: called as `(operands, shape, /, *, output, **params)` with operands in their windows,
+        returns the result, which has that shape. None where the equation does so as it is.
+    """
 
     def register(operands: Callable[..., Windows]) -> Callable[..., Windows]:
-        _rules.update(dict.fromkeys(primitives, AxisRule(operands, bind)))
+        _rules.update(dict.fromkeys(primitives, operands))
+        _binds.update({} if bind is None else dict.fromkeys(primitives, bind))
         return operands
 
     return register
@@ -86,16 +80,15 @@ def operand_windows(node: Node, window: Window, output: int = 0) -> Windows:
     Raises:
       Blocked: none do, for the operation mixes positions.
     """
-    rule = _rules.get(node.primitive, _POINTWISE)
-    return rule.operands(node, window, output=output, **node.params)
+    rule: Callable[..., Windows] = _rules.get(node.primitive, _same_places)
+    return rule(node, window, output=output, **node.params)
 
 
 def run_part(node: Node, operands: Sequence[Any], shape: Sequence[int], output: int = 0) -> Any:
     """A result in a window, where it has that shape, from operands in theirs."""
-    bind = _rules.get(node.primitive, _POINTWISE).bind
-    if bind is None:
+    if node.primitive not in _binds:
         return evaluate_part(node, operands)[output]
-    return bind(operands, shape, output=output, **node.params)
+    return _binds[node.primitive](operands, shape, output=output, **node.params)
 
 
 def ordered_axis(node: Node) -> int:
@@ -155,6 +148,3 @@ def _broadcast(window: Window, old: Sequence[int], new: Sequence[int]) -> Window
         return Window(None)
     axis = window.axis if window.axis is not None and old[window.axis] == new[window.axis] else None
     return window.with_axis(axis).with_picks([(i, j) for i, j in window.picks if old[i] == new[i]])
-
-
-_POINTWISE = AxisRule(_same_places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import Blocked, Windows, register_axis_rule
 from hire_rewrite.patterns.one_hot import chooses, free_axes
-from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["fixed_starts"]
@@ -25,9 +25,9 @@ Operands = Sequence[Any]
 Shape = Sequence[int]
 
 
-def _first(operands: Operands, target: Shape, /, **_: Any) -> Any:
-    """Of what only cuts: its operand was cut where the positions were chosen."""
-    return operands[0]
+def _reshaped(operands: Operands, target: Shape, /, **_: Any) -> Any:
+    """Of what cuts, too: its operand was cut where the positions were chosen."""
+    return lax.reshape(operands[0], target)
 
 
 @register_axis_rule(p.bitcast_convert_type_p)
@@ -38,36 +38,32 @@ def _bitcast(node: Node, window: Window, **_: Any) -> Windows:
 
 
 def _bind_broadcast(
-    operands: Operands, target: Shape, /, *, broadcast_dimensions: Sequence[int], **_: Any
+    operands: Operands, target: Shape, /, *, broadcast_dimensions: Shape, **_: Any
 ) -> Any:
     return lax.broadcast_in_dim(operands[0], target, broadcast_dimensions)
 
 
 @register_axis_rule(p.broadcast_in_dim_p, bind=_bind_broadcast)
 def _broadcast_in_dim(
-    node: Node, window: Window, *, broadcast_dimensions: Sequence[int], **_: Any
+    node: Node, window: Window, *, broadcast_dimensions: Shape, **_: Any
 ) -> Windows:
     old, new = node.ins[0].shape, node.outs[0].shape
-
-    def source(axis: int | None) -> int | None:
-        """The operand's axis that varies along an axis of the result."""
-        if axis is None or axis not in broadcast_dimensions:
-            return None
-        here = broadcast_dimensions.index(axis)
-        return here if old[here] == new[axis] else None
-
-    picks = [(source(axis), position) for axis, position in window.picks]
-    kept = [(axis, position) for axis, position in picks if axis is not None]
-    return (window.with_axis(source(window.axis)).with_picks(kept),)
+    # The operand's axes, by those of the result along which they vary.
+    sources = {
+        axis: here for here, axis in enumerate(broadcast_dimensions) if old[here] == new[axis]
+    }
+    picks = [(sources[axis], position) for axis, position in window.picks if axis in sources]
+    axis = None if window.axis is None else sources.get(window.axis)
+    return (window.with_axis(axis).with_picks(picks),)
 
 
 @register_axis_rule(p.transpose_p)
-def _transpose(node: Node, window: Window, *, permutation: Sequence[int], **_: Any) -> Windows:
+def _transpose(node: Node, window: Window, *, permutation: Shape, **_: Any) -> Windows:
     return (_renumbered(window, permutation),)
 
 
 @register_axis_rule(p.squeeze_p)
-def _squeeze(node: Node, window: Window, *, dimensions: Sequence[int], **_: Any) -> Windows:
+def _squeeze(node: Node, window: Window, *, dimensions: Shape, **_: Any) -> Windows:
     return (_renumbered(window, _without(node, dimensions)),)
 
 
@@ -84,62 +80,55 @@ def _choice(node: Node, window: Window, **_: Any) -> Windows:
     return (inner, Window(None)) if chosen == 0 else (Window(None), inner)
 
 
-def _bind_reshape(operands: Operands, target: Shape, /, **_: Any) -> Any:
-    return lax.reshape(operands[0], target)
-
-
-@register_axis_rule(p.reshape_p, bind=_bind_reshape)
+@register_axis_rule(p.reshape_p, bind=_reshaped)
 def _reshape(node: Node, window: Window, **_: Any) -> Windows:
     """Axes may be merged and split where the window then lies in one axis, the others picked."""
     old, new = node.ins[0].shape, node.outs[0].shape
-    assert window.axis is not None
-    lost = Blocked(f"is split or merged by a reshape from {old} to {new}")
     picks: list[tuple[int, int]] = []
     inner: Window | None = None
     for olds, news in _blocks(old, new):
         here = [i for i in news if i == window.axis or i in window.picked]
         if not here:
             continue
-        if any(i not in here for i in news if new[i] != 1):
-            raise lost
         # The window as places in the block, counted in row-major order.
         place, step = 0, 0
         for i in here:
             below = math.prod(new[j] for j in news if j > i)
             place += below * window.picked.get(i, window.start)
             step = window.stride * below if i == window.axis else step
+        whole = all(i in here for i in news if new[i] != 1)
         if window.axis in news:
-            inner = _line(old, olds, place, step, window.size)
-            if inner is None:
-                raise lost
-            picks += inner.picks
-        else:
-            picks += _picks(old, olds, place)
+            inner = _line(old, olds, place, step, window.size) if whole else None
+        if not whole or (window.axis in news and inner is None):
+            raise Blocked(f"is split or merged by a reshape from {old} to {new}")
+        picks += _picks(old, olds, place)
     if inner is None:
         raise Blocked(f"vanishes in a reshape from {old} to {new}")
-    return (inner.with_picks(picks),)
+    return (inner.with_picks([pick for pick in picks if pick[0] != inner.axis]),)
 
 
-@register_axis_rule(p.slice_p, bind=_first)
+@register_axis_rule(p.slice_p, bind=_reshaped)
 def _slice(
     node: Node, window: Window, *, start_indices: Shape, strides: Shape | None, **_: Any
 ) -> Windows:
     return (_sliced(window, node.ins[0].shape, node.outs[0].shape, start_indices, strides),)
 
 
-@register_axis_rule(p.dynamic_slice_p, bind=_first)
+@register_axis_rule(p.dynamic_slice_p, bind=_reshaped)
 def _dynamic_slice(node: Node, window: Window, **_: Any) -> Windows:
     """A slice at places that are written into the program."""
     old, new, starts = node.ins[0].shape, node.outs[0].shape, []
     for place, size, kept in zip(node.ins[1:], old, new, strict=True):
-        if size != kept and place.literal is None:
+        if size == kept:
+            starts.append(0)
+        elif place.literal is None:
             raise Blocked("is sliced at a place that is computed")
-        last = size - kept
-        starts.append(0 if size == kept else min(max(int(np.asarray(place.literal)), 0), last))
+        else:
+            starts.append(min(max(int(np.asarray(place.literal)), 0), size - kept))
     return (_sliced(window, old, new, starts), *(Window(None) for _ in starts))
 
 
-@register_axis_rule(_compat.split_p, bind=_first)
+@register_axis_rule(_compat.split_p, bind=_reshaped)
 def _split(
     node: Node, window: Window, *, output: int, axis: int, sizes: Shape, **_: Any
 ) -> Windows:
@@ -148,11 +137,7 @@ def _split(
     return (_sliced(window, old, new, starts),)
 
 
-def _bind_unstack(operands: Operands, target: Shape, /, *, axis: int, **_: Any) -> Any:
-    return lax.squeeze(operands[0], (axis,))
-
-
-@register_axis_rule(_compat.unstack_p, bind=_bind_unstack)
+@register_axis_rule(_compat.unstack_p, bind=_reshaped)
 def _unstack(node: Node, window: Window, *, output: int, axis: int, **_: Any) -> Windows:
     inner = _renumbered(window, _without(node, [axis]))
     return (inner.with_picks([*inner.picks, (axis, output)]),)
@@ -176,7 +161,7 @@ def _bind_gather(
 ) -> Any:
     array, gone = operands[0], _collapsed(dimension_numbers)
     if all(array.shape[i] == 1 for i in gone) and math.prod(array.shape) == math.prod(target):
-        return lax.reshape(array, target)  # it was cut where the positions were chosen
+        return _reshaped(operands, target)
     offsets = iter(dimension_numbers.offset_dims)
     sizes = [1 if axis in gone else target[next(offsets)] for axis in range(array.ndim)]
     params |= {"dimension_numbers": dimension_numbers, "slice_sizes": tuple(sizes)}
@@ -229,12 +214,12 @@ def _collapsed(dimension_numbers: Any) -> set[int]:
     return {*dimension_numbers.collapsed_slice_dims, *dimension_numbers.operand_batching_dims}
 
 
-def _without(node: Node, axes: Sequence[int] | set[int]) -> list[int]:
+def _without(node: Node, axes: Collection[int]) -> list[int]:
     """The other axes of a node's first operand."""
     return [i for i in range(len(node.ins[0].shape)) if i not in axes]
 
 
-def _renumbered(window: Window, axes: Sequence[int]) -> Window:
+def _renumbered(window: Window, axes: Shape) -> Window:
     """A window whose axis `i` is called `axes[i]` in the operand."""
     axis = None if window.axis is None else axes[window.axis]
     return window.with_axis(axis).with_picks([(axes[i], j) for i, j in window.picks])
@@ -244,13 +229,11 @@ def _sliced(
     window: Window, old: Shape, new: Shape, starts: Shape, steps: Shape | None = None
 ) -> Window:
     """The window of an operand of which a slice was taken."""
-    steps = steps or (1,) * len(starts)
-    axis = window.axis
+    axis, steps = window.axis, steps or (1,) * len(starts)
     assert axis is not None
-    picks = {i: starts[i] + steps[i] * j for i, j in window.picks}
-    for i, (size, kept) in enumerate(zip(old, new, strict=True)):
-        if i != axis and i not in picks and kept == 1 and size != 1:
-            picks[i] = starts[i]
+    single = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if b == 1 and a != 1]
+    picks = {i: starts[i] for i in single if i != axis}
+    picks |= {i: starts[i] + steps[i] * j for i, j in window.picks}
     start, stride = starts[axis] + steps[axis] * window.start, steps[axis] * window.stride
     return Window(axis, window.size, start, stride).with_picks(list(picks.items()))
 
@@ -285,9 +268,7 @@ def _line(shape: Shape, axes: Sequence[int], place: int, step: int, size: int) -
         below = math.prod(shape[i] for i in axes if i > axis)
         start = place // below % shape[axis]
         if step % below == 0 and start + (size - 1) * (step // below) < shape[axis]:
-            others = [i for i in axes if i != axis]
-            picks = [pick for pick in _picks(shape, axes, place) if pick[0] in others]
-            return Window(axis, size, start, step // below).with_picks(picks)
+            return Window(axis, size, start, step // below)
     return None
 
 

@@ -10,9 +10,9 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.provenance import Provenance
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.one_hot import free_axes
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["Linear", "as_linear", "chosen_from"]

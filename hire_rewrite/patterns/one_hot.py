@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.patterns.traits import Trait, has
+from hire_rewrite.graph.traits import Trait, has
 
 __all__ = ["chooses", "free_axes", "is_one_hot"]
 

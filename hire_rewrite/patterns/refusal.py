@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 from hire_rewrite.graph.nodes import Node
@@ -29,6 +30,7 @@ class Refusal(enum.Enum):
     UNSUPPORTED = "a form of site that is not rewritten"
 
 
+@dataclasses.dataclass(eq=False)
 class NoMatch(Exception):  # noqa: N818 (a finding, not an error)
     """What stopped a match.
 
@@ -40,21 +42,14 @@ class NoMatch(Exception):  # noqa: N818 (a finding, not an error)
       intended: whether the layer was meant to be a site of this kind, by its shape.
     """
 
-    def __init__(
-        self,
-        refusal: Refusal,
-        reason: str,
-        node: Node,
-        matched: int = 1,
-        *,
-        intended: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.refusal = refusal
-        self.reason = reason
-        self.node = node
-        self.matched = matched
-        self.intended = intended
+    refusal: Refusal
+    reason: str
+    node: Node
+    matched: int = 1
+    intended: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def closer(first: NoMatch | None, second: NoMatch) -> NoMatch:
@@ -71,5 +66,4 @@ def closer(first: NoMatch | None, second: NoMatch) -> NoMatch:
         return second
     if first.matched > 2:
         return first
-    both = f"{first.reason}; and {second.reason}"
-    return NoMatch(first.refusal, both, first.node, first.matched, intended=first.intended)
+    return dataclasses.replace(first, reason=f"{first.reason}; and {second.reason}")

@@ -15,8 +15,8 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import (
     Blocked,
     has_axis_rule,
@@ -29,7 +29,6 @@ from hire_rewrite.patterns.layout import fixed_starts
 from hire_rewrite.patterns.one_hot import is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Projection, Region, Vector
-from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
 __all__ = ["backward_slice"]
@@ -318,15 +317,12 @@ def _traced_order(projection: Projection) -> tuple[int, Any]:
 
 def _cut_axis(node: Node) -> int | None:
     """The axis along which a node only cuts its operand to pieces, if it does."""
-    if node.primitive is _compat.split_p:
-        axis: int = node.params["axis"]
-        return axis
-    old, new = node.ins[0].shape, node.outs[0].shape
-    fixed = node.primitive is p.gather_p and len(old) == len(new) and fixed_starts(node)
-    if not (fixed or node.primitive in (p.slice_p, p.dynamic_slice_p)):
+    fixed = node.primitive is p.gather_p and fixed_starts(node) is not None
+    if not (fixed or has(node.primitive, Trait.CUTS)):
         return None
-    axes = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    return axes[0] if len(axes) == 1 else None
+    old, new = node.ins[0].shape, node.outs[0].shape
+    axes = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
+    return axes[0] if len(axes) == 1 and len(old) == len(new) else None
 
 
 def _is_repeated(value: Value, window: Window) -> bool:

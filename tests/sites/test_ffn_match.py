@@ -105,20 +105,20 @@ ATTENTION = {name: rand(D, D, seed=i) for i, name in enumerate("qkvo")}
 FUSED = {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}
 CACHE = (inputs(4, 2, D // 2), inputs(4, 2, D // 2))
 NEAR = {
-    "low rank": (lambda p, x: x @ p["up"] @ p["down"], PLAIN, (), "nothing non-linear"),
+    "low rank": (lambda p, x: x @ p["up"] @ p["down"], PLAIN, (), Refusal.LOW_RANK),
     "low rank with biases": (
         lambda p, x: (x @ p["up"] + p["b1"]) @ p["down"],
         BIASED,
         (),
-        "nothing non-linear",
+        Refusal.LOW_RANK,
     ),
-    "normed hidden": (_by_tokens(_normed), PLAIN, (), "changes each position by what reduce_sum"),
-    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), "by what reduce_sum finds"),
+    "normed hidden": (_by_tokens(_normed), PLAIN, (), Refusal.MIXES_POSITIONS),
+    "softmax hidden": (_by_tokens(jax.nn.softmax), PLAIN, (), Refusal.MIXES_POSITIONS),
     "normed, then relu": (
         lambda p, x: jax.nn.relu(_normed(x @ p["up"])) @ p["down"],
         PLAIN,
         (),
-        "changes each position by what reduce_sum",
+        Refusal.MIXES_POSITIONS,
     ),
     "above the mean": (
         lambda p, x: (lambda h: jnp.where(h > 5 * h.min(-1, keepdims=True), h, 0) @ p["down"])(
@@ -126,72 +126,72 @@ NEAR = {
         ),
         PLAIN,
         (),
-        "selects no few of them",
+        Refusal.MIXES_POSITIONS,
     ),
-    "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), "cumsum is not known"),
-    "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), "rev is not known"),
+    "cumulative hidden": (_by_tokens(lambda h: h.cumsum(-1)), PLAIN, (), Refusal.UNKNOWN_OPERATION),
+    "reversed hidden": (_by_tokens(lambda h: h[:, ::-1]), PLAIN, (), Refusal.UNKNOWN_OPERATION),
     "a weight for each token": (
         lambda p, x, i: jnp.einsum(
             "tf,tfd->td", jax.nn.relu(jnp.einsum("td,tdf->tf", x, p["up"][i])), p["down"][i]
         ),
         STACK,
         (jnp.array([0, 2, 1]),),
-        "an expert, a task or a layer that is chosen at run time",
+        Refusal.CHOSEN_AT_RUN_TIME,
     ),
-    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), "joined anew"),
-    "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), "reduce_max is not known"),
+    "hidden rolled": (_by_tokens(lambda h: jnp.roll(h, 1, -1)), PLAIN, (), Refusal.MIXES_POSITIONS),
+    "pooled tokens": (_by_tokens(lambda h: h.max(0)), PLAIN, (), Refusal.UNKNOWN_OPERATION),
     "hidden cast to heads": (
         _by_tokens(lambda h: jnp.tanh(h.reshape(T, 4, F // 4)).reshape(T, F)),
         PLAIN,
         (),
-        "split or merged by a reshape",
+        Refusal.MIXES_POSITIONS,
     ),
-    "hidden also summed": (_hidden_twice, PLAIN, (), "also read by reduce_sum"),
+    "hidden also summed": (_hidden_twice, PLAIN, (), Refusal.READ_ELSEWHERE),
     "hidden also returned": (
         lambda p, x: (lambda h: (h @ p["down"], h))(jax.nn.relu(x @ p["up"])),
         PLAIN,
         (),
-        "also a result",
+        Refusal.READ_ELSEWHERE,
     ),
     "hidden's range also returned": (
         lambda p, x: (lambda h: (h @ p["down"], jnp.abs(h).max()))(jax.nn.relu(x @ p["up"])),
         PLAIN,
         (),
-        "also read by abs",
+        Refusal.READ_ELSEWHERE,
     ),
     "hidden joined with itself": (
         lambda p, x: (lambda h: jnp.concatenate([h, h], -1) @ p["out"])(jax.nn.relu(x @ p["up"])),
         PLAIN | {"out": rand(2 * F, D)},
         (),
-        "cut to pieces and joined anew",
+        Refusal.MIXES_POSITIONS,
     ),
-    "gate also read": (_gate_read_elsewhere, GATED, (), "also read by reduce_max"),
-    "dropout": (_dropout, PLAIN, (jax.random.key(0),), "random_bits is not known"),
-    "no first layer": (lambda p, x: jax.nn.relu(x) @ p["q"], ATTENTION, (), "from outside"),
-    "carried hidden": (_hidden_carried, PLAIN, (), "from outside"),
-    "two inputs": (_two_inputs, GATED, (), "read different inputs"),
-    "two precisions": (_two_precisions, GATED, (), "differ in dtype or precision"),
+    "gate also read": (_gate_read_elsewhere, GATED, (), Refusal.READ_ELSEWHERE),
+    "dropout": (_dropout, PLAIN, (jax.random.key(0),), Refusal.UNKNOWN_OPERATION),
+    "no first layer": (lambda p, x: jax.nn.relu(x) @ p["q"], ATTENTION, (), Refusal.FROM_OUTSIDE),
+    "carried hidden": (_hidden_carried, PLAIN, (), Refusal.FROM_OUTSIDE),
+    "two inputs": (_two_inputs, GATED, (), Refusal.DIFFERENT_PRODUCTS),
+    "two precisions": (_two_precisions, GATED, (), Refusal.DIFFERENT_PRODUCTS),
     "one token of many": (
         _by_tokens(lambda h: h[-1:]),
         PLAIN,
         (),
-        "single tokens of its input are picked",
+        Refusal.MIXES_TOKENS,
     ),
-    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), "slice picks, reorders"),
-    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), "mul picks, reorders"),
-    "tokens swapped": (_by_batch, PLAIN, (), "transpose picks, reorders or mixes tokens"),
+    "last tokens": (_by_tokens(lambda h: h[1:]), PLAIN, (), Refusal.MIXES_TOKENS),
+    "gated by the first token": (_by_tokens(lambda h: h * h[:1]), PLAIN, (), Refusal.MIXES_TOKENS),
+    "tokens swapped": (_by_batch, PLAIN, (), Refusal.MIXES_TOKENS),
     "weight made of an activation": (
         lambda p, x: jax.nn.relu(x @ (p["up"] * x.mean())) @ p["down"],
         PLAIN,
         (),
-        "not linear in a weight",
+        Refusal.MIXES_POSITIONS,
     ),
-    "layers of a while_loop": (_while_layers, STACK, (), "not a counter of a loop of known length"),
+    "layers of a while_loop": (_while_layers, STACK, (), Refusal.CHOSEN_AT_RUN_TIME),
     "low-rank sum": (
         lambda p, x: jax.nn.relu(x @ p["up"] + x @ p["a"] @ p["b"]) @ p["down"],
         PLAIN | {"a": rand(D, 2), "b": rand(2, F)},
         (),
-        "low-rank product of rank 2 (LoRA) is added",
+        Refusal.LOW_RANK,
     ),
     "halves of different sizes": (
         lambda p, x: (lambda h: jax.nn.relu(h[:, :F]).reshape(T, 2, -1).sum(1) @ p["out"])(
@@ -199,7 +199,7 @@ NEAR = {
         ),
         FUSED | {"out": rand(F // 2, D)},
         (),
-        "reduce_sum is not known",
+        Refusal.UNKNOWN_OPERATION,
     ),
     "experts of groups": (
         lambda p, x: jnp.einsum(
@@ -209,10 +209,10 @@ NEAR = {
         ),
         {"up": jnp.stack([UP] * 4), "down": jnp.stack([DOWN] * 4)},
         (),
-        "transpose picks, reorders or mixes tokens",
+        Refusal.MIXES_TOKENS,
     ),
-    "attention": (_attention, ATTENTION, (), "not linear in a weight"),
-    "decode attention": (_decode, ATTENTION, CACHE, "split or merged by a reshape"),
+    "attention": (_attention, ATTENTION, (), Refusal.MIXES_POSITIONS),
+    "decode attention": (_decode, ATTENTION, CACHE, Refusal.MIXES_POSITIONS),
 }
 LAST = {
     "halves of different sizes": "p/out",
@@ -225,12 +225,12 @@ LAST = {
 
 @pytest.mark.parametrize("name", NEAR)
 def test_near_miss(name):
-    fn, params, rest, reason = NEAR[name]
+    fn, params, rest, refusal = NEAR[name]
     x = inputs(D) if name == "decode attention" else inputs(T, D)
     plan = plan_of(fn, params, x, *rest)
     assert plan.sites == ()
-    reasons = {rejection.name: rejection.reason for rejection in plan.rejected}
-    assert reason in reasons[LAST.get(name, "p/down")]
+    refusals = {rejection.name: rejection.refusal for rejection in plan.rejected}
+    assert refusals[LAST.get(name, "p/down")] is refusal
 
 
 def _dynamic(p, x):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.patterns.traits import Trait, has, is_widening, slope
+from hire_rewrite.graph.traits import Trait, has, is_widening, slope
 
 __all__ = ["Chain", "examine"]
 

@@ -19,10 +19,10 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.evaluate import literal_array
 from hire_rewrite.graph.nodes import Value
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import run_part
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
-from hire_rewrite.patterns.traits import Trait, has
 
 __all__ = ["Activation", "classify"]
 

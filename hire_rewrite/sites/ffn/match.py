@@ -8,12 +8,12 @@ import itertools
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 from hire_rewrite.patterns.slice import backward_slice
-from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.ffn.activation import Activation, classify
 

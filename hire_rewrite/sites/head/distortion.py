@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.patterns.traits import Trait, has
+from hire_rewrite.graph.traits import Trait, has
 
 __all__ = ["is_distorted"]
 

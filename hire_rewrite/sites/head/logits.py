@@ -16,14 +16,14 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import has_axis_rule, ordered_axis, result_axis
 from hire_rewrite.patterns.layout import fixed_starts
 from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.traits import Trait, has
 from hire_rewrite.sites.head.distortion import is_distorted
 
-__all__ = ["LogitTopK", "LogitUses", "follow"]
+__all__ = ["LogitTopK", "follow"]
 
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
@@ -40,26 +40,25 @@ class LogitTopK:
     gather: Node | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LogitUses:
-    """What becomes of logits.
-
-    Attributes:
-      top_ks: what looks for the greatest of them.
-      doubt: why they may be something else than logits, if so.
-    """
-
-    top_ks: tuple[LogitTopK, ...]
-    doubt: str | None
-
-
-def follow(origin: Node, axis: int, uses: Uses) -> LogitUses:
-    """What becomes of an axis of a node's result.
+def follow(origin: Node, axis: int, uses: Uses) -> tuple[tuple[LogitTopK, ...], str | None]:
+    """What looks for the greatest along an axis of a node's result, and why its numbers may be
+    something else than logits, if so.
 
     Raises:
       NoMatch: the axis does not end where logits end.
     """
-    return _Walk(origin, axis, uses).walk()
+    walk = _Walk(origin, axis, uses)
+    while walk.stack:
+        walk.visit(*walk.stack.pop())
+    if walk.parted is not None and not walk.whole:
+        raise walk.parted
+    doubt = None
+    if walk.distorted is not None and not walk.ranked:
+        doubt = (
+            f"{walk.distorted.primitive} is applied to all of its output, and nothing ranks or "
+            "normalizes it (a reconstruction, labels that are independent)"
+        )
+    return tuple(walk.top_ks.values()), doubt
 
 
 class _Walk:
@@ -78,27 +77,16 @@ class _Walk:
         self.whole = self.ranked = False
         self.distorted: Node | None = None
 
-    def walk(self) -> LogitUses:
-        while self.stack:
-            track = self.stack.pop()
-            if track not in self.seen:
-                self.seen.add(track)
-                self.values.add(track[0])
-                self._visit(*track)
-        if self.parted is not None and not self.whole:
-            raise self.parted
-        doubt = None
-        if self.distorted is not None and not self.ranked:
-            doubt = (
-                f"{self.distorted.primitive} is applied to all of its output, and nothing ranks or "
-                "normalizes it (a reconstruction, labels that are independent)"
-            )
-        return LogitUses(tuple(self.top_ks.values()), doubt)
-
-    def _visit(self, value: Value, axis: int, part: bool) -> None:
+    def visit(self, value: Value, axis: int, part: bool) -> None:
+        if (value, axis, part) in self.seen:
+            return
+        self.seen.add((value, axis, part))
+        self.values.add(value)
         if value in self.uses.results:
             if part:
-                raise self._not_logits("a part of the wide axis is a result", self.origin)
+                raise self._refuse(
+                    "a part of the wide axis is a result: not a vocabulary", self.origin
+                )
             self.whole = True
             if not jnp.issubdtype(value.dtype, jnp.floating):  # a decision about each of them
                 self.distorted = self.distorted or value.node
@@ -126,23 +114,26 @@ class _Walk:
     def _consumed(self, user: Node, value: Value, axis: int, part: bool) -> None:
         """An operation is the end of the axis."""
         self.whole = self.whole or not part
-        if user.primitive is p.reduce_sum_p:  # a softmax without its maximum
-            self.ranked = self.ranked or _made_by(value).primitive is p.exp_p
-        elif has(user.primitive, Trait.RANKS) or not has(user.primitive, Trait.REDUCES):
+        searches, orders = has(user.primitive, Trait.SEARCHES), has(user.primitive, Trait.ORDERS)
+        if has(user.primitive, Trait.REDUCES) and not searches:  # all of a softmax is ranked, too
+            normalizes = user.primitive is p.reduce_sum_p and _made_by(value).primitive is p.exp_p
+            self.ranked = self.ranked or normalizes or user.primitive is p.reduce_max_p
+        else:
             self.ranked = True
-        if not has(user.primitive, Trait.SEARCHES):
-            return
-        if has(user.primitive, Trait.ORDERS) and value.shape[axis] == self.width:
+        if searches and orders and value.shape[axis] == self.width:
             self.top_ks[user] = LogitTopK(user)
-        elif value in self.gathers:
+        elif searches and value in self.gathers:
             self.top_ks[user] = LogitTopK(user, self.gathers[value])
 
     def _behind(self, user: Node, position: int, axis: int) -> Axes:
         """Where the axis is behind one operation; nowhere if it is consumed there."""
-        primitive, result = user.primitive, user.outs[0]
+        primitive = user.primitive
+        if not user.outs:
+            raise self._unknown(user)
+        result = user.outs[0]
         if primitive is p.dot_general_p:
             return self._multiplied(user, position, axis)
-        if has(primitive, Trait.REDUCES | Trait.ORDERS | Trait.ACCUMULATES):
+        if has(primitive, Trait.REDUCES | Trait.ORDERS):
             behind = _reduced(user, axis)
             if not behind and has(primitive, Trait.ORDERS) and has(primitive, Trait.SEARCHES):
                 self._check_lookup(user)
@@ -155,8 +146,7 @@ class _Walk:
                 self._check_lookup(user)
             return behind
         if has(primitive, Trait.MERGES):
-            reason = f"{primitive} joins the logits of several devices: they are parts of sums"
-            raise NoMatch(Refusal.NOT_LOGITS, reason, user)
+            raise self._refuse(f"{primitive} joins parts of sums of several devices", user)
         if has(primitive, Trait.COLLECTS):
             added = not user.params["tiled"] and user.params["all_gather_dimension"] <= axis
             return [(result, axis + added)]
@@ -167,10 +157,9 @@ class _Walk:
         if primitive is p.dynamic_slice_p and position == 0:
             if result.shape[axis] == user.ins[0].shape[axis]:
                 return [(result, axis)]
-            raise self._cut(user, "cuts")
+            raise self._cut(user)
         if not has_axis_rule(primitive):
-            reason = f"{primitive} is not known to consume logits"
-            raise NoMatch(Refusal.UNKNOWN_OPERATION, reason, user, len(self.seen))
+            raise self._unknown(user)
         if primitive is p.reshape_p:
             merged = _merged(user, axis)
             if merged is not None:
@@ -188,7 +177,8 @@ class _Walk:
         if axis in free:
             return [(user.outs[0], free[axis])]
         if axis in batch[position] or not is_one_hot(user.ins[1 - position]):
-            raise self._contracted("the wide axis takes part in another product", user)
+            reason = "the wide axis takes part in another product: not a vocabulary"
+            raise self._refuse(reason, user, Refusal.CONTRACTED)
         return []
 
     def _stored(self, user: Node, position: int, axis: int) -> Axes:
@@ -200,7 +190,7 @@ class _Walk:
         window = [i for i in range(len(user.outs[0].shape)) if i not in inserted]
         if position == 2 and axis in numbers.update_window_dims:
             return [(user.outs[0], window[numbers.update_window_dims.index(axis)])]
-        raise self._not_logits(f"{user.primitive} scatters along the wide axis", user)
+        raise self._refuse(f"{user.primitive} scatters along the wide axis", user)
 
     def _check_lookup(self, user: Node) -> None:
         """Raise if numbers that were looked up go into a product soon: scores of an attention."""
@@ -208,24 +198,23 @@ class _Walk:
         while stack and len(seen) < 64:
             for reader, position in self.uses.users(stack.pop()):
                 if reader.primitive is p.dot_general_p and not is_one_hot(reader.ins[1 - position]):
-                    raise self._contracted("what is looked up in it is multiplied", user)
+                    reason = "what is looked up in it is multiplied: not a vocabulary"
+                    raise self._refuse(reason, user, Refusal.CONTRACTED)
                 if reader.bodies:
                     continue
                 floats = {v for v in reader.outs if jnp.issubdtype(v.dtype, jnp.floating)}
                 stack += floats - seen
                 seen |= floats
 
-    def _cut(self, user: Node, what: str = "cuts or mixes") -> NoMatch:
-        reason = f"{user.primitive} {what} the wide axis"
-        return NoMatch(Refusal.NOT_LOGITS, reason, user, len(self.seen))
+    def _cut(self, user: Node) -> NoMatch:
+        return self._refuse(f"{user.primitive} cuts or mixes the wide axis", user)
 
-    def _contracted(self, reason: str, user: Node) -> NoMatch:
-        reason = f"{reason}: not a vocabulary"
-        return NoMatch(Refusal.CONTRACTED, reason, user, len(self.seen))
+    def _unknown(self, user: Node) -> NoMatch:
+        reason = f"{user.primitive} is not known to consume logits"
+        return self._refuse(reason, user, Refusal.UNKNOWN_OPERATION)
 
-    def _not_logits(self, reason: str, node: Node) -> NoMatch:
-        reason = f"{reason}: not a vocabulary"
-        return NoMatch(Refusal.NOT_LOGITS, reason, node, len(self.seen))
+    def _refuse(self, reason: str, node: Node, kind: Refusal = Refusal.NOT_LOGITS) -> NoMatch:
+        return NoMatch(kind, reason, node, len(self.seen))
 
 
 def _joins_devices(user: Node, axis: int) -> bool:

@@ -16,12 +16,12 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import keeps_tokens, operand_windows, result_axis
 from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.one_hot import is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.traits import Trait, has, slope
 from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.head.logits import LogitTopK, follow
 
@@ -134,15 +134,15 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
         reason = "a weight for each of several inputs (attention heads, experts): not a vocabulary"
         raise NoMatch(Refusal.NOT_LOGITS, reason, node)
     _check_sums(linear, context)
-    logit_uses = follow(node, axis, context.uses)
-    doubt = doubt or logit_uses.doubt
+    top_ks, distorted = follow(node, axis, context.uses)
+    doubt = doubt or distorted
     if min_width is None and doubt is not None:
         raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
     if linear.out_dim != shape[axis]:
         reason = "several vocabularies lie side by side in one product"
         raise NoMatch(Refusal.UNSUPPORTED, reason, node)
     match = _epilogue(linear, axis, context)
-    return dataclasses.replace(match, top_ks=logit_uses.top_ks, doubt=doubt)
+    return dataclasses.replace(match, top_ks=top_ks, doubt=doubt)
 
 
 def _doubt(linear: Linear, width: int, context: MatchContext) -> str | None:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.extend.core import Primitive
 
+from hire_rewrite.graph.traits import Trait, has, is_widening, register_traits, slope
 from hire_rewrite.ops.certify.monotone import examine
 from hire_rewrite.patterns.refusal import Refusal
-from hire_rewrite.patterns.traits import Trait, has, is_widening, register_traits, slope
 from tests.cases import D, T, found_in, inputs, plan_of
 from tests.cases_ffn import PLAIN
 from tests.cases_head import UNTIED

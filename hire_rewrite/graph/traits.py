@@ -10,7 +10,6 @@ A primitive that is not in the table has no traits, and stops every match with i
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 
-__all__ = ["Trait", "Traits", "has", "is_widening", "register_traits", "slope"]
+__all__ = ["Trait", "has", "is_widening", "register_traits", "slope"]
 
 
 class Trait(enum.Flag):
@@ -48,13 +47,9 @@ class Trait(enum.Flag):
     EXTENDS = enum.auto()
     """Returns its operand and more: axes stay where they are, and grow no shorter."""
     REDUCES = enum.auto()
-    """Makes one number of all along some axes."""
-    ACCUMULATES = enum.auto()
-    """Makes a number of each one and all before it."""
+    """Makes a number of all along some axes, or of each one and all before it."""
     ORDERS = enum.auto()
     """Returns the numbers along an axis by size, all or the greatest."""
-    RANKS = enum.auto()
-    """Depends on which numbers along an axis are the greatest."""
     SEARCHES = enum.auto()
     """Returns where the greatest numbers along an axis are."""
     SCATTERS = enum.auto()
@@ -67,36 +62,28 @@ class Trait(enum.Flag):
     """Joins the arrays of several devices."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Traits:
-    """The facts about a primitive.
+_table: dict[Any, tuple[Trait, str]] = {}
 
-    `slopes` has a character for each operand, the last one for all that follow: whether the result
-    rises (`+`) or falls (`-`) with it while the others stay, does one of the two (`?`), or neither
-    (`.`).
+
+def register_traits(primitive: Any, traits: Trait, slopes: str = ".") -> None:
+    """Add a primitive to the table, or replace what was known of it.
+
+    Args:
+      slopes: a character for each operand, the last one for all that follow: whether the result
+        rises (`+`) or falls (`-`) with it while the others stay, does one of the two (`?`), or
+        neither (`.`).
     """
-
-    flags: Trait
-    slopes: str
-
-
-_NONE = Traits(Trait(0), ".")
-_table: dict[Any, Traits] = {}
-
-
-def register_traits(primitive: Any, flags: Trait, slopes: str = ".") -> None:
-    """Add a primitive to the table, or replace what was known of it."""
-    _table[primitive] = Traits(flags, slopes)
+    _table[primitive] = traits, slopes
 
 
 def has(primitive: Any, traits: Trait) -> bool:
     """Whether a primitive has any of the traits."""
-    return bool(_table.get(primitive, _NONE).flags & traits)
+    return bool(_table.get(primitive, _NOTHING)[0] & traits)
 
 
 def slope(primitive: Any, operand: int) -> str:
-    """How the result changes with an operand: `+`, `-`, `?` or `.` (see `Traits`)."""
-    slopes = _table.get(primitive, _NONE).slopes
+    """How the result changes with an operand: `+`, `-`, `?` or `.` (see `register_traits`)."""
+    slopes = _table.get(primitive, _NOTHING)[1]
     return slopes[min(operand, len(slopes) - 1)]
 
 
@@ -112,6 +99,7 @@ def is_widening(source: Any, target: Any) -> bool:
     )
 
 
+_NOTHING = Trait(0), "."
 _EACH = Trait.POINTWISE
 _LINEAR = Trait.POINTWISE | Trait.LINEAR
 _CAST = _LINEAR | Trait.CASTS
@@ -143,13 +131,12 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     (Trait.CUTS, "+", p.slice_p, _compat.split_p, _compat.unstack_p),
     (Trait.CUTS, "+.", p.dynamic_slice_p),
     (Trait.EXTENDS, ".", p.concatenate_p, p.pad_p, p.rev_p, p.dynamic_update_slice_p),
-    (Trait.REDUCES, ".", p.reduce_sum_p, p.reduce_prod_p, p.reduce_min_p, p.reduce_p,
-     p.reduce_or_p, p.reduce_and_p),
-    (Trait.REDUCES | Trait.RANKS, ".", p.reduce_max_p),
-    (Trait.REDUCES | Trait.RANKS | Trait.SEARCHES, ".", p.argmax_p),
-    (Trait.ORDERS | Trait.RANKS, ".", p.sort_p),
-    (Trait.ORDERS | Trait.RANKS | Trait.SEARCHES, ".", p.top_k_p, p.approx_top_k_p),
-    (Trait.ACCUMULATES, ".", p.cumsum_p, p.cumlogsumexp_p, p.cummax_p, p.cumprod_p, p.cummin_p),
+    (Trait.REDUCES, ".", p.reduce_sum_p, p.reduce_prod_p, p.reduce_max_p, p.reduce_min_p,
+     p.reduce_or_p, p.reduce_and_p, p.reduce_p, p.cumsum_p, p.cumprod_p, p.cummax_p, p.cummin_p,
+     p.cumlogsumexp_p),
+    (Trait.REDUCES | Trait.SEARCHES, ".", p.argmax_p),
+    (Trait.ORDERS, ".", p.sort_p),
+    (Trait.ORDERS | Trait.SEARCHES, ".", p.top_k_p, p.approx_top_k_p),
     (Trait.SCATTERS, ".", p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p,
      p.scatter_min_p),
     (Trait.MULTIPLIES, ".", p.dot_general_p, p.conv_general_dilated_p,
@@ -158,6 +145,6 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     (Trait.COLLECTS, ".", p.all_gather_p),
 )  # fmt: skip
 
-for _flags, _slopes, *_primitives in _ROWS:
+for _traits, _slopes, *_primitives in _ROWS:
     for _primitive in _primitives:
-        register_traits(_primitive, _flags, _slopes)
+        register_traits(_primitive, _traits, _slopes)
