@@ -174,7 +174,7 @@ sharding_casts = frozenset(
 
 
 def is_sharded_by_type(aval: Any) -> bool:
-    """Whether an array's type says over which axes of a mesh it is spread."""
+    """Whether an array's type says over which axes of a mesh it is sharded."""
     sharding = getattr(aval, "sharding", None)
     return sharding is not None and any(axis is not None for axis in sharding.spec)
 

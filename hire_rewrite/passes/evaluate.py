@@ -20,7 +20,7 @@ from hire_rewrite.graph.evaluate import evaluate_inside
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
-from hire_rewrite.passes.modes import MODES, Packing
+from hire_rewrite.passes.modes import DENSE, EXACT, Packing
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.summarize import summarize
 from hire_rewrite.report import Report
@@ -102,7 +102,7 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
     modes = [_measured(follow_exact=False)]
     if head is not None:
         exact_is_dense = all(decision.op.exact_is_dense for decision in analysis.packing)
-        others = [MODES["dense"].packed, MODES["exact"].packed]
+        others = [DENSE.packed, EXACT.packed]
         modes = [*(others[:1] if exact_is_dense else others), *modes]
 
     def run(operands: Any) -> dict[str, Any]:

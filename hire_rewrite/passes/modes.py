@@ -9,7 +9,7 @@ from typing import Any
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["MODES", "Mode", "Packing"]
+__all__ = ["DENSE", "EXACT", "HIRE", "MODES", "Mode", "Packing"]
 
 Packing = Callable[[Decision, Any], list[SiteReplacement]]
 """A packed site and its arrays to its replacements."""
@@ -35,9 +35,9 @@ def _hire(decision: Decision, arrays: Any) -> list[SiteReplacement]:
     return operation.rewritten(arrays) if decision.rewritten else operation.exact(arrays)
 
 
-MODES = {
-    "hire": Mode(_hire, packs_on_sight=True),
-    "exact": Mode(lambda decision, arrays: decision.op.exact(arrays), exact_form=True),
-    "dense": Mode(lambda decision, arrays: decision.op.dense(arrays)),
-}
+HIRE = Mode(_hire, packs_on_sight=True)
+EXACT = Mode(lambda decision, arrays: decision.op.exact(arrays), exact_form=True)
+DENSE = Mode(lambda decision, arrays: decision.op.dense(arrays))
+
+MODES = {"hire": HIRE, "exact": EXACT, "dense": DENSE}
 """By the name that a user gives to `transform`."""

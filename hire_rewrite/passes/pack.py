@@ -20,7 +20,7 @@ from hire_rewrite.graph.trace import Trace, abstract
 from hire_rewrite.graph.weights import Stacked, Stacker
 from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
-from hire_rewrite.passes.modes import MODES
+from hire_rewrite.passes.modes import HIRE
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.arrays import automatic, on_mesh
 from hire_rewrite.sharding.rows import RowSharding
@@ -68,7 +68,7 @@ def pack(
     with _progress(sum(decision.site.layers for decision in firsts)) as advance:
         for decision in firsts:
             sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
-    swaps = [swap for d in packing for swap in MODES["hire"].packed(d, sites[d.packed_name])]
+    swaps = [swap for d in packing for swap in HIRE.packed(d, sites[d.packed_name])]
     needs = rewrite(trace, swaps).needs
     kept = {trace.paths[i]: _kept(array) for i, array in arrays.items() if i in needs}
     meshes = [d.site.sharding for d in packing if isinstance(d.site.sharding, RowSharding)]
