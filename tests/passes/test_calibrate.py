@@ -1,4 +1,6 @@
-"""Moments collected by taps inside a function equal a plain computation in numpy."""
+"""What calibration sees of a site's inputs equals a plain computation in numpy."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,43 +9,45 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from hire_rewrite import FFN, Head, HireRewriteError, LowRank
-from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.rewrite import rewrite
-from tests.cases import D, T, inputs, run
+from tests.cases import D, Oracle, T, inputs
 from tests.cases_ffn import LAYERS, NEST, PLAIN, STACK, gated, plain
 from tests.cases_head import EMBED
 
 X = inputs(T, D)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recorder(Oracle):
+    """A predictor that keeps what it is fitted to."""
+
+    wants_calibration = True
+
+    def fit(self, rows, moments=None, top=None):
+        mean, covariance = moments.mean_and_covariance()
+        seen = {"count": moments.count, "mean": mean, "covariance": covariance}
+        return super().fit(rows, moments, top) | seen
+
+
 RULES = (
-    FFN(k=0.5, group=1, predictor=LowRank(4), force=True),
-    Head(k=2, candidates=4, min_width=2, force=True),
+    hire.FFN(k=0.5, group=1, predictor=Recorder(), force=True),
+    hire.Head(k=2, candidates=4, min_width=2, predictor=Recorder(), force=True),
 )
 
 
-def moments(fn, params, *args):
-    """The moments that each site reports in one run, by name."""
-    return {name: report[0] for name, report in reports_of(fn, params, *args).items()}
+def seen(fn, params, *args, batches=None):
+    """What the predictor of each site was fitted to, by the site's name."""
+    batches = [args] if batches is None else batches
+    packed = hire.transform(fn, *RULES).pack(params, *args, calibration=batches)
+    return {name: state.predictor for name, state in packed.sites.items()}
 
 
-def reports_of(fn, params, *args):
-    analysis = hire.transform(fn, *RULES)._analyses.of(None, (params, *args), {})
-    taps = rewrite(analysis.trace, [decision.op.observed() for decision in analysis.decisions])
-    leaves = jax.tree.leaves((params, *args))
-    return run(lambda leaves: taps({i: leaves[i] for i in taps.needs})[1], leaves)
-
-
-def check(report, tokens):
-    """`tokens`: [..., n, d], with the leading axes that the report must have."""
+def check(recorded, tokens):
+    """`tokens`: [layers, n, d]."""
     tokens = np.asarray(tokens, np.float64)
-    assert report.count.shape == tokens.shape[:-2]
-    np.testing.assert_array_equal(report.count, tokens.shape[-2])
-    np.testing.assert_allclose(report.mean, tokens.mean(-2), rtol=1e-4, atol=1e-4)
-    rest = tokens - tokens.mean(-2, keepdims=True)
-    scatter = np.swapaxes(rest, -1, -2) @ rest
-    np.testing.assert_allclose(report.scatter, scatter, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(recorded["count"], [tokens.shape[1]] * len(tokens))
+    np.testing.assert_allclose(recorded["mean"], tokens.mean(1), rtol=1e-4, atol=1e-5)
+    covariance = [np.cov(layer.T, bias=True) for layer in tokens]
+    np.testing.assert_allclose(recorded["covariance"], covariance, rtol=1e-3, atol=1e-4)
 
 
 def numpy_layer(p, x):
@@ -55,52 +59,48 @@ def layer(stack, i):
     return {name: np.asarray(w)[i] for name, w in stack.items()}
 
 
+def passed(params, x, count):
+    """The inputs of so many layers that follow one another, with the same weights."""
+    seen = []
+    for _ in range(count):
+        seen.append(x)
+        x = numpy_layer(params, x)
+    return seen
+
+
 def test_one_site():
-    check(moments(plain(), PLAIN, X)["p"], X)
-    check(moments(gated(), PLAIN | {"gate": PLAIN["up"]}, X)["p"], X)
-    check(moments(plain(), PLAIN, X[0])["p"], X[:1])
+    check(seen(plain(), PLAIN, X)["p"], X[None])
+    check(seen(gated(), PLAIN | {"gate": PLAIN["up"]}, X)["p"], X[None])
     batch = inputs(2, T, D)
-    check(moments(plain(), PLAIN, batch)["p"], batch.reshape(-1, D))
+    check(seen(plain(), PLAIN, batch)["p"], batch.reshape(1, -1, D))
 
 
 def test_transposed_input():
     fn = lambda p, x: (p["down"].T @ jax.nn.relu(p["up"].T @ x)).T  # noqa: E731
-    check(moments(fn, PLAIN, X.T)["p"], X)
+    check(seen(fn, PLAIN, X.T)["p"], X[None])
 
 
-def test_layers_of_a_scan_apart():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_layers_of_a_scan_apart(reverse):
     def fn(p, x):
-        return lax.scan(lambda c, w: (plain()(w, c), None), x, p)[0]
+        return lax.scan(lambda c, w: (plain()(w, c), None), x, p, reverse=reverse)[0]
 
-    seen, x = [], np.asarray(X)
-    for i in range(LAYERS):
-        seen.append(x)
+    tokens, x = [None] * LAYERS, np.asarray(X)
+    for i in reversed(range(LAYERS)) if reverse else range(LAYERS):
+        tokens[i] = x
         x = numpy_layer(layer(STACK, i), x)
-    check(moments(fn, STACK, X)["p"], np.stack(seen))
-
-    def back(p, x):
-        return lax.scan(lambda c, w: (plain()(w, c), None), x, p, reverse=True)[0]
-
-    seen, x = [], np.asarray(X)
-    for i in reversed(range(LAYERS)):
-        seen.insert(0, x)
-        x = numpy_layer(layer(STACK, i), x)
-    check(moments(back, STACK, X)["p"], np.stack(seen))
+    check(seen(fn, STACK, X)["p"], np.stack(tokens))
 
 
 def test_one_layer_in_a_scan_together():
     def fn(p, x):
         return lax.scan(lambda c, _: (plain()(p, c), None), x, length=3)[0]
 
-    seen, x = [], np.asarray(X)
-    for _ in range(3):
-        seen.append(x)
-        x = numpy_layer(PLAIN, x)
-    check(moments(fn, PLAIN, X)["p"], np.concatenate(seen))
+    check(seen(fn, PLAIN, X)["p"], np.concatenate(passed(PLAIN, np.asarray(X), 3))[None])
 
 
 def test_layers_in_a_generation_loop():
-    """Stacked over the layers, summed over the tokens."""
+    """Apart for each layer, together for all tokens."""
 
     def fn(p, x):
         def token(c, _):
@@ -109,17 +109,16 @@ def test_layers_in_a_generation_loop():
 
         return lax.scan(token, x, length=2)
 
-    params = {"layers": STACK, "embed": EMBED}
-    reports = moments(fn, params, X)
-    assert set(reports) == {"p/layers", "p/embed"}
-    seen, last, x = [[] for _ in range(LAYERS)], [], np.asarray(X)
+    found = seen(fn, {"layers": STACK, "embed": EMBED}, X)
+    assert set(found) == {"p/layers", "p/embed"}
+    tokens, last, x = [[] for _ in range(LAYERS)], [], np.asarray(X)
     for _ in range(2):
         for i in range(LAYERS):
-            seen[i].append(x)
+            tokens[i].append(x)
             x = numpy_layer(layer(STACK, i), x)
         last.append(x)
-    check(reports["p/layers"], np.stack([np.concatenate(tokens) for tokens in seen]))
-    check(reports["p/embed"], np.concatenate(last))
+    check(found["p/layers"], np.stack([np.concatenate(one) for one in tokens]))
+    check(found["p/embed"], np.concatenate(last)[None])
 
 
 def test_nested_layers():
@@ -129,23 +128,19 @@ def test_nested_layers():
 
         return lax.scan(outer, x, p)[0]
 
-    seen, x = [], np.asarray(X)
+    tokens, x = [], np.asarray(X)
     for i in range(2):
         for j in range(2):
-            seen.append(x)
+            tokens.append(x)
             x = numpy_layer(layer(NEST, (i, j)), x)
-    check(moments(fn, NEST, X)["p"], np.stack(seen).reshape(2, 2, T, D))
+    check(seen(fn, NEST, X)["p"], np.stack(tokens))
 
 
 def test_while_loop():
     def fn(p, x):
         return lax.while_loop(lambda s: s[0] > 0, lambda s: (s[0] - 1, plain()(p, s[1])), (3, x))[1]
 
-    seen, x = [], np.asarray(X)
-    for _ in range(3):
-        seen.append(x)
-        x = numpy_layer(PLAIN, x)
-    check(moments(fn, PLAIN, X)["p"], np.concatenate(seen))
+    check(seen(fn, PLAIN, X)["p"], np.concatenate(passed(PLAIN, np.asarray(X), 3))[None])
 
 
 def test_branches():
@@ -155,83 +150,66 @@ def test_branches():
 
         return lax.scan(token, 0, x)[1]
 
-    assert 0 < int((X[:, 0] > 0).sum()) < T
-    check(moments(fn, PLAIN, X)["p"], X[X[:, 0] > 0])
+    x = inputs(8, D)
+    taken = x[x[:, 0] > 0]
+    assert 1 < len(taken) < len(x)
+    check(seen(fn, PLAIN, x)["p"], taken[None])
 
 
 def test_inside_calls():
     def fn(p, x):
         return jax.jit(lambda x: jax.checkpoint(lambda x: plain()(p, x))(x))(x)
 
-    check(moments(fn, PLAIN, X)["p"], X)
+    check(seen(fn, PLAIN, X)["p"], X[None])
 
 
 # Over batches
 
 
-def gather(fn, params, batches, example):
-    """What several batches say about the sites of a function."""
-    return calibrate(hire.transform(fn, *RULES)._analyses, (params, *example), {}, batches)[1]
-
-
 def test_batches_of_several_sizes_add_up():
-    batches = [(inputs(n, D, seed=n),) for n in (1, 4, 2, 4)]
-    totals = gather(plain(), PLAIN, batches, (X,)).sites
-    check(totals["p"][0], np.concatenate([batch[0] for batch in batches])[None])
+    batches = [inputs(n, D, seed=n) for n in (1, 4, 2, 4)]
+    found = seen(plain(), PLAIN, X, batches=((batch,) for batch in batches))
+    check(found["p"], np.concatenate(batches)[None])
 
 
-def test_batches_may_come_from_a_generator():
-    totals = gather(plain(), PLAIN, ((X * i,) for i in range(3)), (X,)).sites
-    check(totals["p"][0], np.concatenate([X * i for i in range(3)])[None])
-
-
-def test_sites_with_one_state_add_up():
+def test_sites_with_one_packed_copy_add_up():
     def fn(p, x):
         return plain()(p, x), plain()(p, 2 * x)
 
-    totals = gather(fn, PLAIN, [(X,)], (X,))
-    check(totals.sites["p#1"][0], np.concatenate([X, 2 * X])[None])
-    assert totals.sites["p#1"][1].kept.sum() == 2 * T * (PLAIN["up"].shape[1] // 2)
-
-
-def test_active_neurons_are_counted():
-    (report,) = reports_of(plain(), PLAIN, X).values()
-    active = report[1]
-    h = np.maximum(np.asarray(X) @ np.asarray(PLAIN["up"]), 0)
-    k = h.shape[1] // 2
-    best = np.argsort(-(h**2), axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(active.kept, np.bincount(best.ravel(), minlength=h.shape[1]))
-    assert active.tokens == T
+    check(seen(fn, PLAIN, X)["p#1"], np.concatenate([X, 2 * X])[None])
 
 
 def test_what_several_tokens_share():
     """Each neuron is a candidate with its frequency, independently for each token."""
-    learned = gather(plain(), PLAIN, [(X,)], (X,)).statistics["p"]
-    (report,) = reports_of(plain(), PLAIN, X).values()
-    chance = np.asarray(report[1].chosen) / T
-    for i, tokens in enumerate((1, 2, 4, 8)):
-        assert learned.union[i] == round((1 - (1 - chance) ** tokens).sum())
-    assert learned.gathered(1) == learned.union[0]
-    assert learned.union[1] <= learned.gathered(3) <= learned.union[2]
-    assert learned.gathered(10**6) is None
+    rule = hire.FFN(k=4, candidates=8, group=1, predictor=Oracle(), max_tokens=None, force=True)
+    step, samples = hire.transform(plain(), rule), inputs(40, D)
+    packed = step.pack(PLAIN, X, calibration=[(samples,)])
+    scores = np.asarray(samples) @ np.asarray(PLAIN["up"])
+    chosen = np.argsort(-scores, axis=1)[:, :8]
+    chance = np.bincount(chosen.ravel(), minlength=scores.shape[1]) / len(samples)
+    for tokens in (2, 4):
+        union = round((1 - (1 - chance) ** tokens).sum())
+        assert 8 < union < 8 * tokens
+        (site,) = step.plan(packed, X[:1].repeat(tokens, 0)).sites
+        assert site.bytes_after == (union + min(union, 4 * tokens)) * D * 4
 
 
 BAD = {
-    "no tuple": ([X], "is a ArrayImpl: give tuples"),
-    "another structure": ([(X, X)], "has the structure"),
-    "another dtype": ([(X.astype(jnp.bfloat16),)], "only leading sizes may differ"),
-    "another rank": ([(X[0],)], "only leading sizes may differ"),
-    "none": ([], "no calibration batch reached it"),
-    "NaN": ([(X,), (X.at[0, 0].set(jnp.nan),)], "holds a NaN or an infinity"),
-    "infinity": ([(X.at[0, 0].set(jnp.inf),)], "holds a NaN or an infinity"),
+    "no tuple": ([X], "tuple"),
+    "another structure": ([(X, X)], "structure"),
+    "another dtype": ([(X.astype(jnp.bfloat16),)], "bfloat16"),
+    "another rank": ([(X[0],)], "leading sizes"),
+    "none": ([], "no calibration batch"),
+    "NaN": ([(X,), (X.at[0, 0].set(jnp.nan),)], "NaN"),
+    "infinity": ([(X.at[0, 0].set(jnp.inf),)], "infinity"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_batches(name):
-    batches, message = BAD[name]
-    with pytest.raises(HireRewriteError, match=message):
-        gather(plain(), PLAIN, batches, (X,))
+    batches, word = BAD[name]
+    with pytest.raises(hire.HireRewriteError, match=word):
+        seen(plain(), PLAIN, X, batches=batches)
 
 
 def test_a_site_that_no_batch_reaches():
@@ -240,5 +218,5 @@ def test_a_site_that_no_batch_reaches():
     def fn(p, x):
         return lax.cond(x.sum() > 1e9, lambda x: plain()(p, x), lambda x: x, x)
 
-    with pytest.raises(HireRewriteError, match="p: no calibration batch reached it"):
-        gather(fn, PLAIN, [(X,)], (X,))
+    with pytest.raises(hire.HireRewriteError, match="p: no calibration batch"):
+        seen(fn, PLAIN, X)
