@@ -426,7 +426,7 @@ def test_weights_out_of_range(params, call):
 
 def test_results_that_are_no_arrays(params, call):
     fn = hire.transform(lambda params, x: {"y": x, "note": "text"})
-    with pytest.raises(hire.HireRewriteError, match="returns something that is no array"):
+    with pytest.raises(hire.HireRewriteError, match="Return arrays"):
         fn.plan(params, call[1])
 
 

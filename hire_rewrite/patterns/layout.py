@@ -165,7 +165,7 @@ def _bind_gather(
     offsets = iter(dimension_numbers.offset_dims)
     sizes = [1 if axis in gone else target[next(offsets)] for axis in range(array.ndim)]
     params |= {"dimension_numbers": dimension_numbers, "slice_sizes": tuple(sizes)}
-    return p.gather_p.bind(*_compat.varying_alike(operands), **params)
+    return lax.gather(*_compat.varying_alike(operands), **params)
 
 
 @register_axis_rule(p.gather_p, bind=_bind_gather)

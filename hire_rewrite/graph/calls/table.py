@@ -69,7 +69,7 @@ class BodyWriter(Protocol):
         """Whether anything needs the value."""
 
     def units(self, body: Body) -> list[Any]:
-        """The replacements inside a body (see `passes.schedule.Replacement`)."""
+        """The replacements inside a body (see `passes.emit.items.Replacement`)."""
 
     def run(
         self,
