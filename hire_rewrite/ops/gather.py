@@ -153,7 +153,8 @@ def flattened(stacked: Array, layer: Array | int, groups: Array) -> tuple[Array,
       The rows of all layers' groups, [L · G, m, d], and which of them the groups are.
     """
     layers, count, *_, d = stacked.shape
-    return stacked.reshape(layers * count, -1, d), _flat_index(stacked, layer, groups)
+    index = _flat_index(stacked, layer, groups).astype(jnp.int32)
+    return stacked.reshape(layers * count, -1, d), index
 
 
 def _flat_index(stacked: Array, layer: Array | int, groups: Array) -> Array:

@@ -103,11 +103,7 @@ def _block_product_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> A
     x, packed, scale = lax.optimization_barrier((x, packed, scale))
 
     def part(start: Array | int, step: int) -> Array:
-        here = (
-            lax.dynamic_slice(array, (layer, start, 0), (1, step, array.shape[2]))[0]
-            for array in (packed, scale)
-        )
-        return dequantize_blocks(*here)
+        return dequantize_blocks(*(_rows(array, layer, start, step) for array in (packed, scale)))
 
     return _in_chunks(x, packed.shape[1], part, (packed, scale, layer))
 
@@ -133,8 +129,7 @@ def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
         return jnp.stack([jnp.matmul(row, here.T, precision=_PRECISION) for row in x])
 
     def part(start: Array | int, step: int) -> Array:
-        here = lax.dynamic_slice(rows, (layer, start, 0), (1, step, rows.shape[2]))[0]
-        return here.astype(jnp.float32)
+        return _rows(rows, layer, start, step).astype(jnp.float32)
 
     return _in_chunks(x, n, part, (rows, layer))
 
@@ -156,11 +151,17 @@ def _in_chunks(
     def body(i: Array, scores: Array) -> Array:
         # The last chunk begins early, so that it ends with the rows: some are computed twice.
         start = jnp.minimum(i * step, n - step)
-        return lax.dynamic_update_slice(scores, _times(x, part(start, step)), (0, start))
+        return lax.dynamic_update_slice_in_dim(scores, _times(x, part(start, step)), start, 1)
 
     axes = _compat.varying_axes((x, *sources))
     empty = _compat.varying_over(jnp.zeros((tokens, n), jnp.float32), axes)
     return lax.fori_loop(0, chunks, body, empty)
+
+
+def _rows(stacked: Array, layer: Array, start: Array | int, step: int) -> Array:
+    """stacked[layer, start : start + step] of [L, n, ...], without a copy of the layer."""
+    first = (layer, jnp.asarray(start, layer.dtype), jnp.zeros((), layer.dtype))
+    return lax.dynamic_slice(stacked, first, (1, step, stacked.shape[2]))[0]
 
 
 def _times(x: Array, rows: Array) -> Array:

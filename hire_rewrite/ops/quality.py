@@ -116,7 +116,7 @@ def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:
 
     places = lax.map(place, (choice.guessed, best))
     units = choice.rank.shape[1]
-    share = (held * hit).sum(1) / jnp.maximum(held.sum(1), 1e-30)
+    share = jnp.where(hit, held, 0.0).sum(1) / jnp.maximum(held.sum(1), 1e-30)
     return (
         jnp.zeros(units, jnp.float32).at[places].add(real.astype(jnp.float32)),
         jnp.zeros(choice.k + 1, jnp.float32).at[hit.sum(1)].add(1.0),

@@ -77,7 +77,7 @@ def round_blocks(x: Array, block: int) -> tuple[Array, Array]:
       i8[tokens, d] and f32[tokens, d/block]. The scale of a block that holds NaN or infinity is NaN
       or infinity, so that its products are NaN.
     """
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
+    blocks = x.astype(jnp.float32).reshape(x.shape[0], x.shape[1] // block, block)
     scale = jnp.abs(blocks).max(-1) / 127
     step = jnp.where(scale == 0, 1, scale)[..., None]
     return jnp.round(blocks / step).astype(jnp.int8).reshape(x.shape), scale

@@ -121,7 +121,8 @@ def ffn(
         normal(seed + 100 + i, layers, groups, group, dtype=dtype) for i in range(vectors)
     )
     scored = stacked[:, :, spec.common_groups * group :]
-    predicted = fitted(predictor, scored.reshape(layers, spec.scored_rows, d))
+    by_part = scored.reshape(layers, projections, spec.parts, -1, d).swapaxes(1, 2)
+    predicted = fitted(predictor, by_part.reshape(layers, spec.scored_rows, d))
     state = FFNState(up, second.reshape(layers, groups, group, d), extra, predicted)
     if spec.criterion == "output":
         state = state._replace(norms=jnp.linalg.norm(state.down, axis=-1))

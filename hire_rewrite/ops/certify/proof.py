@@ -76,7 +76,7 @@ def proved(
       rows, found: see `head.certified`.
     """
     chain = chain_of(endpoints, x.shape[0], spec)
-    norm = lax.dynamic_index_in_dim(state.bound["norm"], layer, keepdims=False)
+    norm = lax.dynamic_index_in_dim(state.bound["norm"], layer)
     length = rounding.norms(x)[:, None]
     dense = dense_error(x.shape[1], x.dtype, spec.precision, length, norm)
     guessed = predictor.bound(state.predictor, state.bound, x, layer) + dense.below(length, norm)
@@ -122,7 +122,7 @@ def dense_error(d: int, x_dtype: Any, precision: Any, length: Array, norm: Array
 
     Args:
       length: f32[tokens, 1], no less than ‖x‖.
-      norm: f32[n], no less than the norms of the rows.
+      norm: f32[1, n], no less than the norms of the rows.
     """
     operand = rounding.operand_unit(x_dtype, precision)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -39,6 +40,7 @@ BFLOAT16_UNIT = 2.0**-8
 """The greatest relative error of rounding to bfloat16, to which other backends than CPU may round
 the operands of a product (TF32 is finer)."""
 
+_PRECISIONS = ("default", "bfloat16", "high", "tensorfloat32", "highest", "float32")
 _TINY = 2.0**-126
 _HUGE = 2.0**120
 _TERMS = 8
@@ -73,7 +75,8 @@ def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
                 "certified, only float32 and bfloat16 can: leave certify out, or cast the weight"
             )
     for single in precision if isinstance(precision, tuple) else (precision,):
-        if single is not None and not isinstance(single, lax.Precision):
+        single = jax.config.jax_default_matmul_precision if single is None else single
+        if single is not None and str(single).lower() not in _PRECISIONS:
             raise HireRewriteError(
                 f"certify: the rounding of precision={single} is not known: leave certify out, or "
                 'give one of "default", "high" and "highest"'

@@ -65,6 +65,8 @@ def hire_ffn(
       spec.down_dtype[tokens, d_out]. NaN where x is.
     """
     tokens, common = x.shape[0], spec.common_groups
+    if not isinstance(tokens, int) or tokens == 0:  # a symbol, or nobody to fetch for
+        return masked_ffn(x, state, layer, spec=spec, activation=activation, predictor=predictor)
     room = spec.fetched_groups(tokens, budget) - common
     count = spec.candidate_groups - common
     if common + room >= spec.groups:
@@ -77,7 +79,7 @@ def hire_ffn(
     union = mask.any(0)
     (places,) = jnp.nonzero(union, size=room, fill_value=0)
     wanted = union.sum()
-    own = mask[:, places] & (jnp.arange(room) < wanted)
+    own = mask[:, places] & (jnp.arange(room) < wanted)[None]
     if room >= min(tokens * count, spec.groups - common):
         return fetched(places, own)
 
@@ -138,7 +140,8 @@ def guess(
 
     def in_order(scores: Array) -> Array:
         """From part by part to projection by projection."""
-        split = scores.reshape(scores.shape[0], spec.parts, projections, -1)
+        tokens, n = scores.shape
+        split = scores.reshape(tokens, spec.parts, projections, n // (spec.parts * projections))
         return jnp.swapaxes(split, 1, 2).reshape(scores.shape)
 
     def choose(scores: Array, count: int) -> Array:
@@ -207,7 +210,11 @@ def _best_fetched(rank: Array, groups: Array, own: Array | None, spec: FFNSpec) 
     if spec.parts == 1 or own is None:
         return marked(part_top_k(rank, spec.k_groups, spec.parts)[1], rank.shape[1])
     nobodys = jnp.where(own.any(0), groups, spec.groups)
-    full = jnp.full((rank.shape[0], spec.groups), -1.0).at[:, nobodys].set(rank, mode="drop")
+    full = (
+        jnp.full((rank.shape[0], spec.groups), -1.0, rank.dtype)
+        .at[:, nobodys]
+        .set(rank, mode="drop")
+    )
     kept = marked(part_top_k(full, spec.k_groups, spec.parts)[1], spec.groups)
     return kept[:, groups] & own
 

@@ -40,7 +40,8 @@ def importance(h: Array, norms: Array | None, spec: FFNSpec) -> Array:
         assert norms is not None
         values = values * norms[None]
     # Σ h² ranks as its square root does.
-    rank = jnp.square(values.reshape(values.shape[0], -1, spec.group)).sum(-1)
+    tokens, n = values.shape
+    rank = jnp.square(values.reshape(tokens, n // spec.group, spec.group)).sum(-1)
     # With its sign bit set a NaN would rank last.
     return jnp.where(jnp.isnan(rank), jnp.inf, rank)
 
@@ -66,7 +67,7 @@ def guessed_importance(
         gate = pre[spec.gate].astype(jnp.float32)
         if spec.gate_bias is not None:
             gate = gate + vectors[spec.gate_bias].astype(jnp.float32)
-        gate = gate.reshape(gate.shape[0], -1, spec.group).max(-1)
+        gate = gate.reshape(*rank.shape, spec.group).max(-1)
         below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
         rank = jnp.where(rank == 0, below, rank)
     return rank
@@ -110,7 +111,8 @@ def places(rank: Array, spec: FFNSpec) -> Array:
     """i32[tokens, G]: less than k where `best_mask` marks the k greatest, for every k at once."""
     count = spec.groups // spec.parts
     parts = rank.reshape(rank.shape[0] * spec.parts, count)
-    place = scatter(jnp.zeros(parts.shape, jnp.int32), top_k(parts, count)[1], jnp.arange(count))
+    first = lax.broadcasted_iota(jnp.int32, parts.shape, 1)
+    place = scatter(jnp.zeros(parts.shape, jnp.int32), top_k(parts, count)[1], first)
     return (place * spec.parts).reshape(rank.shape)
 
 

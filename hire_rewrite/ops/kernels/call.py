@@ -39,6 +39,7 @@ class Call:
       kernels: those that may compute it, at most one of each platform.
       tree: how the arrays make up the operands.
       settings: pairs of a name and a value.
+      precision: `jax.default_matmul_precision` at the call, which may be lowered elsewhere.
       batches: for each `vmap` around, the first one inside, the axes of the arrays and the size.
     """
 
@@ -46,6 +47,7 @@ class Call:
     kernels: tuple[Kernel, ...]
     tree: Any
     settings: tuple[tuple[str, Any], ...]
+    precision: str | None
     batches: tuple[tuple[tuple[int | None, ...], int], ...] = ()
 
     @property
@@ -70,7 +72,8 @@ class Call:
 def _leaves(call: Call, function: Callable[..., Any]) -> Leaves:
     def run(*leaves: Array) -> list[Array]:
         operands = jax.tree.unflatten(call.tree, leaves)
-        return jax.tree.leaves(function(*operands, **dict(call.settings)))
+        with jax.default_matmul_precision(call.precision):
+            return jax.tree.leaves(function(*operands, **dict(call.settings)))
 
     for axes, size in call.batches:
         run = jax.vmap(run, in_axes=axes, axis_size=size)

@@ -45,7 +45,8 @@ class Operation:
         if not kernels:
             return self.reference(*operands, **settings)
         leaves, tree = jax.tree.flatten(operands)
-        call = Call(self.reference, kernels, tree, tuple(sorted(settings.items())))
+        named, precision = tuple(sorted(settings.items())), jax.config.jax_default_matmul_precision
+        call = Call(self.reference, kernels, tree, named, precision)
         results = call_p.bind(*map(jnp.asarray, leaves), call=call)
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -146,16 +146,16 @@ class LowRank:
         rank = self._rank(n, d)
         w = rows.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):
-            mean, covariance = jnp.zeros(d), jnp.eye(d)
+            mean, covariance = jnp.zeros(d, jnp.float32), jnp.eye(d, dtype=jnp.float32)
             near = mean
             if moments is not None:
                 mean, covariance = moments.mean, moments.covariance()
                 near = _bounded(mean, covariance)
                 covariance = _shrunk(near, covariance)
             if moments is None or top is None:
-                seen, weight, metric = w, jnp.ones(n), covariance
+                seen, weight, metric = w, jnp.ones(n, jnp.float32), covariance
             else:
-                seen, metric = w - w.mean(0), covariance + jnp.outer(near, near)
+                seen, metric = w - w.mean(0)[None], covariance + jnp.outer(near, near)
                 weight = _weights(w @ mean, _spread(w, covariance), min(top, n / 2))
             gram = (seen * weight[:, None]).T @ seen
             root = metric if moments is None else _square_root(metric)
@@ -164,9 +164,9 @@ class LowRank:
             # Ascending, so the last are the greatest.
             values, vectors = values[-rank:], vectors[:, -rank:]
             sound = values > _NEGLIGIBLE * values[-1]
-            quarter = jnp.where(sound, values, 1.0) ** 0.25 * sound
+            quarter = jnp.where(sound, jnp.where(sound, values, 1.0) ** 0.25, 0.0)
             inverse = jnp.where(sound, 1.0 / jnp.where(sound, quarter, 1.0), 0.0)
-            right = (root @ vectors) * inverse
+            right = (root @ vectors) * inverse[None]
             down = (inverse**3)[:, None] * (gram_root @ vectors).T
             up, state = w @ right, {"down": down}
             if self.bits is None:
@@ -179,7 +179,7 @@ class LowRank:
             if top is not None:
                 # Without moments the scale of the errors is not known.
                 error = _spread(seen - (seen @ right) @ down, covariance)
-                state["bonus"] = jnp.zeros(n) if moments is None else _BONUS * error
+                state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * error
         return state
 
     def score(
@@ -225,7 +225,7 @@ def _shrunk(mean: Array, covariance: Array) -> Array:
     # The mean square of x, not its variance, which is zero for a single token.
     square = (jnp.trace(covariance) + mean @ mean) / d
     square = jnp.where(square > 0, square, 1.0)
-    return (1 - _SHRINKAGE) * covariance + _SHRINKAGE * square * jnp.eye(d)
+    return (1 - _SHRINKAGE) * covariance + _SHRINKAGE * square * jnp.eye(d, dtype=jnp.float32)
 
 
 def _spread(rows: Array, covariance: Array) -> Array:
@@ -254,4 +254,4 @@ def _weights(level: Array, spread: Array, top: float) -> Array:
 
 def _square_root(covariance: Array) -> Array:
     values, vectors = jnp.linalg.eigh(covariance)
-    return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T
+    return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]) @ vectors.T

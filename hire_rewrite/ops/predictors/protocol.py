@@ -209,7 +209,7 @@ def hopeful(scores: Array, state: State, layer: Array | int) -> Array:
     if "bonus" not in state:
         return scores
     bonus = lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)
-    return scores + bonus[: scores.shape[-1]]
+    return scores + bonus[None, : scores.shape[-1]]
 
 
 def certifies(predictor: object) -> bool:

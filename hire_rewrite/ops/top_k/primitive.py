@@ -56,6 +56,7 @@ def merges_of(
 ) -> tuple[Merge, Merge]:
     """The merges of shorter and longer lists of the rows of x."""
     rows, pair = math.prod(x.shape[:-1]), 16 if x.dtype.itemsize > 4 else 8
+    rows = rows if isinstance(rows, int) else 1  # a symbol
     few, whole = (
         cheapest(axes, sizes, count, k, rows=rows, pair_bytes=pair, slow=slow, how=how)
         for count in counts

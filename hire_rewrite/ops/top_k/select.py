@@ -72,7 +72,7 @@ def part_top_k(scores: Array, k: int, parts: int) -> tuple[Array, Array]:
         return top_k(scores, k)
     *lead, n = scores.shape
     values, places = top_k(scores.reshape(*lead, parts, n // parts), k // parts)
-    places += jnp.arange(parts, dtype=places.dtype)[:, None] * (n // parts)
+    places += lax.broadcasted_iota(places.dtype, places.shape, places.ndim - 2) * (n // parts)
     return values.reshape(*lead, k), places.reshape(*lead, k)
 
 

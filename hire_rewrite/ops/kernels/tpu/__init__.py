@@ -7,8 +7,10 @@ cannot divide them among devices. Pallas is imported where a program for TPU is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -59,10 +61,21 @@ def _gathered_sum(
     return rows.fetched_sum(h, flat, index).astype(out_dtype or h.dtype)
 
 
+def _in_32_bits(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel whose loops count in 32 bits, which is all that Pallas takes on TPU."""
+
+    def run(*operands: Any, **settings: Any) -> Array:
+        with jax.enable_x64(False):
+            return kernel(*operands, **settings)
+
+    return run
+
+
 for _operation, _function, _supports in (
     (products.product, _product, fits_product),
     (products.block_product, _block_product, fits_blocks),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, fits_groups),
 ):
+    _function = _in_32_bits(_function)
     register_kernel(_operation, "tpu", _function, supports=_supports, divisible=False)

@@ -21,6 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 from hire_rewrite.ops.kernels.tpu.common import in_hbm, result
 from hire_rewrite.ops.kernels.tpu.fits import CHUNK, TILE
 
+_SETTINGS: dict[str, Any] = {
+    "precision": lax.Precision.DEFAULT,
+    "preferred_element_type": jnp.float32,
+}
+
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def fetched_product(x: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
@@ -46,9 +51,7 @@ def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Arr
     each = tokens // lists  # tokens of one list
 
     def use(i: Array, fetched: Array, x: Any, out: Any) -> None:
-        out[0] = lax.dot_general(
-            x[0], fetched, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        out[0] = lax.dot_general(x[0], fetched, (((1,), (1,)), ((), ())), **_SETTINGS)
 
     found = _over_chunks(
         use,
@@ -86,7 +89,7 @@ def fetched_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False)
         def _() -> None:
             out[...] = jnp.zeros_like(out)
 
-        out[...] += jnp.dot(h[0], fetched, preferred_element_type=jnp.float32)
+        out[...] += jnp.dot(h[0], fetched, **_SETTINGS)
 
     return _over_chunks(
         use,

@@ -88,7 +88,7 @@ def block_product(
     n, half, blocks = packed.shape[1], packed.shape[2], scale.shape[2]
     step = _step(n, half)
     # [2, blocks/2 · tokens, d/2]: half by half, the part of each token in each block.
-    own = jnp.arange(half) // (d // blocks) == jnp.arange(blocks // 2)[:, None]
+    own = jnp.arange(half)[None] // (d // blocks) == jnp.arange(blocks // 2)[:, None]
     halves = jnp.swapaxes(integers.reshape(tokens, 2, half), 0, 1).astype(jnp.bfloat16)
     parts = jnp.where(own[:, None], halves[:, None], 0).reshape(2, -1, half)
     steps = steps.T[:, :, None]
@@ -152,4 +152,6 @@ def _step(n: int, width: int) -> int:
 def _times(x: Array, rows: Array) -> Array:
     """f32[m, n] = x @ rows.T."""
     dims = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, rows, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, rows, dims, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+    )
