@@ -32,6 +32,11 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
     return jaxpr, consts
 
 
+def default_matmul_precision() -> Any:
+    """What `jax.default_matmul_precision` says here, or None."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
 def is_jaxpr(obj: Any) -> bool:
     """Whether `obj` is a jaxpr, open or closed."""
     return isinstance(obj, jex_core.Jaxpr | jex_core.ClosedJaxpr)

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 
 __all__ = [
@@ -75,7 +75,7 @@ def check_product(compute_dtype: Any, out_dtype: Any, precision: Any) -> None:
                 "certified, only float32 and bfloat16 can: leave certify out, or cast the weight"
             )
     for single in precision if isinstance(precision, tuple) else (precision,):
-        single = jax.config.jax_default_matmul_precision if single is None else single
+        single = _compat.default_matmul_precision() if single is None else single
         if single is not None and str(single).lower() not in _PRECISIONS:
             raise HireRewriteError(
                 f"certify: the rounding of precision={single} is not known: leave certify out, or "

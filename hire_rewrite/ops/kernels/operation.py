@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hire_rewrite import _compat
 from hire_rewrite.ops.kernels.call import Call, Kernel, call_p
 
 __all__ = ["Operation", "Registration", "register_kernel"]
@@ -45,7 +46,7 @@ class Operation:
         if not kernels:
             return self.reference(*operands, **settings)
         leaves, tree = jax.tree.flatten(operands)
-        named, precision = tuple(sorted(settings.items())), jax.config.jax_default_matmul_precision
+        named, precision = tuple(sorted(settings.items())), _compat.default_matmul_precision()
         call = Call(self.reference, kernels, tree, named, precision)
         results = call_p.bind(*map(jnp.asarray, leaves), call=call)
         return results[0] if len(results) == 1 else tuple(results)
