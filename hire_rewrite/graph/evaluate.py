@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
-from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Frame, Node, Value
+from hire_rewrite.graph.traits import Trait, has
 
 __all__ = [
     "evaluate",
@@ -68,7 +68,7 @@ def evaluate_part(node: Node, operands: Sequence[Any], **params: Any) -> list[An
     Args:
       params: parameters that are different for the part, such as its shape.
     """
-    if node.primitive in (p.sharding_constraint_p, *_compat.sharding_casts):
+    if has(node.primitive, Trait.SHARDS):
         return [_compat.varying_like(operands[0], node.outs[0].aval)]
     whole = {name: None if "sharding" in name else value for name, value in node.params.items()}
     return _bind(node.primitive, _compat.varying_alike(operands), whole | params)

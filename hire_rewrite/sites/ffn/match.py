@@ -189,10 +189,7 @@ def _match_piece(piece: Piece, down: Linear, context: MatchContext) -> FFNMatch:
     unsupported = _unsupported(region, down, piece, count)
     if unsupported is not None:
         raise refused(Refusal.UNSUPPORTED, unsupported)
-    match = FFNMatch(region, down, piece, activation, count)
-    if (match.nodes | match.shared) & context.taken.keys():
-        raise refused(Refusal.TAKEN, "a product of it belongs to the site before")
-    return match
+    return FFNMatch(region, down, piece, activation, count)
 
 
 def _experts(region: Region, down: Linear, piece: Piece) -> tuple[set[int], int]:
