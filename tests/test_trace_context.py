@@ -1,0 +1,55 @@
+"""A transformed function is traced anew where `jax.jit` traces its function anew."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hire_rewrite as hire
+from tests.cases import D, V, inputs, rand
+
+X, PARAMS = inputs(3, D), {"embed": rand(V, D)}
+RULE = hire.Head(k=V, candidates=V, min_width=100, force=True)
+CONTEXTS = {
+    "x64": lambda: jax.enable_x64(True),
+    "matmul precision": lambda: jax.default_matmul_precision("highest"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "leaks": jax.checking_leaks,
+    "transfers": lambda: jax.transfer_guard("disallow"),
+    "none": contextlib.nullcontext,
+}
+
+
+def step(params, x):
+    logits = x @ params["embed"].T
+    return logits, logits.astype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32).sum(-1)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_it_answers_as_jit_does(name):
+    rewritten, jitted = hire.transform(step, RULE), jax.jit(step)
+    packed = rewritten.pack(PARAMS, X)
+    for context in (contextlib.nullcontext, CONTEXTS[name], contextlib.nullcontext):
+        with context():
+            got, want = rewritten(packed, X), jitted(PARAMS, X)
+        assert [array.dtype for array in got] == [array.dtype for array in want]
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_plans_see_the_context():
+    """What a function does only in one context is not planned from another one's trace."""
+
+    def fn(params, x):
+        y = x @ params["embed"].T
+        return y if jax.config.jax_enable_x64 else jnp.tanh(y) @ params["embed"]
+
+    rewritten = hire.transform(fn, RULE)
+    outside = len(rewritten.plan(PARAMS, X).sites)
+    with jax.enable_x64(True):
+        (site,) = rewritten.plan(PARAMS, X).sites
+    assert site.kind == "head"
+    assert len(rewritten.plan(PARAMS, X).sites) == outside
