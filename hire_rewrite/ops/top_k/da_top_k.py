@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from hire_rewrite._compat import mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.top_k.keys import has_keys
 from hire_rewrite.ops.top_k.merge import MERGES
 from hire_rewrite.ops.top_k.primitive import axis_size, bind, merges_of
 from hire_rewrite.ops.top_k.recall import allowed_misses, kept_per_shard
@@ -123,11 +124,10 @@ class _Wanted:
     slow: tuple[str, ...] = ()
 
     def check(self, x: Array) -> None:
-        kind = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-        if x.ndim < 1 or not kind:
+        if x.ndim < 1 or not has_keys(x.dtype):
             raise HireRewriteError(
                 f"da_top_k: x is {x.dtype}{list(x.shape)}: give floating-point numbers or integers "
-                "along at least one axis"
+                "of whole bytes along at least one axis"
             )
         if self.k < 1:
             raise HireRewriteError(f"da_top_k: k={self.k} must be at least 1")

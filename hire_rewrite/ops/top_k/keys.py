@@ -11,7 +11,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["from_keys", "lowest", "to_keys"]
+__all__ = ["from_keys", "has_keys", "lowest", "to_keys"]
+
+
+def has_keys(dtype: Any) -> bool:
+    """Whether numbers of this type can be written so: whole bytes, and a sign bit if they are
+    floating-point numbers in which NaN is not a zero's."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits == 8 * dtype.itemsize
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits != 8 * dtype.itemsize:
+        return False
+    return not dtype.name.endswith(("fnuz", "fnu"))
 
 
 def to_keys(x: Array) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -54,7 +55,7 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
 @Operation
 def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
     """What platforms may compute otherwise in `top_k`."""
-    if k == 0 or jnp.dtype(scores.dtype).itemsize > 4:
+    if k == 0 or not fits_float32(scores.dtype):
         return plain_top_k(scores, k)
     in_stages = through_float32(_in_stages)
     return lax.platform_dependent(
@@ -91,6 +92,17 @@ def plain_top_k(scores: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k`, as a pair."""
     values, indices = lax.top_k(scores, k)
     return values, indices
+
+
+_KNOWN = (
+    *(jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint32),
+    *(jnp.int16, jnp.uint16, jnp.int8, jnp.uint8),
+)
+
+
+def fits_float32(dtype: Any) -> bool:
+    """Whether `through_float32` orders such numbers as `lax.top_k` does, NaN and zeros included."""
+    return dtype in _KNOWN
 
 
 def through_float32(select: Select) -> Select:

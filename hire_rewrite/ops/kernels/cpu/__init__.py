@@ -82,7 +82,7 @@ def _top_k(scores: Array, *, k: int) -> tuple[Array, Array]:
 
 
 def _fits_top_k(scores: Array, *, k: int) -> bool:
-    return k > 0 and scores.dtype.itemsize <= 4 and usable(scores)
+    return k > 0 and select.fits_float32(scores.dtype) and usable(scores)
 
 
 for _operation, _function, _supports in (
