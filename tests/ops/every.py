@@ -13,15 +13,16 @@ from hire_rewrite.ops.ffn.block import PartState
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
 from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.products import add_joined, all_down, part_inputs
-from hire_rewrite.ops.ffn.sharded import Spread, spread_ffn
+from hire_rewrite.ops.ffn.sharded import sharded_ffn
 from hire_rewrite.ops.head.head import dense_head, exact_head, hire_head
 from hire_rewrite.ops.head.measured import measured_head
-from hire_rewrite.ops.head.sharded import spread_head
+from hire_rewrite.ops.head.sharded import sharded_head
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.quality import quality
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.ops.top_k.select import top_k
+from hire_rewrite.sharding.rows import RowSharding
 from tests.ops.cases import ffn, fitted, head, normal
 
 __all__ = ["EVERY", "ON_A_MESH", "SCORES", "D"]
@@ -185,18 +186,18 @@ def logits(name):
     )
 
 
-def spread():
+def sharded():
     predictor = Quantized()
     spec, state, _ = ffn(predictor, d=D, parts=2, k_groups=4)
     head_spec, head_state = head(predictor, d=D)
     head_spec = dataclasses.replace(head_spec, parts=2)
-    common = {"predictor": predictor, "spread": Spread(MESH, ("x",))}
+    common = {"predictor": predictor, "sharding": RowSharding(MESH, ("x",))}
     given = {"mesh": MESH, "spec": jax.P(None, "x")}
     return lambda x: (
         da_top_k(jnp.tile(x, 20), 4, recall_target=0.9, merge="gather", **given),
         da_top_k(jnp.tile(x, 20), 4, recall_target=1.0, merge="butterfly", **given),
-        spread_ffn(x, state, 0, spec=spec, activation=relu, together=False, **common),
-        spread_head(x, head_state, 0, spec=head_spec, endpoints=lambda z: (z,), **common),
+        sharded_ffn(x, state, 0, spec=spec, activation=relu, together=False, **common),
+        sharded_head(x, head_state, 0, spec=head_spec, endpoints=lambda z: (z,), **common),
     )
 
 
@@ -207,10 +208,10 @@ _MAKERS = (
     | {f"fit {p}": functools.partial(fit, p) for p in (PREDICTORS[1], *PREDICTORS[3:5])}
     | {f"block, {name}": functools.partial(block, name) for name in BLOCKS}
     | {f"head, {name}": functools.partial(logits, name) for name in HEADS}
-    | {"spread": spread}
+    | {"sharded": sharded}
 )
 EVERY = {name: functools.cache(make) for name, make in _MAKERS.items()}
 """The functions by name; each is made when it is called for."""
 
 SCORES = ("scores", *map(str, PREDICTORS), *(name for name in EVERY if name.startswith("fit")))
-ON_A_MESH = ("spread",)
+ON_A_MESH = ("sharded",)
