@@ -10,7 +10,7 @@ from jax import lax
 
 import hire_rewrite as hire
 from hire_rewrite.cost import machine as machines
-from tests.cases import FULL, D, F, Oracle, T, V, inputs, packed, rand, run
+from tests.cases import FULL, D, F, Oracle, T, inputs, packed, rand, run
 from tests.cases_ffn import BIASED, DOWN, GATE, GATED, LAYERS, PLAIN, STACK, UP, gated, plain
 from tests.cases_head import EMBED, TIED, UNTIED
 
@@ -21,54 +21,40 @@ def pack(fn, params, *args, rules=FULL):
     return packed(hire.transform(fn, *rules), params, *args)
 
 
-def up_rows(state):
-    """[layers, projections, width, d] of up: [layers, groups, projections, group, d]."""
-    layers, groups, count, group, d = state.up.shape
-    return np.asarray(state.up.swapaxes(1, 2).reshape(layers, count, groups * group, d))
+def site_of(*args, **kwargs):
+    """The arrays of the only site."""
+    (site,) = pack(*args, **kwargs).sites.values()
+    return site
 
 
-def down_rows(state):
-    return np.asarray(state.down.reshape(state.down.shape[0], -1, state.down.shape[-1]))
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_plain_block():
+def test_rows_are_what_the_predictor_is_fitted_to():
     result = pack(lambda p, x: jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"], BIASED, X)
-    (state,) = result.sites.values()
-    np.testing.assert_array_equal(up_rows(state)[0, 0], UP.T)
-    np.testing.assert_array_equal(down_rows(state)[0], DOWN)
-    (bias,) = state.vectors
-    np.testing.assert_array_equal(bias.reshape(-1), BIASED["b1"])
+    (site,) = result.sites.values()
+    np.testing.assert_array_equal(site.predictor["rows"], UP.T[None])
     assert result.weights == {}
 
 
-@pytest.mark.parametrize("layout", ["in, out", "out, in"])
-def test_rows_are_the_same_however_the_weight_lies(layout):
-    if layout == "in, out":
-        fn, params = plain(), PLAIN
-    else:
-        fn = lambda p, x: jax.nn.relu(x @ p["up"].T) @ p["down"].T  # noqa: E731
-        params = {name: w.T for name, w in PLAIN.items()}
-    (state,) = pack(fn, params, X).sites.values()
-    np.testing.assert_array_equal(up_rows(state)[0, 0], UP.T)
-    np.testing.assert_array_equal(down_rows(state)[0], DOWN)
+def test_rows_are_the_same_however_the_weights_lie():
+    plain_turned = lambda p, x: jax.nn.relu(x @ p["up"].T) @ p["down"].T  # noqa: E731
+    turned = jax.tree.map(jnp.transpose, PLAIN)
+    same(site_of(plain_turned, turned, X), site_of(plain(), PLAIN, X))
 
-
-def test_halves_of_a_fused_weight():
-    def fn(p, x):
+    def fused(p, x):
         h = x @ p["fused"]
         return (h[:, F:] * jax.nn.silu(h[:, :F])) @ p["down"]
 
     params = {"fused": jnp.concatenate([GATE, UP], 1), "down": DOWN}
-    (state,) = pack(fn, params, X).sites.values()
-    np.testing.assert_array_equal(up_rows(state)[0], np.stack([GATE.T, UP.T]))
+    same(site_of(fused, params, X), site_of(gated(), GATED, X))
 
 
 def test_layers_of_a_scan():
     fn = lambda p, x: lax.scan(lambda c, w: (plain()(w, c), None), x, p)[0]  # noqa: E731
-    (state,) = pack(fn, STACK, X).sites.values()
-    np.testing.assert_array_equal(up_rows(state)[:, 0], STACK["up"].swapaxes(1, 2))
-    np.testing.assert_array_equal(down_rows(state), STACK["down"])
-    assert all(leaf.shape[0] == LAYERS for leaf in jax.tree.leaves(state))
+    layers = [site_of(plain(), jax.tree.map(lambda w, i=i: w[i], STACK), X) for i in range(LAYERS)]
+    same(site_of(fn, STACK, X), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *layers))
 
 
 def test_what_depends_on_weights_is_computed_once():
@@ -79,31 +65,32 @@ def test_what_depends_on_weights_is_computed_once():
     params = {"q": jnp.asarray(20 * UP, jnp.int8), "scale": jnp.full(F, 0.05)}
     params |= {"a": rand(D, 2), "b": rand(2, F), "down": DOWN}
     result = pack(fn, params, X)
-    (state,) = result.sites.values()
+    (site,) = result.sites.values()
     want = params["q"] * 0.05 + params["a"] @ params["b"]
-    np.testing.assert_allclose(up_rows(state)[0, 0], want.T, rtol=1e-6)
+    np.testing.assert_allclose(site.predictor["rows"][0], want.T, rtol=1e-6)
     assert result.weights == {}
 
 
 def test_narrow_weights_stay_narrow():
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PLAIN)
     fn = lambda p, x: plain()(jax.tree.map(lambda w: w.astype(jnp.float32), p), x)  # noqa: E731
-    (state,) = pack(fn, params, X).sites.values()
-    assert (state.up.dtype, state.down.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    site = site_of(fn, params, X, rules=[hire.FFN(k=8, force=True)])
+    matrices = [leaf for leaf in jax.tree.leaves(site) if leaf.size >= D * F]
+    assert {leaf.dtype.name for leaf in matrices} == {"bfloat16", "int8"}
 
 
 def test_a_tied_embedding_stays():
     fn = lambda p, t: p["embed"][t] @ p["embed"].T  # noqa: E731
     result = pack(fn, TIED, jnp.arange(T))
-    (state,) = result.sites.values()
-    np.testing.assert_array_equal(state.rows[0], EMBED)
+    (site,) = result.sites.values()
+    np.testing.assert_array_equal(site.predictor["rows"][0], EMBED)
     np.testing.assert_array_equal(result.weights["p/embed"], EMBED)
 
 
 def test_an_untied_head_does_not():
     result = pack(lambda p, x: x @ p["head"], UNTIED, X)
-    (state,) = result.sites.values()
-    assert state.rows.shape == (1, V, D)
+    (site,) = result.sites.values()
+    np.testing.assert_array_equal(site.predictor["rows"][0], UNTIED["head"].T)
     assert result.weights == {}
 
 
