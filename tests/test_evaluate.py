@@ -1,5 +1,6 @@
 """Reports, calibrated sizes and tuning, from the outside."""
 
+import functools
 import json
 
 import jax
@@ -37,6 +38,11 @@ def batches(count, seed=0, length=T):
     return [(jnp.asarray(random.integers(0, V, length), jnp.int32),) for _ in range(count)]
 
 
+def itself(tokens):
+    return tokens
+
+
+@functools.cache
 def report_of(*rules, targets=None, fn=model):
     step = hire.transform(fn, *rules)
     packed = step.pack(PARAMS, *batches(1)[0], calibration=batches(3))
@@ -44,7 +50,7 @@ def report_of(*rules, targets=None, fn=model):
 
 
 def test_a_predictor_without_error_misses_nothing():
-    _, _, report = report_of(FFN, HEAD)
+    _, _, report = report_of(FFN, HEAD, targets=itself)
     head, ffn = report.sites
     assert (head.kind, ffn.kind) == ("head", "ffn")
     assert (head.k, head.candidates, ffn.k, ffn.candidates) == (4, 12, 4, 8)
@@ -64,7 +70,7 @@ def test_a_predictor_without_error_misses_nothing():
 def test_everything_among_the_candidates_is_the_dense_model():
     full = hire.FFN(k=1.0, group=4, predictor=Oracle(), force=True)
     head = hire.Head(k=V, candidates=V, min_width=64, predictor=Oracle(), force=True)
-    _, _, report = report_of(full, head, targets=lambda tokens: tokens)
+    _, _, report = report_of(full, head, targets=itself)
     assert report.model.agreement == 1.0
     assert report.model.kl == pytest.approx(0.0, abs=1e-5)
     dense, exact, hire_ = report.model.perplexity
@@ -161,7 +167,7 @@ def test_experts_are_layers_of_their_own():
 
 
 def test_printed_saved_and_drawn(tmp_path):
-    _, _, report = report_of(FFN, HEAD, targets=lambda tokens: tokens)
+    _, _, report = report_of(FFN, HEAD, targets=itself)
     assert "perplexity: dense" in str(report)
     path = tmp_path / "report.json"
     text = report.to_json(str(path))
@@ -176,11 +182,11 @@ def test_printed_saved_and_drawn(tmp_path):
 
 def test_bad_input_of_evaluate():
     step, packed, _ = report_of(FFN)
-    with pytest.raises(HireRewriteError, match="evaluate needs a Packed, not dict"):
+    with pytest.raises(HireRewriteError, match="Packed"):
         step.evaluate(PARAMS, batches(1))
-    with pytest.raises(HireRewriteError, match="no batches to evaluate on"):
+    with pytest.raises(HireRewriteError, match="no batches"):
         step.evaluate(packed, [])
-    with pytest.raises(HireRewriteError, match="evaluation batch 0 is a list"):
+    with pytest.raises(HireRewriteError, match="batch 0"):
         step.evaluate(packed, [[batches(1)[0][0]]])
 
 
@@ -251,9 +257,9 @@ def test_auto_without_calibration_says_so():
     tokens = batches(1)[0][0]
     (site,) = (site for site in step.plan(PARAMS, tokens).sites if site.kind == "ffn")
     assert site.status == "dense"
-    assert "is found by calibration" in site.reason
+    assert "calibration" in site.reason
     for call in (step.pack, step, hire.transform(model, *step.rules, mode="exact")):
-        with pytest.raises(HireRewriteError, match='params/layers: k="auto" is found by'):
+        with pytest.raises(HireRewriteError, match='params/layers: k="auto"'):
             call(PARAMS, tokens)
 
 
@@ -273,7 +279,7 @@ def test_common_neurons_need_no_prediction():
         close(step(packed, tokens[:size]), want(loud, tokens[:size]), tolerance=1e-3)
     report = step.evaluate(packed, batches(1, seed=3))
     assert min(report.sites[0].recall) == 1.0
-    with pytest.raises(HireRewriteError, match="common neurons are those that calibration"):
+    with pytest.raises(HireRewriteError, match="calibration"):
         step.pack(loud, tokens)
 
 
@@ -306,14 +312,14 @@ def test_weights_of_nan_are_named():
     step = hire.transform(model, FFN)
     bad = jax.tree.map(jnp.copy, PARAMS)
     bad["layers"]["up"] = bad["layers"]["up"].at[1, 0, 0].set(jnp.nan)
-    with pytest.raises(HireRewriteError, match="params/layers: its weights hold a NaN"):
+    with pytest.raises(HireRewriteError, match=r"params/layers: .*NaN"):
         step.pack(bad, *batches(1)[0])
 
 
 def test_too_few_tokens_for_a_rank():
     rule = hire.Head(k=4, candidates=12, min_width=64, predictor=hire.LowRank(12), force=True)
     step = hire.transform(model, rule)
-    with pytest.raises(HireRewriteError, match=r"params/embed: .*at least 12 calibration tokens"):
+    with pytest.raises(HireRewriteError, match=r"params/embed: .*12"):
         step.pack(PARAMS, *batches(1)[0], calibration=batches(1, length=10))
     step.pack(PARAMS, *batches(1)[0], calibration=batches(2, length=10))
 
@@ -356,20 +362,20 @@ def test_tuning_reaches_its_target_on_other_batches_and_reads_less(tmp_path):
 
 def test_bad_input_of_tune(tmp_path):
     step = hire.transform(model, FFN)
-    with pytest.raises(HireRewriteError, match="give at least 2"):
+    with pytest.raises(HireRewriteError, match="at least 2"):
         step.tune(PARAMS, batches(1))
-    with pytest.raises(HireRewriteError, match=r"recall=1.5 must be between 0 and 1"):
+    with pytest.raises(HireRewriteError, match=r"recall=1.5"):
         step.tune(PARAMS, batches(2), recall=1.5)
     nothing = hire.transform(model, hire.FFN(k=4, path="nowhere"))
-    with pytest.raises(HireRewriteError, match="no rule asks for a site"):
+    with pytest.raises(HireRewriteError, match="no rule"):
         nothing.tune(PARAMS, batches(2))
     with pytest.raises(HireRewriteError, match="register its class"):
         hire.save_rules((FFN,), str(tmp_path / "x.json"))
     (tmp_path / "bad.json").write_text('[{"type": "LowRank", "rank": 4}]')
-    with pytest.raises(HireRewriteError, match="which is not a rule"):
+    with pytest.raises(HireRewriteError, match="LowRank"):
         hire.load_rules(str(tmp_path / "bad.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(HireRewriteError, match="holds no rules"):
+    with pytest.raises(HireRewriteError, match=r"bad\.json"):
         hire.load_rules(str(tmp_path / "bad.json"))
 
 
@@ -429,11 +435,11 @@ def test_a_vocabulary_cut_to_fewer_rows_than_candidates():
 
 
 def test_targets_that_do_not_fit():
-    step, packed, _ = report_of(FFN, HEAD)
-    with pytest.raises(HireRewriteError, match="1 classes for 24 rows of logits"):
+    step, packed, _ = report_of(FFN, HEAD, targets=itself)
+    with pytest.raises(HireRewriteError, match="24 rows"):
         step.evaluate(packed, batches(1), targets=lambda tokens: np.array([3]))
     step, packed, _ = report_of(FFN)
-    with pytest.raises(HireRewriteError, match="there is no vocabulary head"):
+    with pytest.raises(HireRewriteError, match="head"):
         step.evaluate(packed, batches(1), targets=lambda tokens: tokens)
 
 
@@ -456,7 +462,7 @@ def test_a_site_that_was_not_reached():
     x = inputs(4, D)
     step = hire.transform(sometimes, FFN)
     packed = step.pack(PARAMS, x, calibration=[(x,)])  # needs no calibration
-    with pytest.raises(HireRewriteError, match="no evaluation batch reached it"):
+    with pytest.raises(HireRewriteError, match="no evaluation batch"):
         step.evaluate(packed, [(x,)])
 
 

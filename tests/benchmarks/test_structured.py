@@ -44,7 +44,7 @@ def test_parts_of_queries_are_real_ones():
 
 
 def test_only_multiples_can_be_drawn(rows):
-    with pytest.raises(ValueError, match="24 is no multiple of 16"):
+    with pytest.raises(ValueError, match="24"):
         draw_queries(rows, 4, 24, base=16)
 
 

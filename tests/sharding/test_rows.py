@@ -300,9 +300,9 @@ def test_what_cannot_be_spread_stays_dense(settings, reason):
 def test_parts_that_do_not_fit():
     layout = LAYOUTS["tensor"]
     run = hire.transform(step, hire.FFN(k=0.25, parts=3))
-    with pytest.raises(hire.HireRewriteError, match="sharded over 8 devices"):
+    with pytest.raises(hire.HireRewriteError, match="8 devices"):
         run.plan(layout.put(weights()), layout.token())
-    with pytest.raises(hire.HireRewriteError, match="parts=3 does not divide the width 512"):
+    with pytest.raises(hire.HireRewriteError, match="parts=3"):
         run.plan(weights(), TOKEN)
     with pytest.raises(hire.HireRewriteError, match="parts=0"):
         hire.FFN(k=0.25, parts=0)
@@ -394,7 +394,7 @@ def test_a_mesh_for_weights_that_lie_on_one_device():
     assert packed.weights["params/embed"].sharding.is_fully_replicated
     mine, theirs = run(packed, TOKEN), one(one.pack(weights(), TOKEN), TOKEN)
     np.testing.assert_array_equal(mine.argmax(-1), theirs.argmax(-1))
-    with pytest.raises(hire.HireRewriteError, match="mesh='x' is no"):
+    with pytest.raises(hire.HireRewriteError, match="mesh='x'"):
         hire.transform(step, mesh="x")
 
 
@@ -465,7 +465,7 @@ def test_explicit_sharding_of_raw_weights():
         logits = quick(run)(packed, token)
         assert len(run.evaluate(packed, shown).sites) == 2
         assert "hire_ffn" in str(run.diff(params, token))
-        with pytest.raises(hire.HireRewriteError, match="inside an outer trace"):
+        with pytest.raises(hire.HireRewriteError, match="outer trace"):
             jax.jit(run)(params, token)
         assert exact.sharding.spec == logits.sharding.spec == P("data", "model")
     wanted = plain(layout.put(weights()), layout.token())
@@ -510,7 +510,7 @@ def test_another_mesh_in_use():
     run = hire.transform(step, *rules())
     packed = run.pack(params, token)
     other = jax.make_mesh((8,), ("other",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(other), pytest.raises(hire.HireRewriteError, match="but the mesh in use"):
+    with jax.set_mesh(other), pytest.raises(hire.HireRewriteError, match="mesh in use"):
         run(packed, token)
 
 
@@ -518,9 +518,9 @@ def test_shapes_with_calibration_or_beside_arrays():
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights())
     run = hire.transform(step, *rules())
     assert "MB" in repr(run.pack(shapes, TOKEN))
-    with pytest.raises(hire.HireRewriteError, match="and calibration"):
+    with pytest.raises(hire.HireRewriteError, match="calibration"):
         run.pack(shapes, TOKEN, calibration=batches())
-    with pytest.raises(hire.HireRewriteError, match="other weights that are arrays"):
+    with pytest.raises(hire.HireRewriteError, match="arrays"):
         run.pack(shapes | {"head": weights()["head"]}, TOKEN)
 
 
@@ -529,7 +529,7 @@ def test_a_last_device_with_too_few_rows():
     run = hire.transform(step, hire.Head(k=500, candidates=513, force=True))
     site = run.plan(layout.put(weights(4097)), layout.token()).sites[0]
     assert site.status == "dense"
-    assert "leaves the last device 506 of them, fewer than the 513 candidates" in site.reason
+    assert "506" in site.reason
 
 
 def test_k_is_not_rounded_up_to_whole_groups_of_all_devices():
