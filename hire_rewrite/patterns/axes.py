@@ -26,17 +26,6 @@ from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.window import Window
 
-__all__ = [
-    "Blocked",
-    "has_axis_rule",
-    "keeps_tokens",
-    "operand_windows",
-    "ordered_axis",
-    "register_axis_rule",
-    "result_axis",
-    "run_part",
-]
-
 Windows = tuple[Window, ...]
 
 

@@ -11,8 +11,6 @@ from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.patterns.linear import Linear
 
-__all__ = ["MatchContext"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatchContext:

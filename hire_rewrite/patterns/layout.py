@@ -19,8 +19,6 @@ from hire_rewrite.patterns.axes import Blocked, Windows, register_axis_rule
 from hire_rewrite.patterns.one_hot import chooses, free_axes
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["fixed_starts"]
-
 Operands = Sequence[Any]
 Shape = Sequence[int]
 

@@ -15,8 +15,6 @@ from hire_rewrite.patterns.one_hot import free_axes
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["Linear", "as_linear", "chosen_from"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:

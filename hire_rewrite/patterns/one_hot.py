@@ -7,8 +7,6 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 
-__all__ = ["chooses", "free_axes", "is_one_hot"]
-
 
 def is_one_hot(value: Value) -> bool:
     """Whether a value is made of a comparison of numbers with all numbers of a range.

@@ -7,8 +7,6 @@ import enum
 
 from hire_rewrite.graph.nodes import Node
 
-__all__ = ["NoMatch", "Refusal", "closer"]
-
 
 class Refusal(enum.Enum):
     """The kind of reason for which a linear layer is not part of a site."""

@@ -21,8 +21,6 @@ from hire_rewrite.patterns.axes import operand_windows, run_part
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["Projection", "Region", "Vector"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Projection:

@@ -31,8 +31,6 @@ from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Projection, Region, Vector
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["backward_slice"]
-
 _FAR = 64
 """Nodes that a selection may have."""
 

@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-__all__ = ["Window"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Window:

@@ -28,15 +28,6 @@ from hire_rewrite.sharding.rows import RowSharding, Sharding
 if TYPE_CHECKING:
     from hire_rewrite.sites.operation import Operation
 
-__all__ = [
-    "Functions",
-    "Logits",
-    "Match",
-    "MatchedSite",
-    "SiteKind",
-    "Unfit",
-]
-
 Functions = dict[Hashable, Callable[..., Any]]
 """Jitted functions by what they compute: layers that are alike are traced once."""
 

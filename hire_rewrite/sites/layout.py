@@ -11,8 +11,6 @@ from jax import lax
 
 from hire_rewrite.patterns.window import Window
 
-__all__ = ["cut_out", "from_tokens", "to_tokens"]
-
 
 def to_tokens(array: Any, axes: Sequence[int]) -> Any:
     """[tokens, n] with `axes` merged to the last one and all others to the first."""

@@ -13,8 +13,6 @@ from hire_rewrite.sharding.rows import Sharding
 from hire_rewrite.sites.layout import to_tokens
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["tap"]
-
 
 def tap(name: str, linear: Linear, sharding: Sharding, loops: tuple[Scope, ...]) -> SiteReplacement:
     """A linear layer as it is, which reports the moments of its input (and None besides)."""

@@ -15,8 +15,6 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.sharding.manual import ManualSharding
 
-__all__ = ["SiteReplacement"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteReplacement:

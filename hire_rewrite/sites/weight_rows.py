@@ -23,8 +23,6 @@ from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
 from hire_rewrite.sites.layout import cut_out
 
-__all__ = ["WeightRows", "each_layer", "fit_predictor"]
-
 
 class WeightRows:
     """The rows of linear layers, and the vectors that belong to them.

@@ -24,8 +24,6 @@ from hire_rewrite.patterns.axes import run_part
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 
-__all__ = ["Activation", "classify"]
-
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _erf = np.vectorize(math.erf)

@@ -10,8 +10,6 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
 from hire_rewrite.sites.kind import MatchedSite
 
-__all__ = ["ffn_reads"]
-
 
 def ffn_reads(
     site: MatchedSite,

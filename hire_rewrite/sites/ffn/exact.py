@@ -21,8 +21,6 @@ from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.layout import from_tokens, to_tokens
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["exact_form", "observed"]
-
 
 def exact_form(site: MatchedSite, spec: FFNSpec) -> SiteReplacement:
     """The exact top k of a block in dense arithmetic on the weights as they are."""

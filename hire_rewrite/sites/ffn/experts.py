@@ -17,8 +17,6 @@ from jax import lax
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.layout import to_tokens
 
-__all__ = ["side_by_side"]
-
 Block = Callable[[Any, Any, Any, Callable[..., Any]], Any]
 """(x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out], or that and a report."""
 

@@ -15,8 +15,6 @@ from hire_rewrite.sites.ffn.sizes import ffn_spec, own_k
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
 from hire_rewrite.sites.kind import Functions, MatchedSite, SiteKind
 
-__all__ = ["FFNKind"]
-
 
 class FFNKind(SiteKind):
     """FFN blocks, plain and gated, with experts side by side and with fused products."""

@@ -17,8 +17,6 @@ from hire_rewrite.patterns.slice import backward_slice
 from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.ffn.activation import Activation, classify
 
-__all__ = ["FFNMatch", "match_ffn"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:

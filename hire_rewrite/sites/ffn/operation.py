@@ -34,8 +34,6 @@ from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 
-__all__ = ["FFNOperation"]
-
 
 class FFNOperation(Operation):
     """A block on its top k neurons."""

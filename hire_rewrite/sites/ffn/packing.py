@@ -16,8 +16,6 @@ from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows, expert_axis, fit_predictor
 
-__all__ = ["packed_ffn"]
-
 
 def packed_ffn(
     site: MatchedSite,

@@ -13,8 +13,6 @@ from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.statistics import FFNStatistics
 from hire_rewrite.sites.kind import MatchedSite, Unfit
 
-__all__ = ["ffn_spec", "own_k"]
-
 
 def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> FFNSpec:
     """The sizes that a rule asks for at a block.

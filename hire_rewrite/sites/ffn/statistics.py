@@ -9,8 +9,6 @@ from hire_rewrite.ops.ffn.activity import Activity, expected_union, smallest_k
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.sites.ffn.rule import FFN
 
-__all__ = ["TOKENS", "FFNStatistics", "ffn_statistics"]
-
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 """For so many tokens in a call the rows that they share are estimated."""
 

@@ -8,8 +8,6 @@ from hire_rewrite.ops.head.spec import HeadSpec
 from hire_rewrite.ops.predictors import Predictor, Read, reads_of
 from hire_rewrite.sites.head.match import HeadMatch
 
-__all__ = ["head_reads"]
-
 
 def head_reads(match: HeadMatch, spec: HeadSpec, predictor: Predictor, tokens: int) -> list[Read]:
     """The reads of one run on one device: all rows' scores, and the rows that are gathered."""

@@ -16,8 +16,6 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
 
-__all__ = ["is_distorted"]
-
 
 def is_distorted(user: Node, position: int, logits: Collection[Value], uses: Uses) -> bool:
     """Whether an operation does to each number by itself what is not done to logits.

@@ -11,8 +11,6 @@ from hire_rewrite.ops.head.spec import Endpoints
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.layout import from_tokens, to_tokens
 
-__all__ = ["epilogue_of", "output_values"]
-
 
 def epilogue_of(match: HeadMatch, side_inputs: Mapping[Value, Any]) -> Endpoints:
     """The function's own code behind the logits: [tokens, V] to [tokens, V] for each output."""

@@ -14,8 +14,6 @@ from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.sizes import head_spec
 from hire_rewrite.sites.kind import Functions, Logits, MatchedSite, SiteKind
 
-__all__ = ["HeadKind"]
-
 
 class HeadKind(SiteKind):
     """Vocabulary heads, with whatever acts on each logit separately."""

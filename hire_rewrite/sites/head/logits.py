@@ -23,8 +23,6 @@ from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_distorted
 
-__all__ = ["LogitTopK", "follow"]
-
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
 

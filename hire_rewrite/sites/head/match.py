@@ -25,8 +25,6 @@ from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.head.logits import LogitTopK, follow
 
-__all__ = ["MIN_WIDTH", "HeadMatch", "match_head"]
-
 MIN_WIDTH = 4096
 """What a vocabulary has at least, if nobody says otherwise."""
 

@@ -37,8 +37,6 @@ from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, each_layer, fit_predictor
 
-__all__ = ["HeadOperation"]
-
 
 class HeadOperation(Operation):
     """A head whose k greatest logits are exact."""

@@ -9,8 +9,6 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor, Quantized
 from hire_rewrite.rules import Rule, check_amounts, is_int
 
-__all__ = ["Head"]
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Head(Rule):

@@ -18,8 +18,6 @@ from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.kind import MatchedSite, Unfit
 
-__all__ = ["head_spec"]
-
 
 def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
     """The sizes that a rule asks for at a head.

@@ -19,8 +19,6 @@ from hire_rewrite.sharding.rows import RowSharding, Sharding
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["logit_top_k"]
-
 
 def logit_top_k(
     name: str, match: HeadMatch, sharding: Sharding, recall_target: float
