@@ -22,8 +22,6 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.arrays import packing_context
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["Analyses", "Analysis"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:

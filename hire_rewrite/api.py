@@ -16,8 +16,6 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sites import kind_of, site_kinds
 from hire_rewrite.transformed import Transformed
 
-__all__ = ["diff", "inspect", "transform"]
-
 _ON_MISS = ("ignore", "warn", "raise")
 
 

@@ -13,8 +13,6 @@ import jax
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.rules import Rule
 
-__all__ = ["Origin", "Packed", "PackedInfo", "PackedSite"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Origin:

@@ -7,8 +7,6 @@ import dataclasses
 from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
 
-__all__ = ["Plan", "Rejection", "Site", "table"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:

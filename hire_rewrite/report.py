@@ -10,8 +10,6 @@ from typing import Any
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.plan import table
 
-__all__ = ["ModelReport", "Report", "SiteReport"]
-
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:

@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor, written
 
-__all__ = ["Rule", "candidate_count", "check_amount", "check_amounts", "count", "is_int"]
-
 Self = TypeVar("Self", bound="Rule")
 
 

@@ -12,8 +12,6 @@ from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
 
-__all__ = ["load_rules", "save_rules"]
-
 
 def save_rules(rules: Iterable[Rule], path: str) -> None:
     """Write rules to a JSON file, which `load_rules` reads.

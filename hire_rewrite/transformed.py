@@ -29,8 +29,6 @@ from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
 
-__all__ = ["Transformed"]
-
 
 class Transformed:
     """A function with its sites rewritten; made by `hire_rewrite.transform`.

@@ -17,8 +17,6 @@ from hire_rewrite.graph.weights import narrow
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import Operation
 
-__all__ = ["Estimate", "dense_bytes", "estimate"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:

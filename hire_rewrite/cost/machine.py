@@ -27,8 +27,6 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.predictors import Read
 
-__all__ = ["KINDS", "TOKENS", "Machine", "current", "default_name", "file_of", "load"]
-
 VARIABLE = "HIRE_REWRITE_MACHINE"
 TOKENS = (1, 2, 4, 8, 32)
 """For so many tokens in a call reads are timed; between them, and beyond, time is linear."""

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from hire_rewrite.ops.predictors import Read
 
-__all__ = ["gathered", "whole"]
-
 
 def whole(numbers: int, dtype: Any, tokens: int) -> Read:
     """A matrix of so many numbers that the compiler multiplies with."""

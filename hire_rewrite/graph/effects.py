@@ -13,8 +13,6 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node
 
-__all__ = ["effect_edges", "touches"]
-
 
 def touches(node: Node) -> dict[Hashable, bool]:
     """The `Ref`s that a node reads or writes, and the world outside (None): whether it writes."""

@@ -23,16 +23,6 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Frame, Node, Value
 from hire_rewrite.graph.traits import Trait, has
 
-__all__ = [
-    "evaluate",
-    "evaluate_inside",
-    "evaluate_part",
-    "literal_array",
-    "look_up",
-    "run_node",
-    "traced_context",
-]
-
 
 def evaluate(node: Node | Frame, operands: Sequence[Any]) -> list[Any]:
     """The results of an equation, or of a whole call, as the traced function has it.

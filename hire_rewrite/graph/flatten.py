@@ -15,8 +15,6 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.calls import InlineCall, inline_call, structured_calls
 from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
 
-__all__ = ["flatten", "inner_jaxprs"]
-
 
 def flatten(closed: Any) -> Scope:
     """The scope of a closed jaxpr: calls inlined, loops and branches as nested scopes."""

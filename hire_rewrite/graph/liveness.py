@@ -14,8 +14,6 @@ from typing import Protocol
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Scope, Value
 
-__all__ = ["Liveness", "Unit", "liveness"]
-
 
 class Unit(Protocol):
     """Nodes that are replaced together, and what their replacement reads."""

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 from jax.extend import core as jex_core
 
-__all__ = ["Body", "Frame", "Input", "Node", "Output", "Scope", "Uses", "Value"]
-
 
 class Value:
     """One array of the flattened function. Compared by identity.

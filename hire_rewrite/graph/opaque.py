@@ -11,8 +11,6 @@ from hire_rewrite.graph.flatten import inner_jaxprs
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.graph.provenance import Provenance
 
-__all__ = ["may_hide_product", "opaque_name"]
-
 _PRODUCTS = {p.dot_general_p, p.conv_general_dilated_p, _compat.ragged_dot_general_p}
 _ORDINARY = frozenset(
     {value for name, value in vars(p).items() if name.endswith("_p")}

@@ -17,8 +17,6 @@ from jax.extend.core import primitives as p
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
 
-__all__ = ["Counter", "Provenance", "body_of", "carried_unchanged", "counter"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Counter:

@@ -7,8 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Combines", "combine"]
-
 
 @runtime_checkable
 class Combines(Protocol):

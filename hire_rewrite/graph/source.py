@@ -10,8 +10,6 @@ from jax.extend.source_info_util import NameStack
 
 from hire_rewrite.graph.nodes import Frame, Node
 
-__all__ = ["common_names", "names_around", "source_of"]
-
 
 def source_of(node: Node) -> str:
     """`file.py:line (function)` of the user's code that made the equation."""

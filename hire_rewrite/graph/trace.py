@@ -19,8 +19,6 @@ from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.varying import VaryingAxes
 
-__all__ = ["Trace", "abstract", "placed", "sharding_over_mesh", "trace", "trace_context"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:

@@ -18,8 +18,6 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 
-__all__ = ["Trait", "has", "is_widening", "register_traits", "slope"]
-
 
 class Trait(enum.Flag):
     """A fact about a primitive."""

@@ -9,8 +9,6 @@ from hire_rewrite.graph.effects import effect_edges, touches
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.source import source_of
 
-__all__ = ["unsupported_reason"]
-
 
 def unsupported_reason(nodes: Collection[Node], inputs: Collection[Value]) -> str | None:
     """Why some nodes of one scope have to stay as they are; None if they can be replaced.

@@ -15,8 +15,6 @@ from hire_rewrite.graph.nodes import Body, Node, Scope, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sharding.rows import mesh_axes
 
-__all__ = ["VaryingAxes"]
-
 _ALIKE = Trait.MERGES | Trait.COLLECTS
 """What leaves the same on all devices along the axes that it names."""
 

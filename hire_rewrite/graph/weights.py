@@ -22,8 +22,6 @@ from hire_rewrite.graph.provenance import body_of, counter
 from hire_rewrite.graph.traits import is_widening
 from hire_rewrite.sharding.arrays import automatic
 
-__all__ = ["Stacked", "Stacker", "layers", "loops_of", "narrow"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:

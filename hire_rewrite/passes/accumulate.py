@@ -15,8 +15,6 @@ from hire_rewrite.graph.reports import combine
 from hire_rewrite.graph.trace import abstract
 from hire_rewrite.sites import MatchedSite
 
-__all__ = ["accumulate", "by_layer"]
-
 
 def accumulate(
     what: str,

@@ -23,8 +23,6 @@ from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.arrays import automatic
 
-__all__ = ["calibrate"]
-
 
 def calibrate(
     analyses: Analyses,

@@ -20,8 +20,6 @@ from hire_rewrite.sharding.rows import UNSHARDED
 from hire_rewrite.sites import MatchedSite, Operation, Unfit
 from hire_rewrite.sites.kind import Functions
 
-__all__ = ["Decision", "decide"]
-
 _DECODING = (1, 2, 4, 8)
 """What is packed pays for one of these numbers of tokens at least."""
 

@@ -30,8 +30,6 @@ from hire_rewrite.sites.kind import weights_identity
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
 
-__all__ = ["Detection", "detect", "name_stack"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Detection:

@@ -20,8 +20,6 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.flatten import inner_jaxprs
 from hire_rewrite.graph.nodes import is_drop
 
-__all__ = ["Diff"]
-
 _INDENT = "  "
 _HIDDEN = frozenset({"inline", "keep_unused", "ctx_mesh", "ft_in", "ft_out", "num_consts"})
 

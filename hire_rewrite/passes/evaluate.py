@@ -27,8 +27,6 @@ from hire_rewrite.report import Report
 from hire_rewrite.sites import Logits
 from hire_rewrite.sites.layout import to_tokens
 
-__all__ = ["ModelSums", "evaluate"]
-
 
 class ModelSums(NamedTuple):
     """Sums over the tokens of a head.

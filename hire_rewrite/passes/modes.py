@@ -9,8 +9,6 @@ from typing import Any
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.sites.replacement import SiteReplacement
 
-__all__ = ["DENSE", "EXACT", "HIRE", "MODES", "Mode", "Packing"]
-
 Packing = Callable[[Decision, Any], list[SiteReplacement]]
 """A packed site and its arrays to its replacements."""
 

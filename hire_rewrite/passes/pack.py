@@ -27,8 +27,6 @@ from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows
 
-__all__ = ["Calibration", "pack", "pack_shapes"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:

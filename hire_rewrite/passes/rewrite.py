@@ -26,8 +26,6 @@ from hire_rewrite.graph.trace import Trace
 from hire_rewrite.passes.emit.items import Call, Item, Keep, Loop, Replacement, Swap
 from hire_rewrite.passes.emit.schedule import schedule
 
-__all__ = ["Rewritten", "rewrite"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rewritten:

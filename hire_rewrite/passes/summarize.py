@@ -17,8 +17,6 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.sites import Operation
 
-__all__ = ["summarize"]
-
 _CURVE = 40
 """Points of a recall curve."""
 

@@ -19,8 +19,6 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.saved import save_rules
 from hire_rewrite.sites import Operation
 
-__all__ = ["Trial", "Tuned", "choose", "held_out", "tune"]
-
 _MARGIN = 0.5
 """The part of the misses allowed that may be used up on the held-out batches. The rest is left for
 text of other kinds, on which fitted predictors miss more."""

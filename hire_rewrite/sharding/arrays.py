@@ -13,8 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from hire_rewrite import _compat
 from hire_rewrite.sharding.rows import Sharding, put
 
-__all__ = ["automatic", "on_mesh", "packing_context"]
-
 
 def packing_context(weights: Iterable[Any]) -> AbstractContextManager[Any]:
     """The context to pack in: a mesh that leaves open how arrays are sharded, if types say it."""

@@ -27,8 +27,6 @@ from hire_rewrite.graph.weights import Stacked, Stacker
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.sharding.rows import Sharding, put
 
-__all__ = ["ManualSharding", "exchanges_weights", "manual_sharding", "vocabulary_shards"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ManualSharding(Sharding):

@@ -12,8 +12,6 @@ from hire_rewrite.graph.trace import Trace, sharding_over_mesh
 from hire_rewrite.sharding.manual import ManualSharding, exchanges_weights, manual_sharding
 from hire_rewrite.sharding.rows import UNSHARDED, RowSharding, Sharding, mesh_axes, num_shards
 
-__all__ = ["sharding_of"]
-
 
 def sharding_of(
     trace: Trace,

@@ -13,8 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 
-__all__ = ["UNSHARDED", "RowSharding", "Sharding", "mesh_axes", "num_shards", "put"]
-
 
 class Sharding:
     """How a site's weight rows lie on devices; by itself: not sharded.

@@ -14,8 +14,6 @@ from jax.sharding import Sharding
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls.table import InlineCall
 
-__all__ = ["inline_call"]
-
 
 def inline_call(eqn: Any) -> InlineCall | None:
     """What knows a call whose body can stand in the caller; None for other equations."""

@@ -8,15 +8,6 @@ from typing import Any, Protocol
 
 from hire_rewrite.graph.nodes import Body, Input, Node, Output
 
-__all__ = [
-    "BodyResult",
-    "BodySpec",
-    "BodyWriter",
-    "InlineCall",
-    "StructuredCall",
-    "structured_calls",
-]
-
 
 class InlineCall:
     """A call that only groups its body: the body runs once, on the operands as they are."""

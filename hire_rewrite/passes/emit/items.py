@@ -9,8 +9,6 @@ from typing import Any, Protocol
 from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
 from hire_rewrite.sharding.manual import ManualSharding
 
-__all__ = ["Call", "Item", "Keep", "Loop", "Replacement", "Swap"]
-
 
 class Replacement(Protocol):
     """Code that takes the place of some nodes of one scope.

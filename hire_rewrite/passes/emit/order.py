@@ -10,8 +10,6 @@ from hire_rewrite.graph.effects import effect_edges
 from hire_rewrite.graph.nodes import Frame
 from hire_rewrite.passes.emit.items import Call, Item, Keep, Swap
 
-__all__ = ["knots", "ordered"]
-
 
 def ordered(items: Sequence[Item]) -> tuple[Item, ...]:
     """The items in a topological order that stays close to the traced one.

@@ -16,8 +16,6 @@ from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
 from hire_rewrite.passes.emit.items import Call, Item, Keep, Loop, Replacement, Swap
 from hire_rewrite.passes.emit.order import knots, ordered
 
-__all__ = ["schedule"]
-
 
 def schedule(scope: Scope, units: Mapping[Node, Replacement], live: Liveness) -> tuple[Item, ...]:
     """The items of a scope in an order in which each finds what it reads.
