@@ -19,7 +19,7 @@ from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
-from hire_rewrite.sharding.arrays import packing_context
+from hire_rewrite.sharding.rows import packing_context
 from hire_rewrite.sites.replacement import SiteReplacement
 
 

@@ -11,8 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from hire_rewrite.cost.machine import Machine
-from hire_rewrite.cost.reads import whole
+from hire_rewrite.cost.machine import Machine, whole
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import Operation

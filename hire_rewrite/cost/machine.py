@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops import kernels
@@ -226,3 +227,18 @@ def _names() -> list[str]:
 
 def _known(name: str) -> Machine:
     return _PUBLISHED.get(name) or load(_SHIPPED / f"{name}.json")
+
+
+def whole(numbers: int, dtype: Any, tokens: int) -> Read:
+    """A matrix of so many numbers that the compiler multiplies with."""
+    return Read(f"dense_{_precision(dtype)}", numbers * dtype.itemsize, tokens)
+
+
+def gathered(pieces: int, numbers: int, dtype: Any, tokens: int) -> Read:
+    """Rows of so many numbers, gathered in so many pieces."""
+    return Read(f"fetched_{_precision(dtype)}", numbers * dtype.itemsize, tokens, pieces=pieces)
+
+
+def _precision(dtype: Any) -> str:
+    half = dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
+    return "bfloat16" if half else "float32"

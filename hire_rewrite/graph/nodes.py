@@ -10,10 +10,11 @@ inlined are remembered as *frames*, so that the code can be emitted again as it 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from jax.extend import core as jex_core
+from jax.extend import source_info_util
 
 
 class Value:
@@ -173,11 +174,6 @@ class Body:
     outputs: tuple[Output, ...]
 
 
-def is_drop(var: Any) -> bool:
-    """Whether an equation's result is thrown away (printed as `_`)."""
-    return isinstance(var, jex_core.DropVar)
-
-
 class Uses(Protocol):
     """Who reads a value (see `graph.liveness`)."""
 
@@ -187,3 +183,13 @@ class Uses(Protocol):
 
     def users(self, value: Value) -> list[tuple[Node, int]]:
         """The nodes that read a value, with the operand's position."""
+
+
+def source_of(node: Node) -> str:
+    """`file.py:line (function)` of the user's code that made the equation."""
+    summary = source_info_util.summarize(node.eqn.source_info)
+    place, _, function = summary.partition(" (")
+    path, _, rest = place.partition(":")
+    line = rest.partition(":")[0]
+    name = f"{os.path.basename(path)}:{line}" if line else os.path.basename(path)
+    return f"{name} ({function}" if function else name

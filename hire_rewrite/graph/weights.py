@@ -20,7 +20,7 @@ from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
 from hire_rewrite.graph.traits import is_widening
-from hire_rewrite.sharding.arrays import automatic
+from hire_rewrite.sharding.rows import automatic
 
 
 @dataclasses.dataclass(frozen=True)

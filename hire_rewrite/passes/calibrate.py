@@ -21,7 +21,7 @@ from hire_rewrite.passes.accumulate import accumulate, by_layer
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.sharding.arrays import automatic
+from hire_rewrite.sharding.rows import automatic
 
 
 def calibrate(

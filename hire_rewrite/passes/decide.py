@@ -10,7 +10,7 @@ from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import Estimate, dense_bytes, estimate
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.source import source_of
+from hire_rewrite.graph.nodes import source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed import PackedInfo, PackedSite
 from hire_rewrite.passes.detect import Detection

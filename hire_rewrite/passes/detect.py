@@ -12,11 +12,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from hire_rewrite.graph.nodes import Frame, Node, Value
+from hire_rewrite.graph.effects import unsupported_reason
+from hire_rewrite.graph.nodes import Frame, Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
-from hire_rewrite.graph.source import source_of
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.graph.unsupported import unsupported_reason
 from hire_rewrite.graph.weights import loops_of
 from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from

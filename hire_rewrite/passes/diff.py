@@ -18,7 +18,6 @@ from jax.extend import core as jex_core
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.flatten import inner_jaxprs
-from hire_rewrite.graph.nodes import is_drop
 
 _INDENT = "  "
 _HIDDEN = frozenset({"inline", "keep_unused", "ctx_mesh", "ft_in", "ft_out", "num_consts"})
@@ -161,7 +160,7 @@ def _print(closed: Any, expand: bool, depth: int = 0, label: str = "") -> list[_
         if not expand and str(eqn.params.get("name", "")).startswith("hire_"):
             what += f" ({sum(map(_size, (sub for _, sub in inner)))} equations)"
             inner = []
-        binds = [var for var in eqn.outvars if not is_drop(var)]
+        binds = [var for var in eqn.outvars if not isinstance(var, jex_core.DropVar)]
         lines.append(_Line(depth + 1, what, binds, eqn.invars, opens=bool(inner)))
         for name, sub in inner:
             lines += _print(sub, expand, depth + 2, f" {name}")

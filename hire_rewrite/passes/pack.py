@@ -22,8 +22,7 @@ from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.modes import HIRE
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.sharding.arrays import automatic, on_mesh
-from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sharding.rows import RowSharding, automatic, on_mesh
 from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows
 

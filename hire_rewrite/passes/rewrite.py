@@ -8,23 +8,23 @@ Each runs under the named scopes and the annotations of what stood in its place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
+from jax.extend.source_info_util import NameStack
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls import BodyResult, inline_call, structured_calls
 from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
-from hire_rewrite.graph.source import common_names, names_around
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.passes.emit.items import Call, Item, Keep, Loop, Replacement, Swap
-from hire_rewrite.passes.emit.schedule import schedule
+from hire_rewrite.passes.items import Call, Item, Keep, Loop, Replacement, Swap
+from hire_rewrite.passes.schedule import schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,10 +138,35 @@ class _Writer:
 def _names_of(item: Item, home: Frame) -> AbstractContextManager[Any]:
     """The named scopes between a frame and what an item stands for."""
     if isinstance(item, Swap):
-        names = common_names(item.nodes, home)
+        names = _common_names(item.nodes, home)
     else:
-        names = names_around(item.entry, home)
+        names = _names_around(item.entry, home)
     return source_info_util.set_name_stack(source_info_util.current_name_stack() + names)
+
+
+def _names_around(entry: Node | Frame, home: Frame) -> NameStack:
+    """The calls between a frame and an entry of it, however deep, with their named scopes."""
+    names = NameStack()
+    frame = entry.parent if isinstance(entry, Frame) else entry.frame
+    while frame is not None and frame is not home:
+        call = frame.eqn
+        own = call.source_info.name_stack
+        if "name" in call.params:
+            own = own.extend(f"jit({call.params['name']})")
+        names, frame = own + names, frame.parent
+    return names
+
+
+def _common_names(nodes: Iterable[Node], home: Frame) -> NameStack:
+    """The named scopes inside `home` that all of the nodes stand in."""
+    stacks = [_names_around(n, home) + n.eqn.source_info.name_stack for n in nodes]
+    depth = min(map(len, stacks))
+    while depth and any(stack[:depth] != stacks[0][:depth] for stack in stacks):
+        depth -= 1
+    # What `einsum` adds names a product, not a layer.
+    while depth and "->" in str(stacks[0][depth - 1 : depth]):
+        depth -= 1
+    return stacks[0][:depth]
 
 
 @dataclasses.dataclass

@@ -7,8 +7,8 @@ import pytest
 from jax.experimental import io_callback
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from hire_rewrite.graph.effects import unsupported_reason
 from hire_rewrite.graph.flatten import flatten
-from hire_rewrite.graph.unsupported import unsupported_reason
 from tests.cases import inputs
 
 X = inputs(3)

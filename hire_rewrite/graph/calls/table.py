@@ -60,7 +60,7 @@ class BodyWriter(Protocol):
         """Whether anything needs the value."""
 
     def units(self, body: Body) -> list[Any]:
-        """The replacements inside a body (see `passes.emit.items.Replacement`)."""
+        """The replacements inside a body (see `passes.items.Replacement`)."""
 
     def run(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hire_rewrite.cost.reads import gathered, whole
+from hire_rewrite.cost.machine import gathered, whole
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.predictors import Predictor, Read, reads_of

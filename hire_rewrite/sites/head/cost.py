@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hire_rewrite.cost.reads import gathered
+from hire_rewrite.cost.machine import gathered
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.head.spec import HeadSpec
 from hire_rewrite.ops.predictors import Predictor, Read, reads_of
