@@ -18,10 +18,8 @@ import numpy as np
 
 import hire_rewrite as hire
 from hire_rewrite.graph.trace import Trace, trace
-from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.detect import detect
 from hire_rewrite.sites import MatchedSite
-from hire_rewrite.transformed import Transformed
 
 D, F, V, T = 16, 64, 128, 3
 MIN_WIDTH = 100
@@ -97,11 +95,6 @@ def found_in(
 ) -> tuple[Trace, tuple[MatchedSite, ...]]:
     traced = trace(fn, args, {}, weights)
     return traced, detect(traced, [hire.Head(min_width=min_width)]).sites
-
-
-def decisions(step: Transformed, *args: Any) -> tuple[Decision, ...]:
-    """What was decided about each site, in a call with raw weights."""
-    return step._analyses.of(None, args, {}).decisions
 
 
 def packed(step: Any, *args: Any, **kwargs: Any) -> Any:

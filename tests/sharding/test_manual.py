@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import hire_rewrite as hire
 from benchmarks.collectives import collectives
 from hire_rewrite.ops import gather, products
-from tests.sharding.test_rows import LAYERS, TOKEN, VOCABULARY, D, batches, quick, weights
+from tests.sharding.test_rows import LAYERS, TOKEN, VOCABULARY, D, batches, weights
 from tests.sharding.test_rows import step as one_device
 
 FORCED = {"force": True, "predictor": hire.Quantized()}
@@ -94,13 +94,16 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("predictor", [hire.Quantized(), hire.LowRank(48)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "predictor"),
+    [*((name, hire.Quantized()) for name in FORMS), ("blocks", hire.LowRank(48))],
+    ids=str,
+)
 def test_blocks_take_the_top_k_of_each_device(name, predictor):
     form, mesh, check_vma = FORMS[name]
     calibration = batches() if predictor.wants_calibration else None
     run = hire.transform(form(mesh, check_vma), ffn(predictor=predictor))
-    got = quick(run)(run.pack(laid_out(mesh), TOKEN, calibration=calibration), TOKEN)
+    got = jax.jit(run)(run.pack(laid_out(mesh), TOKEN, calibration=calibration), TOKEN)
     alone = hire.transform(one_device, ffn(predictor=predictor, parts=4))
     want = alone(alone.pack(weights(), TOKEN, calibration=calibration), TOKEN)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
@@ -111,7 +114,7 @@ def test_blocks_take_the_top_k_of_each_device(name, predictor):
 def test_heads_take_the_top_k_of_each_device():
     mesh = mesh_of(data=2, model=4)
     run = hire.transform(whole(mesh), HEAD)
-    got = quick(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
+    got = jax.jit(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
     parts = []
     for part in np.split(weights()["head"], 4, axis=1):
         own = weights() | {"head": part}
@@ -162,7 +165,7 @@ def test_searches_gather_no_logits(name):
 def test_mode_exact_and_evaluation():
     mesh = mesh_of(data=2, model=4)
     params, fn = laid_out(mesh), whole(mesh)
-    exact = quick(hire.transform(fn, ffn(), mode="exact"))(params, TOKEN)
+    exact = jax.jit(hire.transform(fn, ffn(), mode="exact"))(params, TOKEN)
     alone = hire.transform(one_device, ffn(parts=4), mode="exact")(weights(), TOKEN)
     np.testing.assert_allclose(exact, alone, rtol=2e-4, atol=2e-4)
     run = hire.transform(fn, ffn(predictor=hire.Quantized(4)), HEAD)
@@ -258,7 +261,7 @@ def test_proofs_and_cascades_of_each_device():
             fn, hire.Head(k=16, candidates=64, min_width=1024, **FORCED | settings)
         )
         packed = run.pack(params, TOKEN, calibration=batches())
-        np.testing.assert_array_equal(quick(run)(packed, TOKEN)[0], fn(params, TOKEN)[0])
+        np.testing.assert_array_equal(jax.jit(run)(packed, TOKEN)[0], fn(params, TOKEN)[0])
 
 
 def _sent(params, token):
@@ -364,7 +367,7 @@ def test_the_number_of_the_device_in_a_loop():
 def test_raw_weights_and_diffs():
     mesh = mesh_of(model=4)
     run = hire.transform(whole(mesh), ffn(), HEAD)
-    want = quick(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
+    want = jax.jit(run)(run.pack(laid_out(mesh), TOKEN), TOKEN)
     with pytest.warns(UserWarning, match="packed"):
         np.testing.assert_allclose(run(laid_out(mesh), TOKEN), want, rtol=1e-5, atol=1e-5)
     assert "hire_head" in str(run.diff(laid_out(mesh), TOKEN))
@@ -478,7 +481,7 @@ def test_weights_inside_and_outside_are_packed_apart():
         (1, VOCABULARY, D),
         (4, VOCABULARY // 4, D),
     ]
-    for one, dense in zip(quick(run)(packed, TOKEN), fn(weights(), TOKEN), strict=True):
+    for one, dense in zip(jax.jit(run)(packed, TOKEN), fn(weights(), TOKEN), strict=True):
         np.testing.assert_array_equal(one.argmax(-1), dense.argmax(-1))
 
 

@@ -49,13 +49,6 @@ def weights(vocabulary: int = VOCABULARY):
     return {"embed": embed, "layers": layers, "head": normal(D, vocabulary)}
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # what runs once is mostly compiled
-
-
-def quick(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 TOKEN = np.arange(TOKENS, dtype=np.int32) * 7
 
 
@@ -138,7 +131,15 @@ def together(layout: Layout, rule: hire.FFN | hire.Head):
     """What the devices of a mesh compute, under one jit."""
     params, token = layout.put(weights()), layout.token()
     run = hire.transform(step, rule)
-    return quick(run)(_packed(run, params, token, rule), token)
+    return jax.jit(run)(_packed(run, params, token, rule), token)
+
+
+@functools.cache
+def packed_on(name: str):
+    """Weights and tokens laid out, and packed by `rules()`."""
+    layout = LAYOUTS[name]
+    params, token = layout.put(weights()), layout.token()
+    return params, token, hire.transform(step, *rules()).pack(params, token)
 
 
 CASES = [
@@ -169,31 +170,26 @@ def test_a_head_knows_no_less_than_on_one_device(name, predictor):
     assert (values >= lax.top_k(one, 16)[0] - 1e-5).all()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("mode", ["exact", "dense"])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "exact") for name in LAYOUTS), ("data and tensor", "dense")]
+)
 def test_the_other_modes(name, mode):
-    layout = LAYOUTS[name]
-    params, token = layout.put(weights()), layout.token()
-    packed = hire.transform(step, *rules()).pack(params, token)
+    params, token, packed = packed_on(name)
     run = hire.transform(step, *rules(), mode=mode)
-    in_parts = rules(parts=layout.parts)
-    wanted = hire.transform(step, *in_parts, mode=mode)
-    wanted = wanted(wanted.pack(weights(), TOKEN), TOKEN)
-    np.testing.assert_allclose(quick(run)(packed, token), wanted, atol=1e-5)
+    one = hire.transform(step, *rules(parts=LAYOUTS[name].parts), mode=mode)
+    wanted = jax.jit(one)(weights(), TOKEN)
+    np.testing.assert_allclose(jax.jit(run)(packed, token), wanted, atol=1e-5)
     if mode == "exact":  # and on raw weights, of which a jit does not know where they are
         np.testing.assert_allclose(run(params, token), wanted, atol=1e-5)
-        run = hire.transform(step, *in_parts, mode=mode)
-        np.testing.assert_allclose(quick(run)(params, token), wanted, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(one)(params, token), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
 def test_little_goes_between_devices(name):
-    layout = LAYOUTS[name]
-    params, token = layout.put(weights()), layout.token()
+    layout, (_, token, packed) = LAYOUTS[name], packed_on(name)
     run = hire.transform(step, *rules())
-    packed = run.pack(params, token)
     shard = LAYERS * D * WIDTH * 4 // 8 // LAYERS
-    found = collectives(jax.jit(run).lower(packed, token).compile(QUICK).as_text())
+    found = collectives(jax.jit(run).lower(packed, token).compile().as_text())
     assert found
     assert max(one.bytes for one in found) < shard / 2, found
     for leaf in jax.tree.leaves(packed.sites):
@@ -222,9 +218,7 @@ def test_rows_are_exchanged_and_not_gathered(mesh, spec, monkeypatch):
     np.testing.assert_array_equal(there, array)
     assert there.sharding.spec == P(None, tuple(mesh))
     # What is left to the compiler moves whole pieces from one device to another.
-    text = (
-        jax.jit(lambda x: x, out_shardings=there.sharding).lower(seen[0]).compile(QUICK).as_text()
-    )
+    text = jax.jit(lambda x: x, out_shardings=there.sharding).lower(seen[0]).compile().as_text()
     assert {one.kind for one in collectives(text)} <= {"collective-permute"}
 
 
@@ -234,7 +228,7 @@ def test_an_uneven_vocabulary():
     run = hire.transform(step, *rules())
     packed = run.pack(layout.put(params), layout.token())
     assert packed.sites["params/head"].rows.shape == (1, 8 * 514, D)
-    logits = quick(run)(packed, layout.token())
+    logits = jax.jit(run)(packed, layout.token())
     reference = hire.transform(step, *rules(parts=8))
     wanted = reference(reference.pack(params, TOKEN), TOKEN)
     assert logits.shape == (TOKENS, 4105)
@@ -254,14 +248,13 @@ def test_the_plan_counts_one_device():
 
 
 def test_shapes_say_how_they_are_spread():
-    layout = LAYOUTS["data and tensor"]
-    params, token = layout.put(weights()), layout.token()
+    params, token, packed = packed_on("data and tensor")
     run = hire.transform(step, *rules())
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
     )
     assert str(run.plan(shapes, token)) == str(run.plan(params, token))
-    packed, ahead = run.pack(params, token), run.pack(shapes, token)
+    ahead = run.pack(shapes, token)
     assert ahead.info.sites == packed.info.sites
     same = jax.tree.map(
         lambda a, b: (
@@ -271,8 +264,8 @@ def test_shapes_say_how_they_are_spread():
         *((one.weights, one.sites) for one in (packed, ahead)),
     )
     assert all(jax.tree.leaves(same))
-    compiled = jax.jit(run).lower(ahead, token).compile(QUICK)
-    np.testing.assert_array_equal(compiled(packed, token), quick(run)(packed, token))
+    compiled = jax.jit(run).lower(ahead, token).compile()
+    np.testing.assert_array_equal(compiled(packed, token), jax.jit(run)(packed, token))
 
 
 @pytest.mark.parametrize(
@@ -322,8 +315,7 @@ def test_it_is_measured_as_on_one_device():
 
 def test_a_loop_of_steps():
     """Greedy decoding under one scan, with the packed weights as arguments."""
-    layout = LAYOUTS["data and tensor"]
-    params, token = layout.put(weights()), layout.token()
+    _, token, packed = packed_on("data and tensor")
     run = hire.transform(step, *rules())
     one = hire.transform(step, *rules(parts=4))
 
@@ -334,7 +326,7 @@ def test_a_loop_of_steps():
 
         return lax.scan(body, token, length=6)[1]
 
-    mine = jax.jit(functools.partial(decode, run))(run.pack(params, token), token)
+    mine = jax.jit(functools.partial(decode, run))(packed, token)
     theirs = jax.jit(functools.partial(decode, one))(one.pack(weights(), TOKEN), TOKEN)
     np.testing.assert_array_equal(mine, theirs)
 
@@ -354,7 +346,7 @@ def test_searches_for_the_greatest_gather_no_logits(name, target):
     rule = dataclasses.replace(rules()[1], recall_target=target)
     run = hire.transform(sampled, rule)
     packed = run.pack(params, token)
-    compiled = jax.jit(run).lower(packed, token).compile(QUICK)
+    compiled = jax.jit(run).lower(packed, token).compile()
     found = collectives(compiled.as_text())
     assert max(one.bytes for one in found) <= 8 * 8 * TOKENS * 64, found
     one = hire.transform(sampled, rules()[1])
@@ -424,18 +416,15 @@ def test_explicit_sharding(mode):
         assert [site.status for site in run.plan(params, token).sites] == ["rewritten"] * 2
         packed = hire.transform(typed_step, *rules()).pack(params, token)
         assert packed.sites["params/head"].rows.sharding.spec == P(None, "model")
-        logits = quick(run)(packed, token)
+        logits = jax.jit(run)(packed, token)
         assert logits.sharding.spec == P("data", "model")
-        text = jax.jit(run).lower(packed, token).compile(QUICK).as_text()
+        text = jax.jit(run).lower(packed, token).compile().as_text()
     implicit = hire.transform(step, *rules(), mode=mode)
-    wanted = jax.jit(implicit)(implicit_packed(layout), layout.token())
+    _, token, packed = packed_on("data and tensor")
+    wanted = jax.jit(implicit)(packed, token)
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
     if mode == "hire":
         assert max(one.bytes for one in collectives(text)) < D * WIDTH * 4 // 16
-
-
-def implicit_packed(layout: Layout):
-    return hire.transform(step, *rules()).pack(layout.put(weights()), layout.token())
 
 
 def capped_step(run):
@@ -462,7 +451,7 @@ def test_explicit_sharding_of_raw_weights():
         run = hire.transform(capped_step(typed_step), *chosen)
         assert [site.status for site in run.plan(params, token).sites] == ["rewritten"] * 2
         packed = run.pack(params, token, calibration=shown)
-        logits = quick(run)(packed, token)
+        logits = jax.jit(run)(packed, token)
         assert len(run.evaluate(packed, shown).sites) == 2
         assert "hire_ffn" in str(run.diff(params, token))
         with pytest.raises(hire.HireRewriteError, match="outer trace"):
@@ -470,9 +459,9 @@ def test_explicit_sharding_of_raw_weights():
         assert exact.sharding.spec == logits.sharding.spec == P("data", "model")
     wanted = plain(layout.put(weights()), layout.token())
     np.testing.assert_allclose(exact, wanted, atol=1e-5)
-    wanted = quick(implicit)(calibrated, layout.token())
+    wanted = jax.jit(implicit)(calibrated, layout.token())
     with pytest.warns(UserWarning, match="without calibration"):
-        plain = quick(implicit)(implicit.pack(layout.put(weights()), TOKEN), layout.token())
+        plain = jax.jit(implicit)(implicit.pack(layout.put(weights()), TOKEN), layout.token())
     off = np.abs(np.asarray(logits) - np.asarray(wanted)).mean()
     assert off < 0.01 * np.abs(plain - wanted).mean()
 
@@ -484,31 +473,24 @@ def test_what_cannot_be_spread_over_a_given_mesh_is_not():
     plan = run.plan(weights(), TOKEN)
     assert [site.status for site in plan.sites] == ["rewritten"] * 2
     assert ["sharded over a=8" in site.reason for site in plan.sites] == [False, True]
-    logits = quick(run)(run.pack(weights(), TOKEN), TOKEN)
+    logits = jax.jit(run)(run.pack(weights(), TOKEN), TOKEN)
     one = hire.transform(step, head, hire.FFN(k=0.25, parts=8, force=True))
     wanted = one(one.pack(weights(), TOKEN), TOKEN)
     np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
 
 
 def test_arrays_that_are_closed_over_are_spread_too():
-    layout = LAYOUTS["tensor"]
-    params, token = layout.put(weights()), layout.token()
+    params, token, packed = packed_on("tensor")
     run = hire.transform(lambda token: step(params, token), *rules(), weights=())
     assert all("sharded over model=8" in site.reason for site in run.plan(token).sites)
     run.pack(token)
-    np.testing.assert_allclose(run(token), together_by_argument(layout), atol=1e-5)
-
-
-def together_by_argument(layout: Layout):
-    run = hire.transform(step, *rules())
-    return quick(run)(run.pack(layout.put(weights()), layout.token()), layout.token())
+    by_argument = jax.jit(hire.transform(step, *rules()))(packed, token)
+    np.testing.assert_allclose(run(token), by_argument, atol=1e-5)
 
 
 def test_another_mesh_in_use():
-    layout = LAYOUTS["tensor"]
-    params, token = layout.put(weights()), layout.token()
+    _, token, packed = packed_on("tensor")
     run = hire.transform(step, *rules())
-    packed = run.pack(params, token)
     other = jax.make_mesh((8,), ("other",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(other), pytest.raises(hire.HireRewriteError, match="mesh in use"):
         run(packed, token)
