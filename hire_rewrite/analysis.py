@@ -20,6 +20,7 @@ from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import packing_context
+from hire_rewrite.sites import site_kinds
 from hire_rewrite.sites.replacement import SiteReplacement
 
 
@@ -151,7 +152,7 @@ class Analyses:
         except TypeError:
             trace(self.fn, full, kwargs, self.weights)  # raises the error that names the leaf
             raise
-        traced = (trace_context(), tree, tuple(leaves))
+        traced = ((trace_context(), site_kinds()), tree, tuple(leaves))
         told = packed.info if packed is not None else tuple(sorted((statistics or {}).items()))
         if (traced, told) not in self._known:
             self._known[traced, told] = self._new(traced, packed, statistics or {})

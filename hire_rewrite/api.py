@@ -79,7 +79,9 @@ def _transform(
     for rule in rules:
         if not isinstance(rule, Rule) or kind_of(rule) is None:
             known = " or ".join(f"{kind.rule.__name__}(...)" for kind in site_kinds())
-            raise HireRewriteError(f"transform: {rule!r} is not a rule: give {known}")
+            raise HireRewriteError(
+                f"transform: {rule!r} is not a rule: give {known} (`register_kind` adds others)"
+            )
     if mode not in MODES:
         raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(MODES)}")
     if on_miss not in _ON_MISS:

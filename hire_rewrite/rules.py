@@ -55,8 +55,8 @@ class Rule:
         """This rule with other settings."""
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
 
-    def check_common(self) -> None:
-        """Check the settings that all rules have.
+    def __post_init__(self) -> None:
+        """Check the settings that all rules have; subclasses check their own besides.
 
         Raises:
           HireRewriteError: one is out of its range.

@@ -49,7 +49,7 @@ def _plain(item: Any) -> Any:
     if _types().get(name) is not type(item):
         raise HireRewriteError(
             f"save_rules: {item!r} is none of {', '.join(_types())}: register its class with "
-            "register_predictor, or write the rule in code instead"
+            "register_predictor, or its kind of site with register_kind"
         )
     fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
     return {"type": name, **fields}
@@ -59,9 +59,14 @@ def _built(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     fields = {name: _built(value) for name, value in item.items() if name != "type"}
+    if item["type"] not in _types():
+        raise HireRewriteError(
+            f"load_rules: there is no {item['type']}, only {', '.join(_types())}: register its "
+            "class with register_predictor, or its kind of site with register_kind"
+        )
     return _types()[item["type"]](**fields)
 
 
 def _types() -> Mapping[str, type]:
     """The classes that a file may name."""
-    return {kind.rule.__name__: kind.rule for kind in site_kinds()} | dict(predictor_types())
+    return dict(predictor_types()) | {kind.rule.__name__: kind.rule for kind in site_kinds()}

@@ -79,8 +79,8 @@ class Machine:
         """
         if read.kind not in KINDS:
             raise HireRewriteError(
-                f"Read: kind={read.kind!r} is none of {', '.join(KINDS)}: a predictor's `reads` "
-                "must name one of them"
+                f"Read: kind={read.kind!r} is none of {', '.join(KINDS)}: what a site or "
+                "a predictor `reads` must be one of them"
             )
         each = _between(getattr(self, read.kind), read.tokens)
         return read.bytes * each + read.pieces * self.piece + read.scores * self.score

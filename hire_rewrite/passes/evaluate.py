@@ -20,12 +20,14 @@ from hire_rewrite.graph.evaluate import evaluate_inside
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
+from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.modes import DENSE, EXACT, Packing
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.summarize import summarize
 from hire_rewrite.report import Report
 from hire_rewrite.sites import Logits
 from hire_rewrite.sites.layout import to_tokens
+from hire_rewrite.sites.replacement import SiteReplacement
 
 
 class ModelSums(NamedTuple):
@@ -132,7 +134,15 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
 
 
 def _measured(*, follow_exact: bool) -> Packing:
-    return lambda decision, arrays: decision.op.measured(arrays, follow_exact=follow_exact)
+    def packed(decision: Decision, arrays: Any) -> list[SiteReplacement]:
+        swaps = decision.op.measured(arrays, follow_exact=follow_exact)
+        if not any(swap.reports for swap in swaps):
+            raise HireRewriteError(
+                f"{decision.name}: `measured` of {decision.site.kind.name} sites reports no Quality"
+            )
+        return swaps
+
+    return packed
 
 
 def _last_logits(analysis: Analysis) -> Logits | None:

@@ -144,7 +144,14 @@ def _packed_site(
         advance()
 
     def pack_rows(stacker: Stacker, seen: SiteCalibration | None) -> Any:
-        return operation.pack(WeightRows(stacker, site.loops), seen, step)
+        arrays = operation.pack(WeightRows(stacker, site.loops), seen, step)
+        for leaf in jax.tree.leaves(arrays):
+            if leaf.shape[:1] != (site.layers,):
+                raise HireRewriteError(
+                    f"{site.name}: `pack` of {site.kind.name} sites returned an array of shape "
+                    f"{leaf.shape}, which has to begin with its {site.layers} layer(s)"
+                )
+        return arrays
 
     arrays = site.sharding.pack(pack_rows, stacker, seen)
     for _ in range(site.layers - steps):  # devices pack all of their layers at once

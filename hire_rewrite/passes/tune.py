@@ -95,7 +95,11 @@ def choose(
       measure: rules, one for each of some sites, to what the held-out batches say about them.
     """
     target = 1.0 - (1.0 - recall) * _MARGIN
-    options = {op.site.name: op.predictors(_ranks(op, tokens)) for op in sites}
+    options = {
+        # Where nothing is chosen recall says nothing, and the rule's own predictor stays.
+        op.site.name: op.predictors(_ranks(op, tokens)) if op.candidates else [op.rule.predictor]
+        for op in sites
+    }
     trials: dict[str, list[Trial]] = {op.site.name: [] for op in sites}
     for turn in range(max(map(len, options.values()), default=0)):
         rules = {

@@ -1,9 +1,15 @@
 """The kinds of sites: what can be rewritten, and everything that the passes ask about it.
 
 `kind` has the protocol and the registry, `operation` what a site is rewritten to; `ffn` and `head`
-are one folder each. `weight_rows`, `observe`, `layout` and `replacement` are what kinds are made
-with. A new kind is a rule, a `SiteKind` and an `Operation` in one file, and a call of
-`register_kind`.
+are one folder each. A new kind is one file, and `register_kind`:
+
+* a `hire_rewrite.rules.Rule`, a frozen dataclass: what a user writes to ask for it;
+* a `Match` and a `SiteKind`: from a `hire_rewrite.patterns.linear.Linear` to where the site
+  stands, or a `NoMatch` (`hire_rewrite.patterns.refusal`) that says why it is none;
+* an `Operation`: `weight_rows` is what it packs, `layout` lays tokens out for the functions of
+  `hire_rewrite.ops` and back, `operation.reporting` measures them. Its costs are `Read`s.
+
+`tests/sites/test_new_kind.py` has all of it.
 """
 
 from hire_rewrite.sites.ffn.kind import FFNKind

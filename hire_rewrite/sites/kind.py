@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.patterns.linear import Linear
@@ -218,7 +219,28 @@ def register_kind(kind: SiteKind) -> SiteKind:
     """Add a kind of site; one of the same name is replaced.
 
     Kinds that were registered before it have the first choice of linear layers.
+
+    Raises:
+      HireRewriteError: it is not what the passes can use.
     """
+    if not isinstance(kind, SiteKind):
+        raise HireRewriteError(f"register_kind: {kind!r} is not an instance of SiteKind: give one")
+    rule = getattr(kind, "rule", None)
+    if not isinstance(getattr(kind, "name", None), str) or not (
+        isinstance(rule, type) and issubclass(rule, Rule) and dataclasses.is_dataclass(rule)
+    ):
+        raise HireRewriteError(
+            f"register_kind: {kind!r} needs a `name`, and as its `rule` a dataclass that is a "
+            "subclass of Rule"
+        )
+    missing = {"predictor", "max_tokens", "path", "force"} - {
+        field.name for field in dataclasses.fields(rule)
+    }
+    if missing:
+        raise HireRewriteError(
+            f"register_kind: {rule.__name__} lacks the field(s) {', '.join(sorted(missing))}, "
+            "which every rule has"
+        )
     _KINDS[kind.name] = kind
     return kind
 

@@ -70,6 +70,9 @@ class Operation(abc.ABC):
     ) -> Any:
         """The packed arrays, a pytree with a leading axis of layers.
 
+        All that the site computes from its weights, in each mode, is computed from these: a weight
+        stays beside them only where something else in the model reads it.
+
         Args:
           calibration: what calibration saw of the site, if it did.
           advance: called when a layer is done.
@@ -138,7 +141,7 @@ class Operation(abc.ABC):
         return self.rule
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
-        """The predictors that are worth a trial here, of low rank and others."""
+        """The predictors that are worth a trial where rows are chosen, of low rank and others."""
         return [self.rule.predictor]
 
     def probe_predictor(self) -> Predictor:

@@ -53,8 +53,8 @@ class SiteReplacement:
             if (got.shape, got.dtype) != (value.shape, value.dtype):
                 raise HireRewriteError(
                     f"{self.name}: rewritten it would return {got.str_short()}, and the function "
-                    f"returns {value.aval.str_short()}: this is a bug in hire_rewrite; leave the "
-                    "site out with path= in a rule, and report it"
+                    f"returns {value.aval.str_short()}: this is a bug of its kind of site; leave "
+                    "the site out with path= in a rule, and report it"
                 )
         pairs = zip(results, self.outputs, strict=True)
         return [_compat.varying_like(result, value.aval) for result, value in pairs], report

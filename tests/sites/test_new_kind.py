@@ -34,9 +34,6 @@ class Narrow(Rule):
     path: str | None = None
     force: bool = False
 
-    def __post_init__(self) -> None:
-        self.check_common()
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NarrowMatch:
@@ -260,3 +257,72 @@ def test_a_kind_that_is_not_registered_has_no_rules():
     assert hire.transform(model, rule)
     with pytest.raises(hire.HireRewriteError, match="is not a rule"):
         hire.transform(model, unknown())
+
+
+def test_a_function_that_was_planned_sees_kinds_that_are_registered_later():
+    class Later(NarrowKind):
+        name = "later"
+
+        def match(self, linear, context, rules):
+            return NarrowMatch(linear)
+
+    step = hire.transform(model)
+    assert {site.kind for site in step.plan(PARAMS, X).sites} == {"head"}
+    with registered(Later()):
+        assert {site.kind for site in step.plan(PARAMS, X).sites} == {"head", "later"}
+    assert {site.kind for site in step.plan(PARAMS, X).sites} == {"head"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare(Rule):
+    path: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NarrowKind, "not an instance of SiteKind"),
+        (type("Nameless", (NarrowKind,), {"name": None})(), "needs a `name`"),
+        (type("Ruleless", (NarrowKind,), {"rule": int})(), "subclass of Rule"),
+        (type("Bare", (NarrowKind,), {"rule": Bare})(), "lacks the field.s. force, max_tokens"),
+    ],
+)
+def test_a_kind_that_the_passes_cannot_use_is_refused(kind, message):
+    with pytest.raises(hire.HireRewriteError, match=message), registered(kind):
+        raise AssertionError("it was registered")
+
+
+def test_rules_check_the_settings_that_all_rules_have():
+    with pytest.raises(hire.HireRewriteError, match=r"Narrow: path='.' is not a regular"):
+        Narrow(path="(")
+    with pytest.raises(hire.HireRewriteError, match="Narrow: predictor=3 is not a predictor"):
+        Narrow(predictor=3)
+
+
+def test_rules_of_a_kind_that_is_not_registered_are_not_loaded(tmp_path):
+    file = tmp_path / "rules.json"
+    file.write_text('[{"type": "Wide", "force": true}]')
+    with pytest.raises(hire.HireRewriteError, match=r"there is no Wide.*register_kind"):
+        hire.load_rules(str(file))
+
+
+def test_tuning_keeps_the_predictor_of_a_kind_that_chooses_nothing(monkeypatch):
+    predictors = [hire.LowRank(8), Halves()]
+    monkeypatch.setattr(NarrowOperation, "predictors", lambda *_: predictors)
+    step, batches = hire.transform(model, RULES[0]), [(inputs(64, D, seed=s),) for s in range(4)]
+    tuned = step.tune(PARAMS, batches, recall=0.9)
+    assert {str(trial.rule.predictor) for trial in tuned.trials} == {str(Halves())}
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "message"),
+    [
+        ("pack", lambda *_: {"rows": jnp.zeros((7, 2))}, "begin with its 3 layer"),
+        ("measured", lambda self, arrays, *, follow_exact: [], "reports no Quality"),
+    ],
+)
+def test_an_operation_that_breaks_its_word_is_named(monkeypatch, method, broken, message):
+    monkeypatch.setattr(NarrowOperation, method, broken)
+    step = hire.transform(model, RULES[0])
+    with pytest.raises(hire.HireRewriteError, match=message):
+        step.evaluate(step.pack(PARAMS, X), [(X,)])

@@ -89,4 +89,4 @@ class FFN(Rule):
             raise HireRewriteError(f"FFN: parts={self.parts!r} must be a positive int or None")
         if not is_int(self.group) or self.group < 1:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
-        self.check_common()
+        super().__post_init__()

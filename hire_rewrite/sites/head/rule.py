@@ -70,4 +70,4 @@ class Head(Rule):
             raise HireRewriteError(
                 f"Head: min_width={self.min_width!r} must be a positive int or None"
             )
-        self.check_common()
+        super().__post_init__()
