@@ -28,10 +28,9 @@ from jax.interpreters import ad, batching, mlir
 
 from hire_rewrite._compat import invariant_over, manual_axes, varying_over
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.top_k.buckets import bucket_top_k
 from hire_rewrite.ops.top_k.keys import from_keys, lowest, to_keys
 from hire_rewrite.ops.top_k.merge import Merge, cheapest, first, merged
-from hire_rewrite.ops.top_k.select import Select, top_k
+from hire_rewrite.ops.top_k.select import top_k
 
 
 def axis_size(name: str) -> int:
@@ -105,30 +104,23 @@ def _select(
     few: Merge,
     whole: Merge,
     together: tuple[str, ...],
-    some: Select,
-    all_of: Select,
 ) -> tuple[Array, Array]:
-    """What the primitive computes, in other operations.
-
-    `all_of` finds a shard's greatest, and so does `some`, which may lose a few: they are counted.
-    """
+    """What the primitive computes, in other operations."""
     x = jnp.where(indices < 0, lowest(x.dtype), x)
     indices = jnp.broadcast_to(indices, x.shape)
 
-    def best(count: int, select: Select, merge: Merge) -> tuple[Array, Array]:
-        values, places = select(x, count)
+    def best(count: int, merge: Merge) -> tuple[Array, Array]:
+        values, places = top_k(x, count)
         own = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
         return first(*merged(to_keys(values), own, merge), k)
 
-    if allowed is None:
-        keys, found = best(kept, all_of, few)
-    else:
-        keys, found = best(kept, some, few)
+    keys, found = best(kept, few)
+    if allowed is not None:
         known = (found[..., :-1] >= 0).sum(-1)
         missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - known
         keys, found = lax.cond(
             _anywhere((missed > allowed).any(), together),
-            lambda: best(min(k, x.shape[-1]), all_of, whole),
+            lambda: best(min(k, x.shape[-1]), whole),
             lambda: (keys, found),
         )
     return from_keys(keys, x.dtype), found
@@ -200,9 +192,7 @@ da_top_k_p.multiple_results = True
 da_top_k_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[da_top_k_p] = _jvp
 batching.fancy_primitive_batchers[da_top_k_p] = _batch
-for platform, some in ((None, top_k), ("tpu", bucket_top_k)):
-    lowered = mlir.lower_fun(functools.partial(_select, some=some, all_of=top_k), True)
-    mlir.register_lowering(da_top_k_p, lowered, platform=platform)
+mlir.register_lowering(da_top_k_p, mlir.lower_fun(_select, multiple_results=True))
 
 
 _STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")

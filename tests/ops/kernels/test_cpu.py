@@ -16,7 +16,7 @@ from jax import lax
 
 import hire_rewrite as hire
 from hire_rewrite.ops import gather, kernels, products, quantize
-from hire_rewrite.ops.kernels.cpu import targets
+from hire_rewrite.ops.top_k.select import top_k
 
 needed = pytest.mark.skipif(
     kernels.cpu.status() != "in use", reason=f"kernels for CPU are {kernels.cpu.status()}"
@@ -48,7 +48,7 @@ def test_they_are_built_where_they_can_be():
 def test_product(dtype, tokens, n, d):
     rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
     for layer in (0, 2):
-        got = jax.jit(targets.product)(x, rows, jnp.int32(layer))
+        got = jax.jit(products.product)(x, rows, jnp.int32(layer))
         want = np.asarray(x, np.float64) @ np.asarray(rows[layer], np.float64).T
         close(got, want, 20 * d)
 
@@ -58,9 +58,9 @@ def test_product(dtype, tokens, n, d):
 @pytest.mark.parametrize(("n", "d", "block"), [(100, 512, 64), (333, 576, 32)])
 def test_block_product(tokens, n, d, block):
     packed, scale = quantize.quantize_blocks(normal(2, n, d), block)
-    x = quantize.round_blocks(normal(tokens, d, seed=1), block)
-    got = jax.jit(targets.block_product)(*x, packed, scale, jnp.int32(1))
-    wide = quantize.rounded_blocks(normal(tokens, d, seed=1), block)
+    x = normal(tokens, d, seed=1)
+    got = jax.jit(products.block_product)(x, packed, scale, jnp.int32(1))
+    wide = quantize.rounded_blocks(x, block)
     want = jnp.dot(wide, quantize.dequantize_blocks(packed[1], scale[1]).T, precision="highest")
     close(got, want, d)
 
@@ -91,7 +91,8 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
 def test_fetched_product(dtype, tokens, lists, count, members, d):
     rows, x = normal(60, members, d, dtype=dtype), normal(tokens, d, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, (lists, count)), jnp.int32)
-    got = jax.jit(targets.fetched_product)(x, rows, index)
+    chosen = index if lists == tokens else index[0]
+    got = GATHERED(x, rows[None], jnp.int32(0), chosen)
     each = jnp.broadcast_to(index, (tokens, count))
     want = jnp.einsum("td,tcmd->tcm", x, rows[each].astype(jnp.float32), precision="highest")
     close(got, want.reshape(tokens, -1), d)
@@ -104,11 +105,14 @@ def test_fetched_product(dtype, tokens, lists, count, members, d):
 def test_fetched_sum(dtype, tokens, count, members, d):
     rows, h = normal(60, members, d, dtype=dtype), normal(tokens, count, members, seed=1)
     index = jnp.asarray(np.random.default_rng(2).integers(0, 60, count), jnp.int32)
-    got = jax.jit(targets.fetched_sum)(h, rows, index)
+    got = SUMMED(h, rows[None], jnp.int32(0), index)
     want = jnp.einsum("tcm,cmd->td", h, rows[index].astype(jnp.float32), precision="highest")
     close(got, want, 4 * count * members)
 
 
+SETTINGS = {"out_dtype": jnp.float32, "precision": None}
+GATHERED = jax.jit(functools.partial(gather.gathered_matmul, compute_dtype=jnp.float32, **SETTINGS))
+SUMMED = jax.jit(functools.partial(gather.gathered_sum, **SETTINGS))
 SPECIAL = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, 1.0], "f")
 
 
@@ -117,7 +121,7 @@ SPECIAL = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 
 def test_top_k_of_special_values(k):
     rng = np.random.default_rng(0)
     scores = jnp.asarray(np.stack([rng.permutation(SPECIAL) for _ in range(20)]).reshape(4, 5, 10))
-    got, want = jax.jit(functools.partial(targets.top_k, k=k))(scores), lax.top_k(scores, k)
+    got, want = jax.jit(functools.partial(top_k, k=k))(scores), lax.top_k(scores, k)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.int32), np.asarray(other).view("i4"))
 
@@ -130,7 +134,7 @@ def test_top_k(n):
     others = (sampled, jnp.round(scores), jnp.ones((3, n)))
     for values in (scores, ordered, ordered[:, ::-1], *others):
         for k in {1, min(n, 64), n}:
-            got, want = targets.top_k(values, k), lax.top_k(values, k)
+            got, want = top_k(values, k), lax.top_k(values, k)
             jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
 
 
@@ -150,7 +154,7 @@ def test_derivatives_and_batching_are_the_references():
     layers = jnp.arange(2)
     each = jax.vmap(lambda layer: products.product(x, rows, layer))(layers)
     close(each, jnp.einsum("td,lnd->ltn", x, rows, precision="highest"), 24)
-    batched = jax.vmap(lambda s: targets.top_k(s, 3)[1])(normal(5, 2, 30))
+    batched = jax.vmap(lambda s: top_k(s, 3)[1])(normal(5, 2, 30))
     np.testing.assert_array_equal(batched, lax.top_k(normal(5, 2, 30), 3)[1])
 
 
@@ -184,9 +188,7 @@ def test_values_that_are_no_numbers():
     h = jnp.ones((1, 2, 1))
     stacked = normal(1, 4, 1, 16).at[0, 1].set(jnp.nan)
     assert np.isnan(gather.fetch(stacked, 0, jnp.array([1]))).all()
-    if targets.status() == "in use":
-        index = jnp.array([0, 1], jnp.int32)
-        assert np.isnan(targets.fetched_sum(h, stacked[0], index)).all()
+    assert np.isnan(SUMMED(h, stacked, jnp.int32(0), jnp.array([0, 1], jnp.int32))).all()
 
 
 @pytest.mark.skipif("HIRE_REWRITE_KERNELS" in os.environ, reason="another form is asked for")

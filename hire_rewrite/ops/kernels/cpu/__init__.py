@@ -1,26 +1,60 @@
 """Kernels in C++ for CPU: operations without widened or gathered copies.
 
-Installing the package builds them where there is a C++ compiler; without one everything runs in JAX
-alone. `status` says which. There are three forms, and the fastest that the processor knows is used:
-with the integer products of AVX-512, with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and
-`portable` in the environment ask for the others. They sum in float32, in an order of their own.
+XLA calls them through its foreign function interface. Installing the package builds them where
+there is a C++ compiler; without one everything runs in JAX alone. `status` says which. There are
+three forms, and the fastest that the processor knows is used: with the integer products of AVX-512,
+with AVX2, and portable. `HIRE_REWRITE_KERNELS=avx2` and `portable` in the environment ask for the
+others. They sum in float32, in an order of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.machinery
+import os
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from hire_rewrite.ops import gather, products
 from hire_rewrite.ops.kernels import register_kernel
-from hire_rewrite.ops.kernels.cpu import targets
-from hire_rewrite.ops.kernels.cpu.targets import status
 from hire_rewrite.ops.quantize import round_blocks
 from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
+
+_VERSION = 2
+"""Of the targets' operands; see `targets.cc`."""
+
+_TARGETS = ("block_product", "fetched_product", "fetched_sum", "product", "top_k")
+_KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+
+
+@functools.cache
+def status() -> str:
+    """`"in use"`, or why they are not."""
+    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
+        return "not in use: HIRE_REWRITE_KERNELS=0"
+    folder = Path(__file__).parent
+    paths = (folder / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    built = [path for path in paths if path.exists()]
+    if not built:
+        return "not built: install again where a C++ compiler is found"
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        if not hasattr(library, "hire_version") or library.hire_version() != _VERSION:
+            return "not in use: built from other sources; install again"
+        for name in _TARGETS:
+            target = jax.ffi.pycapsule(getattr(library, f"hire_{name}"))
+            jax.ffi.register_ffi_target(f"hire_{name}", target, platform="cpu")
+    except Exception as error:  # a kernel is never worth a failed import
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"not in use: built for another jaxlib ({reason}); install again"
+    return "in use"
 
 
 def usable(x: Array, *dtypes: Any) -> bool:
@@ -29,19 +63,25 @@ def usable(x: Array, *dtypes: Any) -> bool:
     return known and isinstance(x.size, int) and x.size > 0 and status() == "in use"
 
 
-_KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+def _call(name: str, shape: tuple[int, ...], *operands: Array) -> Array:
+    """f32[shape]. Floating-point vectors are f32, what chooses is i32."""
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.ffi.ffi_call(f"hire_{name}", result, vmap_method="sequential")(*operands)
 
 
 def _product(
     x: Array, rows: Array, layer: Array, scale: Array | None = None, offset: Array | None = None
 ) -> Array:
-    layer = layer.astype(jnp.int32)
-    return targets.product(x.astype(jnp.float32), rows, layer, scale, offset)
+    none = jnp.zeros((rows.shape[0], 0), jnp.float32)
+    factors = (none if factor is None else factor for factor in (scale, offset))
+    shape, layer = (x.shape[0], rows.shape[1]), layer.astype(jnp.int32).reshape(1)
+    return _call("product", shape, x.astype(jnp.float32), rows, layer, *factors)
 
 
 def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     rounded = round_blocks(x, products.block_of(x, scale))
-    return targets.block_product(*rounded, packed, scale, layer.astype(jnp.int32))
+    shape, layer = (x.shape[0], packed.shape[1]), layer.astype(jnp.int32).reshape(1)
+    return _call("block_product", shape, *rounded, packed, scale, layer)
 
 
 def _fits_blocks(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
@@ -54,7 +94,9 @@ def _gathered_matmul(
     x: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
 ) -> Array:
     rows, index = gather.flattened(stacked, layer, jnp.atleast_2d(groups))
-    return targets.fetched_product(x.astype(jnp.float32), rows, index).astype(out_dtype or x.dtype)
+    shape = (x.shape[0], index.shape[1] * rows.shape[1])
+    y = _call("fetched_product", shape, x.astype(jnp.float32), rows, index)
+    return y.astype(out_dtype or x.dtype)
 
 
 def _fits_matmul(
@@ -68,7 +110,9 @@ def _gathered_sum(
     h: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
 ) -> Array:
     rows, index = gather.flattened(stacked, layer, groups)
-    return targets.fetched_sum(h.astype(jnp.float32), rows, index).astype(out_dtype or h.dtype)
+    shape = (h.shape[0], rows.shape[2])
+    y = _call("fetched_sum", shape, h.astype(jnp.float32), rows, index)
+    return y.astype(out_dtype or h.dtype)
 
 
 def _fits_sum(
@@ -78,7 +122,13 @@ def _fits_sum(
 
 
 def _top_k(scores: Array, *, k: int) -> tuple[Array, Array]:
-    return select.through_float32(targets.top_k)(scores, k)
+    def of_float32(scores: Array, k: int) -> tuple[Array, Array]:
+        shape = (*scores.shape[:-1], k)
+        results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)]
+        values, places = jax.ffi.ffi_call("hire_top_k", results, vmap_method="expand_dims")(scores)
+        return values, places
+
+    return select.through_float32(of_float32)(scores, k)
 
 
 def _fits_top_k(scores: Array, *, k: int) -> bool:

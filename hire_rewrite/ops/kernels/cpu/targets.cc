@@ -1,4 +1,4 @@
-// The targets that XLA calls. `targets.py` beside says what each computes.
+// The targets that XLA calls. `__init__.py` beside says what each computes.
 
 #include <algorithm>
 #include <cstdint>
@@ -171,7 +171,7 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 
 #pragma GCC visibility push(default)
 
-// Which operands the targets take; to be raised here and in `targets.py` when these change.
+// Which operands the targets take; to be raised here and in `__init__.py` when these change.
 extern "C" int hire_version() { return 2; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
