@@ -31,7 +31,7 @@ import hire_rewrite as hire
 from benchmarks import peers, real, recall, timing
 from benchmarks.peers import TOP, Side
 from benchmarks.structured import draw_queries, draw_rows, outstanding
-from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.predictors import Predictor, optimistic
 from hire_rewrite.ops.top_k.select import top_k
 from hire_rewrite.plan import table
 
@@ -92,7 +92,7 @@ class Own:
                 return top_k(scores, count)[1]
 
             scores = self.predictor.score(state.predictor, x, 0, choose)
-            better = hopeful(scores, state.predictor, 0)[:, : state.rows.shape[1]]
+            better = optimistic(scores, state.predictor, 0)[:, : state.rows.shape[1]]
             return choose(better, count)
 
         def search(queries: np.ndarray, candidates: int | None) -> peers.Found:

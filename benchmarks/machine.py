@@ -32,10 +32,9 @@ from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import COSTS, KINDS, TOKENS, Machine
 from hire_rewrite.graph.trace import trace
-from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
-from hire_rewrite.ops.ffn.products import fetched_products
+from hire_rewrite.ops.gather import gathered_matmul
+from hire_rewrite.ops.narrow import block_matmul, matmul
 from hire_rewrite.ops.predictors import Quantized
-from hire_rewrite.ops.products import block_product, product
 from hire_rewrite.ops.quantize import quantize_blocks, quantize_rows
 from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import detect
@@ -104,12 +103,11 @@ def reads_of(arrays: Mapping[str, Any], tokens: int) -> dict[str, Callable[[], A
         w = arrays[name]
         cast = x.astype(w.dtype)
         calls[f"dense_{name}"] = jitted(head, w, cast)
-        calls[f"scored_{name}"] = jitted(lambda x, w: product(x, w[None], 0), x, w)
-        spec, groups = _spec(w.dtype), arrays["groups"]
+        calls[f"scored_{name}"] = jitted(lambda x, w: matmul(x, w[None], 0), x, w)
         up = w.reshape(1, N // GROUP, 1, GROUP, D)  # a loop would copy what it reshapes itself
-        calls[f"fetched_{name}"] = jitted(functools.partial(_fetch, spec), cast, up, groups)
+        calls[f"fetched_{name}"] = jitted(_gathered, cast, up, arrays["groups"])
     integers, scale = arrays["int8"]
-    calls["scored_int8"] = jitted(lambda x, rows: product(x, rows, 0), x, integers)
+    calls["scored_int8"] = jitted(lambda x, rows: matmul(x, rows, 0), x, integers)
     state = {"rows": integers, "scale": scale}
     if tokens == 1:
         chosen = (arrays["groups"] * GROUP)[None]
@@ -117,7 +115,7 @@ def reads_of(arrays: Mapping[str, Any], tokens: int) -> dict[str, Callable[[], A
         again = jitted(lambda x, s, rows: look(s, x, rows=rows), x, state, chosen)
         calls["fetched_int8"] = again
     packed, blocks = arrays["int4"]
-    calls["scored_int4"] = jitted(lambda x, w, s: block_product(x, w, s, 0), x, packed, blocks)
+    calls["scored_int4"] = jitted(lambda x, w, s: block_matmul(x, w, s, 0), x, packed, blocks)
     return calls
 
 
@@ -132,15 +130,9 @@ def size(kind: str) -> int:
     return round(numbers * {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 2 / 32}[dtype])
 
 
-def _spec(dtype: Any) -> FFNSpec:
-    return FFNSpec(
-        N, GROUP, 1, FETCHED, FETCHED, up_dtype=dtype, down_dtype=dtype, precision=None,
-        compute_dtype=dtype,
-    )  # fmt: skip
-
-
-def _fetch(spec: FFNSpec, x: Array, up: Array, groups: Array) -> tuple[Array, ...]:
-    return fetched_products(x, FFNState(up, up[:, :, 0], (), {}), 0, groups, spec)
+def _gathered(x: Array, up: Array, groups: Array) -> Array:
+    settings = {"compute_dtype": up.dtype, "out_dtype": up.dtype, "precision": None}
+    return gathered_matmul(x, up, 0, groups, **settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from benchmarks.decode_1b import LENGTH, LLAMA_1B
 from benchmarks.hbm import Traffic, traffic
 from benchmarks.markdown import table
 from examples.smollm2 import model
-from hire_rewrite.ops import products
+from hire_rewrite.ops import narrow
 from hire_rewrite.ops.predictors import Predictor
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
@@ -217,8 +217,8 @@ def scoring(shape: Callable[..., Any]) -> list[dict[str, Any]]:
     layer = shape(dtype=jnp.int32)
     packed, scale = shape(layers, n, d // 2, dtype=jnp.int8), shape(layers, n, d // 32)
     forms: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "int8": (products.product, (shape(layers, n, d, dtype=jnp.int8), layer)),
-        "int4": (products.block_product, (packed, scale, layer)),
+        "int8": (narrow.matmul, (shape(layers, n, d, dtype=jnp.int8), layer)),
+        "int4": (narrow.block_matmul, (packed, scale, layer)),
     }
     rows = []
     for name, (function, args) in forms.items():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_rewrite.ops import products, quantize
+from hire_rewrite.ops import narrow, quantize
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.head.head import HeadSpec, HeadState
 from hire_rewrite.ops.kernels import register_kernel
@@ -47,16 +47,16 @@ def as_other_backends() -> Iterator[None]:
     """Products on CPU as backends that are not CPU compute them."""
 
     def by_rows(x: Any, rows: Any, layer: Any, scale: Any = None, offset: Any = None) -> Any:
-        found = products._product_default(x.astype(jnp.float32), rows, layer)
-        return products.scaled(found, layer, scale, offset)
+        found = narrow._matmul_default(x.astype(jnp.float32), rows, layer)
+        return narrow.scaled(found, layer, scale, offset)
 
     def by_blocks(x: Any, packed: Any, scale: Any, layer: Any) -> Any:
-        x = quantize.rounded_blocks(x, products.block_of(x, scale))
-        return products._block_product_default(x, packed, scale, layer)
+        x = quantize.rounded_blocks(x, narrow.block_of(x, scale))
+        return narrow._block_matmul_default(x, packed, scale, layer)
 
     with (
-        register_kernel(products.product, "cpu", by_rows),
-        register_kernel(products.block_product, "cpu", by_blocks),
+        register_kernel(narrow.matmul, "cpu", by_rows),
+        register_kernel(narrow.block_matmul, "cpu", by_blocks),
     ):
         yield
 
@@ -121,7 +121,7 @@ def ffn(
         normal(seed + 100 + i, layers, groups, group, dtype=dtype) for i in range(vectors)
     )
     scored = stacked[:, :, spec.common_groups * group :]
-    by_part = scored.reshape(layers, projections, spec.parts, -1, d).swapaxes(1, 2)
+    by_part = scored.reshape(layers, projections, spec.num_shards, -1, d).swapaxes(1, 2)
     predicted = fitted(predictor, by_part.reshape(layers, spec.scored_rows, d))
     state = FFNState(up, second.reshape(layers, groups, group, d), extra, predicted)
     if spec.criterion == "output":

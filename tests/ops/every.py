@@ -6,13 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hire_rewrite.ops import gather, products, quantize
+from hire_rewrite.ops import gather, narrow, quantize
 from hire_rewrite.ops.certify.head import certified
 from hire_rewrite.ops.ffn.activity import activity
-from hire_rewrite.ops.ffn.block import PartState
+from hire_rewrite.ops.ffn.block import SiblingState
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
+from hire_rewrite.ops.ffn.layer import BlockLayer, add_joined, sibling_inputs
 from hire_rewrite.ops.ffn.measured import measured_ffn
-from hire_rewrite.ops.ffn.products import add_joined, all_down, part_inputs
 from hire_rewrite.ops.ffn.sharded import sharded_ffn
 from hire_rewrite.ops.head.head import dense_head, exact_head, hire_head
 from hire_rewrite.ops.head.measured import measured_head
@@ -43,10 +43,10 @@ def scores():
     integers, scale = quantize.quantize_rows(rows)
     four = quantize.quantize_blocks(rows, 32)
     return lambda x: (
-        products.product(x, integers, 1, scale, scale),
-        products.product(x, rows.astype(jnp.bfloat16), jnp.int32(1), scale),
-        products.product(x, rows, jnp.int32(1)),
-        products.block_product(x, *four, 0),
+        narrow.matmul(x, integers, 1, scale, scale),
+        narrow.matmul(x, rows.astype(jnp.bfloat16), jnp.int32(1), scale),
+        narrow.matmul(x, rows, jnp.int32(1)),
+        narrow.block_matmul(x, *four, 0),
     )
 
 
@@ -117,7 +117,7 @@ BLOCKS = {
     "within a budget": {"budget": 8},
     "common groups": {"common_groups": 2},
     "by the output": {"criterion": "output"},
-    "parts": {"parts": 2, "k_groups": 4},
+    "shards": {"num_shards": 2, "k_groups": 4},
     "selecting": {"activation": selecting, "selects": True, "group": 1, "k_groups": 12,
                   "candidate_groups": 24},
 }  # fmt: skip
@@ -133,7 +133,7 @@ def block(name):
     spec, state, _ = ffn(predictor, d=D, **more)
     given = {"spec": spec, "activation": activation}
     guessed = given | {"predictor": predictor}
-    shared = PartState((state.down[:, 0],), (state.down[:, 0, :, 0],))
+    shared = SiblingState((state.down[:, 0],), (state.down[:, 0, :, 0],))
 
     def fn(x):
         y = hire_ffn(x, state, 0, **guessed, budget=budget)
@@ -145,9 +145,9 @@ def block(name):
             dense_ffn(x, state, 0, **given),
             quality(measured_ffn(x, state, 0, **guessed).comparison),
             activity(x[:, :96], None if state.norms is None else state.norms.reshape(-1), spec,
-                     lambda h: all_down(h, state, 0, spec), shares=True),
+                     BlockLayer(state, 0, spec, activation).down, shares=True),
             add_joined(y, (x[:, : spec.group],), more, 0, spec=spec),
-            part_inputs(x, shared, 0, spec=spec),
+            sibling_inputs(x, shared, 0, spec=spec),
         )  # fmt: skip
 
     return fn
@@ -188,9 +188,9 @@ def logits(name):
 
 def sharded():
     predictor = Quantized()
-    spec, state, _ = ffn(predictor, d=D, parts=2, k_groups=4)
+    spec, state, _ = ffn(predictor, d=D, num_shards=2, k_groups=4)
     head_spec, head_state = head(predictor, d=D)
-    head_spec = dataclasses.replace(head_spec, parts=2)
+    head_spec = dataclasses.replace(head_spec, num_shards=2)
     common = {"predictor": predictor, "sharding": RowSharding(MESH, ("x",))}
     given = {"mesh": MESH, "spec": jax.P(None, "x")}
     return lambda x: (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
-from hire_rewrite.ops import gather, products, quantize
+from hire_rewrite.ops import gather, narrow, quantize
 from hire_rewrite.ops.ffn.ffn import exact_ffn, hire_ffn
 from hire_rewrite.ops.head.head import hire_head
 from hire_rewrite.ops.predictors import LowRank, Quantized
@@ -33,7 +33,7 @@ def every(x, rows):
     fits = [p.fit(rows[1]) for p in (Quantized(), Quantized(4), LowRank(8))]
     return (
         gather.fetch(rows, 1, lists).astype(F32),
-        products.product(x, rows, 1),
+        narrow.matmul(x, rows, 1),
         gather.gathered_matmul(x, rows, 1, lists, compute_dtype=F32, **settings),
         gather.gathered_matmul(x, rows, 1, lists[0], compute_dtype=F32, **settings),
         gather.gathered_sum(x[:, :8].reshape(3, 2, 4), groups, 1, lists[0], **settings),

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from benchmarks.collectives import collectives
-from hire_rewrite.ops import gather, products
+from hire_rewrite.ops import gather, narrow
 from tests.sharding.test_rows import LAYERS, TOKEN, VOCABULARY, D, batches, weights
 from tests.sharding.test_rows import step as one_device
 
@@ -489,7 +489,7 @@ def test_weights_inside_and_outside_are_packed_apart():
 def test_tokens_apart_and_weights_in_common(monkeypatch, predictor):
     """The loops of CPU's forms carry what differs from device to device."""
     monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
-    monkeypatch.setattr(products, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(narrow, "_CHUNK", 1 << 10)
     monkeypatch.setattr(gather, "_PIECE", 1 << 12)
     rng = np.random.default_rng(0)
     w = {

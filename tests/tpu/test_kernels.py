@@ -20,23 +20,23 @@ def kernels(shape, tokens):
     integers, single = shape(16, 16_384, 1024, dtype=jnp.int8), shape(32_000, 1, 1024)
     x, layer = shape(tokens, 2048), shape(dtype=jnp.int32)
     wide = shape(tokens, 2048, dtype=jnp.float32)
-    yield scores.product, (wide, shape(16, 16_384, 2048, dtype=jnp.int8), layer), 16_384 * 2048
-    yield scores.product, (wide, shape(16, 1000, 2048), layer), 1000 * 2048 * 2
+    yield scores.matmul, (wide, shape(16, 16_384, 2048, dtype=jnp.int8), layer), 16_384 * 2048
+    yield scores.matmul, (wide, shape(16, 1000, 2048), layer), 1000 * 2048 * 2
     rounded = (shape(tokens, 2048, dtype=jnp.int8), shape(tokens, 64, dtype=jnp.float32))
     stored = (integers, shape(16, 16_384, 64), layer)
-    yield scores.block_product, (*rounded, *stored), 16_384 * (1024 + 64 * 2)
+    yield scores.block_matmul, (*rounded, *stored), 16_384 * (1024 + 64 * 2)
     if tokens == 1:
         rounded = (shape(1, 4096, dtype=jnp.int8), shape(1, 128, dtype=jnp.float32))
         stored = (shape(4, 16_384, 2048, dtype=jnp.int8), shape(4, 16_384, 128), layer)
-        yield scores.block_product, (*rounded, *stored), 16_384 * (2048 + 128 * 2)
+        yield scores.block_matmul, (*rounded, *stored), 16_384 * (2048 + 128 * 2)
     for members in (8, 16, 64):
         groups, most = shape(1 << 18 // members, members, 2048), 104 * members * 2048 * 2
         chosen = shape(1, 103, dtype=jnp.int32)
-        yield rows.fetched_product, (x, groups, chosen), most
+        yield rows.gathered_matmul, (x, groups, chosen), most
         h = shape(tokens, 103, members)
-        yield rows.fetched_sum, (h, groups, shape(103, dtype=jnp.int32)), most
+        yield rows.gathered_sum, (h, groups, shape(103, dtype=jnp.int32)), most
     own = shape(tokens, 256, dtype=jnp.int32)
-    yield rows.fetched_product, (shape(tokens, 1024), single, own), tokens * 256 * 8 * 1024 * 2
+    yield rows.gathered_matmul, (shape(tokens, 1024), single, own), tokens * 256 * 8 * 1024 * 2
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -31,23 +31,23 @@ class FFNSpec:
 
     Attributes:
       width: f, the number of neurons.
-      group: neurons that are chosen and fetched together; divides the width.
+      group: neurons that are chosen and gathered together; divides the width.
       projections: P, first matrices: 1 in a plain block, 2 in a gated one.
       k_groups: how many of the G = f / group groups count.
       candidate_groups: how many a token computes exactly, at least k_groups.
-      up_dtype, down_dtype: results of the two products.
+      up_dtype, down_dtype: results of the two matmuls.
       precision: of both, as in `lax.dot_general`.
-      compute_dtype: to which rows are cast after they were fetched.
+      compute_dtype: to which rows are cast after they were gathered.
       gate: the projection that goes through the activation.
       sparse: whether a non-positive gate makes h exactly zero (ReLU family).
       gate_bias: the vector that is added to the gate first, or None.
       selects: whether the activation itself looks at all neurons together and zeroes most; then it
-        is given the guesses of those that were not fetched.
+        is given the guesses of those that were not gathered.
       criterion: what a neuron is ranked by: |h| (`"hidden"`), or |h| times the norm of the neuron's
         second row (`"output"`). A group is ranked by the root of the sum of its squares.
       common_groups: the first so many groups are always computed, without prediction.
-      parts: the neurons are taken as so many equal parts, one behind the other, and of each part
-        the same number are candidates and are kept: one part for each device that has some.
+      num_shards: the neurons are taken as so many equal shards, one behind the other, and of each
+        shard the same number are candidates and are kept: one shard for each device.
     """
 
     width: int
@@ -65,7 +65,7 @@ class FFNSpec:
     selects: bool = False
     criterion: str = "hidden"
     common_groups: int = 0
-    parts: int = 1
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.width % self.group:
@@ -84,30 +84,30 @@ class FFNSpec:
             )
         if not 0 <= self.gate < self.projections:
             raise HireRewriteError(
-                f"FFNSpec: gate={self.gate} is none of {self.projections} projections"
+                f"FFNSpec: gate={self.gate} is not among {self.projections} projections"
             )
         shared = (self.groups, self.k_groups, self.candidate_groups)
-        if any(count % self.parts for count in shared):
+        if any(count % self.num_shards for count in shared):
             raise HireRewriteError(
-                f"FFNSpec: parts={self.parts} must divide the {self.groups} groups, "
+                f"FFNSpec: num_shards={self.num_shards} must divide the {self.groups} groups, "
                 f"k_groups={self.k_groups} and candidate_groups={self.candidate_groups}"
             )
-        if self.parts > 1 and (self.common_groups or self.selects):
+        if self.num_shards > 1 and (self.common_groups or self.selects):
             raise HireRewriteError(
-                f"FFNSpec: parts={self.parts} with common groups, or with an activation that "
-                "selects, are not supported: give parts=1"
+                f"FFNSpec: num_shards={self.num_shards} with common groups, or with an activation "
+                "that selects, are not supported: give num_shards=1"
             )
         check_criterion("FFNSpec", self.criterion)
 
     @property
-    def part(self) -> FFNSpec:
-        """What is to be computed of one part."""
+    def shard(self) -> FFNSpec:
+        """What is to be computed of one shard."""
         return dataclasses.replace(
             self,
-            width=self.width // self.parts,
-            k_groups=self.k_groups // self.parts,
-            candidate_groups=self.candidate_groups // self.parts,
-            parts=1,
+            width=self.width // self.num_shards,
+            k_groups=self.k_groups // self.num_shards,
+            candidate_groups=self.candidate_groups // self.num_shards,
+            num_shards=1,
         )
 
     @property
@@ -117,21 +117,21 @@ class FFNSpec:
 
     @property
     def scored_rows(self) -> int:
-        """How many products the predictor guesses."""
+        """How many pre-activations the predictor guesses."""
         return self.projections * (self.groups - self.common_groups) * self.group
 
-    def fetched_groups(self, tokens: int, budget: int | None = None) -> int:
+    def gathered_groups(self, tokens: int, budget: int | None = None) -> int:
         """How many groups `tokens` tokens fetch together, at most; `budget` bounds it further."""
         worst = self.common_groups + tokens * (self.candidate_groups - self.common_groups)
         least = self.candidate_groups
         return min(self.groups, worst, self.groups if budget is None else max(budget, least))
 
 
-class PartState(NamedTuple):
-    """A part of a product that is fused with the block's, but is read elsewhere.
+class SiblingState(NamedTuple):
+    """What is left of a matrix that holds a block's first one too, and is read elsewhere.
 
     Attributes:
-      rows: for each product [L, n, d_in], those of the part.
+      rows: for each projection [L, n, d_in].
       vectors: of [L, n], numbers that belong to them.
     """
 
@@ -146,9 +146,9 @@ class FFNState(NamedTuple):
       up: [L, G, P, group, d_in], the rows of the first matrices.
       down: [L, G, group, d_out], those of the second.
       vectors: of [L, G, group], numbers that the activation needs of each neuron, such as biases.
-      predictor: for the rows of all projections, without those of the common groups: part by part,
-        all of the first projection, then all of the next; with the same leading axis.
-      fused: parts of a product that the block shares with others, which are computed whole.
+      predictor: for the rows of all projections, without those of the common groups: shard by
+        shard, all of the first projection, then all of the next; with the same leading axis.
+      fused: its siblings in a fused matrix, which are computed whole.
       joined: of [L, n, d_out], rows of the last matrix that other inputs than h are for.
       norms: f32[L, G, group], norms of the second rows, for the criterion `"output"` alone.
     """
@@ -157,6 +157,6 @@ class FFNState(NamedTuple):
     down: Array
     vectors: tuple[Array, ...]
     predictor: State
-    fused: tuple[PartState, ...] = ()
+    fused: tuple[SiblingState, ...] = ()
     joined: tuple[Array, ...] = ()
     norms: Array | None = None

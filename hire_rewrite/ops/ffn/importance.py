@@ -5,23 +5,65 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.top_k.select import marked, part_top_k, scatter, top_k
+from hire_rewrite.ops.ffn.block import FFNSpec
+from hire_rewrite.ops.ffn.layer import BlockLayer
+from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.top_k.select import marked, scatter, sharded_top_k, top_k
+
+__all__ = ["best_mask", "best_places", "guess", "importance", "places", "top_groups", "with_common"]
 
 
-def vectors_of(state: FFNState, layer: Array | int, first: int = 0) -> tuple[Array, ...]:
-    """Each vector of a layer, of its groups from `first` on: [n]."""
-    return tuple(
-        lax.dynamic_index_in_dim(vector, layer, keepdims=False)[first:].reshape(-1)
-        for vector in state.vectors
-    )
+def guess(x: Array, block: BlockLayer, predictor: Predictor) -> tuple[Array, Array]:
+    """What is predicted for x: [tokens, d_in].
+
+    Returns:
+      Pre-activations [tokens, spec.scored_rows], all of a projection together; and what ranks the
+      groups by them, f32[tokens, G - common_groups] (see `_guessed_importance`).
+    """
+    spec = block.spec
+    projections, shards = spec.projections, spec.num_shards
+
+    def in_order(scores: Array) -> Array:
+        """From shard by shard to projection by projection."""
+        tokens, n = scores.shape
+        split = scores.reshape(tokens, shards, projections, n // (shards * projections))
+        return jnp.swapaxes(split, 1, 2).reshape(scores.shape)
+
+    def choose(scores: Array, count: int) -> Array:
+        """The rows of the best groups, about `count` of them, i32[tokens, ...]."""
+        rank = _guessed_importance(in_order(scores), block)
+        groups = rank.shape[1] // shards
+        wanted = min(groups, -(-count // (projections * spec.group * shards)))
+        best = sharded_top_k(rank, wanted * shards, shards)[1]
+        projection = jnp.arange(projections, dtype=best.dtype)[:, None, None]
+        first = (best // groups)[None] * projections + projection
+        rows = (first * groups + (best % groups)[None])[..., None] * spec.group
+        rows = rows + jnp.arange(spec.group, dtype=best.dtype)[None, None, None]
+        return jnp.moveaxis(rows, 0, 1).reshape(best.shape[0], -1)
+
+    scores = predictor.score(block.state.predictor, x, block.index, choose)
+    scores = in_order(lax.stop_gradient(scores))
+    return scores, _guessed_importance(scores, block)
 
 
-def norms_of(state: FFNState, layer: Array | int, first: int = 0) -> Array | None:
-    """The norms of a layer's second rows, of its groups from `first` on: [n]."""
-    if state.norms is None:
-        return None
-    return lax.dynamic_index_in_dim(state.norms, layer, keepdims=False)[first:].reshape(-1)
+def _guessed_importance(scores: Array, block: BlockLayer) -> Array:
+    """What ranks each group that is not common, by predicted pre-activations.
+
+    Groups that the predictor takes for zero are below zero: those that it nearly took for more
+    come first.
+    """
+    spec, first = block.spec, block.spec.common_groups
+    pre = tuple(jnp.split(scores.astype(spec.up_dtype), spec.projections, axis=1))
+    vectors = block.vectors(first)
+    rank = importance(block.activation(pre, vectors), block.norms(first), spec)
+    if spec.sparse:
+        gate = pre[spec.gate].astype(jnp.float32)
+        if spec.gate_bias is not None:
+            gate = gate + vectors[spec.gate_bias].astype(jnp.float32)[None]
+        gate = gate.reshape(*rank.shape, spec.group).max(-1)
+        below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
+        rank = jnp.where(rank == 0, below, rank)
+    return rank
 
 
 def importance(h: Array, norms: Array | None, spec: FFNSpec) -> Array:
@@ -44,33 +86,6 @@ def importance(h: Array, norms: Array | None, spec: FFNSpec) -> Array:
     rank = jnp.square(values.reshape(tokens, n // spec.group, spec.group)).sum(-1)
     # With its sign bit set a NaN would rank last.
     return jnp.where(jnp.isnan(rank), jnp.inf, rank)
-
-
-def guessed_importance(
-    scores: Array, state: FFNState, layer: Array | int, spec: FFNSpec, activation: Activation
-) -> Array:
-    """What ranks each group that is not common, by predicted products.
-
-    Args:
-      scores: [tokens, spec.scored_rows].
-
-    Returns:
-      f32[tokens, G - common_groups]. Groups that the predictor takes for zero are below zero:
-      those that it nearly took for more come first.
-    """
-    first = spec.common_groups
-    scores = scores.astype(spec.up_dtype)
-    pre = tuple(jnp.split(scores, spec.projections, axis=1))
-    vectors = vectors_of(state, layer, first)
-    rank = importance(activation(pre, vectors), norms_of(state, layer, first), spec)
-    if spec.sparse:
-        gate = pre[spec.gate].astype(jnp.float32)
-        if spec.gate_bias is not None:
-            gate = gate + vectors[spec.gate_bias].astype(jnp.float32)
-        gate = gate.reshape(*rank.shape, spec.group).max(-1)
-        below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
-        rank = jnp.where(rank == 0, below, rank)
-    return rank
 
 
 def top_groups(h: Array, norms: Array | None, spec: FFNSpec, among: Array | None = None) -> Array:
@@ -99,21 +114,21 @@ def best_places(rank: Array, count: int, spec: FFNSpec) -> Array:
 
     In the order of their places, so that equal ranks are decided as `exact_ffn` does.
     """
-    return jnp.sort(part_top_k(rank, count, spec.parts)[1], axis=1)
+    return jnp.sort(sharded_top_k(rank, count, spec.num_shards)[1], axis=1)
 
 
 def best_mask(rank: Array, count: int, spec: FFNSpec) -> Array:
     """bool[tokens, groups]: the `count` groups of the greatest rank."""
-    return marked(part_top_k(rank, count, spec.parts)[1], rank.shape[1])
+    return marked(sharded_top_k(rank, count, spec.num_shards)[1], rank.shape[1])
 
 
 def places(rank: Array, spec: FFNSpec) -> Array:
     """i32[tokens, G]: less than k where `best_mask` marks the k greatest, for every k at once."""
-    count = spec.groups // spec.parts
-    parts = rank.reshape(rank.shape[0] * spec.parts, count)
-    first = lax.broadcasted_iota(jnp.int32, parts.shape, 1)
-    place = scatter(jnp.zeros(parts.shape, jnp.int32), top_k(parts, count)[1], first)
-    return (place * spec.parts).reshape(rank.shape)
+    count = spec.groups // spec.num_shards
+    shards = rank.reshape(rank.shape[0] * spec.num_shards, count)
+    first = lax.broadcasted_iota(jnp.int32, shards.shape, 1)
+    place = scatter(jnp.zeros(shards.shape, jnp.int32), top_k(shards, count)[1], first)
+    return (place * spec.num_shards).reshape(rank.shape)
 
 
 def with_common(mask: Array, spec: FFNSpec) -> Array:

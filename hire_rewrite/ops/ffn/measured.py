@@ -6,16 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn.ffn import guess, masked
-from hire_rewrite.ops.ffn.importance import (
-    best_mask,
-    importance,
-    norms_of,
-    top_groups,
-    vectors_of,
-    with_common,
-)
-from hire_rewrite.ops.ffn.products import all_down, all_products
+from hire_rewrite.ops.ffn.ffn import masked
+from hire_rewrite.ops.ffn.importance import best_mask, guess, importance, top_groups, with_common
+from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.quality import Choice, Comparison, Measured
 
@@ -35,15 +28,14 @@ def measured_ffn(
 
     The rewritten one is `masked_ffn`'s, which is that of `hire_ffn` for any number of tokens.
     """
-    scores, guessed = guess(x, state, layer, spec=spec, activation=activation, predictor=predictor)
-    common, norms = spec.common_groups, norms_of(state, layer)
+    block, common = BlockLayer(state, layer, spec, activation), spec.common_groups
+    scores, guessed = guess(x, block, predictor)
     mask = best_mask(guessed, spec.candidate_groups - common, spec)
-    pre = all_products(x, state, layer, spec)
-    h = activation(pre, vectors_of(state, layer))
-    rank = importance(h, norms, spec)
+    pre = block.pre_activations(x)
+    h = block.hidden(pre)
+    rank = importance(h, block.norms(), spec)
     guessed = jnp.pad(guessed, ((0, 0), (common, 0)), constant_values=jnp.inf)
     choice = Choice(rank, guessed, with_common(mask, spec), spec.k_groups, rank, 0.0)
-    exact = all_down(top_groups(h, norms, spec), state, layer, spec)
-    rewritten = masked(pre, state, layer, scores, mask, spec, activation)
-    dense = all_down(h, state, layer, spec)
-    return Measured(exact, rewritten, Comparison(dense, exact, rewritten, choice))
+    exact = block.down(top_groups(h, block.norms(), spec))
+    rewritten = masked(pre, block, scores, mask)
+    return Measured(exact, rewritten, Comparison(block.down(h), exact, rewritten, choice))

@@ -35,7 +35,7 @@ def sharded_ffn(
     together: bool,
     budget: int | None = None,
 ) -> Array:
-    """`hire_ffn` on arrays that are sharded as `ffn_specs` says; `spec.parts` are the devices.
+    """`hire_ffn` on arrays that are sharded as `ffn_specs` says, a shard for each device.
 
     Args:
       together: keep the tokens together, for the activation knows something of each.
@@ -49,22 +49,22 @@ def sharded_ffn(
         h = activation(tuple(jnp.pad(array, missing) for array in pre), vectors)
         return h[: pre[0].shape[0]]
 
-    def own(x: Array, state: FFNState, layer: Array) -> Array:
-        part = None if budget is None else -(-budget // spec.parts)
+    def on_shard(x: Array, state: FFNState, layer: Array) -> Array:
+        share = None if budget is None else -(-budget // spec.num_shards)
         y = hire_ffn(
             x,
             state,
             layer,
-            spec=spec.part,
+            spec=spec.shard,
             activation=on_some,
             predictor=predictor,
-            budget=part,
+            budget=share,
         )
         return lax.psum(y, sharding.axes)
 
     tokens = PartitionSpec(() if together else sharding.token_axes(count))
     specs = ffn_specs(state, spec, predictor, sharding)
-    return sharding.map(own, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
+    return sharding.map(on_shard, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
 
 
 def ffn_specs(

@@ -1,4 +1,4 @@
-"""The parts of a head: dense logits, guesses, candidates, and what is made of them.
+"""What a head is made of: dense logits, guesses, candidates, and what is made of them.
 
 Between logits and consumer a model may scale, bias, cap, mask or perturb them: the `endpoints`.
 Candidates are chosen by what comes out of them, for a bias or a mask changes the order.
@@ -12,7 +12,7 @@ from jax import Array, lax
 from hire_rewrite.ops.gather import gathered_matmul
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState, best
 from hire_rewrite.ops.head.tail import at, with_tail
-from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.predictors import Predictor, optimistic
 from hire_rewrite.ops.top_k.select import scatter
 
 __all__ = ["candidates_of", "dense_logits", "exact_values", "finished", "gathered_logits"]
@@ -62,7 +62,7 @@ def candidates_of(
 
     def greatest(scores: Array, count: int) -> list[Array]:
         values = endpoints(scores.astype(spec.out_dtype))
-        return [best(value, count, spec.parts)[1] for value in values]
+        return [best(value, count, spec.num_shards)[1] for value in values]
 
     def rows_of(places: list[Array]) -> Array:
         starts = spec.starts or (0,) * len(places)
@@ -70,10 +70,11 @@ def candidates_of(
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
 
     def choose(scores: Array, count: int) -> Array:
-        return rows_of(greatest(scores[:, : spec.width], -(-count // spec.parts) * spec.parts))
+        count = -(-count // spec.num_shards) * spec.num_shards
+        return rows_of(greatest(scores[:, : spec.width], count))
 
     scores = predictor.score(state.predictor, x, layer, choose)
-    better = hopeful(scores, state.predictor, layer)[:, : spec.width]
+    better = optimistic(scores, state.predictor, layer)[:, : spec.width]
     places = greatest(better, spec.candidates)
     return scores[:, : spec.width], places, rows_of(places)
 
@@ -106,6 +107,6 @@ def exact_values(raw: Array, *, spec: HeadSpec, endpoints: Endpoints) -> tuple[A
     if spec.tail == "predicted":
         return endpoints(raw)
     return tuple(
-        with_tail(*best(values, spec.candidates, spec.parts), values, spec)
+        with_tail(*best(values, spec.candidates, spec.num_shards), values, spec)
         for values in endpoints(raw)
     )

@@ -10,7 +10,7 @@ from hire_rewrite.ops.certify.head import certified
 from hire_rewrite.ops.head.logits import candidates_of, dense_logits, exact_values, finished
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.head.tail import at
-from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.predictors import Predictor, optimistic
 from hire_rewrite.ops.quality import Choice, Comparison, Measured
 from hire_rewrite.ops.top_k.select import marked
 
@@ -39,7 +39,7 @@ def measured_head(
     else:
         rewritten = finished(scores, rows, at(raw, rows), found, spec, endpoints)
     last = dense[-1].astype(jnp.float32)
-    order = hopeful(scores, state.predictor, layer).astype(spec.out_dtype)
+    order = optimistic(scores, state.predictor, layer).astype(spec.out_dtype)
     guessed = endpoints(order)[-1].astype(jnp.float32)
 
     def chances(values: tuple[Array, ...]) -> Array:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from hire_rewrite.ops.head.logits import gathered_logits
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.head.tail import at, with_tail
-from hire_rewrite.ops.predictors import Predictor, hopeful
+from hire_rewrite.ops.predictors import Predictor, optimistic
 from hire_rewrite.ops.predictors.sharded import fitted_specs
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import scatter, top_k
@@ -34,12 +34,12 @@ def sharded_head(
     predictor: Predictor,
     sharding: RowSharding,
 ) -> tuple[Array, ...]:
-    """`hire_head` on arrays that are sharded as `head_specs` says; `spec.parts` are the devices."""
+    """`hire_head` on arrays that are sharded as `head_specs` says, a shard for each device."""
     some = sharding.token_axes(x.shape[0])
     tokens, whole, across = P(some), P(), P(some, sharding.axes)
     specs = head_specs(state, spec, predictor, sharding)
     padding = ((0, 0), (0, spec.rows - spec.width))
-    count = spec.candidates // spec.parts
+    count = spec.candidates // spec.num_shards
 
     def guess(x: Array, state: HeadState, layer: Array) -> Array:
         return predictor.score(state.predictor, x, layer)
@@ -62,7 +62,7 @@ def sharded_head(
         return jnp.pad(values, padding, constant_values=lowest(values.dtype))
 
     scores = sharding.map(guess, (tokens, specs, whole), across)(x, state, layer)
-    better = endpoints(cut(hopeful(scores, state.predictor, layer)).astype(spec.out_dtype))
+    better = endpoints(cut(optimistic(scores, state.predictor, layer)).astype(spec.out_dtype))
     scores = scores.astype(spec.out_dtype)
     guesses = endpoints(cut(scores))
     ends = (across,) * len(guesses)

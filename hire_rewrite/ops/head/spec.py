@@ -13,7 +13,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.predictors import State
 from hire_rewrite.ops.top_k.keys import lowest
-from hire_rewrite.ops.top_k.select import part_top_k
+from hire_rewrite.ops.top_k.select import sharded_top_k
 
 Endpoints = Callable[[Array], tuple[Array, ...]]
 """Raw logits [tokens, V] to the values that the model goes on with, each [tokens, V] and each
@@ -28,15 +28,15 @@ class HeadSpec:
       width: V.
       k: how many of the greatest values are certainly exact.
       candidates: how many rows a token fetches for each endpoint, at least k.
-      tail: what values that are no candidates become, `"predicted"` or `"-inf"`.
+      tail: what values that are not candidates become, `"predicted"` or `"-inf"`.
       out_dtype: of the raw logits.
       precision: of the product, as in `lax.dot_general`.
       compute_dtype: to which rows are cast after they were fetched.
       starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
         endpoint may have fewer than V values: padding of the vocabulary is cut off.)
       certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.
-      parts: the rows are taken as so many equal parts, one behind the other, and of each part the
-        same number are candidates: one part for each device that has some.
+      num_shards: the rows are taken as so many equal shards, one behind the other, and of each
+        shard the same number are candidates: one shard for each device.
       recall_target: of searches for the greatest values of all devices (see `da_top_k`).
     """
 
@@ -49,7 +49,7 @@ class HeadSpec:
     compute_dtype: Any
     starts: tuple[int, ...] = ()
     certify: int = 0
-    parts: int = 1
+    num_shards: int = 1
     recall_target: float = 1.0
 
     def __post_init__(self) -> None:
@@ -60,12 +60,12 @@ class HeadSpec:
             )
         if self.tail not in ("predicted", "-inf"):
             raise HireRewriteError(f'HeadSpec: tail={self.tail!r} must be "predicted" or "-inf"')
-        each = self.candidates // self.parts
-        if self.candidates % self.parts or each > self.width - (self.parts - 1) * self.part_rows:
+        least = self.width - (self.num_shards - 1) * self.shard_rows
+        if self.candidates % self.num_shards or self.candidates // self.num_shards > least:
             raise HireRewriteError(
-                f"HeadSpec: candidates={self.candidates} cannot be taken alike from parts="
-                f"{self.parts} of {self.part_rows} rows, {self.width} in all: give a multiple, "
-                "and no more of each than the last part has"
+                f"HeadSpec: candidates={self.candidates} cannot be taken alike from num_shards="
+                f"{self.num_shards} of {self.shard_rows} rows, {self.width} in all: give a "
+                f"multiple, and at most {least} for each"
             )
         if not 0 <= self.certify <= self.k:
             raise HireRewriteError(
@@ -76,14 +76,14 @@ class HeadSpec:
             rounding.check_product(self.compute_dtype, self.out_dtype, self.precision)
 
     @property
-    def part_rows(self) -> int:
-        """The rows of a part; those behind the last row of the vocabulary are zero."""
-        return -(-self.width // self.parts)
+    def shard_rows(self) -> int:
+        """The rows of a shard; those behind the last row of the vocabulary are zero."""
+        return -(-self.width // self.num_shards)
 
     @property
     def rows(self) -> int:
-        """The rows of all parts together."""
-        return self.parts * self.part_rows
+        """The rows of all shards together."""
+        return self.num_shards * self.shard_rows
 
 
 class HeadState(NamedTuple):
@@ -97,9 +97,9 @@ class HeadState(NamedTuple):
     bound: State = {}  # noqa: RUF012 - a NamedTuple's default; never changed
 
 
-def best(values: Array, k: int, parts: int = 1) -> tuple[Array, Array]:
-    """`part_top_k`, of all values if there are fewer than k (the padding may have been cut off)."""
-    short = -values.shape[-1] % parts
+def best(values: Array, k: int, num_shards: int = 1) -> tuple[Array, Array]:
+    """`sharded_top_k`, of all values if there are fewer than k (padding may have been cut off)."""
+    short = -values.shape[-1] % num_shards
     if short:
         values = jnp.pad(values, ((0, 0), (0, short)), constant_values=lowest(values.dtype))
-    return part_top_k(values, min(k, values.shape[-1]), parts)
+    return sharded_top_k(values, min(k, values.shape[-1]), num_shards)

@@ -35,16 +35,17 @@ def with_tail(
     """
     if spec.tail == "-inf":
         return scatter(jnp.full_like(guesses, -jnp.inf), candidates, exact)
-    shift = _shift(exact, at(guesses, candidates), 1 if axes else spec.parts, axes)
+    shift = _shift(exact, at(guesses, candidates), 1 if axes else spec.num_shards, axes)
     tail = guesses + lax.stop_gradient(shift).astype(guesses.dtype)
     known = lax.stop_gradient(exact)
-    kth = (
-        da_top_k(known, spec.k, axis_name=axes, recall_target=1.0) if axes else best(known, spec.k)
-    )
-    return scatter(jnp.minimum(tail, _below(kth[0][:, -1:])), candidates, exact)
+    if axes:
+        greatest, _ = da_top_k(known, spec.k, axis_name=axes, recall_target=1.0)
+    else:
+        greatest, _ = best(known, spec.k)
+    return scatter(jnp.minimum(tail, _below(greatest[:, -1:])), candidates, exact)
 
 
-def _shift(exact: Array, guessed: Array, parts: int, axes: tuple[str, ...]) -> Array:
+def _shift(exact: Array, guessed: Array, num_shards: int, axes: tuple[str, ...]) -> Array:
     """f32[tokens, 1], what the tail's guesses lack to have the right mass, as candidates show.
 
     With errors r = exact − guess that are normal, E exp(exact) = exp(guess + E r + Var r / 2). The
@@ -52,8 +53,8 @@ def _shift(exact: Array, guessed: Array, parts: int, axes: tuple[str, ...]) -> A
     """
 
     def last(array: Array) -> Array:
-        by_part = array.reshape(array.shape[0], parts, array.shape[1] // parts)
-        return by_part[..., by_part.shape[-1] // 2 :].astype(jnp.float32)
+        shards = array.reshape(array.shape[0], num_shards, array.shape[1] // num_shards)
+        return shards[..., shards.shape[-1] // 2 :].astype(jnp.float32)
 
     def total(array: Array) -> Array:
         here = array.sum((-2, -1))

@@ -22,7 +22,7 @@ from hire_rewrite.ops.predictors.protocol import (
     Read,
     ScoresRows,
     State,
-    hopeful,
+    optimistic,
     reads_of,
     register_predictor,
 )
@@ -104,7 +104,7 @@ class Cascade:
         """
         first = _part(state, "first")
         scores = self.first.score(first, x, layer, choose)
-        kept, better = self._kept(scores.shape[-1]), hopeful(scores, first, layer)
+        kept, better = self._kept(scores.shape[-1]), optimistic(scores, first, layer)
         rows = _greatest(better, kept) if choose is None else choose(better, kept)
         second, state = self.second, _part(state, "second")
         assert isinstance(second, ScoresRows)

@@ -47,8 +47,8 @@ from jax.scipy.stats import norm
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.narrow import matmul
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
-from hire_rewrite.ops.products import product
 from hire_rewrite.ops.quantize import quantize_rows
 
 _SHRINKAGE = 1e-3
@@ -186,8 +186,8 @@ class LowRank:
         self, state: State, x: Array, layer: Array | int, choose: Choose | None = None
     ) -> Array:
         """f32[tokens, n] for x: [tokens, d] (see `Predictor.score`)."""
-        x = product(x, state["down"], layer)
-        return product(x, state["up"], layer, state.get("scale"), state["offset"])
+        x = matmul(x, state["down"], layer)
+        return matmul(x, state["up"], layer, state.get("scale"), state["offset"])
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """U with its scales, offsets and bonus (as far as there are), and Q in float32."""

@@ -55,7 +55,7 @@ class Predictor(Protocol):
           moments: of the vectors x that are to be scored, if they are known.
           top: how many of the greatest products are wanted; None where all matter alike. Then the
             state may have a `bonus`: f32[n], which is added to scores where rows are chosen (see
-            `hopeful`), and is no part of what `score` returns.
+            `optimistic`), and is no part of what `score` returns.
         """
         ...
 
@@ -204,7 +204,7 @@ class Certifying(Protocol):
         ...
 
 
-def hopeful(scores: Array, state: State, layer: Array | int) -> Array:
+def optimistic(scores: Array, state: State, layer: Array | int) -> Array:
     """Scores f32[tokens, n] by which rows are chosen: higher where a guess may be too low."""
     if "bonus" not in state:
         return scores

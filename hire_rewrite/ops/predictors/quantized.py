@@ -15,8 +15,8 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import quantized
 from hire_rewrite.ops.gather import fetch, gathered_matmul
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.narrow import block_matmul, matmul
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
-from hire_rewrite.ops.products import block_product, product
 from hire_rewrite.ops.quantize import (
     dequantize_blocks,
     quantize_blocks,
@@ -107,8 +107,8 @@ class Quantized:
     ) -> Array:
         """f32[tokens, n] for x: [tokens, d] (see `Predictor.score`)."""
         if self.bits == 4:
-            return block_product(x, state["rows"], state["scale"], layer)
-        return product(x, state["rows"], layer, state["scale"])
+            return block_matmul(x, state["rows"], state["scale"], layer)
+        return matmul(x, state["rows"], layer, state["scale"])
 
     def score_rows(self, state: State, x: Array, layer: Array | int, rows: Array) -> Array:
         """f32[tokens, m] for rows: i32[tokens, m] (see `ScoresRows`)."""

@@ -63,17 +63,18 @@ def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
     )
 
 
-def part_top_k(scores: Array, k: int, parts: int) -> tuple[Array, Array]:
-    """The k / parts greatest scores of each of `parts` equal parts of the last axis.
+def sharded_top_k(scores: Array, k: int, num_shards: int) -> tuple[Array, Array]:
+    """The k / num_shards greatest scores of each of so many equal shards of the last axis.
 
-    Part after part, each as `top_k` has it; indices are those in the whole axis. k is divisible by
-    `parts`, and so is the axis.
+    Shard after shard, each as `top_k` has it; indices are those in the whole axis. k is divisible
+    by `num_shards`, and so is the axis.
     """
-    if parts == 1:
+    if num_shards == 1:
         return top_k(scores, k)
     *lead, n = scores.shape
-    values, places = top_k(scores.reshape(*lead, parts, n // parts), k // parts)
-    places += lax.broadcasted_iota(places.dtype, places.shape, places.ndim - 2) * (n // parts)
+    size = n // num_shards
+    values, places = top_k(scores.reshape(*lead, num_shards, size), k // num_shards)
+    places += lax.broadcasted_iota(places.dtype, places.shape, places.ndim - 2) * size
     return values.reshape(*lead, k), places.reshape(*lead, k)
 
 

@@ -29,10 +29,10 @@ def ffn_reads(
     devices = site.sharding.num_shards
     if devices > 1:
         budget = None if budget is None else -(-budget // devices)
-        spec = spec.part
+        spec = spec.shard
     up, down = match.linears[0], match.down
     up_dtype, down_dtype = narrow(up.weight).dtype, narrow(down.weight).dtype
-    groups = spec.fetched_groups(tokens, budget)
+    groups = spec.gathered_groups(tokens, budget)
     union = None if statistics is None else statistics.gathered(tokens)
     union = None if union is None else -(-union // devices)
     everything = groups >= spec.groups

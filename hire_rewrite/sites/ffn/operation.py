@@ -16,8 +16,8 @@ import jax
 
 from hire_rewrite.ops.ffn import ffn as ops
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
+from hire_rewrite.ops.ffn.layer import add_joined, sibling_inputs
 from hire_rewrite.ops.ffn.measured import measured_ffn
-from hire_rewrite.ops.ffn.products import add_joined, part_inputs
 from hire_rewrite.ops.ffn.sharded import ffn_specs, sharded_ffn
 from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.rules import count
@@ -68,7 +68,7 @@ class FFNOperation(Operation):
     def layout(self) -> Hashable:
         spec = self.spec
         return (
-            "ffn", spec.width, spec.group, spec.projections, spec.common_groups, spec.parts,
+            "ffn", spec.width, spec.group, spec.projections, spec.common_groups, spec.num_shards,
             spec.criterion == "output", self.rule.predictor,
         )  # fmt: skip
 
@@ -150,7 +150,7 @@ class FFNOperation(Operation):
         return ffn_statistics(calibration[1], self.spec, self._rule, undecided=undecided)
 
     def with_candidates(self, candidates: int) -> FFNOperation:
-        groups = -(-candidates // self.spec.parts) * self.spec.parts
+        groups = -(-candidates // self.spec.num_shards) * self.spec.num_shards
         rule = self._rule.replace(k=self.k * self.unit, candidates=groups * self.unit)
         spec = dataclasses.replace(self.spec, candidate_groups=groups)
         return FFNOperation(self.site, rule, spec, None, False, self._functions)
@@ -225,7 +225,7 @@ class FFNOperation(Operation):
             known = dict(zip(sides, side_inputs, strict=True))
             results = []
             for sibling, part in zip(siblings, arrays.fused, strict=True):
-                pre, vectors = part_inputs(tokens, part, layer, spec=self.spec)
+                pre, vectors = sibling_inputs(tokens, part, layer, spec=self.spec)
                 result = sibling.run(pre, vectors, known)
                 results.append(from_tokens(result, sibling.value.shape, (sibling.axis,)))
             return results

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, PartState
+from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, SiblingState
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import MatchedSite
@@ -47,7 +47,7 @@ def packed_ffn(
 
     up = jnp.stack([grouped(up[:, i]) for i in range(projections)], axis=1)
     scored = up[:, :, spec.common_groups :]
-    scored = scored.reshape(layers, projections, spec.parts, -1, d_in)
+    scored = scored.reshape(layers, projections, spec.num_shards, -1, d_in)
     scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
     scored = site.sharding.put_rows(scored, 1)
     predictor = fit_predictor(rule.predictor, scored, moments, advance)
@@ -63,7 +63,7 @@ def packed_ffn(
     if spec.criterion == "output":
         norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
     fused = tuple(
-        PartState(
+        SiblingState(
             tuple(map(weights.projection, sibling.projections)),
             weights.vectors(sibling),
         )

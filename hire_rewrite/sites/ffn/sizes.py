@@ -63,7 +63,7 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
         selects=activation.keeps is not None,
         criterion=rule.criterion,
         common_groups=min(-(-common // group), -(-candidates // group)),
-        parts=num_shards,
+        num_shards=num_shards,
     )
 
 

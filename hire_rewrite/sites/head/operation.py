@@ -51,7 +51,7 @@ class HeadOperation(Operation):
     @property
     def layout(self) -> Hashable:
         spec = self.spec
-        return "head", spec.width, spec.parts, bool(spec.certify), self.rule.predictor
+        return "head", spec.width, spec.num_shards, bool(spec.certify), self.rule.predictor
 
     @property
     def scored(self) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class HeadOperation(Operation):
         if not isinstance(sharding, RowSharding) or spec.tail == "-inf":
             return ""
         sizes = [sharding.mesh.shape[axis] for axis in sharding.axes]
-        kept = min(spec.k, spec.candidates // spec.parts)
+        kept = min(spec.k, spec.candidates // spec.num_shards)
         rows = self.site.tokens // sharding.token_shards(self.site.tokens)
         merge = cheapest(sharding.axes, sizes, kept, spec.k, rows=rows)
         return f", compared by {described(merge, rows)}"
@@ -143,7 +143,7 @@ class HeadOperation(Operation):
         return SiteReplacement(self.site.name, match.nodes, inputs, match.outputs, run)
 
     def with_candidates(self, candidates: int) -> HeadOperation:
-        rows = -(-candidates // self.spec.parts) * self.spec.parts
+        rows = -(-candidates // self.spec.num_shards) * self.spec.num_shards
         k = min(self.spec.k, candidates)
         spec = dataclasses.replace(self.spec, k=k, candidates=rows)
         return HeadOperation(self.site, self._rule.replace(k=k, candidates=rows), spec)

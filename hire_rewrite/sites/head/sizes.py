@@ -52,7 +52,7 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
         precision=linear.node.params["precision"],
         compute_dtype=linear.weight.dtype,
         starts=tuple(match.places[value][1] for value in match.outputs),
-        parts=num_shards,
+        num_shards=num_shards,
         recall_target=rule.recall_target,
     )
     return _certified(site, rule, spec) if rule.certify else spec

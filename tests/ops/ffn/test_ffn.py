@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, guess, hire_ffn, masked_ffn
-from hire_rewrite.ops.ffn.importance import top_groups
+from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
+from hire_rewrite.ops.ffn.importance import guess, top_groups
+from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, ffn, fitted, normal
 
@@ -311,7 +312,7 @@ def test_it_lowers_for_every_platform(platform):
         ({"k_groups": 7}, "k_groups=7, candidate_groups=6"),
         ({"candidate_groups": 25}, "candidate_groups=25, 24 groups"),
         ({"k_groups": 0}, "at least 1"),
-        ({"gate": 2}, "gate=2 is none of 2 projections"),
+        ({"gate": 2}, "gate=2 is not among 2 projections"),
         ({"common_groups": 7}, "common_groups=7 .* at most candidate_groups=6"),
         ({"criterion": "norm"}, "criterion='norm' must be .hidden. or .output."),
     ],
@@ -363,7 +364,7 @@ def test_tokens_that_share_candidates_fit_into_a_small_budget():
 
 
 def _unwanted(spec, state, x):
-    _, rank = guess(x[:1], state, 0, spec=spec, activation=reglu, predictor=Oracle())
+    _, rank = guess(x[:1], BlockLayer(state, 0, spec, reglu), Oracle())
     return jnp.argsort(rank[0])[: spec.groups - spec.candidate_groups]
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import hire_rewrite as hire
-from hire_rewrite.ops import gather, kernels, products, quantize
+from hire_rewrite.ops import gather, kernels, narrow, quantize
 from hire_rewrite.ops.top_k.select import top_k
 
 needed = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def test_they_are_built_where_they_can_be():
 def test_product(dtype, tokens, n, d):
     rows, x = (normal(3, n, d) * 20).astype(dtype), normal(tokens, d, seed=1)
     for layer in (0, 2):
-        got = jax.jit(products.product)(x, rows, jnp.int32(layer))
+        got = jax.jit(narrow.matmul)(x, rows, jnp.int32(layer))
         want = np.asarray(x, np.float64) @ np.asarray(rows[layer], np.float64).T
         close(got, want, 20 * d)
 
@@ -59,7 +59,7 @@ def test_product(dtype, tokens, n, d):
 def test_block_product(tokens, n, d, block):
     packed, scale = quantize.quantize_blocks(normal(2, n, d), block)
     x = normal(tokens, d, seed=1)
-    got = jax.jit(products.block_product)(x, packed, scale, jnp.int32(1))
+    got = jax.jit(narrow.block_matmul)(x, packed, scale, jnp.int32(1))
     wide = quantize.rounded_blocks(x, block)
     want = jnp.dot(wide, quantize.dequantize_blocks(packed[1], scale[1]).T, precision="highest")
     close(got, want, d)
@@ -81,7 +81,7 @@ def test_blocks_that_do_not_divide_the_halves_are_left_to_jax():
     packed, scale = quantize.quantize_blocks(normal(1, 10, 96), 32)
     x = normal(2, 96, seed=1)
     want = quantize.rounded_blocks(x, 32) @ quantize.dequantize_blocks(packed[0], scale[0]).T
-    close(products.block_product(x, packed, scale, 0), want, 96)
+    close(narrow.block_matmul(x, packed, scale, 0), want, 96)
 
 
 @needed
@@ -144,7 +144,7 @@ def test_derivatives_and_batching_are_the_references():
     layer = jnp.int32(1)
 
     def total(x, rows):
-        return (products.product(x, rows, layer) ** 2).sum()
+        return (narrow.matmul(x, rows, layer) ** 2).sum()
 
     def plain(x, rows):
         return (lax.dot(x, rows[1].T, precision="highest") ** 2).sum()
@@ -152,7 +152,7 @@ def test_derivatives_and_batching_are_the_references():
     got, want = jax.grad(total, (0, 1))(x, rows), jax.grad(plain, (0, 1))(x, rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), got, want)
     layers = jnp.arange(2)
-    each = jax.vmap(lambda layer: products.product(x, rows, layer))(layers)
+    each = jax.vmap(lambda layer: narrow.matmul(x, rows, layer))(layers)
     close(each, jnp.einsum("td,lnd->ltn", x, rows, precision="highest"), 24)
     batched = jax.vmap(lambda s: top_k(s, 3)[1])(normal(5, 2, 30))
     np.testing.assert_array_equal(batched, lax.top_k(normal(5, 2, 30), 3)[1])
@@ -181,7 +181,7 @@ def test_exported_programs_call_no_kernel():
 
 def test_values_that_are_no_numbers():
     rows = normal(1, 8, 16).at[0, 2, 3].set(jnp.nan).at[0, 5, 0].set(jnp.inf)
-    got = np.asarray(products.product(jnp.ones((1, 16)), rows, 0))[0]
+    got = np.asarray(narrow.matmul(jnp.ones((1, 16)), rows, 0))[0]
     assert np.isnan(got[2])
     assert np.isinf(got[5])
     assert np.isfinite(np.delete(got, [2, 5])).all()

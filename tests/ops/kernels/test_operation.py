@@ -8,7 +8,7 @@ import pytest
 
 import hire_rewrite as hire
 from hire_rewrite.ops.kernels import Operation, register_kernel
-from hire_rewrite.ops.products import product
+from hire_rewrite.ops.narrow import matmul
 from hire_rewrite.ops.quantize import quantize_rows
 from tests.ops.cases import normal
 
@@ -135,7 +135,7 @@ def test_a_rewritten_head_uses_it():
     step = hire.transform(lambda w, x: x @ w, hire.Head(k=8, force=True))
     packed = step.pack(weight, x)
     want = step(packed, x)
-    with register_kernel(product, "cpu", by_einsum):
+    with register_kernel(matmul, "cpu", by_einsum):
         got = jax.jit(step.__call__)(packed, x)
     assert seen == [jnp.int8]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -149,9 +149,9 @@ def test_a_platform_that_has_none_of_the_packages_kernels():
         return jnp.sin(x) @ rows[layer].astype(x.dtype).T
 
     def text(x):
-        run = jax.jit(lambda x: product(x, rows, 0, scale)).trace(x)
+        run = jax.jit(lambda x: matmul(x, rows, 0, scale)).trace(x)
         return run.lower(lowering_platforms=("cuda",)).as_text()
 
-    with register_kernel(product, "cuda", plain):
+    with register_kernel(matmul, "cuda", plain):
         assert "sine" in text(x)
     assert "sine" not in text(x)

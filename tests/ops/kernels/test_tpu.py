@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_rewrite.ops import products, quantize
+from hire_rewrite.ops import narrow, quantize
 from hire_rewrite.ops.kernels.tpu import fits
 from hire_rewrite.ops.kernels.tpu import rows as rows_module
 from hire_rewrite.ops.kernels.tpu import scores as scores_module
@@ -35,9 +35,9 @@ def exact(x, rows):
 def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
     monkeypatch.setattr(scores_module, "_BLOCK", 128 * 256)
     rows, x = (normal(3, 300, 256) * 20).astype(dtype), normal(tokens, 256, seed=1)
-    assert fits.fits_product(x, rows)
+    assert fits.fits_matmul(x, rows)
     for layer in (0, 2):
-        got = scores_module.product(x, rows, jnp.int32(layer), interpret=True)
+        got = scores_module.matmul(x, rows, jnp.int32(layer), interpret=True)
         close(got, exact(x.astype(jnp.bfloat16), rows[layer]), 20 * 256)
 
 
@@ -49,7 +49,7 @@ def test_block_product(monkeypatch, tokens, d, block):
     x = normal(tokens, d, seed=1)
     assert fits.fits_blocks(x, packed, scale)
     rounded = quantize.round_blocks(x, block)
-    got = scores_module.block_product(*rounded, packed, scale, jnp.int32(1), interpret=True)
+    got = scores_module.block_matmul(*rounded, packed, scale, jnp.int32(1), interpret=True)
     want = quantize.rounded_blocks(x, block), quantize.dequantize_blocks(packed[1], scale[1])
     close(got, exact(*want), d)
 
@@ -61,7 +61,7 @@ def test_fetched_product(monkeypatch, tokens, lists, count, members):
     rows = normal(20, members, 128, dtype=jnp.bfloat16)
     x, chosen = normal(tokens, 128, dtype=jnp.bfloat16, seed=1), index(lists, count, below=20)
     assert fits.fits_groups(x, rows)
-    got = rows_module.fetched_product(x, rows, chosen, interpret=True)
+    got = rows_module.gathered_matmul(x, rows, chosen, interpret=True)
     each = np.asarray(rows, np.float64)[np.broadcast_to(chosen, (tokens, count))]
     want = np.einsum("td,tcmd->tcm", np.asarray(x, np.float64), each)
     close(got, want.reshape(tokens, -1), 128)
@@ -70,7 +70,7 @@ def test_fetched_product(monkeypatch, tokens, lists, count, members):
 def test_single_rows_are_taken_out_of_their_tiles():
     rows, x = normal(400, 1, 128, dtype=jnp.bfloat16), normal(3, 128, dtype=jnp.bfloat16, seed=1)
     chosen = index(3, 11, below=400)
-    got = rows_module.fetched_product(x, rows, chosen, interpret=True)
+    got = rows_module.gathered_matmul(x, rows, chosen, interpret=True)
     each = np.asarray(rows, np.float64)[chosen, 0]
     close(got, np.einsum("td,tcd->tc", np.asarray(x, np.float64), each), 128)
 
@@ -82,7 +82,7 @@ def test_fetched_sum(monkeypatch, tokens, count, members):
     rows = normal(20, members, 128, dtype=jnp.bfloat16)
     h = normal(tokens, count, members, dtype=jnp.bfloat16, seed=1)
     chosen = index(count, below=20)
-    got = rows_module.fetched_sum(h, rows, chosen, interpret=True)
+    got = rows_module.gathered_sum(h, rows, chosen, interpret=True)
     want = np.einsum("tcm,cmd->td", np.asarray(h, np.float64), np.asarray(rows, np.float64)[chosen])
     close(got, want, 4 * count * members)
 
@@ -90,10 +90,10 @@ def test_fetched_sum(monkeypatch, tokens, count, members):
 def test_values_that_are_no_numbers():
     rows = normal(9, 8, 128, dtype=jnp.bfloat16).at[4, 2, 3].set(jnp.nan)
     x = jnp.ones((1, 128), jnp.bfloat16)
-    got = np.asarray(rows_module.fetched_product(x, rows, jnp.array([[4, 1]]), interpret=True))[0]
+    got = np.asarray(rows_module.gathered_matmul(x, rows, jnp.array([[4, 1]]), interpret=True))[0]
     assert np.flatnonzero(np.isnan(got)).tolist() == [2]
     h = jnp.ones((1, 3, 8), jnp.bfloat16)
-    total = functools.partial(rows_module.fetched_sum, h, rows, interpret=True)
+    total = functools.partial(rows_module.gathered_sum, h, rows, interpret=True)
     assert np.flatnonzero(np.isnan(total(jnp.array([0, 4, 1]))[0])).tolist() == [3]
     assert np.isfinite(total(jnp.array([0, 3, 1]))).all()
 
@@ -101,9 +101,9 @@ def test_values_that_are_no_numbers():
 def test_what_they_do_not_take():
     x, wide = jnp.zeros((1, 256)), jnp.zeros((33, 256))
     int8 = jnp.zeros((1, 8, 256), jnp.int8)
-    assert not fits.fits_product(x, jnp.zeros((1, 8, 256)))  # not narrow
-    assert not fits.fits_product(jnp.zeros((1, 192)), jnp.zeros((1, 8, 192), jnp.int8))
-    assert not fits.fits_product(wide, int8)
+    assert not fits.fits_matmul(x, jnp.zeros((1, 8, 256)))  # not narrow
+    assert not fits.fits_matmul(jnp.zeros((1, 192)), jnp.zeros((1, 8, 192), jnp.int8))
+    assert not fits.fits_matmul(wide, int8)
     assert fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 8)))
     assert not fits.fits_blocks(x, jnp.zeros((1, 8, 64), jnp.int8), jnp.zeros((1, 8, 4)))
     assert not fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 1)))
@@ -128,13 +128,13 @@ def lowered(function, *args):
 
 def test_where_they_are_called(monkeypatch):
     x, rows, layer = jnp.zeros((1, 256)), jnp.zeros((2, 512, 256), jnp.int8), jnp.int32(1)
-    assert lowered(products.product, x, rows, layer) == 1
-    assert lowered(jax.vmap(products.product, (0, None, None)), x[None], rows, layer) == 1
-    assert lowered(jax.vmap(products.product, (None, 0, None)), x, rows[None], layer) == 0
-    exported = jax.export.export(jax.jit(products.product), platforms=["tpu"])(x, rows, layer)
+    assert lowered(narrow.matmul, x, rows, layer) == 1
+    assert lowered(jax.vmap(narrow.matmul, (0, None, None)), x[None], rows, layer) == 1
+    assert lowered(jax.vmap(narrow.matmul, (None, 0, None)), x, rows[None], layer) == 0
+    exported = jax.export.export(jax.jit(narrow.matmul), platforms=["tpu"])(x, rows, layer)
     assert "tpu_custom_call" not in exported.mlir_module()
     monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
-    assert lowered(lambda *args: products.product(*args), x, rows, layer) == 0
+    assert lowered(lambda *args: narrow.matmul(*args), x, rows, layer) == 0
 
 
 def test_arrays_that_the_compiler_divides_are_left_to_it():
@@ -144,7 +144,7 @@ def test_arrays_that_the_compiler_divides_are_left_to_it():
     rows = jax.ShapeDtypeStruct((1, 1024, 256), jnp.int8, sharding=spread)
 
     def run(x, rows):
-        return products.product(x, rows, 0)
+        return narrow.matmul(x, rows, 0)
 
     assert lowered(run, x, rows) == 0
     inside = jax.shard_map(
@@ -153,7 +153,7 @@ def test_arrays_that_the_compiler_divides_are_left_to_it():
     assert lowered(inside, x, rows) == 1
 
 
-PRODUCT = functools.partial(scores_module.product, interpret=True)
+PRODUCT = functools.partial(scores_module.matmul, interpret=True)
 
 
 def calls(function, *args):

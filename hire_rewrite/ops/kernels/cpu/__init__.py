@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.ops import gather, products
+from hire_rewrite.ops import gather, narrow
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.quantize import round_blocks
 from hire_rewrite.ops.top_k import select
@@ -79,14 +79,14 @@ def _product(
 
 
 def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    rounded = round_blocks(x, products.block_of(x, scale))
+    rounded = round_blocks(x, narrow.block_of(x, scale))
     shape, layer = (x.shape[0], packed.shape[1]), layer.astype(jnp.int32).reshape(1)
     return _call("block_product", shape, *rounded, packed, scale, layer)
 
 
 def _fits_blocks(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
     """The library reads both halves of a row in whole blocks."""
-    d, block = x.shape[1], products.block_of(x, scale)
+    d, block = x.shape[1], narrow.block_of(x, scale)
     return usable(x) and (d // 2) % block == 0 and block % 32 == 0 and d <= 65536
 
 
@@ -136,8 +136,8 @@ def _fits_top_k(scores: Array, *, k: int) -> bool:
 
 
 for _operation, _function, _supports in (
-    (products.product, _product, lambda x, rows, *_: usable(x, rows.dtype)),
-    (products.block_product, _block_product, _fits_blocks),
+    (narrow.matmul, _product, lambda x, rows, *_: usable(x, rows.dtype)),
+    (narrow.block_matmul, _block_product, _fits_blocks),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
     (select.top_k_operation, _top_k, _fits_top_k),

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.ops import gather, products
+from hire_rewrite.ops import gather, narrow
 from hire_rewrite.ops.kernels import register_kernel
-from hire_rewrite.ops.kernels.tpu.fits import fits_blocks, fits_groups, fits_product, fits_single
+from hire_rewrite.ops.kernels.tpu.fits import fits_blocks, fits_groups, fits_matmul, fits_single
 from hire_rewrite.ops.quantize import round_blocks
 
 
@@ -26,15 +26,15 @@ def _product(
     from hire_rewrite.ops.kernels.tpu import scores
 
     layer = layer.astype(jnp.int32)
-    products_of_rows = scores.product(x.astype(jnp.float32), rows, layer)
-    return products.scaled(products_of_rows, layer, scale, offset)
+    products_of_rows = scores.matmul(x.astype(jnp.float32), rows, layer)
+    return narrow.scaled(products_of_rows, layer, scale, offset)
 
 
 def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     from hire_rewrite.ops.kernels.tpu import scores
 
-    rounded = round_blocks(x, products.block_of(x, scale))
-    return scores.block_product(*rounded, packed, scale, layer.astype(jnp.int32))
+    rounded = round_blocks(x, narrow.block_of(x, scale))
+    return scores.block_matmul(*rounded, packed, scale, layer.astype(jnp.int32))
 
 
 def _gathered_matmul(
@@ -43,7 +43,7 @@ def _gathered_matmul(
     from hire_rewrite.ops.kernels.tpu import rows
 
     flat, index = gather.flattened(stacked, layer, jnp.atleast_2d(groups))
-    return rows.fetched_product(x, flat, index).astype(out_dtype or x.dtype)
+    return rows.gathered_matmul(x, flat, index).astype(out_dtype or x.dtype)
 
 
 def _fits_matmul(x: Array, stacked: Array, layer: Array, groups: Array, **_: Any) -> bool:
@@ -58,7 +58,7 @@ def _gathered_sum(
     from hire_rewrite.ops.kernels.tpu import rows
 
     flat, index = gather.flattened(stacked, layer, groups)
-    return rows.fetched_sum(h, flat, index).astype(out_dtype or h.dtype)
+    return rows.gathered_sum(h, flat, index).astype(out_dtype or h.dtype)
 
 
 def _in_32_bits(kernel: Callable[..., Array]) -> Callable[..., Array]:
@@ -72,8 +72,8 @@ def _in_32_bits(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
 
 for _operation, _function, _supports in (
-    (products.product, _product, fits_product),
-    (products.block_product, _block_product, fits_blocks),
+    (narrow.matmul, _product, fits_matmul),
+    (narrow.block_matmul, _block_product, fits_blocks),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, fits_groups),
 ):

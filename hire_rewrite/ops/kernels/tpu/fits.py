@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["CHUNK", "LANES", "TILE", "fits_blocks", "fits_groups", "fits_product", "fits_single"]
+__all__ = ["CHUNK", "LANES", "TILE", "fits_blocks", "fits_groups", "fits_matmul", "fits_single"]
 
 LANES = 128
 """Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
@@ -20,7 +20,7 @@ CHUNK = 1 << 21
 """Bytes of rows in a chunk that is fetched, at most; two of them are in VMEM."""
 
 _PARTS = 1 << 21
-"""Bytes that x may take in `block_product`, a copy for each block of columns."""
+"""Bytes that x may take in `block_matmul`, a copy for each block of columns."""
 
 _VMEM = 128 << 20
 """Bytes, the most that a TPU has: XLA never brings a larger array there."""
@@ -29,14 +29,14 @@ _SCORED, _FETCHED = 16, 32
 """Tokens. More are a matrix product, and no longer bound by the rows."""
 
 
-def fits_product(x: Array, rows: Array, *_: Any) -> bool:
-    """Whether `product` takes them: narrow rows, few tokens."""
+def fits_matmul(x: Array, rows: Array, *_: Any) -> bool:
+    """Whether `matmul` takes them: narrow rows, few tokens."""
     narrow = rows.dtype in (jnp.int8, jnp.bfloat16)
     return narrow and rows.shape[2] % LANES == 0 and _few(x, _SCORED)
 
 
 def fits_blocks(x: Array, packed: Array, scale: Array, *_: Any) -> bool:
-    """Whether `block_product` takes them: halves of rows in whole blocks, few tokens."""
+    """Whether `block_matmul` takes them: halves of rows in whole blocks, few tokens."""
     half, blocks = packed.shape[2], scale.shape[2]
     if half % LANES or blocks % 2 or not _few(x, _SCORED):
         return False
@@ -44,7 +44,7 @@ def fits_blocks(x: Array, packed: Array, scale: Array, *_: Any) -> bool:
 
 
 def fits_groups(x: Array, stacked: Array, *_: Any, **__: Any) -> bool:
-    """Whether `fetched_product` and `fetched_sum` take groups for all tokens.
+    """Whether `gathered_matmul` and `gathered_sum` take groups for all tokens.
 
     Args:
       x: what they are multiplied with, [tokens, ...].
@@ -55,7 +55,7 @@ def fits_groups(x: Array, stacked: Array, *_: Any, **__: Any) -> bool:
 
 
 def fits_single(x: Array, stacked: Array, index: Array) -> bool:
-    """Whether `fetched_product` takes single rows of each token, and reads less than XLA would.
+    """Whether `gathered_matmul` takes single rows of each token, and reads less than XLA would.
 
     It reads the tile around each row; XLA's gather reads the row alone, or, if the weight fits into
     VMEM, perhaps the whole weight.

@@ -28,7 +28,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def fetched_product(x: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
+def gathered_matmul(x: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
     """f32[tokens, n · m], products with rows that are read where they are.
 
     Args:
@@ -70,7 +70,7 @@ def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Arr
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def fetched_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
+def gathered_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False) -> Array:
     """f32[tokens, d], the sum of rows[index] with the weights h.
 
     Args:

@@ -19,7 +19,7 @@ _BLOCK = 1 << 20
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> Array:
+def matmul(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> Array:
     """x @ rows[layer].T, both rounded to bfloat16, summed in float32.
 
     Args:
@@ -60,7 +60,7 @@ def product(x: Array, rows: Array, layer: Array, *, interpret: bool = False) -> 
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def block_product(
+def block_matmul(
     integers: Array,
     steps: Array,
     packed: Array,

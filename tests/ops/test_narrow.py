@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from hire_rewrite import _compat
-from hire_rewrite.ops import products
+from hire_rewrite.ops import narrow
 from hire_rewrite.ops.gather import fetch
 from hire_rewrite.ops.kernels import register_kernel
-from hire_rewrite.ops.products import block_product, product
+from hire_rewrite.ops.narrow import block_matmul, matmul
 from hire_rewrite.ops.quantize import (
     dequantize_blocks,
     quantize_blocks,
@@ -24,12 +24,12 @@ from tests.ops.cases import as_other_backends, normal
 def form(request, monkeypatch):
     """Each way of computing a product, with chunks small enough to have several."""
     monkeypatch.setattr(_compat, "cpu_fuses_widening", request.param == "fused")
-    monkeypatch.setattr(products, "_CHUNK", 100)
+    monkeypatch.setattr(narrow, "_CHUNK", 100)
     with contextlib.ExitStack() as stack:
         if request.param == "other backends":
             stack.enter_context(as_other_backends())
         elif request.param != "kernels":
-            for operation in (product, block_product):
+            for operation in (matmul, block_matmul):
                 stack.enter_context(register_kernel(operation, "cpu", operation.reference))
         yield request.param
 
@@ -40,7 +40,7 @@ def form(request, monkeypatch):
 def test_equals_the_plain_product(form, tokens, dtype):
     x = normal(0, tokens, 12)
     rows = (normal(1, 3, 53, 12) * 40).astype(dtype)
-    got = jax.jit(product)(x, rows, jnp.int32(2))
+    got = jax.jit(matmul)(x, rows, jnp.int32(2))
     want = np.asarray(x) @ np.asarray(rows[2], np.float32).T
     assert got.dtype == jnp.float32
     # Other backends round x to bfloat16 where rows are narrow.
@@ -51,7 +51,7 @@ def test_equals_the_plain_product(form, tokens, dtype):
 
 def test_nan_stays_with_its_token(form):
     x = normal(0, 3, 12).at[1, 5].set(jnp.nan)
-    got = jax.jit(product)(x, (normal(1, 1, 53, 12) * 40).astype(jnp.int8), 0)
+    got = jax.jit(matmul)(x, (normal(1, 1, 53, 12) * 40).astype(jnp.int8), 0)
     assert np.isnan(got[1]).all()
     assert not np.isnan(got[jnp.array([0, 2])]).any()
 
@@ -59,7 +59,7 @@ def test_nan_stays_with_its_token(form):
 def test_bfloat16_vectors_give_float32_scores(form):
     x = normal(0, 2, 12, dtype=jnp.bfloat16)
     rows = (normal(1, 1, 53, 12) * 40).astype(jnp.int8)
-    got = jax.jit(product)(x, rows, 0)
+    got = jax.jit(matmul)(x, rows, 0)
     assert got.dtype == jnp.float32
     want = np.asarray(x, np.float32) @ np.asarray(rows[0], np.float32).T
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
@@ -68,16 +68,16 @@ def test_bfloat16_vectors_give_float32_scores(form):
 def test_under_vmap_and_scan(form):
     x, rows = normal(0, 5, 2, 12), (normal(1, 4, 53, 12) * 40).astype(jnp.int8)
     want = np.einsum("btd,lnd->lbtn", np.asarray(x), np.asarray(rows, np.float32))
-    got = jax.jit(jax.vmap(lambda row: product(row, rows, 1)))(x)
+    got = jax.jit(jax.vmap(lambda row: matmul(row, rows, 1)))(x)
     np.testing.assert_allclose(got, want[1], rtol=1e-2, atol=1.0)
-    _, layers = jax.lax.scan(lambda c, i: (c, product(x[0], rows, i)), 0, jnp.arange(4))
+    _, layers = jax.lax.scan(lambda c, i: (c, matmul(x[0], rows, i)), 0, jnp.arange(4))
     np.testing.assert_allclose(layers, want[:, 0], rtol=1e-2, atol=1.0)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_it_lowers_for_every_platform(platform):
     x, rows = jnp.ones((1, 12)), jnp.ones((2, 53, 12), jnp.int8)
-    text = jax.jit(product).trace(x, rows, 1).lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(matmul).trace(x, rows, 1).lower(lowering_platforms=(platform,)).as_text()
     # Accelerators multiply what they read; none of them is to get the CPU's loops or copies.
     assert ("bf16" in text) == (platform != "cpu")
 
@@ -94,7 +94,7 @@ def test_quantized_rows_are_off_by_half_a_step_at_most():
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     rows = jnp.ones((4, 3)).at[0].set(0.0).at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf)
     integers, scale = jax.jit(quantize_rows)(rows)
-    scores = product(jnp.ones((1, 3)), integers[None], 0) * scale
+    scores = matmul(jnp.ones((1, 3)), integers[None], 0) * scale
     assert scores[0, 0] == 0.0
     assert np.isnan(scores[0, 1])
     assert not np.isfinite(scores[0, 2])
@@ -126,7 +126,7 @@ def test_quantized_blocks_are_off_by_half_a_step_at_most(dtype):
 def test_blocks_of_zeros_and_blocks_that_are_not_finite():
     rows = jnp.ones((4, 4)).at[0].set(0.0).at[1, 1].set(jnp.nan).at[2, 1].set(jnp.inf)
     packed, scale = jax.jit(lambda r: quantize_blocks(r, 2))(rows)
-    scores = block_product(jnp.ones((1, 4)), packed[None], scale[None], 0)
+    scores = block_matmul(jnp.ones((1, 4)), packed[None], scale[None], 0)
     assert scores[0, 0] == 0.0
     assert np.isnan(scores[0, 1])
     assert not np.isfinite(scores[0, 2])
@@ -137,11 +137,11 @@ def test_blocks_of_zeros_and_blocks_that_are_not_finite():
 def test_a_product_with_blocks(form, tokens):
     x, rows = normal(0, tokens, 24), normal(1, 3, 53, 24)
     packed, scale = quantize_blocks(rows, 6)
-    got = jax.jit(block_product)(x, packed, scale, jnp.int32(2))
+    got = jax.jit(block_matmul)(x, packed, scale, jnp.int32(2))
     want = np.asarray(rounded_blocks(x, 6)) @ np.asarray(dequantize_blocks(packed, scale)[2]).T
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
-    _, layers = jax.lax.scan(lambda c, i: (c, block_product(x, packed, scale, i)), 0, jnp.arange(3))
+    _, layers = jax.lax.scan(lambda c, i: (c, block_matmul(x, packed, scale, i)), 0, jnp.arange(3))
     np.testing.assert_allclose(layers[2], want, rtol=1e-5, atol=1e-4)
 
 
@@ -150,8 +150,8 @@ def test_no_widened_copy_of_all_rows():
     n, d = 1 << 15, 64
     stored = jnp.ones((1, n, d // 2), jnp.int8), jnp.ones((1, n, 2), jnp.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_CHUNK", 1 << 14)
-        compiled = jax.jit(block_product).lower(jnp.ones((1, d)), *stored, 0).compile()
+        patch.setattr(narrow, "_CHUNK", 1 << 14)
+        compiled = jax.jit(block_matmul).lower(jnp.ones((1, d)), *stored, 0).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < n * d
 
 

@@ -31,11 +31,11 @@ _PRECISION = lax.Precision.DEFAULT
 _FUSED_TOKENS = 4
 """With more tokens one matrix product in chunks beats a fused product for each."""
 
-__all__ = ["block_of", "block_product", "product", "scaled"]
+__all__ = ["block_matmul", "block_of", "matmul", "scaled"]
 
 
 @Operation
-def product(
+def matmul(
     x: Array,
     rows: Array,
     layer: Array | int,
@@ -55,12 +55,12 @@ def product(
       f32[tokens, n].
     """
     x, layer = x.astype(jnp.float32), jnp.asarray(layer, jnp.int32)
-    products = lax.platform_dependent(x, rows, layer, cpu=_product_cpu, default=_product_default)
+    products = lax.platform_dependent(x, rows, layer, cpu=_matmul_cpu, default=_matmul_default)
     return scaled(products, layer, scale, offset)
 
 
 def scaled(products: Array, layer: Array, scale: Array | None, offset: Array | None) -> Array:
-    """f32[tokens, n], products · scale[layer] + offset[layer]; see `product`."""
+    """f32[tokens, n], products · scale[layer] + offset[layer]; see `matmul`."""
     if scale is not None:
         products = products * lax.dynamic_index_in_dim(scale, layer)
     if offset is not None:
@@ -69,7 +69,7 @@ def scaled(products: Array, layer: Array, scale: Array | None, offset: Array | N
 
 
 @Operation
-def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
+def block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     """x @ rows[layer].T in float32 for rows that `quantize_blocks` stored.
 
     x is rounded to 8 bits in the same blocks (`round_blocks`): processors multiply such numbers
@@ -85,7 +85,7 @@ def block_product(x: Array, packed: Array, scale: Array, layer: Array | int) -> 
       f32[tokens, n].
     """
     x, layer = rounded_blocks(x, block_of(x, scale)), jnp.asarray(layer, jnp.int32)
-    forms = {"cpu": _block_product_cpu, "default": _block_product_default}
+    forms = {"cpu": _block_matmul_cpu, "default": _block_matmul_default}
     return lax.platform_dependent(x, packed, scale, layer, **forms)
 
 
@@ -94,12 +94,12 @@ def block_of(x: Array, scale: Array) -> int:
     return x.shape[1] // scale.shape[2]
 
 
-def _block_product_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+def _block_matmul_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     here = (lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (packed, scale))
     return _times(x, dequantize_blocks(*here))
 
 
-def _block_product_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+def _block_matmul_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     x, packed, scale = lax.optimization_barrier((x, packed, scale))
 
     def part(start: Array | int, step: int) -> Array:
@@ -108,7 +108,7 @@ def _block_product_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> A
     return _in_chunks(x, packed.shape[1], part, (packed, scale, layer))
 
 
-def _product_default(x: Array, rows: Array, layer: Array) -> Array:
+def _matmul_default(x: Array, rows: Array, layer: Array) -> Array:
     here = lax.dynamic_index_in_dim(rows, layer, keepdims=False)
     if rows.dtype in (jnp.int8, jnp.bfloat16):
         # int8 is exact in bfloat16, and both operands alike take the matrix unit. The rounding of
@@ -117,7 +117,7 @@ def _product_default(x: Array, rows: Array, layer: Array) -> Array:
     return _times(x, here)
 
 
-def _product_cpu(x: Array, rows: Array, layer: Array) -> Array:
+def _matmul_cpu(x: Array, rows: Array, layer: Array) -> Array:
     tokens, n = x.shape[0], rows.shape[1]
     # Otherwise XLA repeats the computation of x, at least its cast, for every row; and if a loop
     # calls this with the same rows, it widens them ahead of the loop.
