@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from jax.extend import source_info_util
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class Value:
     """One array of the flattened function. Compared by identity.
 
@@ -25,23 +26,13 @@ class Value:
     or none of them: an input of its scope.
     """
 
-    __slots__ = ("aval", "const", "literal", "node", "scope", "users")
-
-    def __init__(
-        self,
-        aval: Any,
-        scope: Scope,
-        *,
-        node: Node | None = None,
-        literal: Any = None,
-        const: Any = None,
-    ) -> None:
-        self.aval = aval
-        self.scope = scope
-        self.node = node
-        self.literal = literal
-        self.const = const
-        self.users: list[tuple[Node, int]] = []
+    aval: Any
+    scope: Scope
+    _: dataclasses.KW_ONLY
+    node: Node | None = None
+    literal: Any = None
+    const: Any = None
+    users: list[tuple[Node, int]] = dataclasses.field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,11 +47,7 @@ class Value:
         return self.node is None and self.literal is None and self.const is None
 
     def __repr__(self) -> str:
-        source = (
-            "literal" if self.literal is not None else "const" if self.const is not None else ""
-        )
-        source = source or (f"{self.node.primitive}#{self.node.index}" if self.node else "input")
-        return f"Value({self.aval.str_short()}, {source})"
+        return f"Value({self.aval.str_short()}, {self.node})"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -84,6 +71,13 @@ class Node:
     @property
     def params(self) -> dict[str, Any]:
         return self.eqn.params
+
+    def walk(self) -> Iterator[Node]:
+        """It and every node inside it, at any depth."""
+        yield self
+        for body in self.bodies:
+            for node in body.scope.nodes:
+                yield from node.walk()
 
     def __repr__(self) -> str:
         return f"Node({self.primitive}#{self.index})"

@@ -8,22 +8,13 @@ the weights are packed.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.nodes import Body, Node, Scope, Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Counter:
-    """A carried integer that starts at `start` and grows by `step` in each iteration."""
-
-    start: Value
-    step: int
+from hire_rewrite.graph.nodes import Body, Scope, Value
 
 
 class Provenance:
@@ -55,27 +46,11 @@ class Provenance:
           within: a scope around the value whose own inputs are asked for; None for the function's.
         """
         outermost = within.parent if within is not None else None
-        found: dict[Value, None] = {}
-        stack, seen = [value], {value}
-        while stack:
-            current = stack.pop()
-            if current.node is not None:
-                sources = list(current.node.ins)
-            elif current.const is not None or (
-                current.is_input and current.scope.parent is outermost
-            ):
-                found[current] = None
-                continue
-            elif current.is_input:
-                body, i = body_of(current)
-                sources = [body.inputs[i].outer]
-            else:
-                sources = []
-            for source in sources:
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-        return list(found)
+        return [
+            source
+            for source in backward_slice(value, within)
+            if source.const is not None or (source.is_input and source.scope.parent is outermost)
+        ]
 
     def identity(self, value: Value) -> Hashable:
         """Equal for weights that are computed alike from the same arrays, wherever they stand."""
@@ -94,8 +69,8 @@ class Provenance:
                 if body.inputs[i].role == "shard":
                     found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
                 if value.scope in self.varies_over(value):
-                    count = counter(body, i) if body.inputs[i].role == "carry" else None
-                    order = count and (count.step, value.scope.parent.params.get("reverse"))
+                    step = counter(body, i) if body.inputs[i].role == "carry" else None
+                    order = step and (step, value.scope.parent.params.get("reverse"))
                     depth = len(list(value.scope.ancestors()))
                     found = (value.scope.length, depth, order, found)
             self._identities[value] = found
@@ -110,7 +85,8 @@ class Provenance:
                 body, i = body_of(value)
                 link = body.inputs[i]
                 scopes = self.varies_over(link.outer)
-                if link.role == "slice" or (link.role == "carry" and counter(body, i)):
+                counts = link.role == "carry" and counter(body, i) is not None
+                if link.role == "slice" or counts:
                     scopes |= {value.scope}
             else:
                 scopes = frozenset()
@@ -142,6 +118,28 @@ def body_of(value: Value) -> tuple[Body, int]:
     raise AssertionError("a scope's parent lists the scope among its bodies")
 
 
+def backward_slice(value: Value, within: Scope | None = None) -> Iterator[Value]:
+    """A value and all that it is computed from, each once.
+
+    Args:
+      within: a scope around the value at whose own inputs to end; None for the function's.
+    """
+    outermost = within.parent if within is not None else None
+    stack, seen = [value], {value}
+    while stack:
+        current = stack.pop()
+        yield current
+        sources: tuple[Value, ...] = ()
+        if current.node is not None:
+            sources = current.node.ins
+        elif current.is_input and current.scope.parent is not outermost:
+            body, i = body_of(current)
+            sources = (body.inputs[i].outer,)
+        new = [source for source in dict.fromkeys(sources) if source not in seen]
+        stack += new
+        seen.update(new)
+
+
 def carried_unchanged(body: Body, i: int) -> bool:
     """Whether carry `i` of a loop's body leaves each iteration as it came in.
 
@@ -151,8 +149,8 @@ def carried_unchanged(body: Body, i: int) -> bool:
     return bool(ends) and all(end is start for start, end in ends)
 
 
-def counter(body: Body, i: int) -> Counter | None:
-    """Carry `i` as a counter, if its body only adds a number to it."""
+def counter(body: Body, i: int) -> int | None:
+    """What is added in each iteration to carry `i`, an integer, if its body does only that."""
     for start, end in _ends(body, i):
         node = end.node
         if node is None or node.primitive is not p.add_p or body.scope.length is None:
@@ -162,21 +160,20 @@ def counter(body: Body, i: int) -> Counter | None:
             return None
         if start.shape or not np.issubdtype(start.dtype, np.integer):
             return None
-        return Counter(body.inputs[i].outer, int(np.asarray(others[0].literal)))
+        return int(np.asarray(others[0].literal))
     return None
 
 
 def _ends(body: Body, i: int) -> list[tuple[Value, Value]]:
     """(carry at the start, carry at the end) of the iteration that input `i` belongs to."""
-    node: Node | None = body.scope.parent
+    node = body.scope.parent
     assert node is not None
     number = node.bodies.index(body)
-    found = []
-    for other in node.bodies:
-        for j, output in enumerate(other.outputs):
-            if (number, i) in output.feeds:
-                start = next(
-                    other.scope.inputs[k] for b, k in output.feeds if node.bodies[b] is other
-                )
-                found.append((start, other.scope.outputs[j]))
-    return found
+    return [
+        (other.scope.inputs[k], end)
+        for other in node.bodies
+        for end, output in zip(other.scope.outputs, other.outputs, strict=True)
+        if (number, i) in output.feeds
+        for b, k in output.feeds
+        if node.bodies[b] is other
+    ]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
-from hire_rewrite.graph.nodes import Scope, Value
+from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.graph.provenance import body_of, counter
 from hire_rewrite.graph.traits import is_widening
 from hire_rewrite.sharding.rows import automatic
@@ -61,19 +61,19 @@ class Stacker:
 
     def __call__(self, value: Value) -> Stacked:
         if value not in self._done:
-            self._done[value] = self._compute(value)
+            if value.node is not None:
+                self._compute(value.node)
+            elif value.is_input:
+                self._done[value] = self._input(value)
+            else:
+                array = literal_array(value) if value.const is None else jnp.asarray(value.const)
+                self._done[value] = Stacked(array, ())
         return self._done[value]
 
-    def _compute(self, value: Value) -> Stacked:
-        if value.const is not None:
-            return Stacked(jnp.asarray(value.const), ())
-        if value.literal is not None:
-            return Stacked(literal_array(value), ())
-        if value.node is None:
-            return self._input(value)
-        node = value.node
+    def _compute(self, node: Node) -> None:
+        """Add the results of an equation."""
         ins = [self(operand) for operand in node.ins]
-        over = loops_of(value.scope, {scope for item in ins for scope in item.over})
+        over = loops_of(node.scope, {scope for item in ins for scope in item.over})
 
         def run(*arrays: Any) -> Any:
             return tuple(evaluate_inside(node, arrays))
@@ -83,7 +83,6 @@ class Stacker:
             mapped = jax.vmap(mapped, in_axes=tuple(0 if scope in i.over else None for i in ins))
         for result, array in zip(node.outs, mapped(*(i.array for i in ins)), strict=True):
             self._done[result] = Stacked(array, over)
-        return self._done[value]
 
     def _input(self, value: Value) -> Stacked:
         """An input of a loop's or branch's body."""
@@ -92,12 +91,12 @@ class Stacker:
         outer = self(link.outer)
         if link.role == "slice":
             return Stacked(outer.array, (*outer.over, value.scope))
-        count = counter(body, i) if link.role == "carry" else None
-        if count is None:
+        step = counter(body, i) if link.role == "carry" else None
+        if step is None:
             return outer
         assert value.scope.length is not None
-        steps = count.step * jnp.arange(value.scope.length, dtype=value.dtype)
         assert value.scope.parent is not None
+        steps = step * jnp.arange(value.scope.length, dtype=value.dtype)
         if value.scope.parent.params.get("reverse"):  # slices come last to first
             steps = steps[::-1]
         return Stacked(jnp.asarray(outer.array)[..., None] + steps, (*outer.over, value.scope))
@@ -117,8 +116,3 @@ def narrow(value: Value) -> Value:
 def loops_of(scope: Scope, varying: set[Scope]) -> tuple[Scope, ...]:
     """Those of the scopes around `scope` over which something varies, outermost first."""
     return tuple(reversed([s for s in scope.ancestors() if s in varying]))
-
-
-def layers(loops: Sequence[Scope]) -> int:
-    """Iterations of all of the scans together."""
-    return math.prod(scope.length or 1 for scope in loops)

@@ -2,7 +2,8 @@
 
 The way of a function: `graph.trace` flattens it, `detect` finds its sites, `decide` matches rules
 with them, `calibrate` has them say what they see, `pack` lays out their weights, `rewrite` emits
-the function with the sites' operations in the place of the sites, in one of the `modes` (`emit`
-orders the code). `evaluate` has sites report what they miss, on batches that `accumulate` adds up,
-and `summarize` makes figures of it; `tune` chooses rules by them. `diff` shows what was changed.
+the function with the sites' operations in their place (`modes` says which form of them, `schedule`
+orders the code). `evaluate` has
+sites report what they miss, on batches that `accumulate` adds up, and `summarize` makes figures of
+it; `tune` chooses rules by them. `diff` shows what was changed.
 """

@@ -15,7 +15,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.calls import inline_call
 from hire_rewrite.graph.effects import effect_edges
 from hire_rewrite.graph.liveness import Liveness
-from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
+from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
 from hire_rewrite.passes.items import Call, Item, Keep, Loop, Replacement, Swap
 
 
@@ -75,9 +75,13 @@ class _Scheduler:
             if stays and not changed and all(map(self._readable, entry.ins)):
                 items.append(Keep(entry.ins, entry.outs, nodes, entry))
             elif isinstance(entry, Node):
-                linked = [value for body in entry.bodies for value in self._linked(body)]
-                reads = (*entry.controls, *dict.fromkeys(linked))
-                items.append(Loop(reads, entry.outs, nodes, entry))
+                linked = dict.fromkeys(
+                    link.outer
+                    for body in entry.bodies
+                    for value, link in zip(body.scope.inputs, body.inputs, strict=True)
+                    if value in self.live.values
+                )
+                items.append(Loop((*entry.controls, *linked), entry.outs, nodes, entry))
             elif stays and changed and not _dissolves(entry):
                 items.append(self._call(entry, nodes))
             else:
@@ -85,16 +89,10 @@ class _Scheduler:
 
     def _changed(self, nodes: Sequence[Node]) -> bool:
         """Whether anything in them is replaced, at any depth."""
-        scopes = (scope for node in nodes for body in node.bodies for scope in body.scope.walk())
-        inner = (node for scope in scopes for node in scope.nodes)
-        return not self.units.keys().isdisjoint((*nodes, *inner))
+        return any(inner in self.units for node in nodes for inner in node.walk())
 
     def _readable(self, value: Value) -> bool:
         return value in self.live.values or value.literal is not None or value.const is not None
-
-    def _linked(self, body: Body) -> list[Value]:
-        pairs = zip(body.scope.inputs, body.inputs, strict=True)
-        return [link.outer for value, link in pairs if value in self.live.values]
 
     def _call(self, frame: Frame, nodes: Sequence[Node]) -> Call:
         items = self.items(frame)

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Scope, Value
-from hire_rewrite.graph.provenance import body_of
+from hire_rewrite.graph.provenance import backward_slice
 from hire_rewrite.graph.reports import combine
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import Stacked, Stacker
@@ -89,7 +89,10 @@ class ManualSharding(Sharding):
         for place, axis in reversed(list(enumerate(self.manual))):
             if axis not in self.axes:
                 shards = sizes[place] if axis in self.token_axes else 1
-                reports = (_take(report, shard, place) for shard in range(shards))
+                take = functools.partial(jnp.take, axis=place)
+                reports = [
+                    jax.tree.map(functools.partial(take, indices=i), report) for i in range(shards)
+                ]
                 report = functools.reduce(combine, reports)
         return jax.tree.map(
             lambda leaf: leaf.reshape(*first, *leaf.shape[len(self.axes) :]), report
@@ -192,25 +195,8 @@ def vocabulary_shards(trace: Trace, linear: Linear) -> int:
 
 def exchanges_weights(value: Value, within: Scope) -> bool:
     """Whether devices exchange a weight of a manual region before it is used."""
-    stack, seen = [value], {value}
-    while stack:
-        current = stack.pop()
-        sources: list[Value] = []
-        if current.node is not None:
-            inside = (n for body in current.node.bodies for s in body.scope.walk() for n in s.nodes)
-            if any(node.primitive in _compat.exchanges for node in (current.node, *inside)):
-                return True
-            sources += current.node.ins
-        elif current.is_input and current.scope is not within:
-            body, i = body_of(current)
-            sources.append(body.inputs[i].outer)
-        stack += [source for source in sources if source not in seen]
-        seen.update(sources)
-    return False
-
-
-def _take(report: Any, shard: int, axis: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf.take(shard, axis), report)
+    nodes = (source.node for source in backward_slice(value, within) if source.node is not None)
+    return any(inner.primitive in _compat.exchanges for node in nodes for inner in node.walk())
 
 
 def _is_manual(scope: Scope) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from hire_rewrite.graph.trace import trace
-from hire_rewrite.graph.weights import Stacked, Stacker, layers, loops_of, narrow
+from hire_rewrite.graph.weights import Stacked, Stacker, loops_of, narrow
 from tests.cases import D, F, T, found_in, inputs, rand
 from tests.cases_ffn import NEST, PLAIN, STACK, plain
 
@@ -191,7 +191,7 @@ def test_layers_and_site_loops():
         PLAIN,
         inputs(T, D),
     )
-    assert layers(one.loops) == 1
+    assert one.layers == 1
     _, (both,) = found_in(
         lambda p, x: lax.scan(lambda c, u: (jax.nn.relu(c @ u) @ p["down"], None), x, STACK["up"])[
             0
@@ -200,7 +200,7 @@ def test_layers_and_site_loops():
         inputs(T, D),
     )
     # One of its weights varies, so the site does.
-    assert layers(both.loops) == len(STACK["up"])
+    assert both.layers == len(STACK["up"])
     assert found.repeats == 4
 
 
