@@ -20,6 +20,8 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.flatten import inner_jaxprs
 
 _INDENT = "  "
+_CONTEXT = 3
+"""Unchanged lines shown around a change."""
 _HIDDEN = frozenset({"inline", "keep_unused", "ctx_mesh", "ft_in", "ft_out", "num_consts"})
 
 
@@ -29,31 +31,24 @@ class Diff:
 
     Attributes:
       before, after: the closed jaxprs.
-      context: unchanged lines shown around a change.
-      expand: show what `hire_ffn` and `hire_head` are made of; one line each otherwise.
     """
 
     before: Any
     after: Any
-    context: int = 3
-    expand: bool = False
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
 
     @property
     def changed(self) -> bool:
         """Whether the jaxprs differ."""
         return any(mark != " " for mark, _ in self._marked())
 
-    def lines(self) -> list[str]:
+    def __str__(self) -> str:
         """`- ` removed, `+ ` added, two spaces for context, `...` where lines are left out."""
         marked = self._marked()
         near = {
             j
             for i, (mark, _) in enumerate(marked)
             if mark != " "
-            for j in range(i - self.context, i + self.context + 1)
+            for j in range(i - _CONTEXT, i + _CONTEXT + 1)
         }
         # The line that opens a nested jaxpr says where a change inside it is.
         for i in sorted(near & set(range(len(marked)))):
@@ -70,10 +65,10 @@ class Diff:
                 shown.append(f"{mark} {text}".rstrip())
             elif shown and shown[-1] != "...":
                 shown.append("...")
-        return shown
+        return "\n".join(shown)
 
     def _marked(self) -> list[tuple[str, str]]:
-        old, new = _print(self.before, self.expand), _print(self.after, self.expand)
+        old, new = _print(self.before), _print(self.after)
         fresh = map("".join, _letters())
         old_names: dict[Any, str] = {}
         for line in old:
@@ -143,7 +138,7 @@ class _Line:
         return _INDENT * self.depth + text.strip()
 
 
-def _print(closed: Any, expand: bool, depth: int = 0, label: str = "") -> list[_Line]:
+def _print(closed: Any, depth: int = 0, label: str = "") -> list[_Line]:
     jaxpr, _ = _compat.open_jaxpr(closed)
     lines = [_Line(depth, f"λ{label}", (*jaxpr.constvars, *jaxpr.invars), (), opens=True)]
     for eqn in jaxpr.eqns:
@@ -157,13 +152,13 @@ def _print(closed: Any, expand: bool, depth: int = 0, label: str = "") -> list[_
             elif name not in _HIDDEN and not _is_plain(param):
                 shown.append(f"{name}={_short(param)}")
         what = f"{eqn.primitive}[{' '.join(shown)}]" if shown else str(eqn.primitive)
-        if not expand and str(eqn.params.get("name", "")).startswith("hire_"):
+        if str(eqn.params.get("name", "")).startswith("hire_"):
             what += f" ({sum(map(_size, (sub for _, sub in inner)))} equations)"
             inner = []
         binds = [var for var in eqn.outvars if not isinstance(var, jex_core.DropVar)]
         lines.append(_Line(depth + 1, what, binds, eqn.invars, opens=bool(inner)))
         for name, sub in inner:
-            lines += _print(sub, expand, depth + 2, f" {name}")
+            lines += _print(sub, depth + 2, f" {name}")
     lines.append(_Line(depth + 1, "return", (), jaxpr.outvars))
     return lines
 

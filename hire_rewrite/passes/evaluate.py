@@ -17,7 +17,6 @@ from jax import Array
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.evaluate import evaluate_inside
-from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.decide import Decision
@@ -158,45 +157,24 @@ def _index(logits: Logits) -> int:
     return logits.value.node.index
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithLogits:
-    """A replacement, or the node that makes logits, which reports the logits too."""
-
-    name: str
-    nodes: frozenset[Node]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    run: Callable[[Sequence[Any], Mapping[Scope, Any], Any], tuple[list[Any], Any]]
-    logits: Logits
-    state: Any = None
-    shards: None = None
-    loops: tuple[Scope, ...] = ()
-    reports: bool = True
-
-    def emit(
-        self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
-    ) -> tuple[list[Any], Any]:
-        results, report = self.run(ins, index, state)
-        values = results[self.outputs.index(self.logits.value)]
-        return results, (report, to_tokens(values, (self.logits.axis,)).astype(jnp.float32))
-
-
-def _with_logits(swaps: Sequence[Any], logits: Logits) -> tuple[list[Any], str]:
-    """The replacements, with one that reports the logits, and its name."""
-    for i, swap in enumerate(swaps):
-        if logits.value in swap.outputs:
-            reporting = _WithLogits(
-                swap.name, swap.nodes, swap.inputs, swap.outputs, swap.emit, logits, swap.state
-            )
-            return [*swaps[:i], reporting, *swaps[i + 1 :]], swap.name
+def _with_logits(
+    swaps: Sequence[SiteReplacement], logits: Logits
+) -> tuple[list[SiteReplacement], str]:
+    """The replacements, with one that reports the logits besides, and its name."""
     node = logits.value.node
     assert node is not None
+    itself = SiteReplacement(
+        "logits", frozenset({node}), node.ins, node.outs, lambda ins, *_: evaluate_inside(node, ins)
+    )
+    swap = next((swap for swap in swaps if logits.value in swap.outputs), itself)
 
-    def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], Any]:
-        return evaluate_inside(node, ins), None
+    def run(*operands: Any) -> tuple[list[Any], Any]:
+        results, report = swap.run(*operands) if swap.reports else (swap.run(*operands), None)
+        values = results[swap.outputs.index(logits.value)]
+        return results, (report, to_tokens(values, (logits.axis,)).astype(jnp.float32))
 
-    reporting = _WithLogits("logits", frozenset({node}), node.ins, node.outs, run, logits)
-    return [*swaps, reporting], "logits"
+    others = [other for other in swaps if other is not swap]
+    return [*others, dataclasses.replace(swap, run=run, reports=True)], swap.name
 
 
 def _compare(

@@ -23,8 +23,8 @@ from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.passes.items import Call, Item, Keep, Loop, Replacement, Swap
-from hire_rewrite.passes.schedule import schedule
+from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Swap, schedule
+from hire_rewrite.sites.replacement import SiteReplacement
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Rewritten:
     """A function with replacements; `needs` are the numbers of the inputs that it still reads."""
 
     scope: Scope
-    units: Mapping[Node, Replacement]
+    units: Mapping[Node, SiteReplacement]
     live: Liveness
     needs: frozenset[int]
 
@@ -47,7 +47,7 @@ class Rewritten:
         return writer.run_scope(self.scope, env, _Around())
 
 
-def rewrite(trace: Trace, replacements: Sequence[Replacement]) -> Rewritten:
+def rewrite(trace: Trace, replacements: Sequence[SiteReplacement]) -> Rewritten:
     """The traced function with `replacements` in place of their nodes."""
     units = {node: unit for unit in replacements for node in unit.nodes}
     live = liveness(trace.scope, units)
@@ -63,12 +63,12 @@ class _Around:
     """
 
     index: dict[Scope, Any] = dataclasses.field(default_factory=dict)
-    states: dict[Replacement, Any] = dataclasses.field(default_factory=dict)
+    states: dict[SiteReplacement, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Writer:
-    units: Mapping[Node, Replacement]
+    units: Mapping[Node, SiteReplacement]
     live: Liveness
     schedules: dict[Scope, tuple[Item, ...]] = dataclasses.field(default_factory=dict)
 
@@ -188,7 +188,7 @@ class _LoopWriter:
         self,
         body: Body,
         inputs: dict[int, Any],
-        index: Any | None,
+        index: Any = None,
         states: dict[Any, Any] | None = None,
     ) -> BodyResult:
         env = {body.scope.inputs[i]: array for i, array in inputs.items()}
@@ -204,7 +204,7 @@ class _LoopWriter:
         apart = {name: r for name, r in reports.items() if body.scope in loops[name]}
         return apart, {name: r for name, r in reports.items() if name not in apart}
 
-    def units(self, body: Body) -> list[Replacement]:
+    def units(self, body: Body) -> list[SiteReplacement]:
         inside = set(body.scope.walk())
         found = (u for node, u in self.writer.units.items() if node.scope in inside)
         return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ one dissolves in its caller. The items are then sorted by what they read and by 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
@@ -16,10 +16,58 @@ from hire_rewrite.graph.calls import inline_call
 from hire_rewrite.graph.effects import effect_edges
 from hire_rewrite.graph.liveness import Liveness
 from hire_rewrite.graph.nodes import Frame, Node, Scope, Value
-from hire_rewrite.passes.items import Call, Item, Keep, Loop, Replacement, Swap
+from hire_rewrite.sites.replacement import SiteReplacement
 
 
-def schedule(scope: Scope, units: Mapping[Node, Replacement], live: Liveness) -> tuple[Item, ...]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Item:
+    """A piece of code: the values that it reads and writes, and the nodes that it stands for."""
+
+    reads: Sequence[Value]
+    writes: Sequence[Value]
+    nodes: Collection[Node]
+
+    @property
+    def place(self) -> int:
+        """Where the traced function has it, or the end of it."""
+        return max((node.index for node in self.nodes), default=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Keep(_Item):
+    """A node or a whole call that is emitted as the jaxpr has it."""
+
+    entry: Node | Frame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop(_Item):
+    """A loop or branch that is written again, since something in it changed."""
+
+    entry: Node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call(_Item):
+    """A call that is written again around its changed body."""
+
+    entry: Frame
+    items: tuple[Item, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Swap(_Item):
+    """A replacement."""
+
+    replacement: SiteReplacement
+
+
+Item = Keep | Loop | Call | Swap
+
+
+def schedule(
+    scope: Scope, units: Mapping[Node, SiteReplacement], live: Liveness
+) -> tuple[Item, ...]:
     """The items of a scope in an order in which each finds what it reads.
 
     Args:
@@ -30,7 +78,7 @@ def schedule(scope: Scope, units: Mapping[Node, Replacement], live: Liveness) ->
       HireRewriteError: there is no such order.
     """
     dissolved: set[Frame] = set()
-    homes: dict[Frame, list[Replacement]] = {}
+    homes: dict[Frame, list[SiteReplacement]] = {}
     for unit in dict.fromkeys(units[node] for node in scope.nodes if node in units):
         chains = [list(node.frame.around()) for node in unit.nodes]
         home = next(f for f in chains[0] if all(f in chain for chain in chains))
@@ -48,9 +96,9 @@ class _Scheduler:
     calls that cannot stay calls.
     """
 
-    units: Mapping[Node, Replacement]
+    units: Mapping[Node, SiteReplacement]
     live: Liveness
-    homes: Mapping[Frame, list[Replacement]]
+    homes: Mapping[Frame, list[SiteReplacement]]
     dissolved: frozenset[Frame]
 
     def items(self, frame: Frame) -> tuple[Item, ...]:

@@ -18,10 +18,12 @@ from hire_rewrite.sharding.manual import ManualSharding
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteReplacement:
-    """A `Replacement` made of one function.
+    """Code that takes the place of some nodes of one scope.
 
     `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
     packed arrays of the site. It returns those of `outputs`, and with `reports` a report beside.
+    `shards` is the `shard_map` around, over whose devices the leading axis of `state` is sharded;
+    `loops` are the scans around in whose iterations it has weights of its own.
     """
 
     name: str
@@ -37,6 +39,12 @@ class SiteReplacement:
     def emit(
         self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any
     ) -> tuple[list[Any], Any]:
+        """Outputs and a report (None for none).
+
+        Args:
+          index: the iteration of each scan around.
+          state: the arrays of `state`; inside a `shard_map`, this device's.
+        """
         run, layer = self.run, _layer_of(self.loops, index)
         specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
         if any(spec is None for spec in specs):

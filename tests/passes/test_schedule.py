@@ -10,8 +10,7 @@ from jax import lax
 from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import liveness
 from hire_rewrite.graph.nodes import Frame
-from hire_rewrite.passes.items import Call, Keep, Loop, Swap
-from hire_rewrite.passes.schedule import schedule
+from hire_rewrite.passes.schedule import Call, Keep, Loop, Swap, schedule
 from tests.cases import inputs
 
 X = inputs(3, 4)

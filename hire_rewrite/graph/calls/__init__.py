@@ -5,6 +5,8 @@ file each, and stand in the table `structured_calls`. A primitive that is in nei
 is left as it is, and the plan names it. To add one, write a class and register it here.
 """
 
+from typing import Any
+
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
@@ -14,24 +16,21 @@ from hire_rewrite.graph.calls.scan import Scan
 from hire_rewrite.graph.calls.shard_map import ShardMap
 from hire_rewrite.graph.calls.table import (
     BodyResult,
-    BodySpec,
-    BodyWriter,
     InlineCall,
     StructuredCall,
-    structured_calls,
 )
 from hire_rewrite.graph.calls.while_loop import While
 
 __all__ = [
     "BodyResult",
-    "BodySpec",
-    "BodyWriter",
     "InlineCall",
-    "StructuredCall",
     "inline_call",
     "structured_calls",
 ]
 
-structured_calls.update(
-    {p.scan_p: Scan(), p.while_p: While(), p.cond_p: Cond(), _compat.shard_map_p: ShardMap()}
-)
+structured_calls: dict[Any, StructuredCall] = {
+    p.scan_p: Scan(),
+    p.while_p: While(),
+    p.cond_p: Cond(),
+    _compat.shard_map_p: ShardMap(),
+}

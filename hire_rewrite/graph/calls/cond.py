@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from hire_rewrite.graph.calls.table import BodyResult, BodySpec, BodyWriter
-from hire_rewrite.graph.nodes import Input, Node, Output
+from hire_rewrite.graph.nodes import Body, Input, Node, Output
 
 
 class Cond:
@@ -24,33 +24,22 @@ class Cond:
     def write(self, node: Node, writer: BodyWriter) -> BodyResult:
         live = [i for i, value in enumerate(node.outs) if writer.is_live(value)]
 
-        def branch(number: int) -> Any:
-            body = node.bodies[number]
-
+        def branch(body: Body, zeros: dict[str, Any]) -> Any:
             def run() -> tuple[list[Any], dict[str, Any]]:
                 inputs = {
                     i: writer.read(link.outer)
                     for i, link in enumerate(body.inputs)
                     if writer.is_live(body.scope.inputs[i])
                 }
-                result = writer.run(body, inputs, None)
-                return [result.outputs[i] for i in live], result.reports
+                result = writer.run(body, inputs)
+                return [result.outputs[i] for i in live], zeros | result.reports
 
             return run
 
-        branches = [branch(number) for number in range(len(node.bodies))]
         zeros: dict[str, Any] = {}
-        for run in branches:
-            zeros |= writer.report_zeros(run)
-
-        def padded(run: Any) -> Any:
-            def full() -> tuple[list[Any], dict[str, Any]]:
-                outputs, reports = run()
-                return outputs, zeros | reports
-
-            return full
-
-        runs = [padded(run) for run in branches]
+        for body in node.bodies:
+            zeros |= writer.report_zeros(branch(body, {}))
+        runs = [branch(body, zeros) for body in node.bodies]
         platforms = node.params.get("branches_platforms")
         if platforms is None:
             outputs, reports = jax.lax.switch(writer.read(node.ins[0]), runs)

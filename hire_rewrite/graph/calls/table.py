@@ -60,19 +60,18 @@ class BodyWriter(Protocol):
         """Whether anything needs the value."""
 
     def units(self, body: Body) -> list[Any]:
-        """The replacements inside a body (see `passes.items.Replacement`)."""
+        """The replacements inside a body (see `sites.replacement`)."""
 
     def run(
         self,
         body: Body,
         inputs: dict[int, Any],
-        index: Any | None,
+        index: Any = None,
         states: dict[Any, Any] | None = None,
     ) -> BodyResult:
-        """Run a body.
+        """Run a body on `inputs` by number.
 
         Args:
-          inputs: by number.
           index: the iteration of a `scan`.
           states: arrays that take the place of those of replacements inside.
         """
@@ -80,10 +79,8 @@ class BodyWriter(Protocol):
     def split_reports(
         self, body: Body, reports: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reports of sites with weights of their own in each iteration, and all others.
-
-        A loop stacks the former and sums the latter.
-        """
+        """Reports of sites with weights of their own in each iteration, which a loop stacks, and
+        all others, which it sums."""
 
     def report_zeros(self, run: Callable[..., Any], *args: Any) -> dict[str, Any]:
         """Zeros like the reports that `run(*args)` returns beside its outputs."""
@@ -108,6 +105,3 @@ class StructuredCall(Protocol):
 
     def write(self, node: Node, writer: BodyWriter) -> BodyResult:
         """Emit the primitive again by its public form; outputs by number of the equation's."""
-
-
-structured_calls: dict[Any, StructuredCall] = {}

@@ -53,11 +53,11 @@ class While:
 
         def proceed(state: tuple[list[Any], Any]) -> Any:
             carry = {nc + i: value for i, value in zip(live, state[0], strict=True)}
-            return writer.run(cond, cond_consts | carry, None).outputs[0]
+            return writer.run(cond, cond_consts | carry).outputs[0]
 
         def step(carry: list[Any]) -> tuple[list[Any], Any]:
             inputs = {nb + i: value for i, value in zip(live, carry, strict=True)}
-            result = writer.run(body, body_consts | inputs, None)
+            result = writer.run(body, body_consts | inputs)
             return [result.outputs[i] for i in live], result.reports
 
         def repeat(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
