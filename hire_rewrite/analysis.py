@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,8 +71,7 @@ class Analysis:
 
     def serves(self, packed: Packed) -> bool:
         """Whether a `Packed` that was made for another kind of call has all that this one packs."""
-        names = (packed.info.site(d.name, d.site.key) for d in self.packing)
-        return all(site is not None for site in names)
+        return all(packed.info.site(d.name, d.site.key) is not None for d in self.packing)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -83,10 +82,9 @@ class Analysis:
             return dict(enumerate(rest))
         numbers = [i for i in range(len(self.trace.paths)) if i not in self.trace.weights]
         inputs = dict(zip(numbers, rest, strict=True))
-        for i in self.trace.weights:
-            if self.trace.paths[i] in packed.weights:
-                inputs[i] = packed.weights[self.trace.paths[i]]
-        return inputs
+        paths = {i: self.trace.paths[i] for i in self.trace.weights}
+        kept = {i: packed.weights[path] for i, path in paths.items() if path in packed.weights}
+        return inputs | kept
 
     def replacements(self, packed: Packed, packing: Packing) -> list[SiteReplacement]:
         """What takes the place of the packed sites."""
@@ -97,33 +95,31 @@ class Analysis:
         ]
 
 
+@dataclasses.dataclass(eq=False)
 class Analyses:
     """The analyses of one function, each made once.
 
-    Args:
+    Attributes:
       weights: the positions of the arguments that hold weights.
       mesh: where to shard the rows of sites whose weights are not sharded.
       on_miss, warn: what to do when a rule fits no site, and how.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        name: str,
-        rules: tuple[Rule, ...],
-        weights: tuple[int, ...],
-        mesh: Mesh | None,
-        on_miss: str,
-        warn: Callable[[str], None],
-    ) -> None:
-        self.fn, self.name, self.rules, self.weights = fn, name, rules, weights
-        self.mesh, self.on_miss, self._warn = mesh, on_miss, warn
-        self._known: dict[Any, Analysis] = {}
-        self._detections: dict[Any, tuple[Trace, Detection]] = {}
+    fn: Callable[..., Any]
+    name: str
+    rules: tuple[Rule, ...]
+    weights: tuple[int, ...]
+    mesh: Mesh | None
+    on_miss: str
+    warn: Callable[[str], None]
+    _known: dict[Any, Analysis] = dataclasses.field(default_factory=dict, init=False)
+    _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def again(self, rules: tuple[Rule, ...]) -> Analyses:
         """Those of the same function with other rules."""
-        return Analyses(self.fn, self.name, rules, self.weights, self.mesh, "ignore", self._warn)
+        return dataclasses.replace(self, rules=rules, on_miss="ignore")
 
     def of(
         self,
@@ -214,12 +210,11 @@ class Analyses:
         )
         if self.on_miss == "raise":
             raise HireRewriteError(message)
-        self._warn(message)
+        self.warn(message)
 
     def joined(self, args: Sequence[Any] | Mapping[int, Any], batch: Sequence[Any]) -> list[Any]:
         """A batch with the weights among `args` in their places."""
-        rest: Iterator[Any] = iter(batch)
-        count = len(batch) + len(self.weights)
+        rest, count = iter(batch), len(batch) + len(self.weights)
         return [args[i] if i in self.weights else next(rest) for i in range(count)]
 
     def without_weights(self, args: tuple[Any, ...], packed: Packed | None) -> tuple[Any, ...]:

@@ -53,11 +53,7 @@ class Transformed:
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
-        self.fn = fn
-        self.rules = rules
-        self.weights = weights
-        self.mode = mode
-        self.on_miss = on_miss
+        self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
@@ -273,11 +269,8 @@ class Transformed:
                 "Packed in place of the weights"
             )
             return analysis.pack(leaves)
-        hint = (
-            ", without calibration, so LowRank predictors will recall badly"
-            if analysis.wants_calibration
-            else ""
-        )
+        hint = ", without calibration, so LowRank predictors will recall badly"
+        hint = hint if analysis.wants_calibration else ""
         self._warn(
             f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and pass the "
             "Packed in place of the weights"

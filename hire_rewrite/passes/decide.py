@@ -31,9 +31,8 @@ class Decision:
     Attributes:
       row: the site as the plan has it.
       packs: whether the site's weights are packed: a rule asks for it, and it pays for some small
-        number of tokens. (Whether it is rewritten in a given call depends on that call's.)
-      packed_name: the name under which they are packed: the first site's with the same weights,
-        so that a weight that is used several times is packed once.
+        number of tokens, if not for those of this call.
+      packed_name: the name under which they are packed: the first site's with the same weights.
       asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
         it, whether that pays or not, or it is packed.
     """
@@ -124,7 +123,6 @@ class _Decider:
         return self._with_operation(site, rule, operation, packed)
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
-        """The first rule that asks for a site."""
         kind = site.kind
         if not self.rules:
             return kind.default_rule(site.match)
@@ -204,12 +202,11 @@ class _Decider:
         sizes = operation.calibrated_tokens
         if not sizes:
             return ""
-        tokens = operation.site.tokens
-        slow = (n for n in sizes if not estimate(operation, n, self.machine).pays)
-        first = next((n for n in slow if n >= tokens), None)
-        if first is None:
-            return f"; for up to {sizes[-1]} tokens it is faster than dense"
-        return f"; from {first} tokens on it is no faster than dense"
+        for tokens in sizes:
+            pays = estimate(operation, tokens, self.machine).pays
+            if tokens >= operation.site.tokens and not pays:
+                return f"; from {tokens} tokens on it is no faster than dense"
+        return f"; for up to {sizes[-1]} tokens it is faster than dense"
 
 
 def _sharing(decisions: Sequence[Decision]) -> list[Decision]:

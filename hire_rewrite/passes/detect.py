@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from hire_rewrite.graph.effects import unsupported_reason
-from hire_rewrite.graph.nodes import Frame, Node, Value, source_of
+from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import loops_of
@@ -131,21 +131,14 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
     )
 
 
-def name_stack(node: Node) -> str:
-    """The named scopes around an equation, those around the calls and loops it is in included.
-
-    What transformations and `einsum` add (`vmap(mlp)`, `td,df->tf`) is taken off, so that a site
-    keeps its name.
-    """
+def _name_stack(node: Node) -> str:
+    """The named scopes around an equation and around the calls and loops that it is in, without
+    what transformations and `einsum` add (`vmap(mlp)`, `td,df->tf`): a site keeps its name."""
     parts: list[str] = []
     here: Node | None = node
     while here is not None:
-        parts.append(str(here.eqn.source_info.name_stack))
-        frame: Frame | None = here.frame
-        while frame is not None:
-            if frame.eqn is not None:
-                parts.append(str(frame.eqn.source_info.name_stack))
-            frame = frame.parent
+        calls = (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
+        parts += (str(eqn.source_info.name_stack) for eqn in (here.eqn, *calls))
         here = here.scope.parent
     joined = "/".join(reversed(parts))
     changed = 1
@@ -202,7 +195,7 @@ def _names(trace: Trace, matches: Sequence[Match]) -> list[str]:
         inside = {path for path in trace.paths if path.startswith(folder + "/")}
         owned = {trace.path(r) for w in match.weights for r in trace.provenance.roots(w)}
         name = folder if folder and inside <= owned else paths[-1]
-        stack = posixpath.commonpath([name_stack(linear.node) for linear in match.linears])
+        stack = posixpath.commonpath([_name_stack(linear.node) for linear in match.linears])
         names.append(f"{stack}:{name}" if stack else name)
     total, seen = Counter(names), Counter[str]()
     for i, name in enumerate(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax
 
 from hire_rewrite.analysis import Analyses
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.plan import table
 from hire_rewrite.report import SiteReport
@@ -95,27 +96,28 @@ def choose(
       measure: rules, one for each of some sites, to what the held-out batches say about them.
     """
     target = 1.0 - (1.0 - recall) * _MARGIN
-    options = {
-        # Where nothing is chosen recall says nothing, and the rule's own predictor stays.
-        op.site.name: op.predictors(_ranks(op, tokens)) if op.candidates else [op.rule.predictor]
-        for op in sites
-    }
-    trials: dict[str, list[Trial]] = {op.site.name: [] for op in sites}
-    for turn in range(max(map(len, options.values()), default=0)):
-        rules = {
-            op.site.name: op.tuned_rule().for_site(
-                op.site.name, predictor=options[op.site.name][turn], force=True
-            )
-            for op in sites
-            if turn < len(options[op.site.name])
-        }
-        reports = {report.name: report for report in measure(list(rules.values()))}
-        for op in sites:
-            name = op.site.name
-            if name in rules and name in reports:
-                trials[name].append(_trial(op, rules[name], reports[name], target))
-    chosen = [min(several, key=lambda trial: trial.bytes) for several in trials.values() if several]
-    return chosen, [trial for several in trials.values() for trial in several]
+    options = [[_rule(op, p) for p in _predictors(op, tokens)] for op in sites]
+    trials: list[list[Trial]] = [[] for _ in sites]
+    for rules in itertools.zip_longest(*options):
+        reports = {report.name: report for report in measure([rule for rule in rules if rule])}
+        for op, rule, tried in zip(sites, rules, trials, strict=True):
+            if rule and op.site.name in reports:
+                tried.append(_trial(op, rule, reports[op.site.name], target))
+    chosen = [min(tried, key=lambda trial: trial.bytes) for tried in trials if tried]
+    return chosen, [trial for tried in trials for trial in tried]
+
+
+def _rule(operation: Operation, predictor: Predictor) -> Rule:
+    """The rule of a trial, for the site alone."""
+    name = operation.site.name
+    return operation.tuned_rule().for_site(name, predictor=predictor, force=True)
+
+
+def _predictors(operation: Operation, tokens: int) -> list[Predictor]:
+    """Those that are tried; where nothing is chosen recall says nothing, and the rule's stays."""
+    if not operation.candidates:
+        return [operation.rule.predictor]
+    return operation.predictors(_ranks(operation, tokens))
 
 
 def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) -> Trial:
@@ -128,7 +130,7 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
     return Trial(operation.site.name, settled, size, min(recalls))
 
 
-def held_out(batches: Iterable[tuple[object, ...]]) -> tuple[list, list]:  # type: ignore[type-arg]
+def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     """Batches to fit predictors to, and others to measure them on: every fourth, or the last."""
     every = list(batches)
     if len(every) < 2:
@@ -158,13 +160,10 @@ def tune(
         raise HireRewriteError(
             f"tune: no rule asks for a site of {analyses.name}: look at .plan(...)"
         )
-    tokens = sum(_tokens(analyses.of(None, analyses.joined(given, b), kwargs).decisions)
-                 for b in fitting)  # fmt: skip
-    probes = (
-        op.tuned_rule().for_site(op.site.name, predictor=op.probe_predictor(), force=True)
-        for op in sites
-    )
-    _, calibration = calibrate(analyses.again(tuple(probes)), args, kwargs, fitting)
+    calls = (analyses.of(None, analyses.joined(given, batch), kwargs) for batch in fitting)
+    tokens = sum(min(decision.site.tokens for decision in call.decisions) for call in calls)
+    probes = tuple(_rule(op, op.probe_predictor()) for op in sites)
+    _, calibration = calibrate(analyses.again(probes), args, kwargs, fitting)
 
     def measure(rules: Sequence[Rule]) -> Sequence[SiteReport]:
         again = analyses.again(tuple(rules))
@@ -176,10 +175,6 @@ def tune(
     chosen, trials = choose(sites, recall, tokens, measure)
     # Default rules spare blocks that are not sparse; written out they would not.
     return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)
-
-
-def _tokens(decisions: Sequence[Decision]) -> int:
-    return min(decision.site.tokens for decision in decisions)
 
 
 def _as_arguments(weights: Any, positions: Sequence[int]) -> tuple[Any, ...]:
