@@ -96,7 +96,11 @@ class Plan:
         if self.rejected:
             parts.append(f"{len(self.rejected)} linear layer(s) in no site")
             header = ["weight", "shape", "matched", "reason", "source"]
-            parts.append(table([header, *map(_rejection_row, self.rejected)]))
+            rows = [
+                [r.name, "×".join(map(str, r.shape)), str(r.matched), r.reason, r.source]
+                for r in self.rejected
+            ]
+            parts.append(table([header, *rows]))
         if self.opaque:
             parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
         parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
@@ -118,11 +122,6 @@ def _site_row(site: Site) -> list[str]:
         site.name, site.kind, layer, str(site.repeats), str(site.tokens), read,
         "" if site.expected is None else f"{site.expected:.2f} ×", site.status, site.reason,
     ]  # fmt: skip
-
-
-def _rejection_row(rejection: Rejection) -> list[str]:
-    shape = "×".join(map(str, rejection.shape))
-    return [rejection.name, shape, str(rejection.matched), rejection.reason, rejection.source]
 
 
 def table(rows: list[list[str]]) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 from typing import Any
 
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.plan import table
 
 
@@ -98,34 +97,6 @@ class Report:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
         return text
-
-    def plot(self, path: str) -> None:
-        """Draw recall against bytes, a line for each layer, to an image file.
-
-        Raises:
-          HireRewriteError: matplotlib is not installed, or there is no site.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise HireRewriteError(
-                "Report.plot needs matplotlib: install hire_rewrite[plot]"
-            ) from None
-        if not self.sites:
-            raise HireRewriteError(
-                "Report.plot: no site was rewritten, so there is nothing to plot"
-            )
-        figure = Figure(figsize=(4.5 * len(self.sites), 3.5), layout="constrained")
-        for axes, site in zip(figure.subplots(1, len(self.sites), squeeze=False)[0], self.sites,
-                              strict=True):  # fmt: skip
-            megabytes = [size / 1e6 for _, size, _ in site.curve]
-            for layer in range(len(site.recall)):
-                recalls = [recall[layer] for _, _, recall in site.curve]
-                axes.plot(megabytes, recalls, alpha=0.6, linewidth=1)
-            axes.axvline(site.bytes_read / 1e6, linestyle=":", color="black")
-            axes.axvline(site.bytes_dense / 1e6, linestyle="-", color="black")
-            axes.set(title=site.name, xlabel="MB read for a token", ylabel=f"recall of {site.k}")
-        figure.savefig(path)
 
 
 def _finite(value: Any) -> Any:

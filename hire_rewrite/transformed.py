@@ -160,7 +160,7 @@ class Transformed:
           kwargs: the call's keyword arguments.
 
         Returns:
-          A `Report`; `print` it, or see `to_json` and `plot`.
+          A `Report`; `print` it, or see `to_json`.
 
         Raises:
           HireRewriteError: `packed` is not a `Packed`, there is no batch, or targets do not fit.

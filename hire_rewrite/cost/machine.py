@@ -96,8 +96,7 @@ def _between(times: tuple[float, ...], tokens: int) -> float:
     low, high = TOKENS[last - 1], TOKENS[last]
     slope = (times[last] - times[last - 1]) / (high - low)
     if tokens > high:
-        slope = max(slope, 0.0)
-        return times[last] + slope * (tokens - high)
+        return times[last] + max(slope, 0.0) * (tokens - high)
     return times[last - 1] + slope * (tokens - low)
 
 
@@ -156,13 +155,13 @@ def current() -> Machine:
     """
     given = os.environ.get(VARIABLE)
     if not given:
-        own, name = file_of(default_name()), default_name()
-        return load(own) if own.exists() else _known(name)
+        name = default_name()
+        return load(file_of(name)) if file_of(name).exists() else _known(name)
     if given in _names():
         return _known(given)
     if not Path(given).exists():
         raise HireRewriteError(
-            f"{VARIABLE}={given!r} is no file, and none of {', '.join(_names())}: give one of "
+            f"{VARIABLE}={given!r} is not a file, nor one of {', '.join(_names())}: give one of "
             "these, or the path of a file that `python -m benchmarks.machine FILE` wrote"
         )
     return load(Path(given))
@@ -193,18 +192,13 @@ def load(path: Path) -> Machine:
       HireRewriteError: it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"a JSON object is expected, not {type(found).__name__}")
-        missing = [name for name in (*KINDS, *COSTS) if name not in found]
-        if missing:
-            raise ValueError(f"there is no {missing[0]}")
+        file = json.loads(path.read_text(encoding="utf-8"))
         constants: dict[str, Any]
-        constants = {name: _numbers(name, found[name], len(TOKENS), 1e-6) for name in KINDS}
-        constants |= {name: _numbers(name, [found[name]], 1, 0.0)[0] for name in COSTS}
-    except (OSError, ValueError) as error:
+        constants = {name: _numbers(name, file[name], len(TOKENS), 1e-6) for name in KINDS}
+        constants |= {name: _numbers(name, [file[name]], 1, 0.0)[0] for name in COSTS}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise HireRewriteError(
-            f"{path} holds no machine ({error}): write it again with `python -m "
+            f"{path} does not hold a machine ({error!r}): write it again with `python -m "
             "benchmarks.machine`, or delete it"
         ) from error
     name = path.stem if path.parent == _SHIPPED else f"{path.stem}, measured ({path})"
@@ -214,10 +208,10 @@ def load(path: Path) -> Machine:
 def _numbers(name: str, value: Any, count: int, least: float) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != count:
         raise ValueError(f"{name} must be {count} numbers")
-    for one in value:
-        number = isinstance(one, int | float) and not isinstance(one, bool)
-        if not number or not math.isfinite(one) or one < least:
-            raise ValueError(f"{name} holds {one!r}, which is no number of at least {least}")
+    for number in value:
+        valid = isinstance(number, int | float) and math.isfinite(number)
+        if not valid or isinstance(number, bool) or number < least:
+            raise ValueError(f"{name} holds {number!r}: not a number of at least {least}")
     return tuple(map(float, value))
 
 

@@ -103,10 +103,9 @@ def traced_context(eqn: Any, *, inside: bool = False) -> Iterator[None]:
 
 def _run(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Bind an equation with its own parameters; its numbers are weakly typed as it has them."""
-    pairs = zip(eqn.invars, operands, strict=True)
     arrays = [
         atom.val if isinstance(atom, jex_core.Literal) and not np.ndim(atom.val) else array
-        for atom, array in pairs
+        for atom, array in zip(eqn.invars, operands, strict=True)
     ]
     return _bind(eqn.primitive, arrays, eqn.params)
 

@@ -58,7 +58,7 @@ def _inlined(
     for eqn in jaxpr.eqns:
         ins = tuple(map(read, eqn.invars))
         call = inline_call(eqn)
-        body = call.body(eqn) if call is not None else None
+        body = call and call.body(eqn)
         if call is not None and body is not None:
             outs = _call(call, body, eqn, ins, scope, frame).outs
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -98,7 +99,7 @@ def trace(
         shardings={
             scope.inputs[i]: sharding
             for i in holds_weights
-            if (sharding := sharding_over_mesh(leaves[i][1])) is not None
+            if (sharding := sharding_over_mesh(leaves[i][1]))
         },
     )
 
@@ -117,13 +118,11 @@ def abstract(leaf: Any) -> Any:
 
 def placed(leaf: Any) -> Any:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
-    found = abstract(leaf)
-    if _compat.is_ref(found):
-        return found
-    sharding = sharding_over_mesh(leaf) or (None if leaf is found else found.sharding)
-    return jax.ShapeDtypeStruct(
-        found.shape, found.dtype, weak_type=found.weak_type, sharding=sharding
-    )
+    aval = abstract(leaf)
+    if _compat.is_ref(aval):
+        return aval
+    sharding = sharding_over_mesh(leaf) or (None if leaf is aval else aval.sharding)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
 
 
 def sharding_over_mesh(leaf: Any) -> NamedSharding | None:
@@ -170,12 +169,11 @@ def _explained(fn: Callable[..., Any], error: Exception, leaves: Mapping[str, An
 
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     """The names of the positional parameters, as far as the signature tells."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    names: list[str] = []
+    with contextlib.suppress(TypeError, ValueError):
+        for name, parameter in inspect.signature(fn).parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(name)
     return [*names[:count], *(f"arg{i}" for i in range(len(names), count))]
 
 

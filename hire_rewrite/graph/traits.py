@@ -22,42 +22,24 @@ from hire_rewrite import _compat
 class Trait(enum.Flag):
     """A fact about a primitive."""
 
-    POINTWISE = enum.auto()
-    """Each number of the result is made of those in the same place of the operands."""
-    LINEAR = enum.auto()
-    """Linear in each operand."""
-    ADDS = enum.auto()
-    """A sum or a difference."""
-    CASTS = enum.auto()
-    """Changes the type of its operand."""
-    COMPARES = enum.auto()
-    """Compares two operands."""
-    BENDS = enum.auto()
-    """The non-linear core of an activation function."""
-    KEEPS = enum.auto()
-    """Returns its operands as they are."""
-    SHARDS = enum.auto()
-    """Changes how its operand is sharded, and nothing else."""
-    MOVES = enum.auto()
-    """Returns the numbers of its operand in other places."""
-    CUTS = enum.auto()
-    """Returns a part of its operand, or several."""
-    EXTENDS = enum.auto()
-    """Returns its operand and more: axes stay where they are, and grow no shorter."""
-    REDUCES = enum.auto()
-    """Makes a number of all along some axes, or of each one and all before it."""
-    ORDERS = enum.auto()
-    """Returns the numbers along an axis by size, all or the greatest."""
-    SEARCHES = enum.auto()
-    """Returns where the greatest numbers along an axis are."""
-    SCATTERS = enum.auto()
-    """Writes to places that an operand says."""
-    MULTIPLIES = enum.auto()
-    """A product of matrices."""
-    MERGES = enum.auto()
-    """Makes one array, number by number, of those of several devices."""
-    COLLECTS = enum.auto()
-    """Joins the arrays of several devices."""
+    POINTWISE = enum.auto()  # makes each number of those in the same place of the operands
+    LINEAR = enum.auto()  # linear in each operand
+    ADDS = enum.auto()  # a sum or a difference
+    CASTS = enum.auto()  # changes the type of its operand
+    COMPARES = enum.auto()  # compares two operands
+    BENDS = enum.auto()  # the non-linear core of an activation function
+    KEEPS = enum.auto()  # returns its operands as they are
+    SHARDS = enum.auto()  # changes how its operand is sharded, and nothing else
+    MOVES = enum.auto()  # returns the numbers of its operand in other places
+    CUTS = enum.auto()  # returns a part of its operand, or several
+    EXTENDS = enum.auto()  # returns its operand and more; axes stay, and grow no shorter
+    REDUCES = enum.auto()  # makes a number of all along some axes, or of each one and all before it
+    ORDERS = enum.auto()  # returns the numbers along an axis by size, all or the greatest
+    SEARCHES = enum.auto()  # returns where the greatest numbers along an axis are
+    SCATTERS = enum.auto()  # writes to places that an operand says
+    MULTIPLIES = enum.auto()  # a product of matrices
+    MERGES = enum.auto()  # makes one array, number by number, of those of several devices
+    COLLECTS = enum.auto()  # joins the arrays of several devices
 
 
 _table: dict[Any, tuple[Trait, str]] = {}

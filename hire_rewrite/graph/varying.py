@@ -36,11 +36,11 @@ class VaryingAxes:
                 self._visit_bodies(node)
             else:
                 axes = self._any(node.ins)
+                names = node.params.get("axes", node.params.get("axis_name"))
                 if node.primitive is p.axis_index_p:
-                    axes |= {*mesh_axes(node.params["axis_name"])}
+                    axes |= {*mesh_axes(names)}
                 elif has(node.primitive, _ALIKE) and not node.params.get("axis_index_groups"):
-                    names = node.params.get("axes", node.params.get("axis_name"))
-                    axes -= {*mesh_axes(tuple(n for n in _tuple(names) if isinstance(n, str)))}
+                    axes -= {*(names if isinstance(names, tuple) else (names,))}
                 self._add(node.outs, axes)
 
     def _visit_bodies(self, node: Node) -> None:
@@ -84,7 +84,3 @@ class VaryingAxes:
 
 def _is_manual(node: Node) -> bool:
     return node.primitive is _compat.shard_map_p
-
-
-def _tuple(names: object) -> tuple[object, ...]:
-    return names if isinstance(names, tuple) else (names,)

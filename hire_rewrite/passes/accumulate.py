@@ -29,9 +29,9 @@ def accumulate(
       what: what the batches are, for messages.
       batches: tuples of the arguments after the weights.
       example: those arguments in a call, or None for those of the first batch.
-      prepare: a batch to the kind of call that it is, and what a function of that kind works on.
-      build: a kind of call to its function, which returns dictionaries of pytrees of sums. It is
-        compiled. Calls of different kinds may report different sites.
+      prepare: a batch to its kind of call, and the operands of the function of that kind.
+      build: a kind of call to its function, to be compiled, which returns dictionaries of pytrees
+        of sums. Calls of different kinds may report different sites.
 
     Raises:
       HireRewriteError: a batch has another structure than `example`.

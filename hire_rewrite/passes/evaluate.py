@@ -120,10 +120,10 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
             rewritten = rewrite(analysis.trace, swaps)
             reports = rewritten({i: inputs[i] for i in rewritten.needs})[1]
             if head is not None:
-                own, values = reports.pop(name)
+                quality, values = reports.pop(name)
                 logits.append(values)
-                if own is not None:
-                    reports[name] = own
+                if quality is not None:
+                    reports[name] = quality
         sums: dict[str, Any] = {"sites": reports}
         if head is not None:
             sums["model"] = _compare(logits[0], logits[-2], logits[-1], classes, head.start)

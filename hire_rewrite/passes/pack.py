@@ -67,22 +67,24 @@ def pack(
             sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
     swaps = [swap for d in packing for swap in HIRE.packed(d, sites[d.packed_name])]
     needs = rewrite(trace, swaps).needs
-    kept = {trace.paths[i]: _kept(array) for i, array in arrays.items() if i in needs}
+    kept = {  # a `jax.Ref` as it is
+        trace.paths[i]: array if _compat.is_ref(jax.typeof(array)) else jnp.asarray(array)
+        for i, array in arrays.items()
+        if i in needs
+    }
     meshes = [d.site.sharding for d in packing if isinstance(d.site.sharding, RowSharding)]
     if meshes:  # all on the same devices
         kept, sites = jax.tree.map(lambda array: on_mesh(array, meshes[0]), (kept, sites))
     info = PackedInfo(
         origin,
-        tuple(_info(decision, calibration) for decision in firsts),
+        tuple(
+            PackedSite(d.name, d.site.key, repr(d.op.layout), calibration.statistics.get(d.name))
+            for d in firsts
+        ),
         tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),
         tuple(map(abstract, jax.tree.leaves((kept, sites)))),
     )
     return Packed(kept, sites, info)
-
-
-def _kept(array: Any) -> Any:
-    """A weight that is still read: an array, or a `jax.Ref` as it is."""
-    return array if _compat.is_ref(jax.typeof(array)) else jnp.asarray(array)
 
 
 def pack_shapes(
@@ -99,11 +101,11 @@ def pack_shapes(
     )
     placed: dict[str, Any] = {}
     for decision in decisions:
-        if decision.packs and decision.packed_name not in placed:
-            arrays = packed.sites[decision.packed_name]
+        if decision.name in packed.sites:
+            arrays = packed.sites[decision.name]
             shardings = decision.site.sharding.shardings(arrays, decision.op.partition_specs)
             if shardings is not None:
-                placed[decision.packed_name] = jax.tree.map(_with_sharding, arrays, shardings)
+                placed[decision.name] = jax.tree.map(_with_sharding, arrays, shardings)
     if not placed:
         return packed
     mesh = jax.tree.leaves(placed)[0].sharding.mesh
@@ -125,10 +127,7 @@ def _with_sharding(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _packed_site(
-    decision: Decision,
-    stacker: Stacker,
-    calibration: Calibration,
-    advance: Callable[[], None],
+    decision: Decision, stacker: Stacker, calibration: Calibration, advance: Callable[[], None]
 ) -> Any:
     """The packed arrays of a site, on the devices that are to hold them."""
     site, operation = decision.site, decision.op
@@ -159,11 +158,6 @@ def _packed_site(
     arrays = site.sharding.put(arrays, operation.partition_specs)
     _check_finite(site.name, operation.rows(arrays))
     return arrays
-
-
-def _info(decision: Decision, calibration: Calibration) -> PackedSite:
-    statistics = calibration.statistics.get(decision.name)
-    return PackedSite(decision.name, decision.site.key, repr(decision.op.layout), statistics)
 
 
 def _check_finite(name: str, rows: Sequence[Any]) -> None:

@@ -119,8 +119,13 @@ class ManualSharding(Sharding):
             return pack(Stacker(inputs), calibration)
 
         if isinstance(mesh, Mesh):
-            arrays = [_put(array, mesh, spec) for array, spec in zip(arrays, specs, strict=True)]
-            calibration = jax.tree.map(lambda leaf: _put(leaf, mesh, self.spec), calibration)
+
+            def lay_out(array: Any, spec: PartitionSpec) -> Any:
+                traced = isinstance(array, jax.core.Tracer)
+                return array if traced else put(jnp.asarray(array), mesh, spec)
+
+            arrays = list(map(lay_out, arrays, specs))
+            calibration = jax.tree.map(lambda leaf: lay_out(leaf, self.spec), calibration)
         mapped = jax.shard_map(
             pack_shard,
             mesh=_compat.mesh_around(mesh),
@@ -201,9 +206,3 @@ def exchanges_weights(value: Value, within: Scope) -> bool:
 
 def _is_manual(scope: Scope) -> bool:
     return scope.parent is not None and scope.parent.primitive is _compat.shard_map_p
-
-
-def _put(array: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    if isinstance(array, jax.core.Tracer):
-        return array
-    return put(jnp.asarray(array), mesh, spec)

@@ -40,7 +40,10 @@ def sharding_of(
     shardings = _shardings_of(trace, matrices)
     sharding = _row_sharding(shardings, default)
     if sharding is None:
-        return UNSHARDED, _unsupported_types(weights), False
+        typed = (v.aval.sharding for v in weights if _compat.is_sharded_by_type(v.aval))
+        divided = any(num_shards(sharding) > 1 for sharding in typed)
+        types = "its weights are sharded by their types (a mesh with explicit axes)"
+        return UNSHARDED, types if divided else None, False
     reason = unsupported(sharding)
     if len({item.mesh for item in shardings}) > 1:
         reason = "its weights are sharded over several meshes"
@@ -50,11 +53,8 @@ def sharding_of(
 
 
 def _row_sharding(shardings: Sequence[NamedSharding], default: Mesh | None) -> RowSharding | None:
-    """All axes of the mesh over which a site's matrices are sharded, in whichever direction.
-
-    A matrix that is sharded along its inputs (fully sharded storage) is packed with sharded rows:
-    then each device still holds as much of it, and no row has to be gathered.
-    """
+    """All axes of the mesh over which a site's matrices are sharded, in whichever direction: what
+    is sharded along its inputs (fully sharded storage) is packed with sharded rows."""
     used = {name for sharding in shardings for name in mesh_axes(sharding.spec)}
     mesh = shardings[0].mesh if used else default
     if mesh is None:
@@ -64,16 +64,6 @@ def _row_sharding(shardings: Sequence[NamedSharding], default: Mesh | None) -> R
     axes = tuple(str(name) for name in mesh.axis_names if name in used and mesh.shape[name] > 1)
     sharding = RowSharding(mesh, axes)
     return sharding if sharding.num_shards > 1 else None
-
-
-def _typed(value: Value) -> bool:
-    return _compat.is_sharded_by_type(value.aval)
-
-
-def _unsupported_types(weights: Iterable[Value]) -> str | None:
-    if any(num_shards(value.aval.sharding) > 1 for value in weights if _typed(value)):
-        return "its weights are sharded by their types (a mesh with explicit axes)"
-    return None
 
 
 def _unsupported_region(

@@ -95,7 +95,6 @@ class RowSharding(Sharding):
         return others if isinstance(tokens, int) and tokens % size == 0 else ()
 
     def token_shards(self, tokens: int) -> int:
-        """Into how many shards so many tokens are divided."""
         return math.prod(self.mesh.shape[axis] for axis in self.token_axes(tokens))
 
     def map(
@@ -162,10 +161,10 @@ def mesh_axes(spec: Any) -> list[str]:
 
 def packing_context(weights: Iterable[Any]) -> AbstractContextManager[Any]:
     """The context to pack in: a mesh that leaves open how arrays are sharded, if types say it."""
-    typed = [sharding.mesh for sharding in map(_typed_sharding, weights) if sharding is not None]
-    if not typed:
+    typed = next(filter(None, map(_typed_sharding, weights)), None)
+    if typed is None:
         return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(_compat.automatic(typed[0]).abstract_mesh)
+    return jax.sharding.use_abstract_mesh(_compat.automatic(typed.mesh).abstract_mesh)
 
 
 def automatic(array: Any) -> Any:
@@ -181,13 +180,9 @@ def automatic(array: Any) -> Any:
 
 def _typed_sharding(array: Any) -> NamedSharding | None:
     """How an array or a shape is sharded, if its type says so."""
-    known = isinstance(array, jax.Array | jax.ShapeDtypeStruct)
-    if not known or isinstance(array, jax.core.Tracer):
-        return None
-    sharding = array.sharding
-    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
-        return sharding
-    return None
+    sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    typed = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if typed else None
 
 
 def on_mesh(array: Any, sharding: Sharding) -> Any:
