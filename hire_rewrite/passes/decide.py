@@ -120,7 +120,12 @@ class _Decider:
         if operation.undecided is not None:
             return Decision(site, _row(site, rule, operation.undecided), operation)
         rule.predictor.check(*operation.scored, site=site.name)
-        return self._with_operation(site, rule, operation, packed)
+        now = estimate(operation, site.tokens, self.machine)
+        packs = self._packs(operation, packed)
+        reason, rewritten = self._reason(operation, packs, now)
+        row = _row(site, rule, reason, now, rewritten=rewritten)
+        name = site.name if packed is None else packed.name
+        return Decision(site, row, operation, packs, name, asked=packs or bool(self.rules))
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
         kind = site.kind
@@ -147,23 +152,11 @@ class _Decider:
         site = dataclasses.replace(site, sharding=UNSHARDED)
         return site.kind.resolve(site, rule, known, self.functions)
 
-    def _with_operation(
-        self, site: MatchedSite, rule: Rule, operation: Operation, packed: PackedSite | None
-    ) -> Decision:
-        now = estimate(operation, site.tokens, self.machine)
-        packs = self._packs(rule, operation, packed)
-        reason, rewritten = self._reason(site, rule, operation, packs, now)
-        row = _row(site, rule, reason, now, rewritten=rewritten)
-        name = site.name if packed is None else packed.name
-        return Decision(site, row, operation, packs, name, asked=packs or bool(self.rules))
-
-    def _packs(self, rule: Rule, operation: Operation, packed: PackedSite | None) -> bool:
+    def _packs(self, operation: Operation, packed: PackedSite | None) -> bool:
         if self.packed is None:
-            return rule.force or any(
-                estimate(operation, tokens, self.machine).pays
-                for tokens in _DECODING
-                if rule.takes(tokens)
-            )
+            counts = filter(operation.rule.takes, _DECODING)
+            pay = (estimate(operation, tokens, self.machine).pays for tokens in counts)
+            return operation.rule.force or any(pay)
         if packed is None:
             return False
         if packed.layout != repr(operation.layout):
@@ -174,16 +167,15 @@ class _Decider:
             )
         return True
 
-    def _reason(
-        self, site: MatchedSite, rule: Rule, operation: Operation, packs: bool, now: Estimate
-    ) -> tuple[str, bool]:
+    def _reason(self, operation: Operation, packs: bool, now: Estimate) -> tuple[str, bool]:
         """Why a site is what it is, and whether it is rewritten."""
+        rule, tokens = operation.rule, operation.site.tokens
         if self.packed is not None and not packs:
             return "the Packed does not hold it: pack with this function to rewrite it", False
-        if rule.takes(site.tokens) and (rule.force or (packs and now.pays)):
+        if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True
-        if not rule.takes(site.tokens):
-            reason = f"{site.tokens} tokens are more than max_tokens={rule.max_tokens}"
+        if not rule.takes(tokens):
+            reason = f"{tokens} tokens are more than max_tokens={rule.max_tokens}"
         else:
             reason = (
                 f"expected {now.ratio:.2f} times as fast as dense (would read "

@@ -88,8 +88,7 @@ def _site_sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
 
     def run(operands: Any) -> dict[str, Any]:
         packed, inputs, _ = operands
-        swaps = analysis.replacements(packed, _measured(follow_exact=True))
-        rewritten = rewrite(analysis.trace, swaps)
+        rewritten = rewrite(analysis.trace, analysis.replacements(packed, _measured(True)))
         return {"sites": rewritten({i: inputs[i] for i in rewritten.needs})[1]}
 
     return run
@@ -98,7 +97,7 @@ def _site_sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
 def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
     """(Packed, inputs by number, classes or None) to the sums of the sites and of the model."""
     head = _last_logits(analysis)
-    modes = [_measured(follow_exact=False)]
+    modes = [_measured(False)]
     if head is not None:
         exact_is_dense = all(decision.op.exact_is_dense for decision in analysis.packing)
         others = [DENSE.packed, EXACT.packed]
@@ -132,7 +131,7 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
     return run
 
 
-def _measured(*, follow_exact: bool) -> Packing:
+def _measured(follow_exact: bool) -> Packing:
     def packed(decision: Decision, arrays: Any) -> list[SiteReplacement]:
         swaps = decision.op.measured(arrays, follow_exact=follow_exact)
         if not any(swap.reports for swap in swaps):

@@ -1,7 +1,7 @@
 """Call-like primitives: how to see through each, and how to write it again.
 
-`inline` has the calls that only group code; `scan`, `while_loop`, `cond` and `shard_map` have a
-file each, and stand in the table `structured_calls`. A primitive that is in neither but holds code
+`inline` has the calls that only group code, `control` loops and branches; these and `shard_map`
+stand in the table `structured_calls`. A primitive that is in neither but holds code
 is left as it is, and the plan names it. To add one, write a class and register it here.
 """
 
@@ -10,16 +10,14 @@ from typing import Any
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.calls.cond import Cond
+from hire_rewrite.graph.calls.control import Cond, Scan, While
 from hire_rewrite.graph.calls.inline import inline_call
-from hire_rewrite.graph.calls.scan import Scan
 from hire_rewrite.graph.calls.shard_map import ShardMap
 from hire_rewrite.graph.calls.table import (
     BodyResult,
     InlineCall,
     StructuredCall,
 )
-from hire_rewrite.graph.calls.while_loop import While
 
 __all__ = [
     "BodyResult",
