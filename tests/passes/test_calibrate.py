@@ -23,8 +23,7 @@ class Recorder(Oracle):
     wants_calibration = True
 
     def fit(self, rows, moments=None, top=None):
-        mean, covariance = moments.mean_and_covariance()
-        seen = {"count": moments.count, "mean": mean, "covariance": covariance}
+        seen = {"count": moments.count, "mean": moments.mean, "covariance": moments.covariance()}
         return super().fit(rows, moments, top) | seen
 
 
