@@ -1,8 +1,7 @@
 """The one file that knows jax versions.
 
-jax moves its internal data structures between minor releases. Everything that the
-package reads from a jaxpr and that differed between jax 0.10 and 0.12 is asked here, by
-looking at what is there rather than at a version number where that says it.
+All that the package reads from a jaxpr and that differed between jax 0.10 and 0.12 is asked here,
+by looking at what is there rather than at a version number where that says it.
 """
 
 import functools
@@ -22,11 +21,8 @@ from hire_rewrite.errors import HireRewriteError
 
 
 def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
-    """The open jaxpr of a closed one and the constants for its `constvars`.
-
-    Up to jax 0.10 a `ClosedJaxpr` wraps a `Jaxpr`; from 0.11 both are one class, which
-    carries its own constants.
-    """
+    """The open jaxpr of a closed one and the constants for its `constvars`: up to jax 0.10 a
+    `ClosedJaxpr` wraps a `Jaxpr`; from 0.11 both are one class."""
     jaxpr = closed.jaxpr if hasattr(closed, "jaxpr") else closed
     consts = closed.consts if hasattr(closed, "consts") else ()
     return jaxpr, consts
@@ -43,11 +39,8 @@ def is_jaxpr(obj: Any) -> bool:
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
-    """How many operands of a `scan` are constants and how many are carried.
-
-    jax 0.10 counts them (`num_consts`, `num_carry`); later versions store the flat trees of
-    the operands instead (`ft_in`: constants, carry, sliced inputs).
-    """
+    """How many operands of a `scan` are constants and how many are carried: jax 0.10 counts them,
+    later versions store the flat trees of constants, carry and sliced inputs."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()

@@ -97,12 +97,9 @@ class Packed:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules that make a `Packed` like this one, anywhere: all sizes are written out, those
-        that calibration found too, and nothing is left to a machine's estimate.
-
-        With `save_rules` they go beside a checkpoint of the arrays, and `transform(fn, *rules)`
-        packs shapes to what the checkpoint is restored to.
-        """
+        """The rules that make a `Packed` like this one, anywhere: all sizes are written out, and
+        nothing is left to a machine's estimate. With `save_rules` they go beside a checkpoint, and
+        `transform(fn, *rules)` packs shapes to what it is restored to."""
         return self.info.rules
 
     def check(self) -> None:

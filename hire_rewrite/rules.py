@@ -105,12 +105,8 @@ def is_int(number: object) -> bool:
 
 def check_amount(rule: str, name: str, amount: object) -> None:
     """Raise HireRewriteError if an amount is neither a fraction nor a number of rows."""
-    if is_int(amount):
-        valid = amount >= 1  # type: ignore[operator]
-    else:
-        valid = isinstance(amount, numbers.Real) and 0.0 < float(amount) <= 1.0
-        valid = valid and not isinstance(amount, bool)
-    if not valid:
+    real = isinstance(amount, numbers.Real) and not isinstance(amount, bool)
+    if not real or not (amount >= 1 if is_int(amount) else 0.0 < amount <= 1.0):  # type: ignore[operator]
         raise HireRewriteError(
             f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
             "of rows (an int of at least 1)"

@@ -130,7 +130,7 @@ class Transformed:
             analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
         else:
             analysis.check_decided()
-        if calibration is None and not shapes and analysis.wants_calibration:
+        if seen is None and not shapes and analysis.wants_calibration:
             self._warn(
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"

@@ -1,8 +1,7 @@
 """What a site reads, dense and rewritten, and how long that takes on a machine.
 
 Decoding is bound by reading, so a site's time is that of its reads: dense, of its weights;
-rewritten, of the predictor's arrays and of the rows that are gathered, and what choosing them
-costs. The machine (`cost.machine`) says how long each read takes.
+rewritten, of the predictor's arrays and of the gathered rows, and what choosing them costs.
 """
 
 from __future__ import annotations

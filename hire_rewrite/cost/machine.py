@@ -1,13 +1,10 @@
 """How long a machine takes to read: the constants that decide whether rewriting a site pays.
 
-Decoding is bound by reading, but not everything is read as fast. XLA's CPU backend reads a matrix
-for two tokens five times as slowly as for one; 4-bit rows cost more than wide ones where no kernel
-unpacks them; choosing and fetching rows costs what no byte count shows. So the time of a read is
-its bytes times a constant, which depends on how the numbers are stored and for how many tokens
-they are read, and a rewritten site has a cost of its own besides.
-
-`python -m benchmarks.machine` measures these constants. Those of some machines come with the
-package: a file in `machines/` for each that was measured, and others below.
+Decoding is bound by reading, but not everything is read as fast: so the time of a read is its bytes
+times a constant, which depends on how the numbers are stored and for how many tokens they are read,
+and a rewritten site has a cost of its own besides. `python -m benchmarks.machine` measures these
+constants. Those of some machines come with the package: a file in `machines/` for each that was
+measured, and others below.
 """
 
 from __future__ import annotations
@@ -101,11 +98,8 @@ def _between(times: tuple[float, ...], tokens: int) -> float:
 
 
 def _of_bandwidth(name: str, gigabytes: float, *, site: float) -> Machine:
-    """An accelerator that was not measured: its published bandwidth, in 1e9 bytes a second.
-
-    What XLA makes of narrow rows, of fetching and of `top_k` is taken to reach a fraction of it:
-    guesses that lean towards dense.
-    """
+    """An accelerator that was not measured, of a published bandwidth in 1e9 bytes a second. What is
+    not dense is taken to reach a fraction of it: guesses that lean towards dense."""
 
     def at(share: float) -> tuple[float, ...]:
         return (1 / (gigabytes * share),) * len(TOKENS)

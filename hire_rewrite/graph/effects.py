@@ -1,8 +1,7 @@
 """The order that effects have among each other, and what cannot be replaced because of them.
 
-Data alone tell when most code may run. Not so a callback that is ordered, or the reads and writes
-of a `Ref`: they have to come in the order in which the function has them. What is unordered in JAX
-(a plain `jax.debug.print`) is free here too.
+Ordered callbacks, and the reads and writes of a `Ref`, have to come in the order in which the
+function has them. What is unordered in JAX (a plain `jax.debug.print`) is free here too.
 """
 
 from __future__ import annotations

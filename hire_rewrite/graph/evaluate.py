@@ -1,10 +1,9 @@
 """The one place where an equation of the traced function becomes code.
 
-An equation carries more than a primitive and its parameters: the named scopes around it, the
-compute type and XLA metadata it is annotated with, the mesh it was traced under, its effects.
-`evaluate` keeps all of them, as `jax.core.eval_jaxpr` does. Inside the code of a replaced site two
-things are different, and there is a variant for each: the site stands under its own names and mesh
-already (`evaluate_inside`), and it may hold a part of an array only (`evaluate_part`).
+`evaluate` keeps all that an equation carries, as `jax.core.eval_jaxpr` does: the named scopes
+around it, its compute type and XLA metadata, the mesh it was traced under, its effects. Inside the
+code of a replaced site, names and mesh are the site's (`evaluate_inside`), and an equation may be
+given a part of an array only (`evaluate_part`).
 """
 
 from __future__ import annotations

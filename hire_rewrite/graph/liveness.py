@@ -1,8 +1,7 @@
 """What is needed: values that reach a result or an effect, found from the results backward.
 
-Generation loops carry whole forward passes that nobody reads; a matcher that looked at them
-would see uses that do not exist. The same question is asked again after sites are chosen: a
-weight that only a replaced product read is no longer needed.
+Generation loops carry whole forward passes that nobody reads, whose uses a matcher must not see;
+and a weight that only a replaced product read is no longer needed.
 """
 
 from __future__ import annotations

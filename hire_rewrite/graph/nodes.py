@@ -1,10 +1,9 @@
 """A function flattened: values, the nodes that define them, and nested scopes.
 
-A jaxpr nests calls inside calls. Most of them (`jit`, `checkpoint`, `custom_jvp`, ...) mean
-nothing to a matcher: their bodies are inlined in the caller's *scope*, so that a value keeps
-one identity on both sides of the call. Loops and branches mean something: they are nodes that
-own scopes of their own, tied to the outside by `Input` and `Output` links. The calls that were
-inlined are remembered as *frames*, so that the code can be emitted again as it was.
+Calls (`jit`, `checkpoint`, `custom_jvp`, ...) are inlined in the caller's *scope*, so that a value
+keeps one identity on both sides of the call, and remembered as *frames*, so that the code can be
+emitted again as it was. Loops and branches are nodes with scopes of their own, tied to the outside
+by `Input` and `Output` links.
 """
 
 from __future__ import annotations

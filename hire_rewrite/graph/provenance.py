@@ -1,9 +1,8 @@
 """Where a value comes from: from weights alone, or from an activation too.
 
-A *weight* is a value that depends on weight arguments, closed-over arrays and numbers, and on
-nothing else, whatever was done to it on the way: transposed, cast, reshaped, dequantized, sliced
-by a `scan` or indexed by a loop's counter. What depends on weights alone is computed once, when
-the weights are packed.
+A *weight* is a value that depends on weight arguments, closed-over arrays and numbers alone,
+whatever was done to it on the way: transposed, cast, dequantized, sliced by a `scan` or indexed by
+a loop's counter. It is computed once, when the weights are packed.
 """
 
 from __future__ import annotations
@@ -112,10 +111,8 @@ def body_of(value: Value) -> tuple[Body, int]:
     """The body of a loop or branch that a value is an input of, and its number there."""
     node = value.scope.parent
     assert node is not None
-    for body in node.bodies:
-        if body.scope is value.scope:
-            return body, body.scope.inputs.index(value)
-    raise AssertionError("a scope's parent lists the scope among its bodies")
+    body = next(body for body in node.bodies if body.scope is value.scope)
+    return body, body.scope.inputs.index(value)
 
 
 def backward_slice(value: Value, within: Scope | None = None) -> Iterator[Value]:

@@ -1,8 +1,7 @@
 """Compute weights outside the loops that use them.
 
-Inside a `scan` over layers a weight is one slice of a stacked array. Packing needs all slices at
-once. `Stacker` evaluates any value that depends on weights alone, with a leading axis for each scan
-over which it varies: an operation of a loop's body runs under `vmap` over those axes.
+Inside a `scan` over layers a weight is one slice of a stacked array, and packing needs all slices:
+`Stacker` evaluates weights with a leading axis for each scan over which they vary, under `vmap`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Run a function on batches, have its sites say what they see, and conclude their sizes from it.
 
 A tap stands in the place of each site: it computes what the model computes and reports what it saw.
-Loops stack the reports of sites that have weights of their own in each iteration, and sum all
-others.
 """
 
 from __future__ import annotations

@@ -167,11 +167,12 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> tuple[Rejection, 
 
 def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
     """The weight of a product, and the path of what it was made of."""
-    for value in node.ins:
-        for origin in (value, chosen_from(value, trace.provenance)):
-            if origin is not None and trace.provenance.is_weight(origin):
-                return value, _weight_path(trace, origin)
-    raise AssertionError("a product that missed has a weight")
+    origins = ((v, origin) for v in node.ins for origin in (v, chosen_from(v, trace.provenance)))
+    return next(
+        (value, _weight_path(trace, origin))
+        for value, origin in origins
+        if origin is not None and trace.provenance.is_weight(origin)
+    )
 
 
 def _weight_path(trace: Trace, weight: Value) -> str:

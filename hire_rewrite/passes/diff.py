@@ -1,8 +1,7 @@
 """The jaxpr before and after, aligned: only what changed, with context.
 
-Both jaxprs are printed line by line, nested ones indented. Lines are aligned by what they compute
-(primitive, parameters, types), and the variables of the new jaxpr then take the names of those
-that they are aligned with, so that an unchanged line reads the same on both sides.
+Both are printed line by line and aligned by what lines compute (primitive, parameters, types); the
+variables of the new jaxpr take the names of those that they are aligned with.
 """
 
 from __future__ import annotations
@@ -130,11 +129,8 @@ class _Line:
         read = " ".join(
             str(v.val) if isinstance(v, jex_core.Literal) else names.get(v, "_") for v in self.reads
         )
-        arrow = " = " if self.binds and not self.what.startswith("λ") else " "
-        parts = [self.what, read] if arrow == " = " else [self.what]
-        text = (
-            f"{bound}{arrow}{' '.join(parts)}" if arrow == " = " else f"{self.what} {bound}{read}"
-        )
+        equation = self.binds and not self.what.startswith("λ")
+        text = f"{bound} = {self.what} {read}" if equation else f"{self.what} {bound}{read}"
         return _INDENT * self.depth + text.strip()
 
 
@@ -144,11 +140,10 @@ def _print(closed: Any, depth: int = 0, label: str = "") -> list[_Line]:
     for eqn in jaxpr.eqns:
         shown, inner = [], []
         for name, param in sorted(eqn.params.items()):
-            found = list(param) if isinstance(param, tuple | list) else [param]
-            if found and all(map(_compat.is_jaxpr, found)):
-                inner += [
-                    (name if len(found) == 1 else f"{name}[{i}]", p) for i, p in enumerate(found)
-                ]
+            jaxprs = list(param) if isinstance(param, tuple | list) else [param]
+            if jaxprs and all(map(_compat.is_jaxpr, jaxprs)):
+                many = len(jaxprs) > 1
+                inner += [(f"{name}[{i}]" if many else name, sub) for i, sub in enumerate(jaxprs)]
             elif name not in _HIDDEN and not _is_plain(param):
                 shown.append(f"{name}={_short(param)}")
         what = f"{eqn.primitive}[{' '.join(shown)}]" if shown else str(eqn.primitive)

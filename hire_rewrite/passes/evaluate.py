@@ -7,6 +7,7 @@ rewritten one; logits of a head outside all loops are compared between the three
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,30 +75,26 @@ def evaluate(
         wanted = None if targets is None else jnp.asarray(targets(*batch)).reshape(-1)
         return analysis, (packed, known, wanted)
 
-    def build(analysis: Analysis) -> Callable[[Any], Any]:
-        return _site_sums(analysis) if sites_only else _sums(analysis)
-
+    build = functools.partial(_sums, sites_only=sites_only)
     total = accumulate("evaluation batch", batches, None, prepare, build)
     if total is None:
         raise HireRewriteError(f"{analyses.name}: no batches to evaluate on: give at least one")
     return summarize(kinds[0].packing, total)
 
 
-def _site_sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
-    """(Packed, inputs by number, None) to the sums of the sites, which all see the exact model."""
-
-    def run(operands: Any) -> dict[str, Any]:
-        packed, inputs, _ = operands
-        rewritten = rewrite(analysis.trace, analysis.replacements(packed, _measured(True)))
-        return {"sites": rewritten({i: inputs[i] for i in rewritten.needs})[1]}
-
-    return run
-
-
-def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
+def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, Any]]:
     """(Packed, inputs by number, classes or None) to the sums of the sites and of the model."""
-    head = _last_logits(analysis)
-    modes = [_measured(False)]
+
+    def measured(decision: Decision, arrays: Any) -> list[SiteReplacement]:
+        swaps = decision.op.measured(arrays, follow_exact=sites_only)
+        if not any(swap.reports for swap in swaps):
+            raise HireRewriteError(
+                f"{decision.name}: `measured` of {decision.site.kind.name} sites reports no Quality"
+            )
+        return swaps
+
+    head = None if sites_only else _last_logits(analysis)
+    modes: list[Packing] = [measured]
     if head is not None:
         exact_is_dense = all(decision.op.exact_is_dense for decision in analysis.packing)
         others = [DENSE.packed, EXACT.packed]
@@ -116,8 +113,7 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
             swaps, name = analysis.replacements(packed, mode), ""
             if head is not None:
                 swaps, name = _with_logits(swaps, head)
-            rewritten = rewrite(analysis.trace, swaps)
-            reports = rewritten({i: inputs[i] for i in rewritten.needs})[1]
+            reports = rewrite(analysis.trace, swaps)(inputs)[1]
             if head is not None:
                 quality, values = reports.pop(name)
                 logits.append(values)
@@ -129,18 +125,6 @@ def _sums(analysis: Analysis) -> Callable[[Any], dict[str, Any]]:
         return sums
 
     return run
-
-
-def _measured(follow_exact: bool) -> Packing:
-    def packed(decision: Decision, arrays: Any) -> list[SiteReplacement]:
-        swaps = decision.op.measured(arrays, follow_exact=follow_exact)
-        if not any(swap.reports for swap in swaps):
-            raise HireRewriteError(
-                f"{decision.name}: `measured` of {decision.site.kind.name} sites reports no Quality"
-            )
-        return swaps
-
-    return packed
 
 
 def _last_logits(analysis: Analysis) -> Logits | None:

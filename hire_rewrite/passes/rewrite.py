@@ -1,8 +1,8 @@
 """Emit a function again with some of its nodes replaced: interpret it and retrace.
 
-Nothing is assembled by hand. What did not change is evaluated as it was, calls, loops and branches
-that hold a change go through their public combinator, and a replacement is an ordinary function.
-Each runs under the named scopes and the annotations of what stood in its place.
+What did not change is evaluated as it was, calls, loops and branches that hold a change go through
+their public combinator, and a replacement is an ordinary function. Each runs under the named scopes
+and the annotations of what stood in its place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Order the code of a scope for emission: what is kept, what is replaced, what is written again.
 
-The nodes of a replacement are contracted to one item; a call that nothing is replaced in stays one
-equation; a call that holds whole replacements becomes a call again, and one that holds a part of
-one dissolves in its caller. The items are then sorted by what they read and by their effects.
+The nodes of a replacement are contracted to one item. A call that nothing is replaced in stays one
+equation; one that holds whole replacements becomes a call again, and one that holds a part of one
+dissolves in its caller. The items are then sorted by what they read and by their effects.
 """
 
 from __future__ import annotations

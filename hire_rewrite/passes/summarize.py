@@ -23,12 +23,9 @@ _CURVE = 40
 
 def summarize(decisions: Sequence[Decision], total: Mapping[str, Any]) -> Report:
     """The report of the sums of `evaluate`."""
-    sites = [
-        _site(decision, total["sites"][decision.name])
-        for decision in decisions
-        if decision.name in total["sites"]
-    ]
-    return Report(tuple(sites), _model(total.get("model")))
+    sums = total["sites"]
+    sites = tuple(_site(d, sums[d.name]) for d in decisions if d.name in sums)
+    return Report(sites, None if "model" not in total else _model(total["model"]))
 
 
 def _site(decision: Decision, sums: Any) -> SiteReport:
@@ -97,9 +94,7 @@ def _counts(least: int, candidates: int, units: int) -> list[int]:
     return sorted(some | {candidates, min(2 * candidates, units)})
 
 
-def _model(sums: Any) -> ModelReport | None:
-    if sums is None:
-        return None
+def _model(sums: Any) -> ModelReport:
     tokens = max(float(sums.tokens), 1.0)
     perplexity = None
     if float(sums.targets) > 0:

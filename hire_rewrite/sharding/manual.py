@@ -1,8 +1,7 @@
 """Sites inside a `shard_map` of the function's own (a manual region): each device has a shard.
 
-Each device packs its own shards, in a `shard_map` like the function's, and the packed arrays have
-the devices on their leading axis: `[devices · layers, ...]`, each device its own layers. They
-become extra `shard_map` operands.
+Each device packs its own shards, in a `shard_map` like the function's. The packed arrays,
+`[devices · layers, ...]`, become extra `shard_map` operands.
 """
 
 from __future__ import annotations

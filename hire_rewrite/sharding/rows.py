@@ -51,8 +51,7 @@ class Sharding:
         return array
 
     def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
-        """A pytree of packed arrays on the devices that hold them; `specs` are its partition specs
-        by its structure."""
+        """Packed arrays on the devices that hold them; `specs` are their partition specs."""
         return arrays
 
     def shardings(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
@@ -97,17 +96,10 @@ class RowSharding(Sharding):
     def token_shards(self, tokens: int) -> int:
         return math.prod(self.mesh.shape[axis] for axis in self.token_axes(tokens))
 
-    def map(
-        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
-    ) -> Callable[..., Any]:
+    def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
         """`function` on each device, of its shards of the arguments."""
-        return jax.shard_map(
-            function,
-            mesh=_compat.mesh_around(self.mesh),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
+        mesh, specs = _compat.mesh_around(self.mesh), {"in_specs": in_specs, "out_specs": out_specs}
+        return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
     def put_rows(self, array: Any, axis: int) -> Any:
         """See `Sharding.put_rows`.
