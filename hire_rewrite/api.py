@@ -13,7 +13,7 @@ from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.modes import MODES
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
-from hire_rewrite.sites import kind_of, site_kinds
+from hire_rewrite.sites import site_kinds
 from hire_rewrite.transformed import Transformed
 
 _ON_MISS = ("ignore", "warn", "raise")
@@ -77,7 +77,7 @@ def _transform(
             f"transform, or transform its original, {fn.name}.fn"
         )
     for rule in rules:
-        if not isinstance(rule, Rule) or kind_of(rule) is None:
+        if not isinstance(rule, tuple(kind.rule for kind in site_kinds())):
             known = " or ".join(f"{kind.rule.__name__}(...)" for kind in site_kinds())
             raise HireRewriteError(
                 f"transform: {rule!r} is not a rule: give {known} (`register_kind` adds others)"

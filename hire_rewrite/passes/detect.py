@@ -17,8 +17,7 @@ from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import loops_of
-from hire_rewrite.patterns.context import MatchContext
-from hire_rewrite.patterns.linear import Linear, as_linear, chosen_from
+from hire_rewrite.patterns.linear import Linear, MatchContext, as_linear, chosen_from
 from hire_rewrite.patterns.refusal import NoMatch, Refusal, closer
 from hire_rewrite.plan import Rejection
 from hire_rewrite.rules import Rule

@@ -24,9 +24,9 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.modes import DENSE, EXACT, Packing
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.summarize import summarize
+from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.report import Report
 from hire_rewrite.sites import Logits
-from hire_rewrite.sites.layout import to_tokens
 from hire_rewrite.sites.replacement import SiteReplacement
 
 
@@ -146,13 +146,15 @@ def _with_logits(
     """The replacements, with one that reports the logits besides, and its name."""
     node = logits.value.node
     assert node is not None
-    itself = SiteReplacement(
-        "logits", frozenset({node}), node.ins, node.outs, lambda ins, *_: evaluate_inside(node, ins)
-    )
-    swap = next((swap for swap in swaps if logits.value in swap.outputs), itself)
 
-    def run(*operands: Any) -> tuple[list[Any], Any]:
-        results, report = swap.run(*operands) if swap.reports else (swap.run(*operands), None)
+    def itself(ins: Sequence[Any], *_: Any) -> tuple[list[Any], None]:
+        return evaluate_inside(node, ins), None
+
+    alone = SiteReplacement("logits", frozenset({node}), node.ins, node.outs, itself)
+    swap = next((swap for swap in swaps if logits.value in swap.outputs), alone)
+
+    def run(*operands: Any) -> tuple[Sequence[Any], Any]:
+        results, report = swap.run(*operands)
         values = results[swap.outputs.index(logits.value)]
         return results, (report, to_tokens(values, (logits.axis,)).astype(jnp.float32))
 

@@ -1,10 +1,9 @@
 """What the package looks for in a flattened jaxpr, by what primitives do (`graph.traits`).
 
-A `window` says which positions of a value are meant; `axes` knows which operations act separately
-on each of them, `layout` those that move, cut or merge them (and `one_hot` which products only
-choose). `linear` finds products with a weight; the backward `slice` of one leads to those before
-it; the `region` that it passed can be run on some positions. A `refusal` says why something is not
-a site, a `context` what matchers know of a scope.
+`axes` knows which operations act separately on each position of a `Window`, `layout` those that
+move, cut or merge positions. `linear` finds products with a weight; the backward `slice` of one
+leads to those before it; the `region` that it passed can be run on some positions. A `refusal` says
+why something is not a site.
 Nothing here knows a kind of site, or how a function is traced or rewritten.
 """
 

@@ -3,11 +3,9 @@
 For such an operation, position `i` of an axis of its result depends only on position `i` of an
 axis of each operand (or on some other position that the shapes tell, where it slices or reshapes).
 An axis rule says which positions of each operand belong to a `Window` of the result, and how to run
-the operation when only some of them are kept. This is the whole knowledge of the matcher about
-activations: whatever is built of such operations may be computed neuron by neuron.
-
-Pointwise primitives need no rule of their own: `traits` names them. Others register a function that
-is given the equation's parameters by name:
+the operation on some of them: whatever is built of such operations may be computed neuron by
+neuron. Pointwise primitives (see `traits`) need no rule. Others register a function that is given
+the equation's parameters by name:
 
     @register_axis_rule(my_primitive)
     def _my_rule(node, window, *, dimensions, **_):
@@ -16,6 +14,8 @@ is given the equation's parameters by name:
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +24,56 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.evaluate import evaluate_part
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.patterns.window import Window
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """The positions `start, start + stride, ...` of `axis`, `size` of them.
+
+    `picks` are pairs (axis, position) of axes of which one position alone is meant. `axis` is None
+    for an array that is the same for all positions. An array *in* a window has `n` positions on
+    `axis` (some or all of the window's) and one on each picked axis.
+    """
+
+    axis: int | None
+    size: int = 1
+    start: int = 0
+    stride: int = 1
+    picks: tuple[tuple[int, int], ...] = ()
+
+    def with_axis(self, axis: int | None) -> Window:
+        return dataclasses.replace(self, axis=axis)
+
+    def with_picks(self, picks: Sequence[tuple[int, int]]) -> Window:
+        return dataclasses.replace(self, picks=tuple(sorted(picks)))
+
+    @property
+    def picked(self) -> dict[int, int]:
+        return dict(self.picks)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of which not all positions are meant, its own first."""
+        return (*(() if self.axis is None else (self.axis,)), *self.picked)
+
+    def shape(self, full: Sequence[int], n: int) -> tuple[int, ...]:
+        """The shape of an array in the window that is `full` outside it."""
+        picked = self.picked
+        return tuple(
+            n if i == self.axis else 1 if i in picked else size for i, size in enumerate(full)
+        )
+
+    def tokens(self, full: Sequence[int]) -> int:
+        """The positions of the axes that are neither `axis` nor picked."""
+        return math.prod(size for i, size in enumerate(full) if i not in self.axes)
+
+    def cut(self, axis: int) -> tuple[int, int, int]:
+        """(start, stop, stride) of a slice of one of its axes."""
+        if axis == self.axis:
+            return self.start, self.start + (self.size - 1) * self.stride + 1, self.stride
+        position = self.picked[axis]
+        return position, position + 1, 1
+
 
 Windows = tuple[Window, ...]
 
@@ -80,6 +129,13 @@ def run_part(node: Node, operands: Sequence[Any], shape: Sequence[int], output: 
     return _binds[node.primitive](operands, shape, output=output, **node.params)
 
 
+def origin(value: Value, through: Trait) -> Value:
+    """What a value is made of, looking through operations of some traits."""
+    while value.node is not None and has(value.node.primitive, through):
+        value = value.node.ins[0]
+    return value
+
+
 def ordered_axis(node: Node) -> int:
     """The axis along which an operation orders or accumulates numbers."""
     rank = len(node.ins[0].shape)
@@ -120,8 +176,7 @@ def keeps_tokens(
         return False
     if node.primitive is not p.transpose_p:
         return True
-    fixed = {inner.axis, *inner.picked}
-    rest = [i for i in node.params["permutation"] if i not in fixed and old[i] != 1]
+    rest = [i for i in node.params["permutation"] if i not in inner.axes and old[i] != 1]
     return rest == sorted(rest)
 
 

@@ -14,10 +14,9 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node
-from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.patterns.axes import Blocked, Windows, register_axis_rule
-from hire_rewrite.patterns.one_hot import chooses, free_axes
-from hire_rewrite.patterns.window import Window
+from hire_rewrite.graph.traits import Trait
+from hire_rewrite.patterns.axes import Blocked, Window, Windows, origin, register_axis_rule
+from hire_rewrite.patterns.linear import free_axes, is_one_hot
 
 Operands = Sequence[Any]
 Shape = Sequence[int]
@@ -68,7 +67,7 @@ def _squeeze(node: Node, window: Window, *, dimensions: Shape, **_: Any) -> Wind
 @register_axis_rule(p.dot_general_p)
 def _choice(node: Node, window: Window, **_: Any) -> Windows:
     """A product with one-hot rows, along an axis that only the other operand has."""
-    chosen = chooses(node)
+    chosen = next((i for i in (0, 1) if is_one_hot(node.ins[1 - i])), None)
     if chosen is None:
         raise Blocked("comes from a product that is not linear in a weight along it")
     sources = {out: axis for axis, out in free_axes(node, chosen).items()}
@@ -85,7 +84,7 @@ def _reshape(node: Node, window: Window, **_: Any) -> Windows:
     picks: list[tuple[int, int]] = []
     inner: Window | None = None
     for olds, news in _blocks(old, new):
-        here = [i for i in news if i == window.axis or i in window.picked]
+        here = [i for i in news if i in window.axes]
         if not here:
             continue
         # The window as places in the block, counted in row-major order.
@@ -100,8 +99,7 @@ def _reshape(node: Node, window: Window, **_: Any) -> Windows:
         if not whole or (window.axis in news and inner is None):
             raise Blocked(f"is split or merged by a reshape from {old} to {new}")
         picks += _picks(old, olds, place)
-    if inner is None:
-        raise Blocked(f"vanishes in a reshape from {old} to {new}")
+    assert inner is not None
     return (inner.with_picks([pick for pick in picks if pick[0] != inner.axis]),)
 
 
@@ -189,8 +187,7 @@ def fixed_starts(node: Node) -> list[int] | None:
     place = node.ins[1]
     if place.shape != (1,):
         return None
-    while place.node is not None and has(place.node.primitive, Trait.MOVES | Trait.CASTS):
-        place = place.node.ins[0]
+    place = origin(place, Trait.MOVES | Trait.CASTS)
     if place.literal is None:
         return None
     (along,) = node.params["dimension_numbers"].start_index_map

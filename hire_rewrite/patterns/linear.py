@@ -1,19 +1,20 @@
-"""Linear layers: products of an activation with a weight."""
+"""Linear layers: products of an activation with a weight, and those of a scope."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.provenance import Provenance
+from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.patterns.one_hot import free_axes
+from hire_rewrite.patterns.axes import Window, origin
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.window import Window
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Linear:
     @property
     def tokens(self) -> int:
         """Rows that are multiplied with the weight, or with each expert's."""
-        fixed = {*self.out_axes, *(axis for _, _, axis in self.batch)}
+        fixed = {*self.out_axes, *(axis for *_, axis in self.batch)}
         return math.prod(size for i, size in enumerate(self.out.shape) if i not in fixed)
 
     def weight_axis(self, out_axis: int) -> int | None:
@@ -78,8 +79,7 @@ class Linear:
 
     def _unread(self, window: Window) -> list[tuple[int, int]]:
         """The free axes that are neither a window's nor picked by it."""
-        read = {window.axis, *window.picked}
-        return [(axis, out) for axis, out in self.free if out not in read]
+        return [(axis, out) for axis, out in self.free if out not in window.axes]
 
 
 def as_linear(node: Node, provenance: Provenance) -> Linear | None:
@@ -160,11 +160,59 @@ def _convolution(
 
 def chosen_from(value: Value, provenance: Provenance) -> Value | None:
     """The stack of matrices that a matrix is cut out of, at a place that is not a weight."""
-    through = Trait.MOVES | Trait.KEEPS | Trait.CASTS
-    while value.node is not None and has(value.node.primitive, through):
-        value = value.node.ins[0]
-    node = value.node
+    node = origin(value, Trait.MOVES | Trait.KEEPS | Trait.CASTS).node
     if node is None or node.primitive not in (p.dynamic_slice_p, p.gather_p):
         return None
     stack = node.ins[0]
     return stack if provenance.is_weight(stack) and len(stack.shape) > 2 else None
+
+
+def is_one_hot(value: Value) -> bool:
+    """Whether a value is made of a comparison of numbers with all numbers of a range.
+
+    It may have been moved, cast, scaled or smoothed since.
+    """
+    through = Trait.MOVES | Trait.KEEPS | Trait.LINEAR
+    while value.node is not None and has(value.node.primitive, through):
+        inner = [v for v in value.node.ins if v.literal is None and v.shape]
+        if not inner:
+            return False
+        value = inner[0]
+    return value.node is not None and value.node.primitive is p.eq_p
+
+
+def free_axes(product: Node, position: int) -> dict[int, int]:
+    """The axes of an operand that a `dot_general` neither contracts nor shares, to the result's."""
+    contracting, batch = product.params["dimension_numbers"]
+    frees = [
+        [i for i in range(len(v.shape)) if i not in contracting[s] and i not in batch[s]]
+        for s, v in enumerate(product.ins)
+    ]
+    first = len(batch[0]) + (len(frees[0]) if position == 1 else 0)
+    return {axis: first + i for i, axis in enumerate(frees[position])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MatchContext:
+    """A scope, and the sites that were matched in it so far.
+
+    Attributes:
+      linears: the linear layers of the scope, by their products.
+      taken: the nodes that belong to a site, with its match.
+      cache: what was found out about code, by the code: layers are mostly alike. Shared by all
+        scopes of a function.
+    """
+
+    trace: Trace
+    linears: Mapping[Node, Linear]
+    taken: dict[Node, Any] = dataclasses.field(default_factory=dict)
+    cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.trace.provenance
+
+    @property
+    def uses(self) -> Uses:
+        """Who reads a value, as far as anybody needs it."""
+        return self.trace.live

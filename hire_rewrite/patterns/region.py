@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.graph.evaluate import evaluate_part, literal_array
+from hire_rewrite.graph.evaluate import evaluate_part, literal_array, look_up
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.patterns.axes import operand_windows, run_part
+from hire_rewrite.patterns.axes import Window, operand_windows, run_part
 from hire_rewrite.patterns.linear import Linear
-from hire_rewrite.patterns.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +28,6 @@ class Projection:
 
     linear: Linear
     window: Window
-
-    @property
-    def weight_axis(self) -> int:
-        """The axis of the weight whose rows are read."""
-        assert self.window.axis is not None
-        axis = self.linear.weight_axis(self.window.axis)
-        assert axis is not None
-        return axis
-
-    @property
-    def weight_picks(self) -> dict[int, int]:
-        """Positions of the weight's other axes that are read alone."""
-        picks = {self.linear.weight_axis(i): position for i, position in self.window.picks}
-        return {axis: position for axis, position in picks.items() if axis is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +161,7 @@ class Region:
         done: dict[tuple[Value, Window], Any] = {}
         for projection, rows in zip(self.projections, pre, strict=True):
             out, window = projection.linear.out, projection.window
-            done[out, window] = _laid_out(rows, shape_of(out), window)
+            done[out, window] = _in_window(rows, shape_of(out), window)
         for vector, numbers in zip(self.vectors, vectors, strict=True):
             full = vector.window.shape(shape_of(vector.value), n)
             assert vector.window.axis is not None
@@ -198,7 +184,7 @@ class Region:
                 done[value, window] = run_part(node, operands, shape, output)
             return done[value, window]
 
-        return jnp.moveaxis(run(self.value, self.window), self.axis, -1).reshape(-1, n)
+        return to_tokens(run(self.value, self.window), (self.axis,))
 
     def _run_whole(
         self, pre: Sequence[jax.Array], vectors: Sequence[jax.Array], sides: Mapping[Value, Any]
@@ -208,19 +194,18 @@ class Region:
         for projection, array in zip(self.projections, pre, strict=True):
             out, window = projection.linear.out, projection.window
             places = tuple(
-                slice(*window.cut(axis)) if axis == window.axis or axis in window.picked else
-                slice(None)
+                slice(*window.cut(axis)) if axis in window.axes else slice(None)
                 for axis in range(len(out.shape))
-            )  # fmt: skip
+            )
             full = env.get(out, jnp.zeros(out.shape, out.dtype))
-            env[out] = full.at[places].set(_laid_out(array, out.shape, window))
+            env[out] = full.at[places].set(_in_window(array, out.shape, window))
         for vector, array in zip(self.vectors, vectors, strict=True):
             shape = vector.window.shape(vector.value.shape, self.size)
             env[vector.value] = array.reshape(shape)
         for node in self._ordered:
             if node.outs[0] not in env:
                 _compute(node, env)
-        return jnp.moveaxis(env[self.value], self.axis, -1).reshape(-1, self.size)
+        return to_tokens(env[self.value], (self.axis,))
 
 
 def _constant(value: Value) -> Hashable:
@@ -231,21 +216,29 @@ def _constant(value: Value) -> Hashable:
 
 def _compute(node: Node, env: dict[Value, Any]) -> None:
     """Add the results of a node, and of what it reads that is made of side inputs alone."""
-    operands = []
     for value in node.ins:
-        if value.literal is not None:
-            operands.append(literal_array(value))
-            continue
-        if value.const is None and value not in env:
+        if value.literal is None and value.const is None and value not in env:
             assert value.node is not None
             _compute(value.node, env)
-        operands.append(value.const if value.const is not None else env[value])
+    operands = [look_up(value, env) for value in node.ins]
     env.update(zip(node.outs, evaluate_part(node, operands), strict=True))
 
 
-def _laid_out(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:
+def _in_window(rows: jax.Array, shape: Sequence[int], window: Window) -> jax.Array:
     """[tokens, n] as an array that is `shape` outside its window."""
     assert window.axis is not None
-    full = window.shape(shape, rows.shape[-1])
-    others = [size for i, size in enumerate(full) if i != window.axis]
-    return jnp.moveaxis(rows.reshape(*others, rows.shape[-1]), -1, window.axis)
+    return from_tokens(rows, window.shape(shape, rows.shape[-1]), (window.axis,))
+
+
+def to_tokens(array: Any, axes: Sequence[int]) -> Any:
+    """[tokens, n] with `axes` merged to the last one and all others to the first."""
+    size = math.prod(array.shape[axis] for axis in axes)
+    others = [n for axis, n in enumerate(array.shape) if axis not in axes]
+    return jnp.moveaxis(array, axes, range(-len(axes), 0)).reshape(math.prod(others), size)
+
+
+def from_tokens(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """[tokens, n] laid out as `shape`, n on `axes` of it."""
+    others = [size for i, size in enumerate(shape) if i not in axes]
+    split = rows.reshape(*others, *(shape[axis] for axis in axes))
+    return jnp.moveaxis(split, range(-len(axes), 0), axes)

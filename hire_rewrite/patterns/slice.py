@@ -19,17 +19,16 @@ from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import (
     Blocked,
+    Window,
     has_axis_rule,
     keeps_tokens,
     operand_windows,
     ordered_axis,
 )
-from hire_rewrite.patterns.context import MatchContext
 from hire_rewrite.patterns.layout import fixed_starts
-from hire_rewrite.patterns.one_hot import is_one_hot
+from hire_rewrite.patterns.linear import MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Projection, Region, Vector
-from hire_rewrite.patterns.window import Window
 
 _FAR = 64
 """Nodes that a selection may have."""
@@ -285,9 +284,6 @@ class _Walk:
         return self._refuse(Refusal.READ_ELSEWHERE, reason, user)
 
     def _unknown(self, node: Node) -> NoMatch:
-        if node.primitive is p.dot_general_p:
-            reason = "its input comes from a product that is not linear in a weight along that axis"
-            return self._refuse(Refusal.MIXES_POSITIONS, reason, node)
         reason = (
             f"{node.primitive} is not known to treat the positions of its input axis separately"
         )

@@ -17,12 +17,12 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding, Sharding
 
@@ -37,32 +37,38 @@ class Unfit(Exception):  # noqa: N818 (a finding, not an error: the site stays d
     """A rule that cannot be applied to a site, and why."""
 
 
-class Match(Protocol):
-    """Where a site stands in the graph."""
+class Match(abc.ABC):
+    """Where a site stands in the graph; unless a kind says more, its linear layers in a row."""
 
     @property
+    @abc.abstractmethod
     def linears(self) -> tuple[Linear, ...]:
         """Its linear layers; the first reads its input, the last makes its result."""
 
     @property
     def nodes(self) -> frozenset[Node]:
         """The nodes that a replacement takes the place of."""
+        return frozenset(linear.node for linear in self.linears)
 
     @property
     def shared(self) -> frozenset[Node]:
         """Other nodes that no other site may have."""
+        return frozenset()
 
     @property
     def inputs(self) -> tuple[Value, ...]:
         """What it reads besides its weights, its input first."""
+        return (self.linears[0].x,)
 
     @property
     def outputs(self) -> tuple[Value, ...]:
         """What others read of it."""
+        return (self.linears[-1].out,)
 
     @property
     def weights(self) -> tuple[Value, ...]:
         """Its matrices and vectors."""
+        return tuple(linear.weight for linear in self.linears)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +153,10 @@ class SiteKind(abc.ABC):
     rule: type[Rule]
 
     @abc.abstractmethod
-    def match(self, linear: Linear, context: Any, rules: Sequence[Rule]) -> Match:
+    def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> Match:
         """The site that a linear layer belongs to.
 
         Args:
-          context: what is known of the scope (see `patterns`).
           rules: the rules of this kind; empty for the default.
 
         Raises:
@@ -259,8 +264,3 @@ def registered(kind: SiteKind) -> Iterator[SiteKind]:
 def site_kinds() -> tuple[SiteKind, ...]:
     """All kinds of sites."""
     return tuple(_KINDS.values())
-
-
-def kind_of(rule: Rule) -> SiteKind | None:
-    """The kind of site that a rule asks for."""
-    return next((kind for kind in _KINDS.values() if isinstance(rule, kind.rule)), None)

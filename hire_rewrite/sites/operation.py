@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
+
+from hire_rewrite.graph.evaluate import run_node
+from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor, Read
 from hire_rewrite.ops.quality import Measured, Quality, quality
+from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.kind import MatchedSite
-from hire_rewrite.sites.observe import tap
-from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.replacement import Run, SiteReplacement, arguments
 from hire_rewrite.sites.weight_rows import WeightRows
 
 SiteCalibration = tuple[Moments, Any]
@@ -31,6 +36,7 @@ class Operation(abc.ABC):
       fixed_units: units that are candidates of every token.
       exact_is_dense: whether its exact form is the dense site.
       proves: whether it proves what it chooses.
+      calibrated_tokens: numbers of tokens in a call for which calibration told what they read.
     """
 
     site: MatchedSite
@@ -42,6 +48,7 @@ class Operation(abc.ABC):
     fixed_units: int = 1
     exact_is_dense: bool = True
     proves: bool = False
+    calibrated_tokens: tuple[int, ...] = ()
 
     @property
     @abc.abstractmethod
@@ -106,8 +113,19 @@ class Operation(abc.ABC):
         return None
 
     def observed(self) -> SiteReplacement:
-        """The site as it is, which reports a `SiteCalibration`."""
-        return tap(self.site.name, self.site.linears[0], self.site.sharding, self.site.loops)
+        """The site as it is, or its first layer, which reports a `SiteCalibration`."""
+        linear = self.site.linears[0]
+        inputs = arguments(linear.node.ins)
+
+        def run(ins: Sequence[Any], *_: Any) -> tuple[list[Any], SiteCalibration]:
+            env = dict(zip(inputs, ins, strict=True))
+            run_node(linear.node, env)
+            moments = Moments.of(to_tokens(env[linear.x], linear.x_axes))
+            return [env[linear.out]], (moments, None)
+
+        site = self.replacement(run, None, reports=True)
+        nodes = frozenset({linear.node})
+        return dataclasses.replace(site, nodes=nodes, inputs=inputs, outputs=(linear.out,))
 
     def statistics(self, calibration: SiteCalibration) -> Hashable:
         """What calibration told, as static numbers that sizes and costs depend on."""
@@ -122,11 +140,6 @@ class Operation(abc.ABC):
     def needs_calibration(self) -> bool:
         """Whether it cannot be packed as its rule says without having been seen."""
         return self.rule.predictor.wants_calibration
-
-    @property
-    def calibrated_tokens(self) -> tuple[int, ...]:
-        """Numbers of tokens in a call for which calibration told what they read together."""
-        return ()
 
     def partition_specs(self, arrays: Any) -> Any:
         """A `PartitionSpec` for each packed array, where rows are sharded over a mesh."""
@@ -148,26 +161,38 @@ class Operation(abc.ABC):
         """A predictor that calibration tells everything about."""
         return self.rule.predictor
 
-    def replacement(
-        self,
-        run: Callable[[Sequence[Any], Any, Any], Any],
-        arrays: Any,
-        *,
-        reports: bool = False,
-    ) -> SiteReplacement:
-        """What takes the site's place: `run` of its inputs, the layer and its packed arrays."""
-        match, site = self.site.match, self.site
-        return SiteReplacement(
-            site.name,
-            match.nodes,
-            match.inputs,
-            match.outputs,
-            run,
-            arrays,
-            site.sharding.region,
-            site.loops,
-            reports,
+    def described_choice(self, width: int, detail: str) -> str:
+        """What is chosen of `width` rows, and how they are guessed."""
+        predictor = self.rule.predictor
+        hint = " (calibrate it in pack)" if predictor.wants_calibration else ""
+        return (
+            f"top {self.k * self.unit} of {self.candidates * self.unit} candidates of {width}"
+            f"{detail}, guessed by {predictor}{hint}{self.site.sharding.describe()}"
         )
+
+    def replacement(self, run: Run, arrays: Any, *, reports: bool = False) -> SiteReplacement:
+        """What takes the site's place: `run` of its inputs, the layer and its packed arrays."""
+        match, name = self.site.match, self.site.name
+        region, loops = self.site.sharding.region, self.site.loops
+        return SiteReplacement(
+            name, match.nodes, match.inputs, match.outputs, run, arrays, region, loops, reports
+        )
+
+    def raw_replacement(
+        self, inputs: tuple[Value, ...], function: Callable[[Sequence[Any]], Sequence[Any]]
+    ) -> SiteReplacement:
+        """What takes the site's place on raw weights: `function` of some values, jitted."""
+        match = self.site.match
+
+        def run(ins: Sequence[Any], *_: Any) -> Any:
+            return jax.jit(function)(ins), None
+
+        return SiteReplacement(self.site.name, match.nodes, inputs, match.outputs, run)
+
+
+def silent(function: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
+    """A function that reports nothing beside its result."""
+    return lambda *args, **settings: (function(*args, **settings), None)
 
 
 def reporting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,16 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Scope, Value
 from hire_rewrite.sharding.manual import ManualSharding
 
+Run = Callable[[Sequence[Any], Any, Any], tuple[Sequence[Any], Any]]
+"""(inputs, layer: i32[], packed arrays) to outputs and a report."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteReplacement:
     """Code that takes the place of some nodes of one scope.
 
     `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
-    packed arrays of the site. It returns those of `outputs`, and with `reports` a report beside.
+    packed arrays of the site. It returns those of `outputs`, and a report, None without `reports`.
     `shards` is the `shard_map` around, over whose devices the leading axis of `state` is sharded;
     `loops` are the scans around in whose iterations it has weights of its own.
     """
@@ -30,7 +33,7 @@ class SiteReplacement:
     nodes: frozenset[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    run: Callable[[Sequence[Any], Any, Any], Any]
+    run: Run
     state: Any = None
     shards: ManualSharding | None = None
     loops: tuple[Scope, ...] = ()
@@ -48,14 +51,12 @@ class SiteReplacement:
         run, layer = self.run, _layer_of(self.loops, index)
         specs = [_compat.explicit_spec(value.aval) for value in self.outputs]
         if any(spec is None for spec in specs):
-            found = run(list(ins), layer, state)
+            results, report = run(list(ins), layer, state)
         else:
             # Inside, the mesh's axes are the compiler's business; the results' types are kept.
-            out = (specs, PartitionSpec()) if self.reports else specs
             with jax.sharding.use_abstract_mesh(self.outputs[0].aval.sharding.mesh):
-                run = jax.sharding.auto_axes(run, out_sharding=out)
-                found = run(list(ins), layer, state)
-        results, report = found if self.reports else (found, None)
+                run = jax.sharding.auto_axes(run, out_sharding=(specs, PartitionSpec()))
+                results, report = run(list(ins), layer, state)
         for value, result in zip(self.outputs, results, strict=True):
             got = jax.typeof(result)
             if (got.shape, got.dtype) != (value.shape, value.dtype):
@@ -76,3 +77,8 @@ def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
     for scope in loops[1:]:
         layer = layer * scope.length + index[scope]
     return layer
+
+
+def arguments(values: Iterable[Value]) -> tuple[Value, ...]:
+    """Those of the values that have to be given: not the numbers of the program itself."""
+    return tuple(dict.fromkeys(v for v in values if v.literal is None and v.const is None))

@@ -19,9 +19,9 @@ from hire_rewrite.graph.nodes import Scope
 from hire_rewrite.graph.weights import Stacker, narrow
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
-from hire_rewrite.sites.layout import cut_out
 
 
 class WeightRows:
@@ -35,12 +35,14 @@ class WeightRows:
     def __init__(self, stacker: Stacker, loops: tuple[Scope, ...]) -> None:
         self._stacker, self._loops = stacker, loops
 
-    def linear(self, linear: Linear, expert: int | None = None) -> jax.Array:
+    def linear(self, linear: Linear, window: Window | None = None) -> jax.Array:
         """A layer's weight as [layers · experts, out, in], as narrow as the model stores it.
 
         Args:
-          expert: the weight's axis of experts, if it has one.
+          window: what is read of its result, if not all.
         """
+        axes = linear.expert_axes(window)
+        expert = None if axes is None else axes[1]
         weight = self._stacker.stack(narrow(linear.weight), self._loops)
         first = () if expert is None else (expert,)
         order = (*first, *(a for a, _ in linear.free if a != expert), *linear.weight_in)
@@ -51,30 +53,23 @@ class WeightRows:
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""
-        linear = projection.linear
-        expert = expert_axis(linear.expert_axes(projection.window))
-        rows = self.linear(linear, expert)
-        free = [(axis, out) for axis, out in linear.free if axis != expert]
-        rows = rows.reshape(rows.shape[0], *(linear.weight.shape[axis] for axis, _ in free), -1)
-        for i, (axis, out) in enumerate(free):
-            if axis == projection.weight_axis or axis in projection.weight_picks:
-                start, stop, stride = projection.window.cut(out)
-                rows = lax.slice_in_dim(rows, start, stop, stride, axis=i + 1)
-        return rows.reshape(rows.shape[0], projection.window.size, linear.in_dim)
+        linear, window = projection.linear, projection.window
+        rows = self.linear(linear, window)
+        read = [axis for axis in linear.out_axes if axis in window.axes]
+        rows = rows.reshape(rows.shape[0], *(linear.out.shape[axis] for axis in read), -1)
+        for i, axis in enumerate(read):
+            rows = lax.slice_in_dim(rows, *window.cut(axis), axis=i + 1)
+        return rows.reshape(rows.shape[0], window.size, linear.in_dim)
 
     def vectors(self, region: Region) -> tuple[jax.Array, ...]:
         """The numbers of each position of a region, each [layers, n]."""
         vectors = []
         for vector in region.vectors:
             array = self._stacker.stack(vector.value, self._loops)
-            array = cut_out(array, vector.window, leading=1)
+            for axis in vector.window.axes:
+                array = lax.slice_in_dim(array, *vector.window.cut(axis), axis=axis + 1)
             vectors.append(array.reshape(array.shape[0], vector.window.size))
         return tuple(vectors)
-
-
-def expert_axis(axes: tuple[int | None, int, int] | None) -> int | None:
-    """The weight's axis of experts, of `Linear.expert_axes`."""
-    return None if axes is None else axes[1]
 
 
 def fit_predictor(
@@ -91,10 +86,10 @@ def fit_predictor(
         advance()
         return fitted
 
-    return each_layer(fit, rows, moments)
+    return map_layers(fit, rows, moments)
 
 
-def each_layer(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
+def map_layers(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
     """The results of `function` for each layer of rows and of another pytree, stacked."""
     if isinstance(rows, jax.core.Tracer):
         return lax.map(lambda both: function(*both), (rows, more))

@@ -11,13 +11,13 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.patterns.axes import (
     Blocked,
+    Window,
     has_axis_rule,
     operand_windows,
     register_axis_rule,
     result_axis,
     run_part,
 )
-from hire_rewrite.patterns.window import Window
 from tests.cases import inputs
 
 N = 6

@@ -6,9 +6,9 @@ import pytest
 from jax import lax
 
 from hire_rewrite.graph.trace import trace
+from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.window import Window
 from tests.cases import inputs, rand
 
 W, X, BATCH = rand(4, 7), inputs(3, 4), inputs(2, 3, 4)

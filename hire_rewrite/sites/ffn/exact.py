@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,79 +15,50 @@ from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.importance import top_groups
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.kind import MatchedSite
-from hire_rewrite.sites.layout import from_tokens, to_tokens
-from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.replacement import arguments
 
 
-def exact_form(site: MatchedSite, spec: FFNSpec) -> SiteReplacement:
-    """The exact top k of a block in dense arithmetic on the weights as they are."""
-    block = _Block(site.match)
+class RawBlock:
+    """A block on its weights as they are, run in two halves: to its hidden activations, and on."""
 
-    def exact_ffn(ins: Sequence[Any]) -> Sequence[Any]:
-        env = block.hidden(ins)
-        return [block.down(env, top_groups(*block.activations(env, spec), spec))]
-
-    def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
-        return jax.jit(exact_ffn)(ins)
-
-    return SiteReplacement(site.name, site.match.nodes, block.inputs, site.match.outputs, run)
-
-
-def observed(site: MatchedSite, spec: FFNSpec, *, shares: bool) -> SiteReplacement:
-    """A block as it is, which reports the moments of its input and its `Activity`."""
-    match: FFNMatch = site.match
-    block = _Block(match)
-    inputs = tuple(dict.fromkeys((*block.inputs, match.x)))
-
-    def run(ins: Sequence[Any], *_: Any) -> tuple[Sequence[Any], Any]:
-        arrays = dict(zip(inputs, ins, strict=True))
-        env = block.hidden([arrays[value] for value in block.inputs])
-        hidden, norms = block.activations(env, spec)
-
-        def down(h: Any) -> Any:
-            return to_tokens(block.down(env, h), match.down.out_axes)
-
-        active = activity(hidden, norms, spec, down, shares=shares)
-        moments = Moments.of(to_tokens(arrays[match.x], match.x_axes))
-        return [block.down(env, hidden)], (moments, active)
-
-    return SiteReplacement(
-        site.name,
-        match.nodes,
-        inputs,
-        match.outputs,
-        run,
-        None,
-        site.sharding.region,
-        site.loops,
-        reports=True,
-    )
-
-
-class _Block:
-    """A block's nodes, run in two halves: up to its hidden activations, and from there on."""
-
-    def __init__(self, match: FFNMatch) -> None:
-        self.match = match
+    def __init__(self, match: FFNMatch, spec: FFNSpec) -> None:
+        self.match, self.spec = match, spec
         nodes = sorted(match.nodes, key=lambda node: node.index)
         made = {value for node in nodes for value in node.outs}
-        reads = [value for node in nodes for value in node.ins if value not in made]
-        self.inputs = tuple(
-            dict.fromkeys(v for v in reads if v.literal is None and v.const is None)
-        )
+        reads = (value for node in nodes for value in node.ins if value not in made)
+        self.inputs = arguments((*reads, match.x))
         front = [node for node in nodes if node not in match.tail]
         self._front = _steps(front, {*self.inputs, *made})
 
-    def hidden(self, ins: Sequence[Any]) -> dict[Value, Any]:
-        """All values up to the hidden activations, of the arrays for `inputs`."""
+    def exact_ffn(self, ins: Sequence[Any]) -> list[Any]:
+        """The outputs of the exact top k in dense arithmetic, of the arrays for `inputs`."""
+        env, hidden, norms = self._hidden(ins)
+        return [self._down(env, top_groups(hidden, norms, self.spec))]
+
+    def observed(self, ins: Sequence[Any], *, shares: bool) -> tuple[list[Any], Any]:
+        """The block's own outputs; the moments of its input and its `Activity`."""
+        match, (env, hidden, norms) = self.match, self._hidden(ins)
+
+        def down(h: Any) -> Any:
+            return to_tokens(self._down(env, h), match.down.out_axes)
+
+        active = activity(hidden, norms, self.spec, down, shares=shares)
+        moments = Moments.of(to_tokens(env[match.x], match.x_axes))
+        return [self._down(env, hidden)], (moments, active)
+
+    def _hidden(self, ins: Sequence[Any]) -> tuple[dict[Value, Any], Any, Any]:
+        """All values up to the hidden activations; those, [tokens, f]; and f32[f], the norms of the
+        second rows if they rank them."""
         env = dict(zip(self.inputs, ins, strict=True))
         for step in self._front:
             run_node(step, env)
-        return env
+        region = self.match.region
+        hidden = to_tokens(env[region.value], (region.axis,))
+        return env, hidden, self._norms(env) if self.spec.criterion == "output" else None
 
-    def down(self, env: Mapping[Value, Any], hidden: Any) -> Any:
+    def _down(self, env: Mapping[Value, Any], hidden: Any) -> Any:
         """The block's result for other activations, [tokens, f]."""
         region = self.match.region
         rows = from_tokens(hidden, region.value.shape, (region.axis,))
@@ -96,12 +66,6 @@ class _Block:
         for node in self.match.tail:
             run_node(node, env)
         return env[self.match.down.out]
-
-    def activations(self, env: Mapping[Value, Any], spec: FFNSpec) -> tuple[Any, Any]:
-        """h: [tokens, f], and the norms of the second rows if they rank it, f32[f]."""
-        region = self.match.region
-        hidden = to_tokens(env[region.value], (region.axis,))
-        return hidden, self._norms(env) if spec.criterion == "output" else None
 
     def _norms(self, env: Mapping[Value, Any]) -> Any:
         """f32[f]: the norms of the rows of the last matrix."""
@@ -119,8 +83,7 @@ def _steps(nodes: Sequence[Node], known: set[Value]) -> list[Node | Frame]:
         step: Node | Frame = node
         for frame in node.frame.around():
             call = None if frame.eqn is None else inline_call(frame.eqn)
-            reads = (v for v in frame.ins if v.literal is None and v.const is None)
-            whole = inside.issuperset(frame.nodes()) and known.issuperset(reads)
+            whole = inside.issuperset(frame.nodes()) and known.issuperset(arguments(frame.ins))
             if whole and call is not None and call.derivative:
                 step = frame
         steps[step] = None

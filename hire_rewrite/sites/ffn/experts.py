@@ -6,7 +6,6 @@ traced values. The block of one expert is mapped over that axis, with the expert
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,84 +13,69 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.layout import to_tokens
-
-Block = Callable[[Any, Any, Any, Callable[..., Any]], Any]
-"""(x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out], or that and a report."""
+from hire_rewrite.sites.kind import Functions
+from hire_rewrite.sites.replacement import Run
 
 
 def side_by_side(
     match: FFNMatch,
-    block: Block,
-    functions: dict[Hashable, Callable[..., Any]],
+    block: Callable[..., tuple[Any, Any]],
+    functions: Functions,
     key: Hashable,
-    *,
-    reports: bool,
-) -> Callable[[Sequence[Any], Any, Any], Any]:
+) -> Run:
     """`block` for all experts of a match; `functions` remembers it under `key`.
 
-    With `reports` the block returns a report beside its result, and so does the function: one for
-    each expert, stacked.
+    Args:
+      block: (x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out] and a report.
+        Those of all experts are stacked.
     """
-    region, experts = match.region, match.experts
+    region, experts, down = match.region, match.experts, match.down
     first = region.projections[0]
-    ins_axes = first.linear.expert_axes(first.window)
-    out_axes = match.down.expert_axes()
+    ins_axes, out_axes = first.linear.expert_axes(first.window), down.expert_axes()
     assert ins_axes is not None
     assert out_axes is not None
+    x_axis, y_axis = ins_axes[0], out_axes[2]
+    y_shape = [size for i, size in enumerate(down.out.shape) if i != y_axis]
+    # The region runs on the tokens of all experts, in the order of these axes.
     shape = first.linear.out.shape
-    fixed = (first.window.axis, *first.window.picked)
-    kept = [axis for axis in range(len(shape)) if axis not in fixed]
-    others, place = [shape[axis] for axis in kept], kept.index(ins_axes[2])
-    own_shape = [size for i, size in enumerate(others) if i != place]
+    token_axes = [axis for axis in range(len(shape)) if axis not in first.window.axes]
+    sizes, place = [shape[axis] for axis in token_axes], token_axes.index(ins_axes[2])
+    expert_sizes = [size for i, size in enumerate(sizes) if i != place]
 
-    def spread(rows: Any) -> Any:
-        """[own tokens, n] of one expert, repeated for all of them, in the region's order."""
-        tiled = jnp.broadcast_to(
-            rows.reshape(*own_shape, -1), (experts, *own_shape, rows.shape[-1])
-        )
-        return jnp.moveaxis(tiled, 0, place).reshape(-1, rows.shape[-1])
-
-    def own(rows: Any, expert: Any) -> Any:
-        """The tokens of one expert, [own tokens, n], of those of all."""
-        split = jnp.moveaxis(rows.reshape(*others, -1), place, 0)
-        one = lax.dynamic_index_in_dim(split, expert, keepdims=False)
-        return one.reshape(-1, rows.shape[-1])
+    def repeated(rows: Any) -> Any:
+        """[tokens of an expert, n], as if all experts had them."""
+        tokens = jnp.expand_dims(rows.reshape(*expert_sizes, -1), place)
+        return jnp.broadcast_to(tokens, (*sizes, rows.shape[-1])).reshape(-1, rows.shape[-1])
 
     def hire_ffn(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
         known = dict(zip(region.sides, sides, strict=True))
 
-        def one(expert: Any, x: Any) -> Any:
+        def of_expert(expert: Any, x: Any) -> Any:
             def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
-                return own(region.run([spread(rows) for rows in pre], vectors, known), expert)
+                hidden = region.run(list(map(repeated, pre)), vectors, known)
+                split = hidden.reshape(*sizes, -1)
+                tokens = lax.dynamic_index_in_dim(split, expert, place, keepdims=False)
+                return tokens.reshape(-1, hidden.shape[-1])
 
-            return block(x, state, layer * experts + expert, activation)
+            tokens = to_tokens(x, _without(match.x_axes, x_axis))
+            y, report = block(tokens, state, layer * experts + expert, activation=activation)
+            return from_tokens(y, y_shape, _without(down.out_axes, y_axis)), report
 
-        return jax.vmap(one)(jnp.arange(experts), x)
+        return jax.vmap(of_expert, (0, x_axis), (y_axis, 0))(jnp.arange(experts), x)
 
-    jitted = functions.setdefault((key, place, experts), jax.jit(hire_ffn))
+    axes = (ins_axes, out_axes, match.x_axes, down.out_axes, down.out.shape)
+    jitted = functions.setdefault((key, axes), jax.jit(hire_ffn))
 
     def run(ins: Sequence[Any], layer: Any, state: Any) -> Any:
         x, *sides = ins
-        found = jitted(_by_expert(x, ins_axes[0], match.x_axes, experts), sides, state, layer)
-        y, report = found if reports else (found, None)
-        out = match.down.out
-        width = [out.shape[axis] for axis in match.down.out_axes]
-        rest = [s for i, s in enumerate(out.shape) if i not in (out_axes[2], *match.down.out_axes)]
-        y = y.reshape(experts, *rest, *width)
-        last = range(y.ndim - len(width), y.ndim)
-        results = [jnp.moveaxis(y, (0, *last), (out_axes[2], *match.down.out_axes))]
-        return (results, report) if reports else results
+        y, report = jitted(x, sides, state, layer)
+        return [y], report
 
     return run
 
 
-def _by_expert(x: Any, axis: int | None, contracted: Sequence[int], experts: int) -> Any:
-    """x as [experts, tokens, d]; the same for all experts if it has no axis of theirs."""
-    if axis is None:
-        rows = to_tokens(x, contracted)
-        return jnp.broadcast_to(rows, (experts, *rows.shape))
-    size = math.prod(x.shape[i] for i in contracted)
-    last = range(x.ndim - len(contracted), x.ndim)
-    return jnp.moveaxis(x, (axis, *contracted), (0, *last)).reshape(experts, -1, size)
+def _without(axes: Sequence[int], gone: int | None) -> list[int]:
+    """Axes of an array as they are numbered without one of its axes."""
+    return [axis - (gone is not None and axis > gone) for axis in axes]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.ffn.sizes import ffn_spec, own_k
-from hire_rewrite.sites.ffn.statistics import FFNStatistics
+from hire_rewrite.sites.ffn.sizes import FFNStatistics, ffn_spec, selected_k
 from hire_rewrite.sites.kind import Functions, MatchedSite, SiteKind
 
 
@@ -22,27 +21,23 @@ class FFNKind(SiteKind):
     name = "ffn"
     rule = FFN
 
-    def match(self, linear: Linear, context: Any, rules: Sequence[Rule]) -> FFNMatch:
+    def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> FFNMatch:
         return match_ffn(linear, context)
 
     def default_rule(self, match: FFNMatch) -> FFN | None:
         """What the graph itself selects, by its own k."""
         if match.activation.keeps is None:
             return None
-        return FFN(k=own_k(match.activation, match.region.size), group=1)
+        return FFN(k=selected_k(match.activation, match.region.size), group=1)
 
     def unasked(self, match: FFNMatch) -> str:
-        name = match.activation.name
+        name, sparse = match.activation.name, match.activation.sparse
         if match.activation.keeps is not None:
             return f"no rule asks for it; FFN(k=...) does ({name} selects neurons by itself)"
-        zeroes = (
-            "zeroes some neurons, but how many the data say"
-            if match.activation.sparse
-            else ("zeroes no neuron")
-        )
+        zeroed = "some neurons, but how many the data say" if sparse else "no neuron"
         return (
-            f"{name} {zeroes}, so a top-k changes a model that was not trained with one; ask with "
-            "FFN(k=...)"
+            f"{name} zeroes {zeroed}, so a top-k changes a model that was not trained with one; "
+            "ask with FFN(k=...)"
         )
 
     def summary(self, match: FFNMatch) -> Mapping[str, Any]:

@@ -9,13 +9,13 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.patterns.context import MatchContext
-from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.axes import Window
+from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 from hire_rewrite.patterns.slice import backward_slice
-from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.ffn.activation import Activation, classify
+from hire_rewrite.sites.kind import Match
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FFNMatch:
+class FFNMatch(Match):
     """A block `down(region(up(x), ...))`; the projections are in the region, in the order traced.
 
     Attributes:
@@ -78,18 +78,12 @@ class FFNMatch:
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        """What the block reads besides its weights."""
         return (self.x, *self.region.sides, *(value for value, _ in self.piece.others))
 
     @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.down.out,)
-
-    @property
     def weights(self) -> tuple[Value, ...]:
-        """Its matrices and vectors."""
         vectors = (vector.value for region in self.regions for vector in region.vectors)
-        return (*(linear.weight for linear in self.linears), *vectors)
+        return (*super().weights, *vectors)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -244,15 +238,11 @@ def _goes_on(down: Linear, context: MatchContext) -> bool:
             if has(user.primitive, Trait.BENDS):
                 return True
             if has(user.primitive, Trait.ADDS | Trait.CASTS):
+                makers = [v.node.primitive for v in user.ins if v.node is not None]
                 others = [v for v in user.ins if v.shape == user.outs[0].shape]
-                if len(others) == 1 or _is_bias(user):
+                if len(others) == 1 or p.broadcast_in_dim_p in makers:
                     stack += user.outs
     return False
-
-
-def _is_bias(node: Node) -> bool:
-    makers = (value.node for value in node.ins)
-    return any(n is not None and n.primitive is p.broadcast_in_dim_p for n in makers)
 
 
 def _different_inputs(linear: Linear, first: Linear) -> tuple[Refusal, str]:

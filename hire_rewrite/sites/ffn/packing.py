@@ -14,7 +14,7 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import SiteCalibration
-from hire_rewrite.sites.weight_rows import WeightRows, expert_axis, fit_predictor
+from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor
 
 
 def packed_ffn(
@@ -27,11 +27,10 @@ def packed_ffn(
 ) -> FFNState:
     """The packed arrays of a block; see `Operation.pack`."""
     match: FFNMatch = site.match
-    width, group = spec.width, spec.group
-    groups = width // group
+    width, group, groups = spec.width, spec.group, spec.groups
     moments, active = (None, None) if calibration is None else calibration
-    if moments is not None:  # experts are told apart by their weights alone
-        moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
+    # Experts are told apart by their weights alone.
+    moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
     up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
     up = site.sharding.put_rows(up, 2)
     layers, projections, _, d_in = up.shape
@@ -45,20 +44,19 @@ def packed_ffn(
         places = order.reshape(order.shape + (1,) * (split.ndim - 2))
         return jnp.take_along_axis(split, places, axis=1)
 
-    up = jnp.stack([grouped(up[:, i]) for i in range(projections)], axis=1)
+    up = jax.vmap(grouped, 1, 1)(up)
     scored = up[:, :, spec.common_groups :]
     scored = scored.reshape(layers, projections, spec.num_shards, -1, d_in)
     scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
     scored = site.sharding.put_rows(scored, 1)
     predictor = fit_predictor(rule.predictor, scored, moments, advance)
-    down = jnp.swapaxes(weights.linear(match.down, expert_axis(match.down.expert_axes())), 1, 2)
+    down = jnp.swapaxes(weights.linear(match.down), 1, 2)
     down = site.sharding.put_rows(down, 1)
     joined = tuple(
         lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
         for value, start in match.piece.others
     )
-    down = lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1)
-    down = grouped(down)
+    down = grouped(lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1))
     norms = None
     if spec.criterion == "output":
         norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)

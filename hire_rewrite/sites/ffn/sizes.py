@@ -1,17 +1,52 @@
-"""From the rule of a block to the sizes of its operation."""
+"""From the rule of a block, and what calibration told, to the sizes of its operation."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.ffn.activity import Activity, expected_union, smallest_k
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.rules import candidate_count, count
 from hire_rewrite.sites.ffn.activation import Activation
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.ffn.statistics import FFNStatistics
 from hire_rewrite.sites.kind import MatchedSite, Unfit
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+"""For so many tokens in a call the rows that they share are estimated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNStatistics:
+    """Static numbers: they are part of a `Packed`'s type, not of its arrays.
+
+    Attributes:
+      k: the neurons that `k="auto"` found, or None.
+      union: neurons that 1, 2, 4, ... tokens gather together, on average, where each token has its
+        candidates as often as the calibration had them.
+    """
+
+    k: int | None = None
+    union: tuple[int, ...] = ()
+
+    def gathered(self, tokens: int) -> int | None:
+        """Neurons that so many tokens gather together; None if it was not measured."""
+        place = math.log2(max(tokens, 1))
+        if place > len(self.union) - 1:
+            return None
+        low = self.union[math.floor(place)]
+        high = self.union[math.ceil(place)]
+        return math.ceil(low + (high - low) * (place - math.floor(place)))
+
+
+def ffn_statistics(active: Activity, spec: FFNSpec, rule: FFN, undecided: bool) -> FFNStatistics:
+    """What the activity of a block, with a leading axis of layers, says about its sizes."""
+    if undecided:
+        return FFNStatistics(k=smallest_k(active, rule.keep, spec.groups) * spec.group)
+    union = tuple(round(expected_union(active, n) * spec.group) for n in TOKENS)
+    return FFNStatistics(k=spec.k_groups * spec.group if rule.k == "auto" else None, union=union)
 
 
 def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> FFNSpec:
@@ -67,7 +102,7 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
     )
 
 
-def own_k(activation: Activation, width: int) -> int:
+def selected_k(activation: Activation, width: int) -> int:
     """The k that a block's own selection asks for; a statistic selects about that many."""
     assert activation.keeps is not None
     return min(width, activation.keeps if activation.name == "topk" else 2 * activation.keeps)

@@ -15,6 +15,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import origin
 
 
 def is_distorted(user: Node, position: int, logits: Collection[Value], uses: Uses) -> bool:
@@ -61,6 +62,5 @@ def _asks_for_size(condition: Value) -> bool:
 
 def _is_small(value: Value) -> bool:
     """Whether a value is a number between −1 and 1 that is written into the program."""
-    while value.node is not None and has(value.node.primitive, Trait.CASTS | Trait.MOVES):
-        value = value.node.ins[0]
-    return value.literal is not None and bool(np.all(np.abs(np.asarray(value.literal)) <= 1))
+    literal = origin(value, Trait.CASTS | Trait.MOVES).literal
+    return literal is not None and bool(np.all(np.abs(np.asarray(literal)) <= 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hire_rewrite.patterns.linear import Linear
+from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.sharding.manual import vocabulary_shards
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.head.match import MIN_WIDTH, HeadMatch, match_head
@@ -21,7 +21,7 @@ class HeadKind(SiteKind):
     name = "head"
     rule = Head
 
-    def match(self, linear: Linear, context: Any, rules: Sequence[Any]) -> HeadMatch:
+    def match(self, linear: Linear, context: MatchContext, rules: Sequence[Any]) -> HeadMatch:
         widths = {rule.min_width for rule in rules}
         least = min(width or MIN_WIDTH for width in widths) if widths - {None} else None
         return match_head(linear, context, least, vocabulary_shards(context.trace, linear))

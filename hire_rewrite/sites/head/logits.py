@@ -17,9 +17,9 @@ from jax.extend.core import primitives as p
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.patterns.axes import has_axis_rule, ordered_axis, result_axis
+from hire_rewrite.patterns.axes import has_axis_rule, ordered_axis, origin, result_axis
 from hire_rewrite.patterns.layout import fixed_starts
-from hire_rewrite.patterns.one_hot import free_axes, is_one_hot
+from hire_rewrite.patterns.linear import free_axes, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_distorted
 
@@ -38,14 +38,14 @@ class LogitTopK:
     gather: Node | None = None
 
 
-def follow(origin: Node, axis: int, uses: Uses) -> tuple[tuple[LogitTopK, ...], str | None]:
+def follow(product: Node, axis: int, uses: Uses) -> tuple[tuple[LogitTopK, ...], str | None]:
     """What looks for the greatest along an axis of a node's result, and why its numbers may be
     something else than logits, if so.
 
     Raises:
       NoMatch: the axis does not end where logits end.
     """
-    walk = _Walk(origin, axis, uses)
+    walk = _Walk(product, axis, uses)
     while walk.stack:
         walk.visit(*walk.stack.pop())
     if walk.parted is not None and not walk.whole:
@@ -62,11 +62,11 @@ def follow(origin: Node, axis: int, uses: Uses) -> tuple[tuple[LogitTopK, ...], 
 class _Walk:
     """Forward from a product, wherever an axis of its result goes."""
 
-    def __init__(self, origin: Node, axis: int, uses: Uses) -> None:
-        self.origin, self.uses = origin, uses
-        self.width = origin.outs[0].shape[axis]
+    def __init__(self, product: Node, axis: int, uses: Uses) -> None:
+        self.product, self.uses = product, uses
+        self.width = product.outs[0].shape[axis]
         # Values, their vocabulary axes, and whether those are only a part of the vocabulary.
-        self.stack: list[tuple[Value, int, bool]] = [(origin.outs[0], axis, False)]
+        self.stack: list[tuple[Value, int, bool]] = [(product.outs[0], axis, False)]
         self.seen: set[tuple[Value, int, bool]] = set()
         self.values: set[Value] = set()
         self.top_ks: dict[Node, LogitTopK] = {}
@@ -83,7 +83,7 @@ class _Walk:
         if value in self.uses.results:
             if part:
                 raise self._refuse(
-                    "a part of the wide axis is a result: not a vocabulary", self.origin
+                    "a part of the wide axis is a result: not a vocabulary", self.product
                 )
             self.whole = True
             if not jnp.issubdtype(value.dtype, jnp.floating):  # a decision about each of them
@@ -114,7 +114,9 @@ class _Walk:
         self.whole = self.whole or not part
         searches, orders = has(user.primitive, Trait.SEARCHES), has(user.primitive, Trait.ORDERS)
         if has(user.primitive, Trait.REDUCES) and not searches:  # all of a softmax is ranked, too
-            normalizes = user.primitive is p.reduce_sum_p and _made_by(value).primitive is p.exp_p
+            maker = origin(value, Trait.CASTS).node
+            exponents = maker is not None and maker.primitive is p.exp_p
+            normalizes = user.primitive is p.reduce_sum_p and exponents
             self.ranked = self.ranked or normalizes or user.primitive is p.reduce_max_p
         else:
             self.ranked = True
@@ -139,10 +141,12 @@ class _Walk:
         if has(primitive, Trait.SCATTERS):
             return self._stored(user, position, axis)
         if primitive is p.gather_p and not _is_slice(user, axis):
-            behind = _looked_up(user, position, axis)
-            if not behind:
-                self._check_lookup(user)
-            return behind
+            # A lookup of some logits, or whole rows of them (beam search).
+            rows = result_axis(user, position, axis) if position == 0 else None
+            if rows is not None:
+                return [(result, rows[0])]
+            self._check_lookup(user)
+            return []
         if has(primitive, Trait.MERGES):
             raise self._refuse(f"{primitive} joins parts of sums of several devices", user)
         if has(primitive, Trait.COLLECTS):
@@ -226,15 +230,6 @@ def _joins_devices(user: Node, axis: int) -> bool:
     )
 
 
-def _made_by(value: Value) -> Node:
-    """The node that makes a value, looking through casts."""
-    node = value.node
-    assert node is not None
-    while has(node.primitive, Trait.CASTS) and node.ins[0].node is not None:
-        node = node.ins[0].node
-    return node
-
-
 def _merged(user: Node, axis: int) -> int | None:
     """The axis to which a reshape merges the beams and, as the last of them, the vocabulary."""
     old, new = user.ins[0].shape, user.outs[0].shape
@@ -258,16 +253,6 @@ def _is_slice(user: Node, axis: int) -> bool:
     """Whether a gather cuts an axis as a slice does."""
     collapsed = user.params["dimension_numbers"].collapsed_slice_dims
     return axis not in collapsed and fixed_starts(user) is not None
-
-
-def _looked_up(user: Node, position: int, axis: int) -> Axes:
-    """Behind a gather: a lookup of some logits, or whole rows of them (beam search)."""
-    numbers, sizes = user.params["dimension_numbers"], user.params["slice_sizes"]
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    if position != 0 or axis in gone or sizes[axis] != user.ins[0].shape[axis]:
-        return []
-    kept = [i for i in range(len(sizes)) if i not in gone]
-    return [(user.outs[0], numbers.offset_dims[kept.index(axis)])]
 
 
 def _enter(user: Node, value: Value, axis: int) -> Axes:

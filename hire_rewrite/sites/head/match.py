@@ -17,13 +17,11 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has, slope
-from hire_rewrite.patterns.axes import keeps_tokens, operand_windows, result_axis
-from hire_rewrite.patterns.context import MatchContext
-from hire_rewrite.patterns.linear import Linear
-from hire_rewrite.patterns.one_hot import is_one_hot
+from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, origin, result_axis
+from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.patterns.window import Window
 from hire_rewrite.sites.head.logits import LogitTopK, follow
+from hire_rewrite.sites.kind import Match
 
 MIN_WIDTH = 4096
 """What a vocabulary has at least, if nobody says otherwise."""
@@ -33,7 +31,7 @@ Place = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeadMatch:
+class HeadMatch(Match):
     """A vocabulary head.
 
     Attributes:
@@ -41,7 +39,7 @@ class HeadMatch:
         leaves out the rounding between.
       epilogue: the nodes behind the logits that treat each one separately, in order.
       places: the vocabulary in each value from the logits to the outputs.
-      outputs: the values that others read.
+      results: the values that others read.
       top_ks: the operations behind them that look for the greatest of the whole vocabulary.
       doubt: why it is a vocabulary only if a rule says so (by `min_width`); None if it surely is.
     """
@@ -50,13 +48,9 @@ class HeadMatch:
     logits: Value
     epilogue: tuple[Node, ...]
     places: Mapping[Value, Place]
-    outputs: tuple[Value, ...]
+    results: tuple[Value, ...]
     top_ks: tuple[LogitTopK, ...] = ()
     doubt: str | None = None
-
-    @property
-    def shared(self) -> frozenset[Node]:
-        return frozenset()
 
     @property
     def axis(self) -> int:
@@ -88,8 +82,8 @@ class HeadMatch:
         return (self.linear.x, *self.side_inputs)
 
     @property
-    def weights(self) -> tuple[Value, ...]:
-        return (self.linear.weight,)
+    def outputs(self) -> tuple[Value, ...]:
+        return self.results
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -160,8 +154,7 @@ def _doubt(linear: Linear, width: int, context: MatchContext) -> str | None:
 
 def _is_argument(value: Value) -> bool:
     """Whether a value is an argument of the function, perhaps cast or laid out anew."""
-    while value.node is not None and has(value.node.primitive, Trait.MOVES | Trait.CASTS):
-        value = value.node.ins[0]
+    value = origin(value, Trait.MOVES | Trait.CASTS)
     return value.is_input and value.scope.parent is None
 
 
@@ -245,9 +238,11 @@ def _place_behind(node: Node, places: Mapping[Value, Place], tainted: set[Value]
     touched = [i for i, value in enumerate(node.ins) if value in tainted]
     if node.bodies or len(node.outs) != 1 or any(node.ins[i] not in places for i in touched):
         return None
-    if not (_is_condition(node) or all(_rises(node, i) for i in touched)):
+    # A condition is something for a `select_n` to ask about.
+    is_condition = has(node.primitive, Trait.POINTWISE) and node.outs[0].dtype == jnp.bool_
+    if not (is_condition or all(_rises(node, i) for i in touched)):
         return None
-    found: set[Place] = set()
+    behind: set[Place] = set()
     for i in touched:
         value = node.ins[i]
         axis, start = places[value]
@@ -258,13 +253,8 @@ def _place_behind(node: Node, places: Mapping[Value, Place], tainted: set[Value]
         inner = operand_windows(node, window)[i]
         if inner.picks or not keeps_tokens(node, value, inner, window):
             return None
-        found.add((result[0], start + result[1]))
-    return found.pop() if len(found) == 1 else None
-
-
-def _is_condition(node: Node) -> bool:
-    """Whether its result is something for a `select_n` to ask about."""
-    return has(node.primitive, Trait.POINTWISE) and node.outs[0].dtype == jnp.bool_
+        behind.add((result[0], start + result[1]))
+    return behind.pop() if len(behind) == 1 else None
 
 
 def _rises(node: Node, operand: int) -> bool:
@@ -298,17 +288,12 @@ def _pruned(
     """Drop the nodes whose result is not a logit but is read outside the epilogue."""
     while True:
         inside = {linear.node, *epilogue}
-
-        def escapes(value: Value, inside: set[Node] = inside) -> bool:
-            return value in uses.results or any(u not in inside for u, _ in uses.users(value))
-
         inner = [logits, *(node.outs[0] for node in epilogue)]
-        outputs = [value for value in inner if escapes(value)]
-        wrong = [value for value in outputs if not jnp.issubdtype(value.dtype, jnp.floating)]
-        if not wrong or not epilogue:
+        outputs = [v for v in inner if v in uses.results or {u for u, _ in uses.users(v)} - inside]
+        dropped = {value for value in outputs if not jnp.issubdtype(value.dtype, jnp.floating)}
+        if not dropped or not epilogue:
             kept = {value: places[value] for value in inner}
             return HeadMatch(linear, logits, tuple(epilogue), kept, tuple(outputs))
-        dropped = set(wrong)
         for node in epilogue:
             if any(value in dropped for value in node.ins):
                 dropped.update(node.outs)

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hire_rewrite.cost.machine import gathered
 from hire_rewrite.graph.evaluate import look_up, run_node
+from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.head import head as ops
 from hire_rewrite.ops.head.logits import exact_values
 from hire_rewrite.ops.head.measured import measured_head
@@ -24,26 +26,28 @@ from hire_rewrite.ops.predictors import (
     Quantized,
     Read,
     certifies,
+    reads_of,
 )
 from hire_rewrite.ops.top_k.merge import cheapest, described
+from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.head.cost import head_reads
-from hire_rewrite.sites.head.epilogue import epilogue_of, output_values
+from hire_rewrite.sites.head.epilogue import epilogue_of, logit_top_k, output_values
+from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
-from hire_rewrite.sites.head.top_k import logit_top_k
 from hire_rewrite.sites.kind import MatchedSite
-from hire_rewrite.sites.layout import to_tokens
-from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
-from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, each_layer, fit_predictor
+from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
+from hire_rewrite.sites.replacement import SiteReplacement, arguments
+from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
 
 
 class HeadOperation(Operation):
     """A head whose k greatest logits are exact."""
 
+    rule: Head
+
     def __init__(self, site: MatchedSite, rule: Head, spec: HeadSpec) -> None:
         self.site, self.rule, self.spec = site, rule, spec
-        self._rule, self._match = rule, site.match
+        self._match: HeadMatch = site.match
         self.k, self.candidates = spec.k, spec.candidates
         self.exact_is_dense = spec.tail == "predicted"
         self.proves = bool(spec.certify)
@@ -58,13 +62,8 @@ class HeadOperation(Operation):
         return self.spec.rows, self.site.d_model
 
     def describe(self) -> str:
-        spec, predictor = self.spec, self.rule.predictor
-        proved = f", {spec.certify} proved" if spec.certify else ""
-        hint = " (calibrate it in pack)" if predictor.wants_calibration else ""
-        return (
-            f"top {spec.k} of {spec.candidates} candidates of {spec.width}{proved}, guessed by "
-            f"{predictor}{hint}{self.site.sharding.describe()}{self._described_merge()}"
-        )
+        proved = f", {self.spec.certify} proved" if self.spec.certify else ""
+        return self.described_choice(self.spec.width, proved) + self._described_merge()
 
     def _described_merge(self) -> str:
         """What devices send each other."""
@@ -78,7 +77,18 @@ class HeadOperation(Operation):
         return f", compared by {described(merge, rows)}"
 
     def reads(self, tokens: int) -> list[Read]:
-        return head_reads(self._match, self.spec, self.rule.predictor, tokens)
+        spec, linear = self.spec, self._match.linear
+        d, dtype = linear.in_dim, narrow(linear.weight).dtype
+        outputs, rows = len(self._match.outputs), spec.shard_rows
+        reads = [*reads_of(self.rule.predictor, rows, d, dtype, tokens)]
+        reads.append(Read("scored_float32", 0, scores=tokens * rows * outputs))
+        if spec.certify:  # two norms of each row, in float32
+            reads.append(Read("scored_float32", 8 * spec.width))
+        candidates = tokens * (spec.candidates // spec.num_shards) * outputs
+        # Each token has rows of its own; what several ask for comes from memory once.
+        read = gathered(candidates, candidates * d, dtype, 1)
+        distinct = min(candidates, rows) * d * dtype.itemsize
+        return [*reads, read._replace(distinct=distinct)]
 
     def pack(
         self,
@@ -95,7 +105,7 @@ class HeadOperation(Operation):
         bound: Any = {}
         if spec.certify:
             assert isinstance(predictor, Certifying)
-            bound = each_layer(predictor.fit_bound, rows.astype(spec.compute_dtype), fitted)
+            bound = map_layers(predictor.fit_bound, rows.astype(spec.compute_dtype), fitted)
         return HeadState(rows, fitted, bound)
 
     def rows(self, arrays: HeadState) -> Sequence[Any]:
@@ -106,19 +116,18 @@ class HeadOperation(Operation):
         return head_specs(arrays, self.spec, self.rule.predictor, self.site.sharding)
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        sharding = self.site.sharding
-        head: Callable[..., Any] = ops.hire_head
+        head, sharding = ops.hire_head, self.site.sharding
         if isinstance(sharding, RowSharding):
             head = functools.partial(sharded_head, sharding=sharding)
         head = functools.partial(head, predictor=self.rule.predictor)
         searches = logit_top_k(self.site.name, self._match, sharding, self.spec.recall_target)
-        return [self._replacement(head, arrays), *searches]
+        return [self._replacement(silent(head), arrays), *searches]
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        return [self._replacement(ops.exact_head, arrays)]
+        return [self._replacement(silent(ops.exact_head), arrays)]
 
     def dense(self, arrays: Any) -> list[SiteReplacement]:
-        return [self._replacement(ops.dense_head, arrays)]
+        return [self._replacement(silent(ops.dense_head), arrays)]
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
         head = reporting(measured_head, follow_exact, predictor=self.rule.predictor)
@@ -126,10 +135,9 @@ class HeadOperation(Operation):
 
     def exact_form(self) -> SiteReplacement:
         match = self._match
-        read = dict.fromkeys((*match.linear.node.ins, *match.side_inputs))
-        inputs = tuple(v for v in read if v.literal is None and v.const is None)
+        inputs = arguments((*match.linear.node.ins, *match.side_inputs))
 
-        def exact_head(ins: Sequence[Any]) -> Sequence[Any]:
+        def exact_head(ins: Sequence[Any]) -> list[Any]:
             env = dict(zip(inputs, ins, strict=True))
             for node in match.product:
                 run_node(node, env)
@@ -137,16 +145,13 @@ class HeadOperation(Operation):
             epilogue = epilogue_of(match, {v: look_up(v, env) for v in match.side_inputs})
             return output_values(match, exact_values(raw, spec=self.spec, endpoints=epilogue))
 
-        def run(ins: Sequence[Any], *_: Any) -> Sequence[Any]:
-            return jax.jit(exact_head)(ins)
-
-        return SiteReplacement(self.site.name, match.nodes, inputs, match.outputs, run)
+        return self.raw_replacement(inputs, exact_head)
 
     def with_candidates(self, candidates: int) -> HeadOperation:
         rows = -(-candidates // self.spec.num_shards) * self.spec.num_shards
         k = min(self.spec.k, candidates)
         spec = dataclasses.replace(self.spec, k=k, candidates=rows)
-        return HeadOperation(self.site, self._rule.replace(k=k, candidates=rows), spec)
+        return HeadOperation(self.site, self.rule.replace(k=k, candidates=rows), spec)
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
         rows, d = self.scored
@@ -166,7 +171,7 @@ class HeadOperation(Operation):
         self, head: Callable[..., Any], arrays: Any, *, reports: bool = False
     ) -> SiteReplacement:
         """The head by (x: [tokens, d], arrays, layer, spec, endpoints) to the outputs
-        [tokens, V], or those and a report."""
+        [tokens, V] and a report."""
         match, spec = self._match, self.spec
 
         def hire_head(x: Any, sides: Sequence[Any], arrays: Any, layer: Any) -> Any:
@@ -176,10 +181,7 @@ class HeadOperation(Operation):
         def run(ins: Sequence[Any], layer: Any, arrays: Any) -> Any:
             x, *sides = ins
             rows = to_tokens(x, match.linear.x_axes)
-            results = jax.jit(hire_head)(rows, sides, arrays, layer)
-            if not reports:
-                return output_values(match, results)
-            values, report = results
+            values, report = jax.jit(hire_head)(rows, sides, arrays, layer)
             return output_values(match, values), report
 
         return self.replacement(run, arrays, reports=reports)
