@@ -8,6 +8,8 @@ import importlib.metadata
 import importlib.util
 import os
 
+import pytest
+
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if importlib.util.find_spec("libtpu") is None:  # whose compiler would read them too
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -17,3 +19,12 @@ if importlib.util.find_spec("libtpu") is None:  # whose compiler would read them
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HIRE_REWRITE_MACHINE"] = "bytes"
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """What one file compiled is of no use to others, and would come to gigabytes in the end."""
+    yield
+    import jax
+
+    jax.clear_caches()
