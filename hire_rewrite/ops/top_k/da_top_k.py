@@ -1,4 +1,4 @@
-"""DA-TOP-k (arXiv 2402.09360): the k greatest of values that are spread over devices.
+"""DA-TOP-k (arXiv 2402.09360): the k greatest of values that are sharded over devices.
 
 Each shard selects its own greatest few, and only those are merged: with s shards s · keep pairs of
 a value and an index travel in place of all values.
@@ -45,7 +45,7 @@ def da_top_k(
 ) -> tuple[Array, Array]:
     """The k greatest values along the last axis and their global indices, like `lax.top_k`.
 
-    The last axis may be spread over one or several axes of a mesh. Inside `shard_map`, x is a
+    The last axis may be sharded over one or several axes of a mesh. Inside `shard_map`, x is a
     shard and `axis_name` says over which; elsewhere x is whole, and `spec` says how it lies on
     `mesh`. Nothing but few values and indices travels between devices.
 
@@ -68,7 +68,7 @@ def da_top_k(
       x: [..., m], a shard, or [..., n]; floating point or integers.
       k: between 1 and n.
       axis_name: axes of a mesh that `shard_map` makes known here, the major one first.
-      mesh, spec: how x lies on a mesh. Any other axes of x may be spread too. n need not be
+      mesh, spec: how x lies on a mesh. Any other axes of x may be sharded too. n need not be
         divisible by the shards.
       recall_target: in (0, 1], the smallest share of the true k greatest in each row.
       keep: how many values each shard hands on, in place of what the target asks for; then
@@ -199,7 +199,7 @@ def _on_mesh(
     for axis, part in enumerate(names[:-1]):
         if x.shape[axis] % math.prod(mesh.shape[name] for name in part):
             raise HireRewriteError(
-                f"da_top_k: axis {axis} of x, of size {x.shape[axis]}, cannot be spread over "
+                f"da_top_k: axis {axis} of x, of size {x.shape[axis]}, cannot be sharded over "
                 f"{part}: only the last axis may be uneven; leave it out of the spec, or pad x"
             )
     wanted = dataclasses.replace(wanted, slow=_across_hosts(mesh))

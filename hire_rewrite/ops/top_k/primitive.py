@@ -3,7 +3,7 @@
 It is bound for one shard of the last axis. Its parameters:
 
   k         how many values are wanted
-  axes      names of the mesh's axes that the last axis is spread over
+  axes      names of the mesh's axes that the last axis is sharded over
   kept      how many values a shard hands on
   allowed   how many of the k greatest a row may miss; None if they need no counting
   few       the merge of lists of `kept`
@@ -82,7 +82,7 @@ def bind(
 def _abstract(x: Any, indices: Any, *, k: int, axes: tuple[str, ...], **_: Any) -> tuple[Any, Any]:
     if x.sharding.spec[x.ndim - 1] is not None:
         raise HireRewriteError(
-            f"da_top_k: the last axis of {x.str_short()} is spread by its type: give mesh and "
+            f"da_top_k: the last axis of {x.str_short()} is sharded by its type: give mesh and "
             "spec, or call it inside shard_map with axis_name"
         )
     if indices.shape[-1] != x.shape[-1]:
@@ -149,7 +149,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
 
 
 def _taken(array: Array, indices: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
-    """The entries of a spread array: [..., m] at the global indices wanted: i32[..., k]."""
+    """The entries of a sharded array: [..., m] at the global indices wanted: i32[..., k]."""
     own, theirs = (array.astype(jnp.uint32) for array in (indices, wanted))
     own = jnp.broadcast_to(own, (*wanted.shape[:-1], own.shape[-1]))
     search = jnp.vectorize(jnp.searchsorted, signature="(m),(k)->(k)")
