@@ -25,7 +25,7 @@ from hire_rewrite.ops.top_k.select import top_k
 from hire_rewrite.sharding.rows import RowSharding
 from tests.ops.cases import ffn, fitted, head, normal
 
-__all__ = ["EVERY", "ON_A_MESH", "SCORES", "D"]
+__all__ = ["EVERY", "SCORES", "D"]
 
 D = 256
 """So many that the kernels for TPU take them."""
@@ -214,4 +214,3 @@ EVERY = {name: functools.cache(make) for name, make in _MAKERS.items()}
 """The functions by name; each is made when it is called for."""
 
 SCORES = ("scores", *map(str, PREDICTORS), *(name for name in EVERY if name.startswith("fit")))
-ON_A_MESH = ("sharded",)
