@@ -237,7 +237,7 @@ def test_a_kind_that_is_not_registered_has_no_rules():
     fields = [(f.name, f.type, f) for f in dataclasses.fields(Narrow)]
     unknown = dataclasses.make_dataclass("Unknown", fields, bases=(Rule,), frozen=True)
     assert hire.transform(model, RULES[0])
-    with pytest.raises(hire.HireRewriteError, match="is not a rule.*register_kind"):
+    with pytest.raises(hire.HireRewriteError, match=r"is not a rule.*register_kind"):
         hire.transform(model, unknown())
 
 
