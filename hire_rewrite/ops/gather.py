@@ -1,4 +1,4 @@
-"""Products with rows that are fetched by number from stacked weights.
+"""Products with rows that are gathered by number from stacked weights.
 
 Stacked rows are [L, G, ..., d]: L layers of G groups of rows that lie together. One flat index of
 layer and group is gathered by, because slicing the layer first would copy it.
@@ -18,10 +18,10 @@ from jax import Array, lax
 from hire_rewrite import _compat
 from hire_rewrite.ops.kernels import Operation
 
-__all__ = ["by_tokens", "fetch", "flattened", "gathered_matmul", "gathered_sum"]
+__all__ = ["by_tokens", "flattened", "gather_rows", "gathered_matmul", "gathered_sum"]
 
 _PIECE = 1 << 22
-"""Bytes of rows that are fetched at a time on CPU. A large copy is slow there, because its memory
+"""Bytes of rows that are gathered at a time on CPU. A large copy is slow there, because its memory
 is new at every call: 50 MB took 33 ms, and 6 ms in pieces of 2 to 8 MB with the product."""
 
 
@@ -43,7 +43,7 @@ def gathered_matmul(
       stacked: [L, G, ..., d].
       layer: i32[].
       groups: i32[n], for all tokens, or i32[tokens, n], for each its own.
-      compute_dtype: to which rows are cast after they were fetched.
+      compute_dtype: to which rows are cast after they were gathered.
       out_dtype, precision: as in `lax.dot_general`.
 
     Returns:
@@ -52,13 +52,13 @@ def gathered_matmul(
     tokens, d = x.shape
     settings: dict[str, Any] = {"precision": precision, "preferred_element_type": out_dtype}
     if groups.ndim == 2:
-        rows = fetch(stacked, layer, groups).astype(compute_dtype)
+        rows = gather_rows(stacked, layer, groups).astype(compute_dtype)
         rows = rows.reshape(tokens, groups.shape[1] * math.prod(stacked.shape[2:-1]), d)
         return lax.dot_general(rows, x, (((2,), (1,)), ((0,), (0,))), **settings)
 
     def times(x: Array, stacked: Array, layer: Array, groups: Array) -> Array:
         # Plain matrices: an einsum over the groups was 19 times slower on CPU.
-        rows = fetch(stacked, layer, groups).astype(compute_dtype).reshape(-1, d)
+        rows = gather_rows(stacked, layer, groups).astype(compute_dtype).reshape(-1, d)
         return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), **settings)
 
     def in_pieces(x: Array, stacked: Array, layer: Array, groups: Array) -> Array:
@@ -77,7 +77,7 @@ def gathered_sum(
     """The sum of the rows stacked[layer, groups] with the weights h.
 
     Args:
-      h: [tokens, n, m]; rows are cast to its dtype after they were fetched.
+      h: [tokens, n, m]; rows are cast to its dtype after they were gathered.
       stacked: [L, G, m, d].
       layer: i32[].
       groups: i32[n].
@@ -89,7 +89,7 @@ def gathered_sum(
     tokens, d = h.shape[0], stacked.shape[-1]
 
     def times(h: Array, stacked: Array, layer: Array, groups: Array, dtype: Any = out_dtype) -> Any:
-        rows = fetch(stacked, layer, groups).astype(h.dtype).reshape(-1, d)
+        rows = gather_rows(stacked, layer, groups).astype(h.dtype).reshape(-1, d)
         return lax.dot_general(
             h.reshape(tokens, rows.shape[0]),
             rows,
@@ -116,13 +116,13 @@ def gathered_sum(
     return _on_cpu(in_pieces, times, stacked, h, stacked, jnp.asarray(layer, jnp.int32), groups)
 
 
-def fetch(stacked: Array, layer: Array | int, groups: Array) -> Array:
+def gather_rows(stacked: Array, layer: Array | int, groups: Array) -> Array:
     """stacked[layer, groups]: [*groups.shape, ...] of stacked: [L, G, ...]."""
     flat = stacked.reshape(-1, *stacked.shape[2:])
     return flat.at[_flat_index(stacked, layer, groups)].get(mode="promise_in_bounds")
 
 
-def by_tokens(function: Callable[..., Any], arrays: Sequence[Array], together: int) -> Any:
+def by_tokens(function: Callable[..., Any], arrays: Sequence[Array], batch: int) -> Any:
     """`function` of arrays [tokens, ...], so many tokens at a time: their rows fill memory.
 
     Args:
@@ -132,9 +132,9 @@ def by_tokens(function: Callable[..., Any], arrays: Sequence[Array], together: i
     if not isinstance(tokens, int):  # a symbol: one at a time
         single = functools.partial(jax.tree.map, lambda leaf: leaf[0])
         return lax.map(lambda token: single(function(*(array[None] for array in token))), arrays)
-    if tokens <= together:
+    if tokens <= batch:
         return function(*arrays)
-    chunks = -(-tokens // together)
+    chunks = -(-tokens // batch)
     step = -(-tokens // chunks)
 
     def split(array: Array) -> Array:
@@ -147,7 +147,7 @@ def by_tokens(function: Callable[..., Any], arrays: Sequence[Array], together: i
 
 
 def flattened(stacked: Array, layer: Array | int, groups: Array) -> tuple[Array, Array]:
-    """What kernels fetch stacked[layer, groups] by, for stacked: [L, G, ..., d].
+    """What kernels gather stacked[layer, groups] by, for stacked: [L, G, ..., d].
 
     Returns:
       The rows of all layers' groups, [L · G, m, d], and which of them the groups are.
@@ -164,7 +164,7 @@ def _flat_index(stacked: Array, layer: Array | int, groups: Array) -> Array:
 def _on_cpu(
     in_pieces: Callable[..., Array], whole: Callable[..., Array], stacked: Array, *operands: Array
 ) -> Array:
-    """One of two forms: on CPU rows are fetched in pieces where they are many."""
+    """One of two forms: on CPU rows are gathered in pieces where they are many."""
     if operands[-1].size <= _per_piece(stacked):
         return whole(*operands)
     return lax.platform_dependent(*operands, cpu=in_pieces, default=whole)
@@ -177,6 +177,6 @@ def _pieces(groups: Array, stacked: Array) -> Array:
 
 
 def _per_piece(stacked: Array) -> int:
-    """Groups of stacked: [L, G, ...] that are fetched at a time."""
+    """Groups of stacked: [L, G, ...] that are gathered at a time."""
     size = math.prod(stacked.shape[2:]) * max(stacked.dtype.itemsize, 4)
     return max(1, _PIECE // size)

@@ -32,7 +32,7 @@ def every(x, rows):
     groups = rows.reshape(2, 10, 4, 64)
     fits = [p.fit(rows[1]) for p in (Quantized(), Quantized(4), LowRank(8))]
     return (
-        gather.fetch(rows, 1, lists).astype(F32),
+        gather.gather_rows(rows, 1, lists).astype(F32),
         narrow.matmul(x, rows, 1),
         gather.gathered_matmul(x, rows, 1, lists, compute_dtype=F32, **settings),
         gather.gathered_matmul(x, rows, 1, lists[0], compute_dtype=F32, **settings),

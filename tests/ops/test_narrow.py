@@ -7,7 +7,7 @@ import pytest
 
 from hire_rewrite import _compat
 from hire_rewrite.ops import narrow
-from hire_rewrite.ops.gather import fetch
+from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.narrow import block_matmul, matmul
 from hire_rewrite.ops.quantize import (
@@ -158,4 +158,6 @@ def test_no_widened_copy_of_all_rows():
 def test_rows_are_fetched_from_their_layer():
     rows = normal(0, 3, 10, 4)
     chosen = jnp.array([[9, 0], [3, 3]])
-    np.testing.assert_array_equal(fetch(rows, 2, chosen), np.asarray(rows)[2][np.asarray(chosen)])
+    np.testing.assert_array_equal(
+        gather_rows(rows, 2, chosen), np.asarray(rows)[2][np.asarray(chosen)]
+    )

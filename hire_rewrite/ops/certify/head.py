@@ -11,15 +11,15 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import proof, rounding
-from hire_rewrite.ops.gather import by_tokens, fetch
+from hire_rewrite.ops.gather import by_tokens, gather_rows
 from hire_rewrite.ops.head.logits import candidates_of, dense_logits, exact_values, finished
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies
 
 __all__ = ["certified"]
 
-_TOGETHER = 16
-"""Tokens whose candidates are fetched at a time."""
+_BATCH = 16
+"""Tokens whose candidates are gathered at a time."""
 
 
 def certified(
@@ -89,10 +89,10 @@ def _signed_sums(
 
     def sums(x: Array, rows: Array) -> tuple[Array, Array]:
         nonlocal roundings
-        fetched = fetch(state.rows, layer, rows).astype(spec.compute_dtype)
-        products = fetched.astype(jnp.float32) * x.astype(jnp.float32)[:, None]
+        gathered = gather_rows(state.rows, layer, rows).astype(spec.compute_dtype)
+        products = gathered.astype(jnp.float32) * x.astype(jnp.float32)[:, None]
         positive, negative, roundings = rounding.signed_sums(products)
         return positive, negative
 
-    positive, negative = by_tokens(sums, (x, rows), _TOGETHER)
+    positive, negative = by_tokens(sums, (x, rows), _BATCH)
     return positive, negative, roundings

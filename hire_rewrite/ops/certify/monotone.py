@@ -41,8 +41,8 @@ def examine(code: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Cha
     """Read `code`, which is called with one array of logits of that shape and dtype."""
     closed = jax.make_jaxpr(code)(jax.ShapeDtypeStruct(shape, dtype))
     seen = _Seen(jnp.dtype(dtype))
-    found = seen.walk(_compat.open_jaxpr(closed)[0], [True])
-    reason = next((taint for taint in found if isinstance(taint, str)), None)
+    taints_out = seen.walk(_compat.open_jaxpr(closed)[0], [True])
+    reason = next((taint for taint in taints_out if isinstance(taint, str)), None)
     return Chain(reason, seen.plain, seen.unit)
 
 

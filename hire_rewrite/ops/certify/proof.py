@@ -61,7 +61,7 @@ def proved(
     state: HeadState,
     layer: Array | int,
     rows: Array,
-    found: list[Array],
+    places: list[Array],
     *,
     spec: HeadSpec,
     endpoints: Endpoints,
@@ -73,7 +73,7 @@ def proved(
     Args:
       positive, negative: f32[tokens, c], the sums of the terms of either sign of the candidates'
         products, with so many `roundings`.
-      rows, found: see `head.certified`.
+      rows, places: see `candidates_of`.
     """
     chain = chain_of(endpoints, x.shape[0], spec)
     norm = lax.dynamic_index_in_dim(state.bound["norm"], layer)
@@ -94,11 +94,11 @@ def proved(
         )
     )
     sure = jnp.ones(x.shape[0], bool)
-    for one, other, values, own in zip(first, second, results, found, strict=True):
-        exact = jnp.take_along_axis(values, own, axis=-1, mode="promise_in_bounds")
-        places = best(exact, min(spec.certify, own.shape[-1]))[1]
-        ranked = jnp.take_along_axis(own, places, axis=-1, mode="promise_in_bounds")
-        sure &= ordered(*widen(one, other, chain), ranked)
+    for low, high, values, place in zip(first, second, results, places, strict=True):
+        exact = jnp.take_along_axis(values, place, axis=-1, mode="promise_in_bounds")
+        order = best(exact, min(spec.certify, place.shape[-1]))[1]
+        ranked = jnp.take_along_axis(place, order, axis=-1, mode="promise_in_bounds")
+        sure &= ordered(*widen(low, high, chain), ranked)
     return sure
 
 

@@ -61,7 +61,7 @@ def platform(cpu: float, other: float) -> Array:
 def operand_unit(dtype: Any, precision: Any) -> float:
     """How much other backends than CPU may round the operands of a product, relatively."""
     precise = precision if isinstance(precision, tuple) else (precision,)
-    exact = all(one == lax.Precision.HIGHEST for one in precise)
+    exact = all(single == lax.Precision.HIGHEST for single in precise)
     return 0.0 if exact or jnp.dtype(dtype) == jnp.bfloat16 else BFLOAT16_UNIT
 
 
@@ -134,17 +134,17 @@ def signed_sums(products: Array) -> tuple[Array, Array, int]:
       sum is P − N; no partial sum, in whatever order, is greater than max(P, N).
     """
     d = products.shape[-1]
-    parts = [jnp.maximum(products, 0.0), jnp.maximum(-products, 0.0)]
+    sums = [jnp.maximum(products, 0.0), jnp.maximum(-products, 0.0)]
     roundings = 0
     while d > 1:
         rows = min(d, _TERMS)
         columns = -(-d // rows)
         padding = [(0, 0)] * (products.ndim - 1) + [(0, rows * columns - d)]
-        for i, part in enumerate(parts):
-            part = jnp.pad(part, padding).reshape(*part.shape[:-1], rows, columns)
+        for i, terms in enumerate(sums):
+            terms = jnp.pad(terms, padding).reshape(*products.shape[:-1], rows, columns)
             # The barrier keeps the compiler from making one long sum of the short ones.
-            parts[i] = lax.optimization_barrier(part.sum(-2))
+            sums[i] = lax.optimization_barrier(terms.sum(-2))
         roundings += rows - 1
         d = columns
-    positive, negative = (part[..., 0] for part in parts)
+    positive, negative = (terms[..., 0] for terms in sums)
     return positive, negative, roundings

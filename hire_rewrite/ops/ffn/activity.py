@@ -41,8 +41,8 @@ class Activity(NamedTuple):
 
 def tried_groups(groups: int) -> list[int]:
     """Numbers of groups, ascending, for which `Activity` tells what they keep."""
-    found = np.ceil(groups * np.geomspace(1 / 64, 1.0, _STEPS) - 1e-6).astype(int)
-    return sorted({max(1, int(count)) for count in found})
+    counts = np.ceil(groups * np.geomspace(1 / 64, 1.0, _STEPS) - 1e-6).astype(int)
+    return sorted({max(1, int(count)) for count in counts})
 
 
 def activity(

@@ -1,7 +1,7 @@
 """A feed-forward block as the operations see it: sizes, what ranks its neurons, and its arrays.
 
 A neuron is a row of the first matrix (of two in a gated block) and a row of the second. Neurons
-are chosen and fetched in groups, whose rows lie together in memory.
+are chosen and gathered in groups, whose rows lie together in memory.
 """
 
 from __future__ import annotations

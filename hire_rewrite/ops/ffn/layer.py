@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState, SiblingState
-from hire_rewrite.ops.gather import fetch, gathered_matmul, gathered_sum
+from hire_rewrite.ops.gather import gather_rows, gathered_matmul, gathered_sum
 
 __all__ = ["BlockLayer", "add_joined", "sibling_inputs"]
 
@@ -65,12 +65,12 @@ class BlockLayer:
 
     def gathered_vectors(self, groups: Array) -> tuple[Array, ...]:
         """Each vector, of the neurons of some groups: [n]."""
-        return tuple(fetch(v, self.index, groups).reshape(-1) for v in self.state.vectors)
+        return tuple(gather_rows(v, self.index, groups).reshape(-1) for v in self.state.vectors)
 
     def gathered_norms(self, groups: Array) -> Array | None:
         """The norms of the second rows, of the same neurons: [n]."""
         norms = self.state.norms
-        return None if norms is None else fetch(norms, self.index, groups).reshape(-1)
+        return None if norms is None else gather_rows(norms, self.index, groups).reshape(-1)
 
     def down(self, h: Array) -> Array:
         """[tokens, d_out] of h: [tokens, f]."""

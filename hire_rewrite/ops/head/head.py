@@ -1,7 +1,7 @@
 """The vocabulary head: guess all logits, compute exactly those that may be among the greatest.
 
 Sampling and greedy decoding look at a few of the greatest logits; the rows of all others are read
-in vain. `hire_head` scores all rows with a predictor, fetches those of the best candidates and
+in vain. `hire_head` scores all rows with a predictor, gathers those of the best candidates and
 writes their exact logits over the guesses. `exact_head` and `dense_head` read all rows.
 """
 

@@ -28,7 +28,7 @@ def measured_head(
 ) -> Measured:
     """All endpoints, each [tokens, V], for x: [tokens, d]; the probabilities of the last one are
     compared, and the units of the choice are its rows."""
-    scores, found, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
+    scores, places, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     raw = dense_logits(x, state, layer, spec)
     dense, exact = endpoints(raw), exact_values(raw, spec=spec, endpoints=endpoints)
     proved = None
@@ -37,7 +37,7 @@ def measured_head(
             x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
         )
     else:
-        rewritten = finished(scores, rows, at(raw, rows), found, spec, endpoints)
+        rewritten = finished(scores, rows, at(raw, rows), places, spec, endpoints)
     last = dense[-1].astype(jnp.float32)
     order = optimistic(scores, state.predictor, layer).astype(spec.out_dtype)
     guessed = endpoints(order)[-1].astype(jnp.float32)
@@ -47,7 +47,7 @@ def measured_head(
 
     chance = chances(dense)
     width = last.shape[-1]
-    k, candidates = min(spec.k, width), marked(found[-1], width)
+    k, candidates = min(spec.k, width), marked(places[-1], width)
     choice = Choice(last, guessed, candidates, k, chance, -jnp.inf)
     comparison = Comparison(chance, chances(exact), chances(rewritten), choice, proved)
     return Measured(exact, rewritten, comparison)

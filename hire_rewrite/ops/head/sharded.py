@@ -45,15 +45,19 @@ def sharded_head(
         return predictor.score(state.predictor, x, layer)
 
     def compute(
-        x: Array, state: HeadState, layer: Array, guessed: Array, hopes: tuple[Array, ...]
+        x: Array,
+        state: HeadState,
+        layer: Array,
+        guessed: Array,
+        ranks: tuple[Array, ...],
     ) -> tuple[Array, tuple[Array, ...]]:
-        found = tuple(top_k(values, count)[1] for values in hopes)
-        rows = jnp.concatenate(found, axis=-1)
+        places = tuple(top_k(values, count)[1] for values in ranks)
+        rows = jnp.concatenate(places, axis=-1)
         exact = gathered_logits(x, state, layer, rows, spec).astype(spec.out_dtype)
-        return scatter(guessed, rows, exact), found
+        return scatter(guessed, rows, exact), places
 
-    def finish(values: Array, guesses: Array, found: Array) -> Array:
-        return with_tail(at(values, found), found, guesses, spec, sharding.axes)
+    def finish(values: Array, guesses: Array, places: Array) -> Array:
+        return with_tail(at(values, places), places, guesses, spec, sharding.axes)
 
     def cut(sharded: Array) -> Array:
         return sharded[:, : spec.width]
@@ -66,14 +70,14 @@ def sharded_head(
     scores = scores.astype(spec.out_dtype)
     guesses = endpoints(cut(scores))
     ends = (across,) * len(guesses)
-    exact, found = sharding.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
+    exact, places = sharding.map(compute, (tokens, specs, whole, across, ends), (across, ends))(
         x, state, layer, scores, tuple(map(padded, better))
     )
     values = endpoints(cut(exact))
     tail = sharding.map(finish, (across, across, across), across)
     return tuple(
-        cut(tail(padded(one), padded(guess), own))
-        for one, guess, own in zip(values, guesses, found, strict=True)
+        cut(tail(padded(value), padded(guess), place))
+        for value, guess, place in zip(values, guesses, places, strict=True)
     )
 
 

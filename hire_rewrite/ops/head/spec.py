@@ -27,11 +27,11 @@ class HeadSpec:
     Attributes:
       width: V.
       k: how many of the greatest values are certainly exact.
-      candidates: how many rows a token fetches for each endpoint, at least k.
+      candidates: how many rows a token gathers for each endpoint, at least k.
       tail: what values that are not candidates become, `"predicted"` or `"-inf"`.
       out_dtype: of the raw logits.
       precision: of the product, as in `lax.dot_general`.
-      compute_dtype: to which rows are cast after they were fetched.
+      compute_dtype: to which rows are cast after they were gathered.
       starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
         endpoint may have fewer than V values: padding of the vocabulary is cut off.)
       certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.

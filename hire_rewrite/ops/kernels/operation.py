@@ -30,11 +30,12 @@ class Operation:
     It is called with arrays (or None) by position, and with settings, which are hashable, by name.
     It returns an array, or a tuple of several.
 
-    Example::
-
-        @Operation
-        def scaled(x, scale, *, power):
-            return x * scale**power
+    Example:
+      >>> @Operation
+      ... def scaled(x, *, power):
+      ...     return x * 2.0**power
+      >>> scaled(jnp.float32(3.0), power=2).item()
+      12.0
     """
 
     def __init__(self, reference: Callable[..., Any]) -> None:
@@ -83,12 +84,13 @@ def register_kernel(
       divisible: whether the compiler can divide the function among devices; where it would have to
         and cannot, the reference runs.
 
-    Example::
-
-        def by_hand(x, rows, layer, scale=None, offset=None): ...
-
-        with register_kernel(matmul, "cuda", by_hand):
-            y = jax.jit(step)(packed, token)
+    Example:
+      >>> from hire_rewrite.ops.narrow import matmul
+      >>> def by_hand(x, rows, layer, scale=None, offset=None):
+      ...     return jnp.dot(x, rows[layer].T)
+      >>> with register_kernel(matmul, "cpu", by_hand):
+      ...     matmul(jnp.ones((1, 3)), jnp.ones((1, 2, 3)), 0).tolist()
+      [[3.0, 3.0]]
     """
     registration = Registration(operation, Kernel(platform, function, supports, divisible))
     _set((registration, *_registered()))

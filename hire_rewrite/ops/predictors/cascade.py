@@ -28,7 +28,7 @@ from hire_rewrite.ops.predictors.protocol import (
 )
 from hire_rewrite.ops.top_k.select import scatter, top_k
 
-_TOGETHER = 8
+_BATCH = 8
 """Tokens whose rows are scored again at a time."""
 
 
@@ -44,6 +44,12 @@ class Cascade:
 
     Raises:
       HireRewriteError: one of the predictors cannot do its part, or `keep` is out of range.
+
+    Example:
+      >>> import hire_rewrite as hire
+      >>> predictor = hire.Cascade(hire.LowRank(16), hire.Quantized(), keep=64)
+      >>> predictor.bytes(4096, 64, "float32") < hire.Quantized().bytes(4096, 64, "float32")
+      True
     """
 
     first: Predictor
@@ -54,7 +60,7 @@ class Cascade:
         for name, predictor in (("first", self.first), ("second", self.second)):
             if not isinstance(predictor, Predictor):
                 raise HireRewriteError(
-                    f"Cascade: {name}={predictor!r} is no predictor: give LowRank(...) or "
+                    f"Cascade: {name}={predictor!r} is not a predictor: give LowRank(...) or "
                     "Quantized(...)"
                 )
         if not isinstance(self.second, ScoresRows):
@@ -112,7 +118,7 @@ class Cascade:
         def again(x: Array, rows: Array) -> Array:
             return second.score_rows(state, x, layer, rows)
 
-        return scatter(scores, rows, by_tokens(again, (x, rows), _TOGETHER))
+        return scatter(scores, rows, by_tokens(again, (x, rows), _BATCH))
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """All of the first predictor, and of the second the kept rows of each token."""

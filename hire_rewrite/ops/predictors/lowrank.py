@@ -90,7 +90,15 @@ class LowRank:
         weights of 16 bits and less, otherwise float32).
 
     Raises:
-      HireRewriteError: the rank is no positive int, or another number of bits.
+      HireRewriteError: the rank is not a positive int, or another number of bits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hire_rewrite as hire
+      >>> from hire_rewrite.ops.moments import Moments
+      >>> rows, seen = jax.random.normal(jax.random.key(0), (2, 512, 64))
+      >>> state = hire.LowRank(16).fit(rows, Moments.of(seen))
+      >>> state["up"].shape, state["down"].shape
+      ((512, 16), (16, 64))
     """
 
     rank: int | None = None
@@ -156,7 +164,7 @@ class LowRank:
                 seen, weight, metric = w, jnp.ones(n, jnp.float32), covariance
             else:
                 seen, metric = w - w.mean(0)[None], covariance + jnp.outer(near, near)
-                weight = _weights(w @ mean, _spread(w, covariance), min(top, n / 2))
+                weight = _weights(w @ mean, _deviation(w, covariance), min(top, n / 2))
             gram = (seen * weight[:, None]).T @ seen
             root = metric if moments is None else _square_root(metric)
             gram_root = gram @ root
@@ -178,7 +186,7 @@ class LowRank:
                 state |= {"up": integers, "scale": scale, "offset": offset}
             if top is not None:
                 # Without moments the scale of the errors is not known.
-                error = _spread(seen - (seen @ right) @ down, covariance)
+                error = _deviation(seen - (seen @ right) @ down, covariance)
                 state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * error
         return state
 
@@ -228,28 +236,28 @@ def _shrunk(mean: Array, covariance: Array) -> Array:
     return (1 - _SHRINKAGE) * covariance + _SHRINKAGE * square * jnp.eye(d, dtype=jnp.float32)
 
 
-def _spread(rows: Array, covariance: Array) -> Array:
+def _deviation(rows: Array, covariance: Array) -> Array:
     """The standard deviation of x · row for rows: [n, d]."""
     return jnp.sqrt(jnp.maximum(((rows @ covariance) * rows).sum(1), 0.0))
 
 
-def _weights(level: Array, spread: Array, top: float) -> Array:
+def _weights(level: Array, deviation: Array, top: float) -> Array:
     """How much each row's squared error counts, where the `top` greatest products are wanted.
 
     Args:
-      level, spread: the mean and standard deviation of each row's product, f32[n].
+      level, deviation: the mean and standard deviation of each row's product, f32[n].
     """
-    spread = jnp.maximum(spread, 1e-6)
+    deviation = jnp.maximum(deviation, 1e-6)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
-        many = norm.sf((middle - level) / spread).sum() > top
+        many = norm.sf((middle - level) / deviation).sum() > top
         return jnp.where(many, middle, low), jnp.where(many, high, middle)
 
-    bounds = (level - 10 * spread).min(), (level + 10 * spread).max()
+    bounds = (level - 10 * deviation).min(), (level + 10 * deviation).max()
     threshold = lax.fori_loop(0, 40, halve, bounds)[0]
-    return jnp.sqrt(norm.sf((threshold - level) / spread)) + _FLOOR
+    return jnp.sqrt(norm.sf((threshold - level) / deviation)) + _FLOOR
 
 
 def _square_root(covariance: Array) -> Array:

@@ -55,7 +55,7 @@ class Predictor(Protocol):
           moments: of the vectors x that are to be scored, if they are known.
           top: how many of the greatest products are wanted; None where all matter alike. Then the
             state may have a `bonus`: f32[n], which is added to scores where rows are chosen (see
-            `optimistic`), and is no part of what `score` returns.
+            `optimistic`), and which is not in what `score` returns.
         """
         ...
 

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import quantized
-from hire_rewrite.ops.gather import fetch, gathered_matmul
+from hire_rewrite.ops.gather import gather_rows, gathered_matmul
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.narrow import block_matmul, matmul
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
@@ -44,6 +44,13 @@ class Quantized:
 
     Raises:
       HireRewriteError: another number of bits, or a block that is not even, or one for 8 bits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hire_rewrite as hire
+      >>> rows = jax.random.normal(jax.random.key(0), (512, 64))
+      >>> state = jax.tree.map(lambda array: array[None], hire.Quantized(8).fit(rows))  # one layer
+      >>> hire.Quantized(8).score(state, rows[5:6], 0).argmax().item()
+      5
     """
 
     bits: int = 8
@@ -115,7 +122,7 @@ class Quantized:
         rows_stored, scale, x = state["rows"], state["scale"], x.astype(jnp.float32)
         wide, default = jnp.dtype(jnp.float32), lax.Precision.DEFAULT
         if self.bits == 4:
-            integers, scale = fetch(rows_stored, layer, rows), fetch(scale, layer, rows)
+            integers, scale = gather_rows(rows_stored, layer, rows), gather_rows(scale, layer, rows)
             return lax.dot_general(
                 dequantize_blocks(integers, scale),
                 rounded_blocks(x, self._block),
@@ -124,7 +131,7 @@ class Quantized:
             )
         settings = {"compute_dtype": wide, "out_dtype": wide, "precision": default}
         scores = gathered_matmul(x, rows_stored, layer, rows, **settings)
-        return scores * fetch(scale, layer, rows)
+        return scores * gather_rows(scale, layer, rows)
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         """The integers and their scales."""

@@ -106,7 +106,7 @@ def cheapest(
     if not real:
         return ()
     ways = (how,) if how else MERGES
-    groupings = [[[one] for one in reversed(real)]]
+    groupings = [[[pair] for pair in reversed(real)]]
     if len(real) > 1:
         groupings.append([real])
     candidates = [
@@ -114,7 +114,11 @@ def cheapest(
         for grouping in groupings
         for chosen in itertools.product(ways, repeat=len(grouping))
     ]
-    return min(candidates, key=lambda merge: sum(one.seconds(rows, pair_bytes) for one in merge))
+
+    def seconds(merge: Merge) -> float:
+        return sum(level.seconds(rows, pair_bytes) for level in merge)
+
+    return min(candidates, key=seconds)
 
 
 def _merge(
@@ -134,12 +138,12 @@ def _merge(
 
 def described(merge: Merge, rows: int, pair_bytes: int = 8) -> str:
     """What a merge of `rows` rows of values sends, for a reader."""
-    found = []
+    texts = []
     for level in merge:
         size, rounds = rows * pair_bytes * level.pairs / 1e3, len(level.lists)
         many = f" in {rounds} rounds" if rounds > 1 else ""
-        found.append(f"{level.how} over {' × '.join(level.axes)} ({size:.1f} kB{many})")
-    return ", then ".join(found)
+        texts.append(f"{level.how} over {' × '.join(level.axes)} ({size:.1f} kB{many})")
+    return ", then ".join(texts)
 
 
 def merged(keys: Array, indices: Array, merge: Merge) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ It is bound for one shard of the last axis. Its parameters:
   allowed   how many of the k greatest a row may miss; None if they need no counting
   few       the merge of lists of `kept`
   whole     the merge of lists of k (or of all that a shard has)
-  together  all axes of the mesh that `shard_map` makes known: other rows may be elsewhere, but
+  around    all axes of the mesh that `shard_map` makes known: other rows may be elsewhere, but
             collectives are everyone's, so that all devices must agree on whether to merge again
 """
 
@@ -74,8 +74,8 @@ def bind(
 ) -> list[Array]:
     """Values [..., k] and indices i32[..., k] of a shard x: [..., m], with `merges_of` it."""
     few, whole = merges
-    together = manual_axes()
-    settings = {"allowed": allowed, "few": few, "whole": whole, "together": together}
+    around = manual_axes()
+    settings = {"allowed": allowed, "few": few, "whole": whole, "around": around}
     return da_top_k_p.bind(x, indices, k=k, axes=axes, kept=kept, **settings)
 
 
@@ -103,7 +103,7 @@ def _select(
     allowed: int | None,
     few: Merge,
     whole: Merge,
-    together: tuple[str, ...],
+    around: tuple[str, ...],
 ) -> tuple[Array, Array]:
     """What the primitive computes, in other operations."""
     x = jnp.where(indices < 0, lowest(x.dtype), x)
@@ -111,19 +111,19 @@ def _select(
 
     def best(count: int, merge: Merge) -> tuple[Array, Array]:
         values, places = top_k(x, count)
-        own = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
-        return first(*merged(to_keys(values), own, merge), k)
+        at = jnp.take_along_axis(indices, places, axis=-1, mode="promise_in_bounds")
+        return first(*merged(to_keys(values), at, merge), k)
 
-    keys, found = best(kept, few)
+    keys, chosen = best(kept, few)
     if allowed is not None:
-        known = (found[..., :-1] >= 0).sum(-1)
-        missed = lax.psum(_before(to_keys(x), indices, keys, found), axes) - known
-        keys, found = lax.cond(
-            _anywhere((missed > allowed).any(), together),
+        before = lax.psum(_before(to_keys(x), indices, keys, chosen), axes)
+        missed = before - (chosen[..., :-1] >= 0).sum(-1, dtype=jnp.int32)
+        keys, chosen = lax.cond(
+            _anywhere((missed > allowed).any(), around),
             lambda: best(min(k, x.shape[-1]), whole),
-            lambda: (keys, found),
+            lambda: (keys, chosen),
         )
-    return from_keys(keys, x.dtype), found
+    return from_keys(keys, x.dtype), chosen
 
 
 def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
@@ -131,9 +131,9 @@ def _anywhere(flag: Array, axes: tuple[str, ...]) -> Array:
     return lax.pmax(varying_over(flag.astype(jnp.int32), axes), axes) > 0
 
 
-def _before(keys: Array, indices: Array, found_keys: Array, found: Array) -> Array:
-    """i32[...], how many pairs of a shard come before the last one that was found."""
-    key, index = found_keys[..., -1:], found[..., -1:]
+def _before(keys: Array, indices: Array, last_keys: Array, chosen: Array) -> Array:
+    """i32[...], how many pairs of a shard come before the last one that was chosen."""
+    key, index = last_keys[..., -1:], chosen[..., -1:]
     unsigned = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
     tied = (keys == key) & (unsigned(indices) < unsigned(index))
     return ((keys < key) | tied).sum(-1, dtype=jnp.int32)
@@ -141,21 +141,21 @@ def _before(keys: Array, indices: Array, found_keys: Array, found: Array) -> Arr
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
     (x, indices), (tangent, _) = primals, tangents
-    values, found = da_top_k_p.bind(x, indices, **params)
+    values, chosen = da_top_k_p.bind(x, indices, **params)
     moved: Any = ad.Zero(jax.typeof(values).to_tangent_aval())
     if type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0:
-        moved = _taken(tangent, indices, found, params["axes"])
-    return (values, found), (moved, ad.Zero(jax.typeof(found).to_tangent_aval()))
+        moved = _taken(tangent, indices, chosen, params["axes"])
+    return (values, chosen), (moved, ad.Zero(jax.typeof(chosen).to_tangent_aval()))
 
 
 def _taken(array: Array, indices: Array, wanted: Array, axes: tuple[str, ...]) -> Array:
     """The entries of a sharded array: [..., m] at the global indices wanted: i32[..., k]."""
-    own, theirs = (array.astype(jnp.uint32) for array in (indices, wanted))
-    own = jnp.broadcast_to(own, (*wanted.shape[:-1], own.shape[-1]))
+    mine, theirs = (array.astype(jnp.uint32) for array in (indices, wanted))
+    mine = jnp.broadcast_to(mine, (*wanted.shape[:-1], mine.shape[-1]))
     search = jnp.vectorize(jnp.searchsorted, signature="(m),(k)->(k)")
-    places = jnp.minimum(search(own, theirs), own.shape[-1] - 1)
+    places = jnp.minimum(search(mine, theirs), mine.shape[-1] - 1)
     at = functools.partial(jnp.take_along_axis, indices=places, axis=-1, mode="promise_in_bounds")
-    here = (at(own) == theirs) & (wanted >= 0)
+    here = (at(mine) == theirs) & (wanted >= 0)
     return lax.psum(jnp.where(here, at(array), jnp.zeros((), array.dtype)), axes)
 
 
@@ -177,7 +177,7 @@ def _batch(
         lead = (1,) * (x.ndim - indices.ndim)
         indices = indices.reshape(axis.size, *lead, *indices.shape[1:])
         return da_top_k_p.bind(x, indices, **params), (0, 0)
-    x, indices = (jnp.moveaxis(one, 0, -2).reshape(*one.shape[1:-1], -1) for one in rows)
+    x, indices = (jnp.moveaxis(row, 0, -2).reshape(*row.shape[1:-1], -1) for row in rows)
     axes = tuple(name for name in params["axes"] if name != axis.name)
     k, whole = params["k"], min(params["k"], x.shape[-1])
     kept = min(k, axis.size * params["kept"]) if axes else whole
@@ -195,7 +195,7 @@ batching.fancy_primitive_batchers[da_top_k_p] = _batch
 mlir.register_lowering(da_top_k_p, mlir.lower_fun(_select, multiple_results=True))
 
 
-_STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "together")
+_STATIC = ("k", "axes", "kept", "allowed", "few", "whole", "around")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

@@ -187,7 +187,7 @@ def test_values_that_are_no_numbers():
     assert np.isfinite(np.delete(got, [2, 5])).all()
     h = jnp.ones((1, 2, 1))
     stacked = normal(1, 4, 1, 16).at[0, 1].set(jnp.nan)
-    assert np.isnan(gather.fetch(stacked, 0, jnp.array([1]))).all()
+    assert np.isnan(gather.gather_rows(stacked, 0, jnp.array([1]))).all()
     assert np.isnan(SUMMED(h, stacked, jnp.int32(0), jnp.array([0, 1], jnp.int32))).all()
 
 

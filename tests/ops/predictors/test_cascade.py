@@ -109,7 +109,7 @@ def test_keep_is_a_number_or_a_fraction(keep):
 def test_the_parts_must_be_able():
     with pytest.raises(HireRewriteError, match=r"second=LowRank\(rank=8\) cannot score chosen"):
         Cascade(Quantized(), LowRank(8))
-    with pytest.raises(HireRewriteError, match="first=3 is no predictor"):
+    with pytest.raises(HireRewriteError, match="first=3 is not a predictor"):
         Cascade(3, Quantized())
 
 

@@ -48,25 +48,25 @@ def _group_products(x: Array, rows: Array, index: Array, interpret: bool) -> Arr
     tokens, d = x.shape
     m, (lists, n) = rows.shape[1], index.shape
     chunks, count = _chunks(n, rows)
-    each = tokens // lists  # tokens of one list
+    length = tokens // lists  # tokens of one list
 
-    def use(i: Array, fetched: Array, x: Any, out: Any) -> None:
-        out[0] = lax.dot_general(x[0], fetched, (((1,), (1,)), ((), ())), **_SETTINGS)
+    def use(i: Array, gathered: Array, x: Any, out: Any) -> None:
+        out[0] = lax.dot_general(x[0], gathered, (((1,), (1,)), ((), ())), **_SETTINGS)
 
-    found = _over_chunks(
+    products = _over_chunks(
         use,
         _padded(index, chunks * count),
-        x.astype(jnp.bfloat16).reshape(lists, each, d),
+        x.astype(jnp.bfloat16).reshape(lists, length, d),
         rows,
         lists * chunks,
-        x_block=pl.BlockSpec((1, each, d), lambda i, index: (lax.div(i, chunks), 0, 0)),
-        out_block=pl.BlockSpec((1, each, count * m), lambda i, index: (i, 0, 0)),
-        shape=(lists * chunks, each, count * m),
+        x_block=pl.BlockSpec((1, length, d), lambda i, index: (lax.div(i, chunks), 0, 0)),
+        out_block=pl.BlockSpec((1, length, count * m), lambda i, index: (i, 0, 0)),
+        shape=(lists * chunks, length, count * m),
         name="hire_fetched_product",
         interpret=interpret,
     )
-    found = jnp.moveaxis(found.reshape(lists, chunks, each, -1), 1, 2)
-    return found.reshape(tokens, -1)[:, : n * m]
+    products = jnp.moveaxis(products.reshape(lists, chunks, length, -1), 1, 2)
+    return products.reshape(tokens, -1)[:, : n * m]
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -84,12 +84,12 @@ def gathered_sum(h: Array, rows: Array, index: Array, *, interpret: bool = False
     h = jnp.pad(h.astype(jnp.bfloat16), ((0, 0), (0, chunks * count - n), (0, 0)))
     h = jnp.moveaxis(h.reshape(tokens, chunks, count * m), 1, 0)
 
-    def use(i: Array, fetched: Array, h: Any, out: Any) -> None:
+    def use(i: Array, gathered: Array, h: Any, out: Any) -> None:
         @pl.when(i == 0)
         def _() -> None:
             out[...] = jnp.zeros_like(out)
 
-        out[...] += jnp.dot(h[0], fetched, **_SETTINGS)
+        out[...] += jnp.dot(h[0], gathered, **_SETTINGS)
 
     return _over_chunks(
         use,
@@ -118,7 +118,7 @@ def _over_chunks(
     name: str,
     interpret: bool,
 ) -> Array:
-    """use(i, fetched, x, out) for each chunk i, whose rows are fetched: [count · m, d]."""
+    """use(i, gathered, x, out) for each chunk i, whose rows are gathered: [count · m, d]."""
     _, m, d = rows.shape
     count = index.size // chunks
 

@@ -72,7 +72,7 @@ def block_matmul(
     """x @ rows[layer].T for x as `round_blocks` gives it and rows as `quantize_blocks` stored them.
 
     Integers are multiplied as they are, block by block: as many products as there are blocks, of
-    which each has x in its own columns and 0 in the others. They are exact; scales come afterwards.
+    which each has x in its columns and 0 in the others. They are exact; scales come afterwards.
 
     Args:
       integers: i8[tokens, d].
@@ -87,10 +87,10 @@ def block_matmul(
     tokens, d = integers.shape
     n, half, blocks = packed.shape[1], packed.shape[2], scale.shape[2]
     step = _step(n, half)
-    # [2, blocks/2 · tokens, d/2]: half by half, the part of each token in each block.
-    own = jnp.arange(half)[None] // (d // blocks) == jnp.arange(blocks // 2)[:, None]
+    # [2, blocks/2 · tokens, d/2]: half by half, those of each token in each block.
+    inside = jnp.arange(half)[None] // (d // blocks) == jnp.arange(blocks // 2)[:, None]
     halves = jnp.swapaxes(integers.reshape(tokens, 2, half), 0, 1).astype(jnp.bfloat16)
-    parts = jnp.where(own[:, None], halves[:, None], 0).reshape(2, -1, half)
+    masked = jnp.where(inside[:, None], halves[:, None], 0).reshape(2, -1, half)
     steps = steps.T[:, :, None]
     # XLA stores the scale row by row if that needs no padding, otherwise column by column.
     by_row = blocks % LANES == 0
@@ -103,14 +103,14 @@ def block_matmul(
         scales = jnp.swapaxes(scale, 1, 2)
         scale_block = pl.BlockSpec((None, blocks, step), lambda i, layer: (layer[0], 0, i))
 
-    def kernel(_: Any, parts: Any, steps: Any, packed: Any, scale: Any, scores: Any) -> None:
+    def kernel(_: Any, masked: Any, steps: Any, packed: Any, scale: Any, scores: Any) -> None:
         both = packed[...].astype(jnp.int32)
         factors = scale[...].astype(jnp.float32)
         factors = factors.T if by_row else factors
         total = jnp.zeros(scores.shape, jnp.float32)
         for i, numbers in enumerate(((both << 28) >> 28, both >> 4)):
             rows = numbers.astype(jnp.float32).astype(jnp.bfloat16)
-            sums = _times(parts[i], rows).reshape(blocks // 2, tokens, step)
+            sums = _times(masked[i], rows).reshape(blocks // 2, tokens, step)
             here = slice(i * (blocks // 2), (i + 1) * (blocks // 2))
             total += (sums * steps[here] * factors[here][:, None]).sum(0)
         scores[...] = total
@@ -122,7 +122,7 @@ def block_matmul(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(n, step),),
             in_specs=[
-                pl.BlockSpec(parts.shape, lambda i, layer: (0, 0, 0)),
+                pl.BlockSpec(masked.shape, lambda i, layer: (0, 0, 0)),
                 pl.BlockSpec(steps.shape, lambda i, layer: (0, 0, 0)),
                 pl.BlockSpec((None, step, half), lambda i, layer: (layer[0], i, 0)),
                 scale_block,
@@ -134,13 +134,13 @@ def block_matmul(
             transcendentals=0,
             bytes_accessed=n * half
             + n * blocks * scale.dtype.itemsize
-            + parts.size * 2
+            + masked.size * 2
             + steps.size * 4
             + tokens * n * 4,
         ),
         name="hire_block_product",
         interpret=interpret,
-    )(layer.reshape(1), parts, steps, in_hbm(packed, interpret), in_hbm(scales, interpret))
+    )(layer.reshape(1), masked, steps, in_hbm(packed, interpret), in_hbm(scales, interpret))
 
 
 def _step(n: int, width: int) -> int:
