@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite._compat import mesh_around, varying_over
 from hire_rewrite.errors import HireRewriteError
@@ -83,6 +83,14 @@ def da_top_k(
 
     Raises:
       HireRewriteError: an argument does not fit; it says which and what would.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hire_rewrite as hire
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
+      >>> logits = jnp.sin(jnp.arange(64.0))[None]
+      >>> values, indices = hire.da_top_k(logits, 2, mesh=mesh, spec=jax.P(None, "model"))
+      >>> indices.tolist() == jax.lax.top_k(logits, 2)[1].tolist()
+      True
     """
     x = jnp.asarray(x)
     wanted = _Wanted(k, recall_target, keep, merge)
@@ -115,7 +123,7 @@ def da_top_k(
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """The arguments of a call that are no arrays; `slow` are axes between hosts."""
+    """The arguments of a call that are not arrays; `slow` are axes between hosts."""
 
     k: int
     recall_target: float
@@ -177,8 +185,8 @@ def _sharded(
     merges = merges_of(x, k, (kept, whole), axes, sizes, wanted.slow, wanted.merge)
     if axes:
         x, indices = (varying_over(array, axes) for array in (x, indices))
-    values, found = bind(x, indices, k, axes, kept, allowed, merges)
-    return values, found
+    values, chosen = bind(x, indices, k, axes, kept, allowed, merges)
+    return values, chosen
 
 
 def _on_mesh(
@@ -211,10 +219,12 @@ def _on_mesh(
         indices = jnp.where(places < n, places, -1)
         return _sharded(shard, indices, wanted, axes, sizes, n)
 
-    lead = PartitionSpec(*parts[:-1], None)
-    around = mesh_around(mesh)
-    run = jax.shard_map(local, mesh=around, in_specs=PartitionSpec(*parts), out_specs=(lead, lead))
-    return run(jnp.pad(x, padding))
+    whole, lead = PartitionSpec(*parts), PartitionSpec(*parts[:-1], None)
+    around, x = mesh_around(mesh), jnp.pad(x, padding)
+    if set(mesh.axis_types) == {AxisType.Explicit}:  # shard_map then takes nothing else
+        x = jax.sharding.reshard(x, whole if around is None else NamedSharding(mesh, whole))
+    run = jax.shard_map(local, mesh=around, in_specs=whole, out_specs=(lead, lead))
+    return run(x)
 
 
 def _across_hosts(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -190,6 +190,14 @@ class TestPlaces:
             found = jax.jit(lambda x: da_top_k(x, 7, mesh=mesh, spec=P(None, "x")))(spread)
         assert_same(found, lax.top_k(x, 7))
 
+    def test_explicit_axes_and_an_array_that_is_elsewhere(self):
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+        x = data("random", 163)
+        run = lambda x: da_top_k(x, 7, mesh=mesh, spec=P(None, "x"))  # noqa: E731
+        assert_same(run(x), lax.top_k(x, 7))
+        with jax.sharding.set_mesh(mesh):
+            assert_same(jax.jit(run)(x), lax.top_k(x, 7))
+
     def test_indices_of_interleaved_shards(self):
         n, shards = 203, 8
         mesh, x = mesh_of(shards), data("ties", n)
