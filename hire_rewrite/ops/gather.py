@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite import _compat
-from hire_rewrite.ops.kernels import Operation
+from hire_rewrite.ops.kernels import KernelOperation
 
 __all__ = ["by_tokens", "flattened", "gather_rows", "gathered_matmul", "gathered_sum"]
 
@@ -25,7 +25,7 @@ _PIECE = 1 << 22
 is new at every call: 50 MB took 33 ms, and 6 ms in pieces of 2 to 8 MB with the product."""
 
 
-@Operation
+@KernelOperation
 def gathered_matmul(
     x: Array,
     stacked: Array,
@@ -70,7 +70,7 @@ def gathered_matmul(
     return _on_cpu(in_pieces, times, stacked, x, stacked, jnp.asarray(layer, jnp.int32), groups)
 
 
-@Operation
+@KernelOperation
 def gathered_sum(
     h: Array, stacked: Array, layer: Array | int, groups: Array, *, out_dtype: Any, precision: Any
 ) -> Array:

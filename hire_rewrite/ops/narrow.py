@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite import _compat
-from hire_rewrite.ops.kernels import Operation
+from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.quantize import dequantize_blocks, rounded_blocks
 
 _CHUNK = 3 << 18
@@ -34,7 +34,7 @@ _FUSED_TOKENS = 4
 __all__ = ["block_matmul", "block_of", "matmul", "scaled"]
 
 
-@Operation
+@KernelOperation
 def matmul(
     x: Array,
     rows: Array,
@@ -68,7 +68,7 @@ def scaled(products: Array, layer: Array, scale: Array | None, offset: Array | N
     return products
 
 
-@Operation
+@KernelOperation
 def block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     """x @ rows[layer].T in float32 for rows that `quantize_blocks` stored.
 

@@ -1,4 +1,4 @@
-"""The primitive behind an `Operation`: its type, derivative, batching and lowering."""
+"""The primitive behind a `KernelOperation`: its type, derivative, batching and lowering."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ class Call:
     settings: tuple[tuple[str, Any], ...]
     precision: str | None
     batches: tuple[tuple[tuple[int | None, ...], int], ...] = ()
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings)
+        return f"{self.operation.__name__}({settings})"
 
     @property
     def reference(self) -> Leaves:

@@ -1,8 +1,9 @@
 """Operations that some platforms compute by a kernel of their own.
 
-An `Operation` is a function of arrays that is written in JAX, its reference; `register_kernel`
-names a function that computes the same on one platform. The reference is what is differentiated,
-and what is exported (`jax.export`): the process that runs the program need not have the kernels.
+A `KernelOperation` is a function of arrays that is written in JAX, its reference;
+`register_kernel` names a function that computes the same on one platform. The reference is what is
+differentiated, and what is exported (`jax.export`): the process that runs the program need not have
+the kernels.
 With `HIRE_REWRITE_KERNELS=0` in the environment no kernel is used.
 """
 
@@ -21,17 +22,17 @@ import jax.numpy as jnp
 from hire_rewrite import _compat
 from hire_rewrite.ops.kernels.call import Call, Kernel, call_p
 
-__all__ = ["Operation", "Registration", "register_kernel"]
+__all__ = ["KernelOperation", "Registration", "register_kernel"]
 
 
-class Operation:
+class KernelOperation:
     """A function of arrays that platforms may compute by kernels.
 
     It is called with arrays (or None) by position, and with settings, which are hashable, by name.
     It returns an array, or a tuple of several.
 
     Example:
-      >>> @Operation
+      >>> @KernelOperation
       ... def scaled(x, *, power):
       ...     return x * 2.0**power
       >>> scaled(jnp.float32(3.0), power=2).item()
@@ -66,7 +67,7 @@ class Operation:
 
 
 def register_kernel(
-    operation: Operation,
+    operation: KernelOperation,
     platform: str,
     function: Callable[..., Any],
     *,
@@ -101,7 +102,7 @@ def register_kernel(
 class Registration:
     """A kernel of an operation, until `unregister()` or until the end of a `with` statement."""
 
-    operation: Operation
+    operation: KernelOperation
     kernel: Kernel
 
     def unregister(self) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.kernels import Operation
+from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.top_k.keys import from_keys, lowest, to_keys
 
 _TWO_STAGES = 1 << 17
@@ -52,7 +52,7 @@ def top_k(scores: Array, k: int) -> tuple[Array, Array]:
     return top_k_operation(scores, k=k)
 
 
-@Operation
+@KernelOperation
 def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
     """What platforms may compute otherwise in `top_k`."""
     if k == 0 or not fits_float32(scores.dtype):

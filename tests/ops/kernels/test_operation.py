@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
-from hire_rewrite.ops.kernels import Operation, register_kernel
+from hire_rewrite.ops.kernels import KernelOperation, register_kernel
 from hire_rewrite.ops.narrow import matmul
 from hire_rewrite.ops.quantize import quantize_rows
 from tests.ops.cases import normal
 
 
-@Operation
+@KernelOperation
 def affine(x, scale, offset=None, *, power):
     x = x * scale**power
     return x if offset is None else x + offset
