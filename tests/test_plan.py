@@ -1,6 +1,7 @@
 """How a plan is printed."""
 
 import hire_rewrite as hire
+from hire_rewrite.patterns.refusal import Refusal
 
 HEAD = hire.Site(
     name="params/embed", kind="head", d_model=64, width=40_000, gated=False, activation="",
@@ -17,7 +18,11 @@ FFN = hire.Site(
 def test_a_plan():
     plan = hire.Plan(
         (FFN, HEAD),
-        rejected=(hire.Rejection("params/wo", (64, 64), "nothing follows", 2, "model.py:3"),),
+        rejected=(
+            hire.Rejection(
+                "params/wo", (64, 64), "nothing follows", 2, "model.py:3", Refusal.UNSUPPORTED
+            ),
+        ),
         unused_rules=(hire.FFN(k=1),),
         kernels="in use",
         machine="slow",
