@@ -116,7 +116,7 @@ class NarrowOperation(Operation):
 
 @register_predictor
 @dataclasses.dataclass(frozen=True)
-class Halves:
+class Float16:
     """A predictor that stores rows in float16."""
 
     scale: float = 1.0
@@ -143,7 +143,7 @@ PARAMS = {
 }
 X = inputs(4, D)
 RULES = (
-    Narrow(path="layers", predictor=Halves(), force=True),
+    Narrow(path="layers", predictor=Float16(), force=True),
     hire.Head(k=4, candidates=32, min_width=100, force=True),
 )
 
@@ -173,7 +173,7 @@ def test_it_is_planned_packed_and_run_beside_the_others():
     narrow = plan.sites[1]
     assert (narrow.repeats, narrow.width, narrow.d_model) == (LAYERS, D, D)
     assert narrow.bytes_after == LAYERS * 2 * D * D == narrow.bytes_before // 2
-    assert "Halves" in narrow.reason
+    assert "Float16" in narrow.reason
     assert set(packed.weights) == set()
     want = model(PARAMS, X)
     close(jax.jit(step)(packed, X), step(packed, X), 1e-6)
@@ -222,7 +222,7 @@ def test_it_is_calibrated_and_evaluated():
 def test_it_is_tuned_saved_and_loaded(tmp_path):
     step, batches = hire.transform(model, *RULES), [(inputs(64, D, seed=s),) for s in range(4)]
     tuned = step.tune(PARAMS, batches, recall=0.9)
-    assert any(isinstance(rule, Narrow) and rule.predictor == Halves() for rule in tuned)
+    assert any(isinstance(rule, Narrow) and rule.predictor == Float16() for rule in tuned)
     tuned.save(str(tmp_path / "rules.json"))
     loaded = hire.load_rules(str(tmp_path / "rules.json"))
     assert loaded == tuple(tuned)
@@ -289,11 +289,11 @@ def test_rules_of_a_kind_that_is_not_registered_are_not_loaded(tmp_path):
 
 
 def test_tuning_keeps_the_predictor_of_a_kind_that_chooses_nothing(monkeypatch):
-    predictors = [hire.LowRank(8), Halves()]
+    predictors = [hire.LowRank(8), Float16()]
     monkeypatch.setattr(NarrowOperation, "predictors", lambda *_: predictors)
     step, batches = hire.transform(model, RULES[0]), [(inputs(64, D, seed=s),) for s in range(4)]
     tuned = step.tune(PARAMS, batches, recall=0.9)
-    assert {str(trial.rule.predictor) for trial in tuned.trials} == {str(Halves())}
+    assert {str(trial.rule.predictor) for trial in tuned.trials} == {str(Float16())}
 
 
 @pytest.mark.parametrize(
