@@ -67,9 +67,7 @@ class Rule:
                 f"{rule}: predictor={self.predictor!r} is not a predictor: give LowRank(...) or "
                 "Quantized(...)"
             )
-        limit = self.max_tokens
-        if limit is not None and (not is_int(limit) or limit < 1):
-            raise HireRewriteError(f"{rule}: max_tokens={limit!r} must be a positive int or None")
+        check_positive_int(rule, "max_tokens", self.max_tokens)
         if self.path is not None:
             try:
                 re.compile(self.path)
@@ -101,6 +99,12 @@ def count(amount: float | int, width: int, what: str) -> int:
 def is_int(number: object) -> bool:
     """Whether a setting is a whole number (True and False are not)."""
     return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
+def check_positive_int(rule: str, name: str, number: object) -> None:
+    """Raise HireRewriteError if a setting is neither a positive int nor None."""
+    if number is not None and (not is_int(number) or number < 1):  # type: ignore[operator]
+        raise HireRewriteError(f"{rule}: {name}={number!r} must be a positive int or None")
 
 
 def check_amount(rule: str, name: str, amount: object) -> None:

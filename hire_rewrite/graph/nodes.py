@@ -42,8 +42,13 @@ class Value:
         return self.aval.dtype
 
     @property
+    def is_constant(self) -> bool:
+        """Whether it is a part of the function itself: written into the jaxpr, or closed over."""
+        return self.literal is not None or self.const is not None
+
+    @property
     def is_input(self) -> bool:
-        return self.node is None and self.literal is None and self.const is None
+        return self.node is None and not self.is_constant
 
     def __repr__(self) -> str:
         return f"Value({self.aval.str_short()}, {self.node})"

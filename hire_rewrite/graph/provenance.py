@@ -36,7 +36,7 @@ class Provenance:
 
     def is_weight(self, value: Value) -> bool:
         """Whether the value depends on weights (and constants) alone."""
-        return value.literal is not None or value.const is not None or value in self._weights
+        return value.is_constant or value in self._weights
 
     def roots(self, value: Value, within: Scope | None = None) -> list[Value]:
         """The inputs and constants that a weight is computed from, in order of discovery.

@@ -140,14 +140,14 @@ class _Scheduler:
         return any(inner in self.units for node in nodes for inner in node.walk())
 
     def _readable(self, value: Value) -> bool:
-        return value in self.live.values or value.literal is not None or value.const is not None
+        return value in self.live.values or value.is_constant
 
     def _call(self, frame: Frame, nodes: Sequence[Node]) -> Call:
         items = self.items(frame)
         written = {value for item in items for value in item.writes}
         reads = dict.fromkeys(v for item in items for v in item.reads if v not in written)
         writes = dict.fromkeys(v for v in frame.outs if v in written and v in self.live.values)
-        outside = (v for v in reads if v.literal is None and v.const is None)
+        outside = (value for value in reads if not value.is_constant)
         return Call(tuple(outside), tuple(writes), nodes, frame, items)
 
 

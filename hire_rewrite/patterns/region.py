@@ -217,7 +217,7 @@ def _constant(value: Value) -> Hashable:
 def _compute(node: Node, env: dict[Value, Any]) -> None:
     """Add the results of a node, and of what it reads that is made of side inputs alone."""
     for value in node.ins:
-        if value.literal is None and value.const is None and value not in env:
+        if not value.is_constant and value not in env:
             assert value.node is not None
             _compute(value.node, env)
     operands = [look_up(value, env) for value in node.ins]

@@ -12,7 +12,7 @@ import jax
 from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.ops.quality import Measured, Quality, quality
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.rules import Rule
@@ -188,6 +188,12 @@ class Operation(abc.ABC):
             return jax.jit(function)(ins), None
 
         return SiteReplacement(self.site.name, match.nodes, inputs, match.outputs, run)
+
+
+def row_predictors(ranks: Sequence[int], d: int) -> list[Predictor]:
+    """Predictors that are worth a trial for rows of length d: of these ranks, and of few bits."""
+    packs = d % 32 == 0  # into blocks of 4 bits
+    return [*map(LowRank, ranks), Quantized(), *([Quantized(4)] if packs else [])]
 
 
 def silent(function: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:

@@ -81,4 +81,4 @@ def _layer_of(loops: Sequence[Scope], index: Mapping[Scope, Any]) -> Any:
 
 def arguments(values: Iterable[Value]) -> tuple[Value, ...]:
     """Those of the values that have to be given: not the numbers of the program itself."""
-    return tuple(dict.fromkeys(v for v in values if v.literal is None and v.const is None))
+    return tuple(dict.fromkeys(value for value in values if not value.is_constant))

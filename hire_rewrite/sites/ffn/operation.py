@@ -21,7 +21,7 @@ from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.ffn.layer import add_joined, sibling_inputs
 from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.sharded import ffn_specs, sharded_ffn
-from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read, reads_of
+from hire_rewrite.ops.predictors import LowRank, Predictor, Read, reads_of
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
@@ -32,7 +32,13 @@ from hire_rewrite.sites.ffn.packing import packed_ffn
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import TOKENS, FFNStatistics, ffn_statistics
 from hire_rewrite.sites.kind import Functions, MatchedSite
-from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
+from hire_rewrite.sites.operation import (
+    Operation,
+    SiteCalibration,
+    reporting,
+    row_predictors,
+    silent,
+)
 from hire_rewrite.sites.replacement import Run, SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 
@@ -189,8 +195,7 @@ class FFNOperation(Operation):
         return self.rule.replace(k=k, candidates=candidates, group=self.unit)
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
-        quarter = [Quantized(4)] if self.site.d_model % 32 == 0 else []
-        return [*map(LowRank, ranks), Quantized(), *quarter]
+        return row_predictors(ranks, self.site.d_model)
 
     def probe_predictor(self) -> Predictor:
         return LowRank()

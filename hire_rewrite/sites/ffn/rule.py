@@ -7,7 +7,7 @@ import numbers
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from hire_rewrite.rules import Rule, check_amount, check_amounts, is_int
+from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int, is_int
 
 _CRITERIA = ("hidden", "output")
 
@@ -85,8 +85,7 @@ class FFN(Rule):
             raise HireRewriteError(
                 f"FFN: criterion={self.criterion!r} must be one of {', '.join(_CRITERIA)}"
             )
-        if self.parts is not None and (not is_int(self.parts) or self.parts < 1):
-            raise HireRewriteError(f"FFN: parts={self.parts!r} must be a positive int or None")
+        check_positive_int("FFN", "parts", self.parts)
         if not is_int(self.group) or self.group < 1:
             raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
         super().__post_init__()

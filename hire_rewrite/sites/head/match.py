@@ -22,6 +22,7 @@ from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.logits import LogitTopK, follow
 from hire_rewrite.sites.kind import Match
+from hire_rewrite.sites.replacement import arguments
 
 MIN_WIDTH = 4096
 """What a vocabulary has at least, if nobody says otherwise."""
@@ -74,8 +75,7 @@ class HeadMatch(Match):
     def side_inputs(self) -> tuple[Value, ...]:
         """What the epilogue reads besides logits: biases, masks, temperatures, noise."""
         operands = (value for node in self.epilogue for value in node.ins)
-        outside = (v for v in operands if v not in self.places and v.literal is None)
-        return tuple(dict.fromkeys(v for v in outside if v.const is None))
+        return arguments(value for value in operands if value not in self.places)
 
     @property
     def inputs(self) -> tuple[Value, ...]:

@@ -35,7 +35,13 @@ from hire_rewrite.sites.head.epilogue import epilogue_of, logit_top_k, output_va
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.kind import MatchedSite
-from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
+from hire_rewrite.sites.operation import (
+    Operation,
+    SiteCalibration,
+    reporting,
+    row_predictors,
+    silent,
+)
 from hire_rewrite.sites.replacement import SiteReplacement, arguments
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
 
@@ -156,8 +162,7 @@ class HeadOperation(Operation):
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
         rows, d = self.scored
         keep = max(1024, rows // 24)
-        choices: list[Predictor] = [*map(LowRank, ranks), Quantized()]
-        choices += [Quantized(4)] if d % 32 == 0 else []
+        choices = row_predictors(ranks, d)
         if 4 * keep <= rows:
             choices += [Cascade(LowRank(rank), Quantized(), keep) for rank in ranks]
         if self.spec.certify:

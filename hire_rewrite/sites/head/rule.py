@@ -7,7 +7,7 @@ import numbers
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from hire_rewrite.rules import Rule, check_amounts, is_int
+from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -66,8 +66,5 @@ class Head(Rule):
         target = self.recall_target
         if not isinstance(target, numbers.Real) or not 0.0 < float(target) <= 1.0:
             raise HireRewriteError(f"Head: recall_target={target!r} must be in (0, 1]")
-        if self.min_width is not None and (not is_int(self.min_width) or self.min_width < 1):
-            raise HireRewriteError(
-                f"Head: min_width={self.min_width!r} must be a positive int or None"
-            )
+        check_positive_int("Head", "min_width", self.min_width)
         super().__post_init__()
