@@ -113,8 +113,9 @@ def _matmul_default(x: Array, rows: Array, layer: Array) -> Array:
     if rows.dtype in (jnp.int8, jnp.bfloat16):
         # int8 is exact in bfloat16, and both operands alike take the matrix unit. The rounding of
         # x (2⁻⁸ at most) is less than that of the rows.
-        x, here = x.astype(jnp.bfloat16), here.astype(jnp.bfloat16)
-    return _times(x, here)
+        return _times(x.astype(jnp.bfloat16), here.astype(jnp.bfloat16))
+    # Rows that stayed wide are few, and matrix units would round them.
+    return _times(x, here, lax.Precision.HIGHEST)
 
 
 def _matmul_cpu(x: Array, rows: Array, layer: Array) -> Array:
@@ -164,11 +165,11 @@ def _rows(stacked: Array, layer: Array, start: Array | int, step: int) -> Array:
     return lax.dynamic_slice(stacked, first, (1, step, stacked.shape[2]))[0]
 
 
-def _times(x: Array, rows: Array) -> Array:
+def _times(x: Array, rows: Array, precision: lax.Precision = _PRECISION) -> Array:
     return lax.dot_general(
         x,
         rows,
         (((1,), (1,)), ((), ())),
-        precision=_PRECISION,
+        precision=precision,
         preferred_element_type=jnp.float32,
     )

@@ -145,9 +145,9 @@ class LowRank:
         """Fit to rows: [n, d] and, if given, the moments of the vectors that are to be scored.
 
         Returns:
-          `up`: i8[n, r] and its `scale`: f32[n] (U), `down`: f32[r, d] (Q), `offset`: f32[n]; with
-          `top` also `bonus`: f32[n]. With `bits=None` there is no scale, and `up` is bfloat16 or
-          float32.
+          `up`: i8[n, r] and its `scale`: f32[n] (U), `down`: f32[r, d] (Q), `center`: f32[r] and
+          `offset`: f32[n], so that scores are U (Q x + center) + offset; with `top` also `bonus`:
+          f32[n]. With `bits=None` there is no scale, and `up` is bfloat16 or float32.
         """
         n, d = rows.shape
         self.check(n, d)
@@ -176,14 +176,12 @@ class LowRank:
             inverse = jnp.where(sound, 1.0 / jnp.where(sound, quarter, 1.0), 0.0)
             right = (root @ vectors) * inverse[None]
             down = (inverse**3)[:, None] * (gram_root @ vectors).T
-            up, state = w @ right, {"down": down}
+            # Without the mean, which may be large, little is lost where Q x is rounded.
+            up, state = w @ right, {"down": down, "center": -(down @ mean), "offset": w @ mean}
             if self.bits is None:
-                up = up.astype(_stored(rows.dtype))
-                state |= {"up": up, "offset": w @ mean - up.astype(jnp.float32) @ (down @ mean)}
+                state["up"] = up.astype(_stored(rows.dtype))
             else:
-                integers, scale = quantize_rows(up)
-                offset = w @ mean - (integers.astype(jnp.float32) @ (down @ mean)) * scale
-                state |= {"up": integers, "scale": scale, "offset": offset}
+                state["up"], state["scale"] = quantize_rows(up)
             if top is not None:
                 # Without moments the scale of the errors is not known.
                 error = _deviation(seen - (seen @ right) @ down, covariance)
@@ -194,7 +192,7 @@ class LowRank:
         self, state: State, x: Array, layer: Array | int, choose: Choose | None = None
     ) -> Array:
         """f32[tokens, n] for x: [tokens, d] (see `Predictor.score`)."""
-        x = matmul(x, state["down"], layer)
+        x = matmul(x, state["down"], layer, None, state["center"])
         return matmul(x, state["up"], layer, state.get("scale"), state["offset"])
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
@@ -208,7 +206,7 @@ class LowRank:
             stored, up = _stored(dtype), n * rank * _stored(dtype).itemsize + 2 * n * wide
         else:
             stored, up = jnp.dtype(jnp.int8), n * rank + 3 * n * wide
-        down = Read("scored_float32", rank * d * wide, tokens)
+        down = Read("scored_float32", rank * (d + 1) * wide, tokens)
         return Read(f"scored_{stored}", up, tokens), down
 
     def _rank(self, n: int, d: int) -> int:
