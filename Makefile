@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test zoo bench mesh quality pretrain tpu docs lint format matrix clean help
+.PHONY: demo test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
@@ -19,6 +19,7 @@ help:
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
+	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
 	@echo "make docs      the generated pages of docs/"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
@@ -61,6 +62,14 @@ tpu:
 	.venv-tpu/bin/python -m pytest tests/tpu
 	.venv-tpu/bin/python -m benchmarks.tpu
 	.venv-tpu/bin/python -m benchmarks.tpu_bytes
+
+# Where jax finds a GPU: some minutes, and no network but for the environment's wheels. Tests ask
+# for products in float32, which a GPU rounds to fewer bits otherwise.
+GPU_TESTS := tests/ops/ffn tests/ops/head tests/ops/predictors/test_lowrank.py
+gpu: $(VENV)/.test
+	HIRE_REWRITE_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=float32 \
+	  XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -n 4 $(GPU_TESTS)
+	$(RUN) -m benchmarks.gpu
 
 docs: $(VENV)/.test
 	$(RUN) -m tests.zoo.coverage docs/coverage.md

@@ -1,5 +1,6 @@
 """Eight host devices for the whole run, and programs compiled quickly, set before jax starts.
 
+Everything runs on CPU, unless HIRE_REWRITE_TEST_PLATFORM names another platform (`make gpu`).
 Sites of tests are too small to pay in time: they are judged by bytes. Programs of tests run once,
 on a few numbers: most of a run would go to optimizing them (`tests.cases.optimized` asks for that).
 """
@@ -10,13 +11,15 @@ import os
 
 import pytest
 
+PLATFORM = os.environ.get("HIRE_REWRITE_TEST_PLATFORM", "cpu")
 FLAGS = ["--xla_force_host_platform_device_count=8"]
-if importlib.util.find_spec("libtpu") is None:  # whose compiler would read them too
+# With libtpu its compiler would read them too.
+if PLATFORM == "cpu" and importlib.util.find_spec("libtpu") is None:
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["HIRE_REWRITE_MACHINE"] = "bytes"
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
