@@ -31,7 +31,7 @@ _PRECISION = lax.Precision.DEFAULT
 _FUSED_TOKENS = 4
 """With more tokens one matrix product in chunks beats a fused product for each."""
 
-__all__ = ["block_matmul", "block_of", "matmul", "scaled"]
+__all__ = ["block_matmul", "block_of", "in_chunks", "matmul", "rows_from", "scaled", "times"]
 
 
 @KernelOperation
@@ -96,16 +96,18 @@ def block_of(x: Array, scale: Array) -> int:
 
 def _block_matmul_default(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     here = (lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (packed, scale))
-    return _times(x, dequantize_blocks(*here))
+    return times(x, dequantize_blocks(*here))
 
 
 def _block_matmul_cpu(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
     x, packed, scale = lax.optimization_barrier((x, packed, scale))
 
     def part(start: Array | int, step: int) -> Array:
-        return dequantize_blocks(*(_rows(array, layer, start, step) for array in (packed, scale)))
+        return dequantize_blocks(
+            *(rows_from(array, layer, start, step) for array in (packed, scale))
+        )
 
-    return _in_chunks(x, packed.shape[1], part, (packed, scale, layer))
+    return in_chunks(x, packed.shape[1], part, (packed, scale, layer))
 
 
 def _matmul_default(x: Array, rows: Array, layer: Array) -> Array:
@@ -113,9 +115,9 @@ def _matmul_default(x: Array, rows: Array, layer: Array) -> Array:
     if rows.dtype in (jnp.int8, jnp.bfloat16):
         # int8 is exact in bfloat16, and both operands alike take the matrix unit. The rounding of
         # x (2⁻⁸ at most) is less than that of the rows.
-        return _times(x.astype(jnp.bfloat16), here.astype(jnp.bfloat16))
+        return times(x.astype(jnp.bfloat16), here.astype(jnp.bfloat16))
     # Rows that stayed wide are few, and matrix units would round them.
-    return _times(x, here, lax.Precision.HIGHEST)
+    return times(x, here, lax.Precision.HIGHEST)
 
 
 def _matmul_cpu(x: Array, rows: Array, layer: Array) -> Array:
@@ -130,42 +132,49 @@ def _matmul_cpu(x: Array, rows: Array, layer: Array) -> Array:
         return jnp.stack([jnp.matmul(row, here.T, precision=_PRECISION) for row in x])
 
     def part(start: Array | int, step: int) -> Array:
-        return _rows(rows, layer, start, step).astype(jnp.float32)
+        return rows_from(rows, layer, start, step).astype(jnp.float32)
 
-    return _in_chunks(x, n, part, (rows, layer))
+    return in_chunks(x, n, part, (rows, layer))
 
 
-def _in_chunks(
-    x: Array, n: int, part: Callable[[Array | int, int], Array], sources: Sequence[Array]
+def in_chunks(
+    x: Array,
+    n: int,
+    part: Callable[[Array | int, int], Array],
+    sources: Sequence[Array],
+    precision: lax.Precision | None = _PRECISION,
 ) -> Array:
     """x @ rows.T: f32[tokens, n], where part(start, step) gives f32[step, d] of the n rows.
 
     Args:
       sources: the arrays that `part` reads.
+      precision: as in `lax.dot_general`.
     """
     tokens, d = x.shape
     chunks = -(-n // max(1, _CHUNK // d))
     step = -(-n // chunks)
     if chunks == 1:
-        return _times(x, part(0, n))
+        return times(x, part(0, n), precision)
 
     def body(i: Array, scores: Array) -> Array:
         # The last chunk begins early, so that it ends with the rows: some are computed twice.
         start = jnp.minimum(i * step, n - step)
-        return lax.dynamic_update_slice_in_dim(scores, _times(x, part(start, step)), start, 1)
+        products = times(x, part(start, step), precision)
+        return lax.dynamic_update_slice_in_dim(scores, products, start, 1)
 
     axes = _compat.varying_axes((x, *sources))
     empty = _compat.varying_over(jnp.zeros((tokens, n), jnp.float32), axes)
     return lax.fori_loop(0, chunks, body, empty)
 
 
-def _rows(stacked: Array, layer: Array, start: Array | int, step: int) -> Array:
+def rows_from(stacked: Array, layer: Array, start: Array | int, step: int) -> Array:
     """stacked[layer, start : start + step] of [L, n, ...], without a copy of the layer."""
     first = (layer, jnp.asarray(start, layer.dtype), jnp.zeros((), layer.dtype))
     return lax.dynamic_slice(stacked, first, (1, step, stacked.shape[2]))[0]
 
 
-def _times(x: Array, rows: Array, precision: lax.Precision = _PRECISION) -> Array:
+def times(x: Array, rows: Array, precision: lax.Precision | None = _PRECISION) -> Array:
+    """x @ rows.T: f32[tokens, n] for x: [tokens, d] and rows: [n, d] of one dtype."""
     return lax.dot_general(
         x,
         rows,

@@ -1,0 +1,23 @@
+"""Encodings: how rows of weights are stored, and how products read them.
+
+An encoding is a frozen dataclass with the methods of `Encoding`; another one is another file, and
+a `register_encoding`.
+"""
+
+from hire_rewrite.ops.encodings.blocks import Blocks
+from hire_rewrite.ops.encodings.product import block_product
+from hire_rewrite.ops.encodings.protocol import (
+    Encoding,
+    Stored,
+    encoding_types,
+    register_encoding,
+)
+
+__all__ = [
+    "Blocks",
+    "Encoding",
+    "Stored",
+    "block_product",
+    "encoding_types",
+    "register_encoding",
+]
