@@ -10,7 +10,11 @@ import numpy as np
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.encodings.product import block_product, widened
+from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_pairs
+from hire_rewrite.ops.encodings.grids import Grid, Points
+from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
+from hire_rewrite.ops.encodings.points import points
+from hire_rewrite.ops.encodings.product import block_product, packed, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, written
@@ -61,30 +65,17 @@ class Blocks:
             )
         if not isinstance(self.minimum, bool):
             raise HireRewriteError(f"Blocks: minimum={self.minimum!r} must be True or False")
-        if self.block is None:
-            return
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise HireRewriteError(
-                f"Blocks: block={self.block!r} must be a positive int, or None for the whole row"
-            )
+        if self.block is not None:
+            check_block("Blocks", self.block, "a positive int, or None for the whole row")
 
     def __repr__(self) -> str:
         return written(self)
 
     def check(self, n: int, d: int, *, site: str = "") -> None:
         """Raise HireRewriteError if blocks do not divide rows of length d, or 4 bits are odd."""
-        prefix = f"{site + ': ' if site else ''}Blocks: "
-        if self.block is not None and d % self.block:
-            fitting = max(b for b in range(1, min(self.block, d) + 1) if d % b == 0)
-            raise HireRewriteError(
-                f"{prefix}block={self.block} does not divide the rows' length {d}: give "
-                f"block={fitting}, or block=None for the whole row"
-            )
-        if self.bits == 4 and d % 2:
-            raise HireRewriteError(
-                f"{prefix}bits=4 stores two numbers to a byte, and the rows' length {d} is odd: "
-                "give bits=8"
-            )
+        check_columns("Blocks", d, self.block or d, site)
+        if self.bits == 4:
+            check_pairs("Blocks", d, site, "give bits=8")
 
     def store(self, rows: Array) -> Stored:
         """`integers`: i8[n, d] or i8[n, d/2], `scale` and, if asked for, `minimum`: [n, d/block].
@@ -94,8 +85,9 @@ class Blocks:
         """
         n, d = rows.shape
         self.check(n, d)
-        lowest, highest = self._range
-        blocks = rows.astype(jnp.float32).reshape(n, -1, self.block or d)
+        lowest, highest = self._grid.lowest, self._grid.highest
+        block = self.block or d
+        blocks = rows.astype(jnp.float32).reshape(n, d // block, block)
         if self.minimum:
             least, greatest = blocks.min(-1), blocks.max(-1)
             # Halves, so that their difference does not overflow.
@@ -113,8 +105,41 @@ class Blocks:
         return stored | ({"minimum": minimum} if self.minimum else {})
 
     def store_exactly(self, rows: np.ndarray) -> Stored | None:
-        """See `Encoding.store_exactly`."""
-        raise NotImplementedError
+        """See `Encoding.store_exactly`; `ops.encodings.points` finds the scales.
+
+        Raises:
+          HireRewriteError: blocks do not divide the rows.
+        """
+        layers, n, d = rows.shape
+        self.check(n, d)
+        if self._points(sample(rows)) is None:
+            return None
+        parts: list[Stored] = []
+        for some in pieces(rows):
+            found = self._points(some)
+            if found is None:
+                return None
+            parts.append(self._arranged(found, d))
+        return {
+            name: np.concatenate([part[name] for part in parts]).reshape(layers, n, -1)
+            for name in parts[0]
+        }
+
+    def _points(self, rows: np.ndarray) -> Points | None:
+        """Blocks that equal rows: [n, d], or None."""
+        wide = float32_of(rows)
+        if wide is None:
+            return None
+        return points(wide.reshape(-1, self.block or rows.shape[1]), self._grid)
+
+    def _arranged(self, found: Points, d: int) -> Stored:
+        """The arrays for blocks of rows of length d."""
+        integers = found.integers.astype(np.int8).reshape(-1, d)
+        stored = {"integers": self._packed(integers)}
+        for name in ("scale", "minimum") if self.minimum else ("scale",):
+            blocks = getattr(found, name).reshape(len(integers), -1)
+            stored[name] = blocks.astype(jnp.dtype(self.scale))
+        return stored
 
     def decode(self, stored: Stored, layer: Array | int) -> Array:
         """f32[n, d] (see `Encoding.decode`)."""
@@ -145,18 +170,12 @@ class Blocks:
         return (Read(f"scored_int{self.bits}", self.bytes(n, d), tokens),)
 
     @property
-    def _range(self) -> tuple[int, int]:
-        """The least and the greatest integer."""
-        if self.bits == 8:
-            return (-128, 127) if self.minimum else (-127, 127)
-        return (0, 15) if self.minimum else (-8, 7)
+    def _grid(self) -> Grid:
+        return Grid(self.bits, self.minimum, self.scale)
 
     def _packed(self, integers: Any) -> Any:
         """What is stored of integers i8[..., d], of NumPy or JAX."""
-        if self.bits == 8:
-            return integers
-        half = integers.shape[-1] // 2
-        return (integers[..., :half] & 15) | (integers[..., half:] << 4)
+        return integers if self.bits == 8 else packed(integers)
 
     def _arrays(self, stored: Stored) -> list[Any]:
         names = ("integers", "scale", "minimum") if self.minimum else ("integers", "scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,7 +12,7 @@ from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.narrow import block_of, in_chunks, rows_from, times
 from hire_rewrite.ops.quantize import rounded_blocks, unpack
 
-__all__ = ["block_product", "input_block", "widened"]
+__all__ = ["block_product", "input_block", "packed", "widened"]
 
 
 @KernelOperation
@@ -57,13 +58,12 @@ def block_product(
     else:
         x, precision = x.astype(jnp.float32), None
     arrays = (integers, scale) if minimum is None else (integers, scale, minimum)
-    settings = {"bits": bits, "precision": precision}
     return lax.platform_dependent(
         x,
         jnp.asarray(layer, jnp.int32),
         *arrays,
-        cpu=functools.partial(_product_cpu, **settings),
-        default=functools.partial(_product_default, **settings),
+        cpu=functools.partial(_product_cpu, bits=bits, precision=precision),
+        default=functools.partial(_product_default, bits=bits, precision=precision),
     )
 
 
@@ -100,6 +100,12 @@ def widened(integers: Array, scale: Array, minimum: Array | None = None, *, bits
     if minimum is not None:
         wide = wide + minimum.astype(jnp.float32)[..., None]
     return wide.reshape(integers.shape)
+
+
+def packed(integers: Any) -> Any:
+    """i8[..., d/2] of 4-bit integers i8[..., d], of JAX or NumPy; see `ops.quantize.unpack`."""
+    half = integers.shape[-1] // 2
+    return (integers[..., :half] & 15) | (integers[..., half:] << 4)
 
 
 def _unpack_unsigned(packed: Array) -> Array:
