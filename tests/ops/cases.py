@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite.ops import narrow, quantize
+from hire_rewrite.ops.encodings import product
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.head.head import HeadSpec, HeadState
 from hire_rewrite.ops.kernels import register_kernel
@@ -54,9 +55,20 @@ def as_other_backends() -> Iterator[None]:
         x = quantize.rounded_blocks(x, narrow.block_of(x, scale))
         return narrow._block_matmul_default(x, packed, scale, layer)
 
+    def by_encoding(
+        x: Any, integers: Any, scale: Any, minimum: Any, layer: Any, *, bits: int,
+        round_inputs: bool = False,
+    ) -> Any:  # fmt: skip
+        x = x.astype(jnp.float32)
+        if round_inputs:
+            x = quantize.rounded_blocks(x, product.input_block(x, scale))
+        arrays = (array for array in (integers, scale, minimum) if array is not None)
+        return product._product_default(x, layer, *arrays, bits=bits, precision=None)
+
     with (
         register_kernel(narrow.matmul, "cpu", by_rows),
         register_kernel(narrow.block_matmul, "cpu", by_blocks),
+        register_kernel(product.block_product, "cpu", by_encoding),
     ):
         yield
 

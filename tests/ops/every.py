@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hire_rewrite.ops import gather, narrow, quantize
 from hire_rewrite.ops.certify.head import certified
+from hire_rewrite.ops.encodings import Blocks, Float, Nested
 from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import SiblingState
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
@@ -37,6 +38,11 @@ PREDICTORS = (
     Cascade(LowRank(8), Quantized(), 16), Cascade(LowRank(8), Quantized(4), 16),
 )  # fmt: skip
 
+ENCODINGS = (
+    Float(), Float("bfloat16"), Nested(), Blocks(), Blocks(4, None, scale="bfloat16"),
+    Blocks(4, 64, minimum=True), Blocks(8, minimum=True, scale="float32"),
+)  # fmt: skip
+
 
 def scores():
     rows = normal(0, 2, 30, D)
@@ -53,6 +59,26 @@ def scores():
 def of_predictor(predictor):
     state = fitted(predictor, normal(0, 1, 64, D))
     return lambda x: predictor.score(state, x, 0)
+
+
+def encodings():
+    """Products with rows that are stored, and the storing of the tokens."""
+    rows = normal(0, 2, 30, D)
+    stored = [(each, jax.vmap(each.store)(rows)) for each in ENCODINGS]
+    chosen = jnp.array([[3, 4]], jnp.int32)
+
+    def fn(x):
+        return [
+            (
+                each.product(x, arrays, 1),
+                each.product(x, arrays, jnp.int32(1), round_inputs=True),
+                each.decode(arrays, 1) + each.decode_rows(arrays, 1, chosen)[0, :1],
+                each.store(x),
+            )
+            for each, arrays in stored
+        ]
+
+    return fn
 
 
 def fit(predictor):
@@ -202,7 +228,7 @@ def sharded():
 
 
 _MAKERS = (
-    {"scores": scores, "greatest": greatest}
+    {"scores": scores, "encodings": encodings, "greatest": greatest}
     | {f"gathered {d}": functools.partial(gathered, d) for d in ("float32", "bfloat16")}
     | {str(p): functools.partial(of_predictor, p) for p in PREDICTORS}
     | {f"fit {p}": functools.partial(fit, p) for p in (PREDICTORS[1], *PREDICTORS[3:5])}

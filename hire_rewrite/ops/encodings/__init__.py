@@ -5,6 +5,8 @@ a `register_encoding`.
 """
 
 from hire_rewrite.ops.encodings.blocks import Blocks
+from hire_rewrite.ops.encodings.floats import Float
+from hire_rewrite.ops.encodings.nested import Nested
 from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import (
     Encoding,
@@ -16,6 +18,8 @@ from hire_rewrite.ops.encodings.protocol import (
 __all__ = [
     "Blocks",
     "Encoding",
+    "Float",
+    "Nested",
     "Stored",
     "block_product",
     "encoding_types",
