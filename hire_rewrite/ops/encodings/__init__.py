@@ -5,6 +5,7 @@ a `register_encoding`.
 """
 
 from hire_rewrite.ops.encodings.blocks import Blocks
+from hire_rewrite.ops.encodings.exact import narrowest
 from hire_rewrite.ops.encodings.floats import Float
 from hire_rewrite.ops.encodings.nested import Nested
 from hire_rewrite.ops.encodings.product import block_product
@@ -23,5 +24,6 @@ __all__ = [
     "Stored",
     "block_product",
     "encoding_types",
+    "narrowest",
     "register_encoding",
 ]
