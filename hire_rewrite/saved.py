@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
@@ -17,7 +18,7 @@ def save_rules(rules: Iterable[Rule], path: str) -> None:
     """Write rules to a JSON file, which `load_rules` reads.
 
     Raises:
-      HireRewriteError: a predictor is not registered.
+      HireRewriteError: a predictor or an encoding is not registered.
     """
     text = json.dumps([_plain(rule) for rule in rules], indent=1)
     with open(path, "w", encoding="utf-8") as file:
@@ -49,7 +50,7 @@ def _plain(item: Any) -> Any:
     if _types().get(name) is not type(item):
         raise HireRewriteError(
             f"save_rules: {item!r} is none of {', '.join(_types())}: register its class with "
-            "register_predictor, or its kind of site with register_kind"
+            "register_predictor or register_encoding, or its kind of site with register_kind"
         )
     fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
     return {"type": name, **fields}
@@ -62,11 +63,13 @@ def _built(item: Any) -> Any:
     if item["type"] not in _types():
         raise HireRewriteError(
             f"load_rules: there is no {item['type']}, only {', '.join(_types())}: register its "
-            "class with register_predictor, or its kind of site with register_kind"
+            "class with register_predictor or register_encoding, or its kind of site with "
+            "register_kind"
         )
     return _types()[item["type"]](**fields)
 
 
 def _types() -> Mapping[str, type]:
     """The classes that a file may name."""
-    return dict(predictor_types()) | {kind.rule.__name__: kind.rule for kind in site_kinds()}
+    rules = {kind.rule.__name__: kind.rule for kind in site_kinds()}
+    return {**encoding_types(), **predictor_types(), **rules}
