@@ -12,6 +12,7 @@ The way of the data: `trace → detect → plan → pack → rewrite → run`.
 
 from hire_rewrite.api import diff, inspect, transform
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import Blocks, Float
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
@@ -21,14 +22,18 @@ from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.saved import load_rules, save_rules
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.head.rule import Head
+from hire_rewrite.sites.linear.rule import Linear
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "FFN",
+    "Blocks",
     "Cascade",
+    "Float",
     "Head",
     "HireRewriteError",
+    "Linear",
     "LowRank",
     "ModelReport",
     "Packed",

@@ -15,6 +15,7 @@ from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_conte
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
+from hire_rewrite.passes.examine import examine
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
@@ -59,7 +60,19 @@ class Analysis:
     @property
     def wants_calibration(self) -> bool:
         """Whether a predictor of the packed sites is fitted to activations."""
-        return any(decision.op.rule.predictor.wants_calibration for decision in self.packing)
+        return any(decision.op.fits for decision in self.packing)
+
+    @property
+    def unexamined(self) -> list[Decision]:
+        """Sites that packing has to look at first."""
+        return [d for d in self.decisions if d.operation is not None and d.operation.unexamined]
+
+    def examined(self, weights: Sequence[Any]) -> dict[str, Any]:
+        """What the numbers of weights tell about `unexamined` sites, by label; nothing in a trace
+        and of shapes."""
+        if any(isinstance(w, jax.ShapeDtypeStruct | jax.core.Tracer) for w in weights):
+            return {}
+        return examine(self.trace, self.unexamined, weights)
 
     def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
         """The weights, arrays or shapes, in packed form."""
@@ -71,7 +84,8 @@ class Analysis:
 
     def serves(self, packed: Packed) -> bool:
         """Whether a `Packed` that was made for another kind of call has all that this one packs."""
-        return all(packed.info.site(d.name, d.site.key) is not None for d in self.packing)
+        sites = (d.site for d in self.packing)
+        return all(packed.info.site(s.kind.name, s.name, s.key) is not None for s in sites)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -28,12 +28,14 @@ class PackedSite:
     """What was decided about a site when it was packed.
 
     Attributes:
+      kind: of the site, by name.
       name: the site's, in the function that it was packed for.
       key: of its weights, equal wherever they are computed alike.
       layout: what its arrays depend on.
-      statistics: what calibration told about it.
+      statistics: what calibration, or a look at its numbers, told about it.
     """
 
+    kind: str
     name: str
     key: str
     layout: str
@@ -64,10 +66,11 @@ class PackedInfo:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
 
-    def site(self, name: str, key: str) -> PackedSite | None:
-        """The packed site with these weights, or else of this name."""
-        same_weights = (site for site in self.sites if site.key == key)
-        same_name = (site for site in self.sites if site.name == name)
+    def site(self, kind: str, name: str, key: str) -> PackedSite | None:
+        """The packed site of a kind with these weights, or else of this name."""
+        sites = [site for site in self.sites if site.kind == kind]
+        same_weights = (site for site in sites if site.key == key)
+        same_name = (site for site in sites if site.name == name)
         return next(same_weights, None) or next(same_name, None)
 
 

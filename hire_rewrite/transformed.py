@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
 import warnings
@@ -23,6 +24,7 @@ from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
+from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import Tuned, tune
 from hire_rewrite.plan import Plan
@@ -135,6 +137,11 @@ class Transformed:
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
             )
+        examined = analysis.examined(leaves)
+        if examined:
+            known = {**analysis.statistics, **(seen.statistics if seen else {}), **examined}
+            analysis = self._analyses.of(None, args, kwargs, known)
+            seen = dataclasses.replace(seen or Calibration(), statistics=known)
         packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
         if not self.weights and not shapes:
             self._seen = (), [packed]
@@ -252,7 +259,7 @@ class Transformed:
             return known[0]
         analysis = self._analyses.of(None, args, kwargs)
         analysis.check_decided()
-        if not analysis.packing:
+        if not analysis.packing and (same or _traced(leaves) or not analysis.unexamined):
             return None
         for packed in known if same else ():
             if analysis.serves(packed):
@@ -277,9 +284,12 @@ class Transformed:
         )
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-            packed = analysis.pack(leaves)
+            examined = analysis.examined(leaves)
+            if examined:
+                analysis = self._analyses.of(None, args, kwargs, examined)
+            packed = analysis.pack(leaves) if analysis.packing else None
         if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
-            self._seen = leaves, [*(known if same else ()), packed]
+            self._seen = leaves, [*(known if same else ()), *([packed] if packed else [])]
         return packed
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:

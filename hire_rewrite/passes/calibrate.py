@@ -59,12 +59,13 @@ def _watch(
     """What the batches say about the chosen sites."""
     analysis = analyses.of(None, args, kwargs, statistics)
     decisions = [decision for decision in analysis.decisions if chosen(decision)]
-    names = {decision.name for decision in decisions}
+    labels = {decision.site.label for decision in decisions}
     example = [arg for i, arg in enumerate(args) if i not in analyses.weights]
 
     @functools.cache
     def tapped(analysis: Analysis) -> Any:
-        taps = [d.op.observed() for d in analysis.decisions if d.name in names and d.operation]
+        chosen = [d for d in analysis.decisions if d.site.label in labels and d.operation]
+        taps = [d.op.observed() for d in chosen]
         return rewrite(analysis.trace, taps)
 
     def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
@@ -100,7 +101,7 @@ def _conclude(decisions: Sequence[Decision], reports: Mapping[str, Any]) -> Cali
             )
         known = decision.op.statistics(seen)
         if known is not None:
-            statistics[name] = known
+            statistics[decision.site.label] = known
         before = sites.get(decision.packed_name)
         sites[decision.packed_name] = seen if before is None else combine(before, seen)
     return Calibration(jax.tree.map(automatic, sites), statistics)

@@ -10,7 +10,7 @@ from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import Estimate, dense_bytes, estimate
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.nodes import source_of
+from hire_rewrite.graph.nodes import Node, source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed import PackedInfo, PackedSite
 from hire_rewrite.passes.detect import Detection
@@ -49,6 +49,11 @@ class Decision:
         return self.site.name
 
     @property
+    def nodes(self) -> frozenset[Node]:
+        """The nodes that no other site may have."""
+        return frozenset(self.site.match.nodes | self.site.match.shared)
+
+    @property
     def op(self) -> Operation:
         """The operation of a site that a rule asks for."""
         assert self.operation is not None
@@ -75,7 +80,7 @@ def decide(
 
     Args:
       rules: the user's, in order; none stands for the default rule of each site.
-      statistics: what calibration told about sites, by name.
+      statistics: what calibration, or a look at their numbers, told about sites, by label.
       packed: what the weights were packed to; then what is packed was decided there.
       machine: where sites have to pay; None for `machine.current()`.
 
@@ -84,10 +89,17 @@ def decide(
         site was packed to.
     """
     decider = _Decider(rules, statistics, packed, machine or machines.current())
-    decisions = _sharing([decider.decide(site) for site in detection.sites])
+    decisions = [decider.decide(site) for site in detection.sites]
+    packing = [decision for decision in decisions if decision.packs]
+    taken = frozenset(node for decision in packing for node in decision.nodes)
+    left = detection.leftovers(taken, [decision.name for decision in packing])
+    decisions = _sharing([*decisions, *map(decider.decide, left)])
+    # By default layers whose numbers nobody has looked at yet are in no site.
+    shown = [d for d in decisions if rules or d.operation is None or not d.operation.unexamined]
+    nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
-        tuple(decision.row for decision in decisions),
-        detection.rejected,
+        tuple(decision.row for decision in shown),
+        tuple(r for node, r in detection.rejected.items() if node not in nodes),
         detection.opaque,
         tuple(rule for rule in rules if id(rule) not in decider.used),
         kernels.cpu.status(),
@@ -111,15 +123,18 @@ class _Decider:
             return Decision(site, _row(site, None, site.kind.unasked(site.match)))
         if site.unsupported is not None:
             return Decision(site, _row(site, rule, site.unsupported))
-        packed = None if self.packed is None else self.packed.site(site.name, site.key)
+        packed = None
+        if self.packed is not None:
+            packed = self.packed.site(site.kind.name, site.name, site.key)
         try:
             operation = self._resolve(site, rule, packed)
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
-        if operation.undecided is not None:
-            return Decision(site, _row(site, rule, operation.undecided), operation)
-        rule.predictor.check(*operation.scored, site=site.name)
+        unknown = operation.undecided or operation.unexamined
+        if unknown is not None:
+            return Decision(site, _row(site, rule, unknown), operation)
+        operation.check()
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
         reason, rewritten = self._reason(operation, packs, now)
@@ -143,7 +158,7 @@ class _Decider:
         Raises:
           Unfit: the rule cannot be applied to this site.
         """
-        known = self.statistics.get(site.name) if packed is None else packed.statistics
+        known = self.statistics.get(site.label) if packed is None else packed.statistics
         try:
             return site.kind.resolve(site, rule, known, self.functions)
         except Unfit:

@@ -7,7 +7,7 @@ import math
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any
 
 from jax.sharding import Mesh
@@ -29,13 +29,35 @@ _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Detection:
-    """The sites of a function, its other linear layers, and equations that are not looked into."""
+    """The sites of a function, its other linear layers, and equations that are not looked into.
 
+    Attributes:
+      trace, rules, mesh: as in `detect`.
+      rejected: the closest first.
+      linears: the linear layers of each scope.
+    """
+
+    trace: Trace
+    rules: Sequence[Rule]
+    mesh: Mesh | None
     sites: tuple[MatchedSite, ...]
-    rejected: tuple[Rejection, ...]
+    rejected: Mapping[Node, Rejection]
     opaque: tuple[str, ...]
+    linears: tuple[Mapping[Node, Linear], ...]
+
+    def leftovers(self, taken: Set[Node], names: Sequence[str]) -> tuple[MatchedSite, ...]:
+        """The sites of kinds that take what others leave.
+
+        Args:
+          taken: the nodes of sites that are packed.
+          names: of these sites.
+        """
+        matches = _Matches(self.trace, self.rules, leftover=True)
+        for linears in self.linears:
+            matches.search({n: linear for n, linear in linears.items() if n not in taken})
+        return matches.sites(self.mesh, names)
 
 
 @dataclasses.dataclass
@@ -44,6 +66,7 @@ class _Matches:
 
     trace: Trace
     rules: Sequence[Rule]
+    leftover: bool = False
     found: list[tuple[SiteKind, Match]] = dataclasses.field(default_factory=list)
     refused: dict[Node, NoMatch] = dataclasses.field(default_factory=dict)
     cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
@@ -52,6 +75,8 @@ class _Matches:
         """Offer the linear layers of a scope to each kind, in turn."""
         context = MatchContext(self.trace, linears, cache=self.cache)
         for kind in site_kinds():
+            if kind.leftover != self.leftover:
+                continue
             rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
             for node, linear in linears.items():
                 if node not in context.taken:
@@ -75,6 +100,14 @@ class _Matches:
             self.found.append((kind, match))
             context.taken.update(dict.fromkeys(nodes, match))
 
+    def sites(self, mesh: Mesh | None, others: Sequence[str] = ()) -> tuple[MatchedSite, ...]:
+        """The matches as sites; no name is among `others`."""
+        names = _names(self.trace, [match for _, match in self.found], others)
+        return tuple(
+            _site(self.trace, kind, name, match, mesh)
+            for name, (kind, match) in zip(names, self.found, strict=True)
+        )
+
 
 def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -> Detection:
     """Match every linear layer of the function, in all scopes.
@@ -83,7 +116,7 @@ def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -
       rules: the user's; how small a site may be is for them to say.
       mesh: where to shard the rows of sites whose weights are not sharded.
     """
-    matches, opaque = _Matches(trace, rules), []
+    matches, opaque, scopes = _Matches(trace, rules), [], []
     for scope in trace.scope.walk():
         linears: dict[Node, Linear] = {}
         for node in scope.nodes:
@@ -99,12 +132,10 @@ def detect(trace: Trace, rules: Sequence[Rule] = (), mesh: Mesh | None = None) -
             if linear is not None:
                 linears[node] = linear
         matches.search(linears)
-    names = _names(trace, [match for _, match in matches.found])
-    sites = tuple(
-        _site(trace, kind, name, match, mesh)
-        for name, (kind, match) in zip(names, matches.found, strict=True)
-    )
-    return Detection(sites, _rejections(trace, matches.refused), tuple(opaque))
+        scopes.append(linears)
+    rejected = _rejections(trace, matches.refused)
+    sites = matches.sites(mesh)
+    return Detection(trace, rules, mesh, sites, rejected, tuple(opaque), tuple(scopes))
 
 
 def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | None) -> MatchedSite:
@@ -146,7 +177,7 @@ def _name_stack(node: Node) -> str:
     return "/".join(part for part in joined.split("/") if part and "->" not in part)
 
 
-def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> tuple[Rejection, ...]:
+def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Rejection]:
     """Refusals, closest first; of those that are as close, what was meant to be a site."""
     weights = {node: _weight_of(trace, node) for node in refused}
     rejections = []
@@ -160,8 +191,9 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> tuple[Rejection, 
             reason += "; and {} behind it does not end an FFN: {}".format(*behind)
         source = source_of(refusal.node)
         rejection = Rejection(name, weight.shape, reason, refusal.matched, source, refusal.refusal)
-        rejections.append(((-refusal.matched, not refusal.intended), rejection))
-    return tuple(rejection for _, rejection in sorted(rejections, key=lambda pair: pair[0]))
+        rejections.append(((-refusal.matched, not refusal.intended), node, rejection))
+    rejections.sort(key=lambda item: item[0])
+    return {node: rejection for _, node, rejection in rejections}
 
 
 def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
@@ -182,8 +214,9 @@ def _weight_path(trace: Trace, weight: Value) -> str:
     return trace.path(max(roots, key=lambda root: math.prod(root.shape)))
 
 
-def _names(trace: Trace, matches: Sequence[Match]) -> list[str]:
-    """Names of the sites: where their weights are, made unique in order of appearance.
+def _names(trace: Trace, matches: Sequence[Match], others: Sequence[str]) -> list[str]:
+    """Names of the sites: where their weights are, made unique in order of appearance, behind
+    `others`.
 
     The folder that holds the weights of one site and nothing else names it; otherwise the
     weight that it ends with does.
@@ -197,7 +230,7 @@ def _names(trace: Trace, matches: Sequence[Match]) -> list[str]:
         name = folder if folder and inside <= owned else paths[-1]
         stack = posixpath.commonpath([_name_stack(linear.node) for linear in match.linears])
         names.append(f"{stack}:{name}" if stack else name)
-    total, seen = Counter(names), Counter[str]()
+    total, seen = Counter([*others, *names]), Counter(others)
     for i, name in enumerate(names):
         if total[name] > 1:
             seen[name] += 1

@@ -33,7 +33,7 @@ class Calibration:
 
     Attributes:
       sites: what it saw of each packed site, by the name under which the site is packed.
-      statistics: static numbers, by the name of the site.
+      statistics: what is static, by the label of the site (see `Operation.examine` too).
     """
 
     sites: Mapping[str, SiteCalibration] = dataclasses.field(default_factory=dict)
@@ -78,7 +78,10 @@ def pack(
     info = PackedInfo(
         origin,
         tuple(
-            PackedSite(d.name, d.site.key, repr(d.op.layout), calibration.statistics.get(d.name))
+            PackedSite(
+                d.site.kind.name, d.name, d.site.key, repr(d.op.layout),
+                calibration.statistics.get(d.site.label),
+            )  # fmt: skip
             for d in firsts
         ),
         tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),
@@ -134,7 +137,7 @@ def _packed_site(
     seen = calibration.sites.get(decision.name)
     if seen is not None:
         tokens = int(seen[0].count.min())
-        operation.rule.predictor.check(*operation.scored, site=site.name, tokens=tokens)
+        operation.check(tokens)
     steps = 0
 
     def step() -> None:

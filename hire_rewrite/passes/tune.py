@@ -155,7 +155,8 @@ def tune(
     fitting, other = held_out(batches)
     given = dict(zip(analyses.weights, _as_arguments(weights, analyses.weights), strict=True))
     args = analyses.joined(given, fitting[0])
-    sites = [d.operation for d in analyses.of(None, args, kwargs).decisions if d.operation]
+    decisions = analyses.of(None, args, kwargs).decisions
+    sites = [d.operation for d in decisions if d.operation and d.operation.rule.predictor]
     if not sites:
         raise HireRewriteError(
             f"tune: no rule asks for a site of {analyses.name}: look at .plan(...)"

@@ -23,7 +23,9 @@ from hire_rewrite.sites.kind import Unfit as Unfit
 from hire_rewrite.sites.kind import register_kind as register_kind
 from hire_rewrite.sites.kind import registered as registered
 from hire_rewrite.sites.kind import site_kinds as site_kinds
+from hire_rewrite.sites.linear.kind import LinearKind
 from hire_rewrite.sites.operation import Operation as Operation
 
 register_kind(FFNKind())
 register_kind(HeadKind())
+register_kind(LinearKind())

@@ -103,6 +103,11 @@ class MatchedSite:
     loops: tuple[Scope, ...]
 
     @property
+    def label(self) -> str:
+        """Kind and name; sites of two kinds may have one name if at most one of them is packed."""
+        return f"{self.kind.name} {self.name}"
+
+    @property
     def scope(self) -> Scope:
         return self.linears[0].node.scope
 
@@ -147,10 +152,12 @@ class SiteKind(abc.ABC):
     Attributes:
       name: as in `Site.kind`.
       rule: the class of the rules that ask for it.
+      leftover: whether it takes the linear layers that sites of other kinds leave dense.
     """
 
     name: str
     rule: type[Rule]
+    leftover: bool = False
 
     @abc.abstractmethod
     def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> Match:
@@ -238,7 +245,7 @@ def register_kind(kind: SiteKind) -> SiteKind:
             f"register_kind: {kind!r} needs a `name`, and as its `rule` a dataclass that is a "
             "subclass of Rule"
         )
-    missing = {"predictor", "max_tokens", "path", "force"} - {
+    missing = {"max_tokens", "path", "force"} - {
         field.name for field in dataclasses.fields(rule)
     }
     if missing:

@@ -31,6 +31,8 @@ class Operation(abc.ABC):
     Attributes:
       site, rule: what it was resolved from.
       undecided: why it cannot be run before calibration has told its sizes; None if it can.
+      unexamined: what packing has to find out about its numbers first (see `examine`); None if
+        nothing.
       unit: rows that are chosen together.
       k, candidates: in units, what is chosen and from how many; 0 where nothing is chosen.
       fixed_units: units that are candidates of every token.
@@ -42,6 +44,7 @@ class Operation(abc.ABC):
     site: MatchedSite
     rule: Rule
     undecided: str | None = None
+    unexamined: str | None = None
     unit: int = 1
     k: int = 0
     candidates: int = 0
@@ -88,6 +91,11 @@ class Operation(abc.ABC):
           HireRewriteError: the rule needs calibration and there is none.
         """
 
+    def examine(self, weights: WeightRows) -> Hashable:
+        """What packing found out about the numbers, of an `unexamined` operation: statistics for
+        `SiteKind.resolve`, or None if the site stays dense."""
+        return None
+
     def rows(self, arrays: Any) -> Sequence[Any]:
         """The copies of weights among the packed arrays, in which no number may be infinite."""
         return ()
@@ -132,14 +140,29 @@ class Operation(abc.ABC):
         return None
 
     @property
+    def fits(self) -> bool:
+        """Whether it has a predictor that is fitted to activations."""
+        predictor = self.rule.predictor
+        return predictor is not None and predictor.wants_calibration
+
+    @property
     def learns(self) -> bool:
         """Whether calibration tells it anything."""
-        return self.rule.predictor.wants_calibration
+        return self.fits
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it cannot be packed as its rule says without having been seen."""
-        return self.rule.predictor.wants_calibration
+        return self.fits
+
+    def check(self, tokens: int | None = None) -> None:
+        """Check its predictor's settings against its size, and the number of calibration tokens.
+
+        Raises:
+          HireRewriteError: they do not fit.
+        """
+        if self.rule.predictor is not None:
+            self.rule.predictor.check(*self.scored, site=self.site.name, tokens=tokens)
 
     def partition_specs(self, arrays: Any) -> Any:
         """A `PartitionSpec` for each packed array, where rows are sharded over a mesh."""
@@ -155,16 +178,16 @@ class Operation(abc.ABC):
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
         """The predictors that are worth a trial where rows are chosen, of low rank and others."""
-        return [self.rule.predictor]
+        return [] if self.rule.predictor is None else [self.rule.predictor]
 
-    def probe_predictor(self) -> Predictor:
+    def probe_predictor(self) -> Predictor | None:
         """A predictor that calibration tells everything about."""
         return self.rule.predictor
 
     def described_choice(self, width: int, detail: str) -> str:
         """What is chosen of `width` rows, and how they are guessed."""
         predictor = self.rule.predictor
-        hint = " (calibrate it in pack)" if predictor.wants_calibration else ""
+        hint = " (calibrate it in pack)" if self.fits else ""
         return (
             f"top {self.k * self.unit} of {self.candidates * self.unit} candidates of {width}"
             f"{detail}, guessed by {predictor}{hint}{self.site.sharding.describe()}"

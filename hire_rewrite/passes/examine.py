@@ -1,0 +1,23 @@
+"""Look at the numbers of weights, where what a site is packed to depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hire_rewrite.graph.trace import Trace
+from hire_rewrite.graph.weights import Stacked, Stacker
+from hire_rewrite.passes.decide import Decision
+from hire_rewrite.sites.weight_rows import WeightRows
+
+
+def examine(trace: Trace, decisions: Sequence[Decision], weights: Sequence[Any]) -> dict[str, Any]:
+    """What `Operation.examine` found out, by the label of the site; nothing where that was nothing.
+
+    Args:
+      weights: the weight inputs of the traced function, in order.
+    """
+    arrays = zip(trace.weights, weights, strict=True)
+    stacker = Stacker({trace.scope.inputs[i]: Stacked(array, ()) for i, array in arrays})
+    found = {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
+    return {label: statistics for label, statistics in found.items() if statistics is not None}

@@ -1,0 +1,1 @@
+"""Every other linear layer, as a kind of site."""

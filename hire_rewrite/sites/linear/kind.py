@@ -1,0 +1,76 @@
+"""Every other linear layer, as a kind of site."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.weights import narrow
+from hire_rewrite.ops.encodings import Encoding, Float
+from hire_rewrite.ops.linear.linear import LinearSpec
+from hire_rewrite.patterns.linear import Linear as LinearLayer
+from hire_rewrite.patterns.linear import MatchContext
+from hire_rewrite.patterns.refusal import NoMatch, Refusal
+from hire_rewrite.rules import Rule, count
+from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit
+from hire_rewrite.sites.linear.operation import LinearOperation
+from hire_rewrite.sites.linear.rule import Linear
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearMatch(Match):
+    """One linear layer."""
+
+    layer: LinearLayer
+
+    @property
+    def linears(self) -> tuple[LinearLayer, ...]:
+        return (self.layer,)
+
+
+class LinearKind(SiteKind):
+    """Linear layers that no other site reads."""
+
+    name = "linear"
+    rule = Linear
+    leftover = True
+
+    def match(
+        self, linear: LinearLayer, context: MatchContext, rules: Sequence[Rule]
+    ) -> LinearMatch:
+        weight, node = linear.weight, linear.node
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise NoMatch(Refusal.UNSUPPORTED, f"its weight is {weight.dtype}", node)
+        if not jnp.issubdtype(linear.out.dtype, jnp.floating):
+            raise NoMatch(Refusal.UNSUPPORTED, f"its result is {linear.out.dtype}", node)
+        if linear.batch:
+            raise NoMatch(Refusal.UNSUPPORTED, "a weight of its own for each input", node)
+        return LinearMatch(linear)
+
+    def default_rule(self, match: LinearMatch) -> Linear:
+        """Storage in fewer bits, where they hold the same numbers."""
+        return Linear()
+
+    def resolve(
+        self, site: MatchedSite, rule: Linear, statistics: Encoding | None, functions: Functions
+    ) -> LinearOperation:
+        layer = site.match.layer
+        encoding = rule.encoding or statistics
+        if encoding is None:
+            return LinearOperation(site, rule, None)
+        try:
+            encoding.check(layer.out_dim, layer.in_dim, site=site.name)
+        except HireRewriteError as error:
+            raise Unfit(str(error)) from None
+        k = count(rule.k, layer.in_dim, f"{site.name}: k") if rule.k else 0
+        columns = rule.exact or Float(_stored_dtype(site)) if k else None
+        return LinearOperation(site, rule, LinearSpec(encoding, k, columns, rule.round_inputs))
+
+
+def _stored_dtype(site: MatchedSite) -> str:
+    """The dtype of weights as the model has them, of those that encodings know."""
+    dtype = narrow(site.match.layer.weight).dtype
+    return "bfloat16" if dtype == jnp.bfloat16 else "float32"

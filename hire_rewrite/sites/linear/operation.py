@@ -1,0 +1,126 @@
+"""What a linear layer is rewritten to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hire_rewrite.graph.weights import narrow
+from hire_rewrite.ops.encodings import Encoding, narrowest
+from hire_rewrite.ops.linear.linear import LinearSpec, LinearState, exact_linear, hire_linear
+from hire_rewrite.ops.predictors import Read
+from hire_rewrite.ops.quality import Comparison, Measured
+from hire_rewrite.patterns.region import from_tokens, to_tokens
+from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.linear.rule import Linear
+from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows, map_layers
+
+
+class LinearOperation(Operation):
+    """A linear layer in an encoding.
+
+    Attributes:
+      spec: None where packing has yet to see whether fewer bits hold the same numbers.
+    """
+
+    rule: Linear
+
+    def __init__(self, site: MatchedSite, rule: Linear, spec: LinearSpec | None) -> None:
+        self.site, self.rule, self._spec = site, rule, spec
+        self.layer = site.match.layer
+        if spec is None:
+            self.unexamined = (
+                "packing looks whether fewer bits hold the same numbers, and if none do they stay "
+                "as they are; Linear(encoding=...) asks for fewer"
+            )
+
+    @property
+    def spec(self) -> LinearSpec:
+        assert self._spec is not None
+        return self._spec
+
+    @property
+    def layout(self) -> Hashable:
+        return "linear", self.scored, self.spec.encoding, self.spec.columns
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        return self.layer.out_dim, self.layer.in_dim
+
+    def describe(self) -> str:
+        spec = self.spec
+        if self.rule.encoding is None:
+            return f"the same numbers as {spec.encoding}"
+        exact = f", {spec.k} of {self.layer.in_dim} inputs exactly" if spec.k else ""
+        return f"as {spec.encoding}{exact}"
+
+    def reads(self, tokens: int) -> Sequence[Read]:
+        spec, (n, d) = self.spec, self.scored
+        reads = [*spec.encoding.reads(n, d, tokens)]
+        if spec.columns is not None:
+            size = spec.columns.bytes(spec.k * tokens, n)
+            reads.append(Read("fetched_float32", size, pieces=spec.k * tokens, scores=d * tokens))
+        return reads
+
+    def examine(self, weights: WeightRows) -> Encoding | None:
+        found = narrowest(np.asarray(weights.linear(self.layer)))
+        return None if found is None else found[0]
+
+    def pack(
+        self,
+        weights: WeightRows,
+        calibration: SiteCalibration | None,
+        advance: Callable[[], None],
+    ) -> LinearState:
+        spec, rows = self.spec, weights.linear(self.layer)
+        columns = {} if spec.columns is None else _stored(spec.columns, jnp.swapaxes(rows, 1, 2))
+        return LinearState(_stored(spec.encoding, rows), columns)
+
+    def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
+        return [self._replacement(silent(_hire), arrays)]
+
+    def exact(self, arrays: LinearState) -> list[SiteReplacement]:
+        return [self._replacement(silent(_exact), arrays)]
+
+    dense = exact
+
+    def measured(self, arrays: LinearState, *, follow_exact: bool) -> list[SiteReplacement]:
+        def both(x: Array, state: LinearState, layer: Any) -> Measured:
+            exact, rewritten = (run(x, state, layer, spec=self.spec) for run in (_exact, _hire))
+            return Measured(exact, rewritten, Comparison(exact, exact, rewritten))
+
+        run = reporting(both, follow_exact)
+        return [self._replacement(run, arrays, reports=True)]
+
+    def _replacement(
+        self, function: Callable[..., Any], arrays: LinearState, *, reports: bool = False
+    ) -> SiteReplacement:
+        linear, settings = self.layer, {} if reports else {"spec": self.spec}
+
+        def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
+            y, report = function(to_tokens(ins[0], linear.x_axes), state, layer, **settings)
+            y = y.astype(linear.out.dtype)
+            return [from_tokens(y, linear.out.shape, linear.out_axes)], report
+
+        return self.replacement(run, arrays, reports=reports)
+
+
+_hire = jax.jit(hire_linear, static_argnames="spec")
+_exact = jax.jit(exact_linear, static_argnames="spec")
+"""In a jaxpr and a profile each is one call with a name."""
+
+
+def _stored(encoding: Encoding, rows: Array) -> dict[str, Array]:
+    """What an encoding stores of rows: [L, n, d], exactly where it can."""
+    exactly = None if isinstance(rows, jax.core.Tracer) else encoding.store_exactly(np.asarray(rows))
+    if exactly is not None:
+        return {name: jnp.asarray(array) for name, array in exactly.items()}
+    stored: dict[str, Array] = map_layers(lambda rows, _: encoding.store(rows), rows, None)
+    return stored

@@ -1,0 +1,70 @@
+"""The rule of linear layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import Encoding
+from hire_rewrite.rules import Rule, check_amount
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Linear(Rule):
+    """Read linear layers that are in no other site from a compressed copy of their weights.
+
+    Without any argument nothing is lost: where the numbers of a weight fit fewer bits exactly (a
+    bfloat16 checkpoint held in float32, or what was widened from a file of 4 or 8 bits), packing
+    finds that and stores them so. This is also what is done without rules.
+
+    Example:
+      >>> import hire_rewrite as hire
+      >>> hire.Linear(k=0.02, encoding=hire.Blocks(8))
+      Linear(k=0.02, encoding=Blocks(bits=8))
+
+    Args:
+      k: of each token, how many of its inputs meet their columns of the weight exactly, those of
+        greatest |x|; a fraction of the inputs (float) or a number (int). 0 for none.
+      encoding: how the weight is stored (`Blocks`, `Float`, ...), whether it holds the numbers
+        exactly or not; None for the narrowest that does.
+      exact: how the columns for `k` are stored; None for as the model has them.
+      round_inputs: whether the inputs of the compressed product are rounded to 8 bits, as most
+        formats of inference do: processors multiply such numbers many at a time. For an `encoding`
+        that rounds too.
+      max_tokens, path, force: as in `FFN`.
+
+    Raises:
+      HireRewriteError: an argument is out of its range.
+    """
+
+    k: float | int = 0
+    _: dataclasses.KW_ONLY
+    encoding: Encoding | None = None
+    exact: Encoding | None = None
+    round_inputs: bool = False
+    max_tokens: int | None = None
+    path: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k != 0 or isinstance(self.k, bool):
+            check_amount("Linear", "k", self.k)
+        for name in ("encoding", "exact"):
+            encoding = getattr(self, name)
+            if encoding is not None and not isinstance(encoding, Encoding):
+                raise HireRewriteError(
+                    f"Linear: {name}={encoding!r} is not an encoding: give Blocks(...) or "
+                    "Float(...)"
+                )
+        if self.encoding is None and (self.k or self.exact is not None or self.round_inputs):
+            raise HireRewriteError(
+                "Linear: k, exact and round_inputs are for an encoding that rounds, and without "
+                "`encoding` nothing is rounded: give encoding=Blocks(8), or leave them out"
+            )
+        if self.exact is not None and not self.k:
+            raise HireRewriteError("Linear: exact= says how columns are stored, and k=0 asks for none")
+        if not isinstance(self.round_inputs, bool):
+            raise HireRewriteError(
+                f"Linear: round_inputs={self.round_inputs!r} must be True or False"
+            )
+        super().__post_init__()
