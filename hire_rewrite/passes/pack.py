@@ -104,7 +104,7 @@ def pack_shapes(
     )
     placed: dict[str, Any] = {}
     for decision in decisions:
-        if decision.name in packed.sites:
+        if decision.packs and decision.name in packed.sites:
             arrays = packed.sites[decision.name]
             shardings = decision.site.sharding.shardings(arrays, decision.op.partition_specs)
             if shardings is not None:

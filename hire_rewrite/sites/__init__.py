@@ -1,7 +1,7 @@
 """The kinds of sites: what can be rewritten, and everything that the passes ask about it.
 
-`kind` has the protocol and the registry, `operation` what a site is rewritten to; `ffn` and `head`
-are one folder each. A new kind is one file, and `register_kind`:
+`kind` has the protocol and the registry, `operation` what a site is rewritten to; `ffn`, `head` and
+`linear` are one folder each. A new kind is one file, and `register_kind`:
 
 * a `hire_rewrite.rules.Rule`, a frozen dataclass: what a user writes to ask for it;
 * a `Match` and a `SiteKind`: from a `hire_rewrite.patterns.linear.Linear` to where the site

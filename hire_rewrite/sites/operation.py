@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
@@ -70,6 +71,10 @@ class Operation(abc.ABC):
     @abc.abstractmethod
     def reads(self, tokens: int) -> Sequence[Read]:
         """What one run reads for so many tokens, on one device, for one of its experts."""
+
+    def overhead(self, machine: Machine) -> float:
+        """Nanoseconds that one run takes besides its reads."""
+        return machine.site
 
     @abc.abstractmethod
     def pack(

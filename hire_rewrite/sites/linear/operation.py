@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hire_rewrite.graph.weights import narrow
+from hire_rewrite.cost.machine import Machine
 from hire_rewrite.ops.encodings import Encoding, narrowest
 from hire_rewrite.ops.linear.linear import LinearSpec, LinearState, exact_linear, hire_linear
 from hire_rewrite.ops.predictors import Read
@@ -68,6 +68,13 @@ class LinearOperation(Operation):
             size = spec.columns.bytes(spec.k * tokens, n)
             reads.append(Read("fetched_float32", size, pieces=spec.k * tokens, scores=d * tokens))
         return reads
+
+    def overhead(self, machine: Machine) -> float:
+        """A product is called as a dense one is; what is chosen besides is a site."""
+        return machine.site if self.spec.k else machine.product
+
+    def tuned_rule(self) -> Linear:
+        return self.rule.replace(encoding=self.spec.encoding)
 
     def examine(self, weights: WeightRows) -> Encoding | None:
         found = narrowest(np.asarray(weights.linear(self.layer)))

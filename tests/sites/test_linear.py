@@ -1,0 +1,226 @@
+"""Linear layers that are in no other site, from a compressed copy of their weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from hire_rewrite import Blocks, Float, HireRewriteError, Linear
+from tests.cases import close, inputs, rand
+
+LAYERS, D, F = 3, 64, 128
+
+
+def on_grid(*shape, seed=0):
+    """Weights as a file of 4 bits widens them: blocks of 32 along the inputs with a minimum."""
+    rng = np.random.default_rng(seed)
+    *layers, d, n = shape
+    scale = rng.uniform(0.01, 0.02, (*layers, d // 32, 1, n)).astype(np.float16)
+    minimum = -scale * np.float16(7.5)
+    integers = rng.integers(0, 16, (*layers, d // 32, 32, n))
+    integers[..., 0, :], integers[..., 1, :] = 0, 15
+    numbers = integers.astype(np.float32) * scale.astype(np.float32) + minimum.astype(np.float32)
+    return jnp.asarray(numbers.reshape(shape))
+
+
+def weights(make):
+    sizes = {"q": (LAYERS, D, D), "gate": (LAYERS, D, F), "up": (LAYERS, D, F),
+             "down": (LAYERS, F, D)}  # fmt: skip
+    return {"layers": {name: make(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}}
+
+
+def model(params, x):
+    def layer(x, w):
+        x = x + jnp.tanh(x @ w["q"])
+        return x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"], None
+
+    return lax.scan(layer, x, params["layers"])[0]
+
+
+PARAMS = weights(lambda *shape, seed: rand(*shape, seed=seed) / shape[-2] ** 0.5)
+EXACT = weights(on_grid)
+X = inputs(2, D)
+FULL = Linear(k=1.0, encoding=Blocks(4), force=True)
+
+
+def names(plan, status="rewritten"):
+    return {site.name for site in plan.sites if site.kind == "linear" and site.status == status}
+
+
+ALL = {f"params/layers/{name}" for name in PARAMS["layers"]}
+
+
+def test_every_layer_is_found_packed_and_run():
+    step = hire.transform(model, Linear(encoding=Blocks(8), force=True))
+    assert names(step.plan(PARAMS, X)) == ALL
+    packed = step.pack(PARAMS, X)
+    assert set(packed.weights) == set()
+    want = model(PARAMS, X)
+    assert 0 < np.abs(step(packed, X) - want).max() < 0.02 * np.abs(want).max()
+    assert sum(array.nbytes for array in jax.tree.leaves(packed)) < 0.27 * sum(
+        array.nbytes for array in jax.tree.leaves(PARAMS)
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_with_all_inputs_exact_it_is_the_model(tokens):
+    x = inputs(tokens, D)
+    step = hire.transform(model, FULL)
+    close(step(step.pack(PARAMS, X), x), model(PARAMS, x), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+def test_modes_agree_where_nothing_is_lost(mode):
+    step = hire.transform(model, mode=mode)
+    close(step(hire.transform(model).pack(EXACT, X), X), model(EXACT, X), 1e-5)
+
+
+def test_without_rules_the_same_numbers_take_fewer_bytes():
+    step = hire.transform(model)
+    assert names(step.plan(EXACT, X)) == set()
+    packed = step.pack(EXACT, X)
+    plan = step.plan(packed, X)
+    assert names(plan) == ALL
+    for site in plan.sites:
+        if site.kind == "linear":  # 4 bits and two float16 for 32 numbers, instead of 32 float32
+            assert site.bytes_after * 32 * 32 == site.bytes_before * (32 * 4 + 2 * 16)
+    close(step(packed, X), model(EXACT, X), 1e-5)
+
+
+def test_without_rules_other_numbers_stay_as_they_are():
+    step = hire.transform(model)
+    packed = step.pack(PARAMS, X)
+    assert names(step.plan(packed, X)) == set()
+    assert len(packed.weights) == 4
+    np.testing.assert_array_equal(step(packed, X), jax.jit(model)(PARAMS, X))
+
+
+def test_bfloat16_numbers_that_are_held_in_float32():
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), PARAMS)
+    step = hire.transform(model)
+    packed = step.pack(half, X)
+    assert names(step.plan(packed, X)) == ALL
+    assert {array.dtype for array in jax.tree.leaves(packed)} == {jnp.dtype(jnp.bfloat16)}
+    close(step(packed, X), model(half, X), 1e-5)
+
+
+def test_raw_weights_are_looked_at_on_first_sight():
+    step = hire.transform(model)
+    with pytest.warns(UserWarning, match="packed on first sight"):
+        close(step(EXACT, X), model(EXACT, X), 1e-5)
+    looked = hire.transform(model)
+    with pytest.warns(UserWarning, match="packed on first sight"):
+        looked(PARAMS, X)
+    np.testing.assert_array_equal(looked(PARAMS, X), jax.jit(model)(PARAMS, X))
+
+
+def test_a_packed_serves_prefill_and_decode_alike():
+    step = hire.transform(model)
+    packed = step.pack(EXACT, X)
+    for tokens in (1, 5, 64):
+        x = inputs(tokens, D)
+        close(step(packed, x), model(EXACT, x), 1e-5)
+
+
+def test_saved_rules_restore_what_was_found(tmp_path):
+    packed = hire.transform(model).pack(EXACT, X)
+    path = str(tmp_path / "rules.json")
+    hire.save_rules(packed.rules, path)
+    again = hire.transform(model, *hire.load_rules(path))
+    shapes = again.pack(*jax.eval_shape(lambda *args: args, EXACT, X))
+    restored = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(packed))
+    close(again(restored, X), model(EXACT, X), 1e-5)
+
+
+def test_the_greatest_inputs_are_exact():
+    """An input that is large beside the others carries the error of its column."""
+    w, x = rand(D, D), jnp.ones((1, D)).at[0, 7].set(100.0)
+
+    def layer(w, x):
+        return x @ w
+
+    def error(rule):
+        step = hire.transform(layer, rule)
+        return np.abs(step(step.pack(w, x), x) - layer(w, x)).max()
+
+    rounded = error(Linear(encoding=Blocks(4), force=True))
+    assert error(Linear(k=1, encoding=Blocks(4), force=True)) < rounded / 5
+
+
+def test_a_token_does_not_depend_on_its_neighbors():
+    step = hire.transform(model, Linear(k=2, encoding=Blocks(4), force=True))
+    packed, x = step.pack(PARAMS, X), inputs(6, D)
+    together = step(packed, x)
+    for i in range(6):
+        close(step(packed, x[i : i + 1]), together[i : i + 1], 1e-5)
+
+
+def test_nan_travels():
+    step = hire.transform(model, Linear(k=2, encoding=Blocks(8), force=True))
+    y = step(step.pack(PARAMS, X), X.at[1, 3].set(jnp.nan))
+    assert np.isnan(y[1]).all()
+    assert not np.isnan(y[0]).any()
+
+
+def test_beside_other_kinds():
+    """What a block or a head takes is not a linear layer; a block that stays dense leaves its own."""
+    rules = Linear(encoding=Blocks(8), force=True), hire.FFN(k=0.5, force=True)
+    assert names(hire.inspect(model, PARAMS, X, rules=rules)) == {"params/layers/q"}
+    rules = Linear(encoding=Blocks(8), force=True), hire.FFN(k=0.5, path="other", force=True)
+    assert names(hire.inspect(model, PARAMS, X, rules=rules)) == ALL
+
+
+def test_evaluate_reports_it_and_tune_leaves_it():
+    rules = Linear(k=4, encoding=Blocks(8), force=True), hire.FFN(k=0.5, force=True)
+    step = hire.transform(model, *rules)
+    batches = [(inputs(32, D, seed=s),) for s in range(4)]
+    report = step.evaluate(step.pack(PARAMS, X), batches)
+    assert {site.kind: 0 <= site.error < 0.5 for site in report.sites} == {
+        "linear": True,
+        "ffn": True,
+    }
+    tuned = step.tune(PARAMS, batches, recall=0.9)
+    assert rules[0] in tuned
+
+
+@pytest.mark.parametrize("transformation", ["vmap", "grad", "jit", "scan"])
+def test_transformations(transformation):
+    step = hire.transform(model, FULL)
+    packed = step.pack(PARAMS, X)
+    run = {
+        "vmap": lambda f, w, x: jax.vmap(functools.partial(f, w))(x[None]),
+        "grad": lambda f, w, x: jax.grad(lambda x: f(w, x).sum())(x),
+        "jit": lambda f, w, x: jax.jit(f)(w, x),
+        "scan": lambda f, w, x: lax.scan(lambda c, _: (f(w, c), None), x, None, 2)[0],
+    }[transformation]
+    close(run(step, packed, X), run(model, PARAMS, X), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"k": 2}, "encoding"),
+        ({"k": 1.5, "encoding": Blocks()}, r"k=1\.5"),
+        ({"encoding": "int8"}, "not an encoding"),
+        ({"exact": Float("float32"), "encoding": Blocks()}, "k=0"),
+        ({"encoding": Blocks(), "round_inputs": 1}, "True or False"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(settings, reason):
+    with pytest.raises(HireRewriteError, match=reason):
+        Linear(**settings)
+
+
+def test_more_exact_inputs_than_there_are():
+    with pytest.raises(HireRewriteError, match=r"k=65 .*64"):
+        hire.inspect(model, PARAMS, X, rules=[Linear(k=65, encoding=Blocks())])
+
+
+def test_an_encoding_that_does_not_fit_leaves_the_layer_dense():
+    plan = hire.inspect(model, PARAMS, X, rules=[Linear(encoding=Blocks(8, 48), force=True)])
+    assert names(plan) == set()
+    assert all("48" in site.reason for site in plan.sites if site.kind == "linear")
