@@ -15,7 +15,7 @@ from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_conte
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
-from hire_rewrite.passes.examine import examine
+from hire_rewrite.passes.examine import examine, weight_stacker
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
@@ -23,6 +23,7 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import packing_context
 from hire_rewrite.sites import site_kinds
 from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +82,31 @@ class Analysis:
         with packing_context(weights):
             make = pack_shapes if shapes else pack
             return make(self.trace, self.decisions, self.origin, weights, calibration)
+
+    def with_weights(self, packed: Packed, weights: Sequence[Any] | None) -> Packed:
+        """A `Packed` with the weights of sites that hold rounded ones alone, to compare with.
+
+        Args:
+          weights: the weight inputs, in order; None if nobody has them.
+
+        Raises:
+          HireRewriteError: nobody has them, and a site needs them.
+        """
+        lacking = [d for d in self.packing if not d.op.holds_weights]
+        if not lacking:
+            return packed
+        if weights is None:
+            raise HireRewriteError(
+                f"evaluate: {lacking[0].name} is packed in fewer bits than the model's, so that "
+                "the Packed does not hold what it is to be compared with: give weights=, the "
+                "weights that it was packed from"
+            )
+        stacker = weight_stacker(self.trace, weights)
+        sites = dict(packed.sites)
+        for d in lacking:
+            rows = WeightRows(stacker, d.site.loops)
+            sites[d.packed_name] = d.op.with_weights(packed.sites[d.packed_name], rows)
+        return dataclasses.replace(packed, sites=sites)
 
     def serves(self, packed: Packed) -> bool:
         """Whether a `Packed` that was made for another kind of call has all that this one packs."""
@@ -225,6 +251,16 @@ class Analyses:
         if self.on_miss == "raise":
             raise HireRewriteError(message)
         self.warn(message)
+
+    def weight_arguments(self, weights: Any) -> tuple[Any, ...]:
+        """The arguments that hold weights, in order: one, or a tuple of several."""
+        arguments = (weights,) if len(self.weights) == 1 else tuple(weights)
+        if len(arguments) != len(self.weights):
+            raise HireRewriteError(
+                f"{self.name}: {len(arguments)} weight argument(s) given, but the function has "
+                f"{len(self.weights)}: give a tuple of them"
+            )
+        return arguments
 
     def joined(self, args: Sequence[Any] | Mapping[int, Any], batch: Sequence[Any]) -> list[Any]:
         """A batch with the weights among `args` in their places."""

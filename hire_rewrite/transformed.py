@@ -152,6 +152,7 @@ class Transformed:
         packed: Packed,
         batches: Iterable[tuple[Any, ...]],
         *,
+        weights: Any = None,
         targets: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> Report:
@@ -162,6 +163,8 @@ class Transformed:
 
         Args:
           batches: tuples of the arguments after the weights, as in `pack`.
+          weights: what `packed` was made of, as in `tune`. Needed where it holds a rounded copy of
+            a weight alone: what it is compared with is the model on these.
           targets: a batch's arguments to the true class of each row of logits, integers of any
             shape in the order of the logits; negative where there is none. For perplexity.
           kwargs: the call's keyword arguments.
@@ -170,14 +173,18 @@ class Transformed:
           A `Report`; `print` it, or see `to_json`.
 
         Raises:
-          HireRewriteError: `packed` is not a `Packed`, there is no batch, or targets do not fit.
+          HireRewriteError: `packed` is not a `Packed`, there is no batch, targets do not fit, or
+            the weights are needed.
         """
         if not isinstance(packed, Packed):
             raise HireRewriteError(
                 f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}: make it with "
                 ".pack(...)"
             )
-        return evaluate(self._analyses, packed, batches, targets, kwargs)
+        leaves = None
+        if weights is not None:
+            leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
+        return evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
 
     def tune(
         self,

@@ -94,8 +94,10 @@ def decide(
     taken = frozenset(node for decision in packing for node in decision.nodes)
     left = detection.leftovers(taken, [decision.name for decision in packing])
     decisions = _sharing([*decisions, *map(decider.decide, left)])
-    # By default layers whose numbers nobody has looked at yet are in no site.
-    shown = [d for d in decisions if rules or d.operation is None or not d.operation.unexamined]
+    # What is left over is a site where a user asks for it, or where it is packed.
+    shown = [
+        d for d in decisions if not d.site.kind.leftover or d.packs or (rules and d.row.rule)
+    ]
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),

@@ -54,6 +54,7 @@ def evaluate(
     analyses: Analyses,
     packed: Packed,
     batches: Iterable[tuple[Any, ...]],
+    weights: Any,
     targets: Callable[..., Any] | None,
     kwargs: Mapping[str, Any],
     *,
@@ -64,16 +65,20 @@ def evaluate(
     Args:
       sites_only: leave out the model, and have all sites see what the exact model computes.
     """
-    weights = dict.fromkeys(analyses.weights[1:]) | dict.fromkeys(analyses.weights[:1], packed)
+    given = dict.fromkeys(analyses.weights[1:]) | dict.fromkeys(analyses.weights[:1], packed)
     kinds: list[Analysis] = []
+    whole = packed
 
     def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
-        args = analyses.joined(weights, batch)
+        nonlocal whole
+        args = analyses.joined(given, batch)
         analysis = analyses.of(packed, args, kwargs)
+        if not kinds:
+            whole = analysis.with_weights(packed, weights)
         kinds.append(analysis)
         known = analysis.inputs(packed, analyses.without_weights(tuple(args), packed), kwargs)
         wanted = None if targets is None else jnp.asarray(targets(*batch)).reshape(-1)
-        return analysis, (packed, known, wanted)
+        return analysis, (whole, known, wanted)
 
     build = functools.partial(_sums, sites_only=sites_only)
     total = accumulate("evaluation batch", batches, None, prepare, build)

@@ -17,7 +17,12 @@ def examine(trace: Trace, decisions: Sequence[Decision], weights: Sequence[Any])
     Args:
       weights: the weight inputs of the traced function, in order.
     """
-    arrays = zip(trace.weights, weights, strict=True)
-    stacker = Stacker({trace.scope.inputs[i]: Stacked(array, ()) for i, array in arrays})
+    stacker = weight_stacker(trace, weights)
     found = {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
     return {label: statistics for label, statistics in found.items() if statistics is not None}
+
+
+def weight_stacker(trace: Trace, weights: Sequence[Any]) -> Stacker:
+    """Evaluates the weights of a traced function, whose weight inputs are `weights`, in order."""
+    arrays = zip(trace.weights, weights, strict=True)
+    return Stacker({trace.scope.inputs[i]: Stacked(array, ()) for i, array in arrays})

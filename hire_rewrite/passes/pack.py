@@ -17,9 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract
-from hire_rewrite.graph.weights import Stacked, Stacker
+from hire_rewrite.graph.weights import Stacker
 from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.examine import weight_stacker
 from hire_rewrite.passes.modes import HIRE
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.rows import RowSharding, automatic, on_mesh
@@ -58,7 +59,7 @@ def pack(
         tokens for its predictor, or its rule needs calibration and there is none.
     """
     arrays = dict(zip(trace.weights, weights, strict=True))
-    stacker = Stacker({trace.scope.inputs[i]: Stacked(array, ()) for i, array in arrays.items()})
+    stacker = weight_stacker(trace, weights)
     packing = [decision for decision in decisions if decision.packs]
     firsts = [decision for decision in packing if decision.packed_name == decision.name]
     sites: dict[str, Any] = {}

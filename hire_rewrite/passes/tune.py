@@ -153,7 +153,7 @@ def tune(
     if not 0.0 < recall < 1.0:
         raise HireRewriteError(f"tune: recall={recall!r} must be between 0 and 1")
     fitting, other = held_out(batches)
-    given = dict(zip(analyses.weights, _as_arguments(weights, analyses.weights), strict=True))
+    given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))
     args = analyses.joined(given, fitting[0])
     decisions = analyses.of(None, args, kwargs).decisions
     sites = [d.operation for d in decisions if d.operation and d.operation.rule.predictor]
@@ -171,19 +171,10 @@ def tune(
         analysis = again.of(None, args, kwargs, calibration.statistics)
         leaves = jax.tree.leaves([args[i] for i in analyses.weights])
         packed = analysis.pack(leaves, calibration)
-        return evaluate(again, packed, other, None, kwargs, sites_only=True).sites
+        return evaluate(again, packed, other, leaves, None, kwargs, sites_only=True).sites
 
     chosen, trials = choose(sites, recall, tokens, measure)
     # Default rules spare blocks that are not sparse; written out they would not.
     return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)
 
 
-def _as_arguments(weights: Any, positions: Sequence[int]) -> tuple[Any, ...]:
-    """The arguments that hold weights, in order."""
-    arguments = (weights,) if len(positions) == 1 else tuple(weights)
-    if len(arguments) != len(positions):
-        raise HireRewriteError(
-            f"tune: {len(arguments)} weight argument(s), but the function has {len(positions)}: "
-            "give a tuple of them"
-        )
-    return arguments

@@ -140,6 +140,15 @@ class Operation(abc.ABC):
         nodes = frozenset({linear.node})
         return dataclasses.replace(site, nodes=nodes, inputs=inputs, outputs=(linear.out,))
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether `dense` is what the model computes: rounded copies alone are not enough."""
+        return True
+
+    def with_weights(self, arrays: Any, weights: WeightRows) -> Any:
+        """Packed arrays with what `dense` needs besides, where they do not hold the weights."""
+        return arrays
+
     def statistics(self, calibration: SiteCalibration) -> Hashable:
         """What calibration told, as static numbers that sizes and costs depend on."""
         return None

@@ -175,16 +175,25 @@ def test_beside_other_kinds():
 
 
 def test_evaluate_reports_it_and_tune_leaves_it():
-    rules = Linear(k=4, encoding=Blocks(8), force=True), hire.FFN(k=0.5, force=True)
+    rules = Linear(encoding=Blocks(4), force=True), hire.FFN(k=0.5, force=True)
     step = hire.transform(model, *rules)
     batches = [(inputs(32, D, seed=s),) for s in range(4)]
-    report = step.evaluate(step.pack(PARAMS, X), batches)
-    assert {site.kind: 0 <= site.error < 0.5 for site in report.sites} == {
-        "linear": True,
-        "ffn": True,
-    }
+    packed = step.pack(PARAMS, X)
+    report = step.evaluate(packed, batches, weights=PARAMS)
+    (linear,) = [site for site in report.sites if site.kind == "linear"]
+    x = jnp.concatenate([batch[0] for batch in batches])
+    error = np.asarray(Blocks(4).decode(packed.sites[linear.name].rows, 0)).T - PARAMS["layers"]["q"][0]
+    assert 0.01 < linear.error < 0.2
+    first = np.linalg.norm(x @ error, axis=1) / np.linalg.norm(x @ PARAMS["layers"]["q"][0], axis=1)
+    assert first.mean() == pytest.approx(linear.error, rel=0.5)  # of one layer, and of all
     tuned = step.tune(PARAMS, batches, recall=0.9)
     assert rules[0] in tuned
+
+
+def test_a_rounded_copy_is_compared_with_the_weights_alone():
+    step = hire.transform(model, Linear(encoding=Blocks(4), force=True))
+    with pytest.raises(HireRewriteError, match="weights="):
+        step.evaluate(step.pack(PARAMS, X), [(X,)])
 
 
 @pytest.mark.parametrize("transformation", ["vmap", "grad", "jit", "scan"])

@@ -47,10 +47,12 @@ class LinearState(NamedTuple):
     Attributes:
       rows: what `LinearSpec.encoding` stores of its rows.
       columns: what `LinearSpec.columns` stores of its columns; empty without.
+      dense: [L, n, d], the rows as the model has them; None where only rounded ones are held.
     """
 
     rows: Stored
     columns: Stored
+    dense: Array | None = None
 
 
 def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:
@@ -90,7 +92,9 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
     """f32[tokens, n], x @ W.T in dense arithmetic for x: [tokens, d], with the best copy of W that
     is stored."""
     x = x.astype(jnp.float32)
-    if spec.columns is None:
+    if state.dense is not None:
+        rows = lax.dynamic_index_in_dim(state.dense, layer, keepdims=False).astype(jnp.float32)
+    elif spec.columns is None:
         rows = spec.encoding.decode(state.rows, layer)
     else:
         rows = spec.columns.decode(state.columns, layer).T

@@ -90,6 +90,15 @@ class LinearOperation(Operation):
         columns = {} if spec.columns is None else _stored(spec.columns, jnp.swapaxes(rows, 1, 2))
         return LinearState(_stored(spec.encoding, rows), columns)
 
+    @property
+    def holds_weights(self) -> bool:
+        """Where no encoding was asked for, or the columns are all there as the model has them."""
+        rule = self.rule
+        return rule.encoding is None or (rule.k != 0 and rule.exact is None)
+
+    def with_weights(self, arrays: LinearState, weights: WeightRows) -> LinearState:
+        return arrays._replace(dense=weights.linear(self.layer))
+
     def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
         return [self._replacement(silent(_hire), arrays)]
 
