@@ -56,12 +56,8 @@ def measure(
     """The ratios of one function, by tokens in a call and predictor."""
     samples = jnp.asarray(np.random.default_rng(1).standard_normal((1024, d)), jnp.float32)
     runs = [hire.transform(fn, rule) for rule in rules]
-    packs = [
-        run.pack(weights, samples[:1], calibration=[(samples,)] if fits else None)
-        for run, fits in zip(
-            runs, (rule.predictor.wants_calibration for rule in rules), strict=True
-        )
-    ]
+    # What `Quantized` does not ask for changes nothing.
+    packs = [run.pack(weights, samples[:1], calibration=[(samples,)]) for run in runs]
     rows = []
     for tokens in TOKENS:
         x = samples[:tokens]

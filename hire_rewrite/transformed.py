@@ -283,21 +283,23 @@ class Transformed:
                 "Packed in place of the weights"
             )
             return analysis.pack(leaves)
-        hint = ", without calibration, so LowRank predictors will recall badly"
-        hint = hint if analysis.wants_calibration else ""
-        self._warn(
-            f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and pass the "
-            "Packed in place of the weights"
-        )
+        new: list[Packed] = []
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
             examined = analysis.examined(leaves)
             if examined:
                 analysis = self._analyses.of(None, args, kwargs, examined)
-            packed = analysis.pack(leaves) if analysis.packing else None
+            if analysis.packing:
+                hint = ", without calibration, so LowRank predictors will recall badly"
+                hint = hint if analysis.wants_calibration else ""
+                self._warn(
+                    f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and "
+                    "pass the Packed in place of the weights"
+                )
+                new = [analysis.pack(leaves)]
         if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
-            self._seen = leaves, [*(known if same else ()), *([packed] if packed else [])]
-        return packed
+            self._seen = leaves, [*(known if same else ()), *new]
+        return new[0] if new else None
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:
         """The `Packed` among the arguments, if there is one, and the arguments."""

@@ -95,9 +95,7 @@ def decide(
     left = detection.leftovers(taken, [decision.name for decision in packing])
     decisions = _sharing([*decisions, *map(decider.decide, left)])
     # What is left over is a site where a user asks for it, or where it is packed.
-    shown = [
-        d for d in decisions if not d.site.kind.leftover or d.packs or (rules and d.row.rule)
-    ]
+    shown = [d for d in decisions if not d.site.kind.leftover or d.packs or (rules and d.row.rule)]
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),

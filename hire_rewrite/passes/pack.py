@@ -80,9 +80,12 @@ def pack(
         origin,
         tuple(
             PackedSite(
-                d.site.kind.name, d.name, d.site.key, repr(d.op.layout),
+                d.site.kind.name,
+                d.name,
+                d.site.key,
+                repr(d.op.layout),
                 calibration.statistics.get(d.site.label),
-            )  # fmt: skip
+            )
             for d in firsts
         ),
         tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),

@@ -107,7 +107,7 @@ def choose(
     return chosen, [trial for tried in trials for trial in tried]
 
 
-def _rule(operation: Operation, predictor: Predictor) -> Rule:
+def _rule(operation: Operation, predictor: Predictor | None) -> Rule:
     """The rule of a trial, for the site alone."""
     name = operation.site.name
     return operation.tuned_rule().for_site(name, predictor=predictor, force=True)
@@ -115,8 +115,9 @@ def _rule(operation: Operation, predictor: Predictor) -> Rule:
 
 def _predictors(operation: Operation, tokens: int) -> list[Predictor]:
     """Those that are tried; where nothing is chosen recall says nothing, and the rule's stays."""
-    if not operation.candidates:
-        return [operation.rule.predictor]
+    own = operation.rule.predictor
+    if own is not None and not operation.candidates:
+        return [own]
     return operation.predictors(_ranks(operation, tokens))
 
 
@@ -176,5 +177,3 @@ def tune(
     chosen, trials = choose(sites, recall, tokens, measure)
     # Default rules spare blocks that are not sparse; written out they would not.
     return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)
-
-

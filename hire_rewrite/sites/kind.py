@@ -245,9 +245,7 @@ def register_kind(kind: SiteKind) -> SiteKind:
             f"register_kind: {kind!r} needs a `name`, and as its `rule` a dataclass that is a "
             "subclass of Rule"
         )
-    missing = {"max_tokens", "path", "force"} - {
-        field.name for field in dataclasses.fields(rule)
-    }
+    missing = {"max_tokens", "path", "force"} - {field.name for field in dataclasses.fields(rule)}
     if missing:
         raise HireRewriteError(
             f"register_kind: {rule.__name__} lacks the field(s) {', '.join(sorted(missing))}, "

@@ -113,8 +113,6 @@ def test_raw_weights_are_looked_at_on_first_sight():
     with pytest.warns(UserWarning, match="packed on first sight"):
         close(step(EXACT, X), model(EXACT, X), 1e-5)
     looked = hire.transform(model)
-    with pytest.warns(UserWarning, match="packed on first sight"):
-        looked(PARAMS, X)
     np.testing.assert_array_equal(looked(PARAMS, X), jax.jit(model)(PARAMS, X))
 
 
@@ -167,7 +165,7 @@ def test_nan_travels():
 
 
 def test_beside_other_kinds():
-    """What a block or a head takes is not a linear layer; a block that stays dense leaves its own."""
+    """What a block takes is not a linear layer; one that stays dense leaves its own."""
     rules = Linear(encoding=Blocks(8), force=True), hire.FFN(k=0.5, force=True)
     assert names(hire.inspect(model, PARAMS, X, rules=rules)) == {"params/layers/q"}
     rules = Linear(encoding=Blocks(8), force=True), hire.FFN(k=0.5, path="other", force=True)
@@ -182,7 +180,9 @@ def test_evaluate_reports_it_and_tune_leaves_it():
     report = step.evaluate(packed, batches, weights=PARAMS)
     (linear,) = [site for site in report.sites if site.kind == "linear"]
     x = jnp.concatenate([batch[0] for batch in batches])
-    error = np.asarray(Blocks(4).decode(packed.sites[linear.name].rows, 0)).T - PARAMS["layers"]["q"][0]
+    error = (
+        np.asarray(Blocks(4).decode(packed.sites[linear.name].rows, 0)).T - PARAMS["layers"]["q"][0]
+    )
     assert 0.01 < linear.error < 0.2
     first = np.linalg.norm(x @ error, axis=1) / np.linalg.norm(x @ PARAMS["layers"]["q"][0], axis=1)
     assert first.mean() == pytest.approx(linear.error, rel=0.5)  # of one layer, and of all

@@ -109,6 +109,4 @@ def _product(x: Array, state: LinearState, layer: Array | int, spec: LinearSpec)
 
 
 def _times(x: Array, rows: Array) -> Array:
-    return lax.dot_general(
-        x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -76,7 +76,7 @@ class LinearOperation(Operation):
     def tuned_rule(self) -> Linear:
         return self.rule.replace(encoding=self.spec.encoding)
 
-    def examine(self, weights: WeightRows) -> Encoding | None:
+    def examine(self, weights: WeightRows) -> Hashable:
         found = narrowest(np.asarray(weights.linear(self.layer)))
         return None if found is None else found[0]
 
@@ -135,7 +135,9 @@ _exact = jax.jit(exact_linear, static_argnames="spec")
 
 def _stored(encoding: Encoding, rows: Array) -> dict[str, Array]:
     """What an encoding stores of rows: [L, n, d], exactly where it can."""
-    exactly = None if isinstance(rows, jax.core.Tracer) else encoding.store_exactly(np.asarray(rows))
+    exactly = (
+        None if isinstance(rows, jax.core.Tracer) else encoding.store_exactly(np.asarray(rows))
+    )
     if exactly is not None:
         return {name: jnp.asarray(array) for name, array in exactly.items()}
     stored: dict[str, Array] = map_layers(lambda rows, _: encoding.store(rows), rows, None)

@@ -62,7 +62,9 @@ class Linear(Rule):
                 "`encoding` nothing is rounded: give encoding=Blocks(8), or leave them out"
             )
         if self.exact is not None and not self.k:
-            raise HireRewriteError("Linear: exact= says how columns are stored, and k=0 asks for none")
+            raise HireRewriteError(
+                "Linear: exact= says how columns are stored, and k=0 asks for none"
+            )
         if not isinstance(self.round_inputs, bool):
             raise HireRewriteError(
                 f"Linear: round_inputs={self.round_inputs!r} must be True or False"
