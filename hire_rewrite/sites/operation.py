@@ -96,7 +96,7 @@ class Operation(abc.ABC):
           HireRewriteError: the rule needs calibration and there is none.
         """
 
-    def examine(self, weights: WeightRows) -> Hashable:
+    def examine(self, weights: WeightRows) -> Any:
         """What packing found out about the numbers, of an `unexamined` operation: statistics for
         `SiteKind.resolve`, or None if the site stays dense."""
         return None

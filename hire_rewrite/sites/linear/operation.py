@@ -76,7 +76,7 @@ class LinearOperation(Operation):
     def tuned_rule(self) -> Linear:
         return self.rule.replace(encoding=self.spec.encoding)
 
-    def examine(self, weights: WeightRows) -> Hashable:
+    def examine(self, weights: WeightRows) -> Encoding | None:
         found = narrowest(np.asarray(weights.linear(self.layer)))
         return None if found is None else found[0]
 
