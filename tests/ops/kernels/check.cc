@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -51,6 +54,39 @@ float Wide(hire::BFloat16 value) {
   return wide;
 }
 float Wide(float value) { return value; }
+
+// Numbers as factors of a type, and rounded themselves to what it holds.
+template <typename Factor>
+std::vector<Factor> Rounded(std::vector<float>& values);
+
+template <>
+std::vector<float> Rounded(std::vector<float>& values) {
+  return values;
+}
+
+template <>
+std::vector<hire::BFloat16> Rounded(std::vector<float>& values) {
+  std::vector<hire::BFloat16> narrow(values.size());
+  std::transform(values.begin(), values.end(), narrow.begin(), Narrow);
+  std::transform(narrow.begin(), narrow.end(), values.begin(), [](hire::BFloat16 v) { return Wide(v); });
+  return narrow;
+}
+
+// Every eighth is as small as float16 has them.
+template <>
+std::vector<hire::Float16> Rounded(std::vector<float>& values) {
+  std::vector<hire::Float16> narrow;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int exponent = i % 8 == 7 ? -24 : std::max(std::ilogb(values[i]), -14) - 10;
+    const float integer = std::nearbyint(std::ldexp(values[i], i % 8 == 7 ? 4 : -exponent));
+    values[i] = std::ldexp(integer, exponent);
+    uint32_t bits;
+    const float shifted = std::ldexp(values[i], -112);  // has the exponent of float16
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    narrow.push_back({static_cast<uint16_t>((bits >> 16 & 0x8000) | (bits >> 13 & 0x7fff))});
+  }
+  return narrow;
+}
 float Wide(int8_t value) { return value; }
 
 template <typename Row>
@@ -87,30 +123,82 @@ void CheckAdd(hire::Kernels::Add<Row> add, const std::vector<Row>& rows, int64_t
   }
 }
 
-// `extreme`: all numbers are the greatest that there are, so that sums are too.
-void CheckBlocks(const hire::Kernels& kernels, int64_t tokens, int64_t n, int64_t d, int64_t block,
-                 bool extreme = false) {
-  const int64_t blocks = d / block, half = d / 2;
-  const std::vector<int8_t> x = Integers(tokens * d, extreme ? 127 : -127, 127);
-  const std::vector<int8_t> rows = Integers(n * half, extreme ? 0x77 : -128, extreme ? 0x77 : 127);
-  const std::vector<float> x_scale = Normal(tokens * blocks), wide = Normal(n * blocks);
-  std::vector<float> offset(tokens * blocks), out(tokens * n);
-  std::vector<hire::BFloat16> scale(n * blocks);
-  std::transform(wide.begin(), wide.end(), scale.begin(), Narrow);
-  for (int64_t i = 0; i < tokens * d; ++i) offset[i / block] += 8.0f * x[i];
-  const hire::Rounded rounded = {x.data(), x_scale.data(), offset.data(), tokens, d, block};
-  kernels.dot_i4(rounded, rows.data(), scale.data(), n, out.data(), n);
+double Number(const hire::Blocks& rows, int64_t i, int64_t j) {
+  const int64_t half = rows.d / 2;
+  if (!rows.narrow) return rows.integers[i * rows.d + j];
+  const auto both = static_cast<uint8_t>(rows.integers[i * half + j % half]);
+  const int own = j < half ? both & 15 : both >> 4;
+  return rows.minimum.none() && own > 7 ? own - 16 : own;
+}
+
+void CheckProducts(const char* what, const std::vector<double>& x, int64_t tokens,
+                   const hire::Blocks& rows, const std::vector<float>& scale,
+                   const std::vector<float>& minimum, const std::vector<float>& out) {
+  const int64_t d = rows.d, n = scale.size() / rows.blocks;
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t i = 0; i < n; ++i) {
-      double want = 0;
+      double want = 0, size = 0;
       for (int64_t j = 0; j < d; ++j) {
-        const int8_t both = rows[i * half + j % half];
-        const int own = j < half ? static_cast<int8_t>(both * 16) >> 4 : both >> 4;
-        const int64_t b = j / block;
-        want += static_cast<double>(own) * Wide(scale[i * blocks + b]) * x[t * d + j] *
-                x_scale[t * blocks + b];
+        const int64_t b = i * rows.blocks + j * rows.blocks / d;
+        const double number = Number(rows, i, j) * scale[b] + (minimum.empty() ? 0 : minimum[b]);
+        want += x[t * d + j] * number;
+        size += std::abs(x[t * d + j] * number);
       }
-      Expect("dot of blocks", out[t * n + i], want, 1000.0 * d);
+      Expect(what, out[t * n + i], want, size);
+    }
+  }
+}
+
+// `extreme`: all integers are the greatest that there are, so that sums are too.
+template <typename Factor>
+void CheckBlocks(const hire::Kernels& kernels, const Factor* hire::Factors::*type, int64_t tokens,
+                 int64_t n, int64_t d, int64_t block, bool narrow, bool minima,
+                 bool extreme = false) {
+  const int64_t blocks = d / block;
+  hire::Blocks rows = {};
+  rows.narrow = narrow, rows.d = d, rows.blocks = blocks;
+  const int8_t most = minima || !narrow ? -1 : 0x77, least = narrow ? most : -128;
+  std::vector<int8_t> integers = Integers(n * rows.row_bytes(), -128, 127);
+  if (extreme) std::fill(integers.begin(), integers.end(), least);
+  std::vector<float> scale = Normal(n * blocks), minimum = Normal(minima ? n * blocks : 0);
+  const std::vector<Factor> scales = Rounded<Factor>(scale), lows = Rounded<Factor>(minimum);
+  rows.integers = integers.data();
+  rows.scale.*type = scales.data();
+  if (minima) rows.minimum.*type = lows.data();
+  std::vector<float> x = Normal(tokens * d), out(tokens * n);
+  if (extreme) std::fill(x.begin(), x.end(), 1.0f);
+  kernels.dot_blocks(x.data(), tokens, rows, 0, n / 2, out.data(), n);
+  kernels.dot_blocks(x.data(), tokens, rows, n / 2, n, out.data(), n);
+  CheckProducts("dot of blocks", {x.begin(), x.end()}, tokens, rows, scale, minimum, out);
+
+  std::vector<double> rounded(tokens * d);
+  for (int64_t i = 0; i < tokens * d; i += 32) {
+    float greatest = 0;
+    for (int64_t j = i; j < i + 32; ++j) greatest = std::max(greatest, std::abs(x[j]));
+    const float step = greatest / 127;
+    for (int64_t j = i; j < i + 32; ++j) rounded[j] = std::nearbyint(x[j] / step) * step;
+  }
+  const std::unique_ptr<void, void (*)(void*)> room(
+      std::aligned_alloc(hire::kLine, kernels.rounded_bytes(tokens, rows)), std::free);
+  kernels.round(x.data(), tokens, 32, rows, room.get());
+  kernels.dot_rounded(room.get(), tokens, rows, 0, n / 2, out.data(), n);
+  kernels.dot_rounded(room.get(), tokens, rows, n / 2, n, out.data(), n);
+  CheckProducts("dot of rounded tokens", rounded, tokens, rows, scale, minimum, out);
+}
+
+void CheckAllBlocks(const hire::Kernels& kernels, int64_t tokens) {
+  for (bool narrow : {false, true}) {
+    for (bool minima : {false, true}) {
+      const auto check = [&](auto type, int64_t n, int64_t d, int64_t block, bool extreme = false) {
+        CheckBlocks(kernels, type, tokens, n, d, block, narrow, minima, extreme);
+      };
+      check(&hire::Factors::float32, 3, 64, 32);
+      check(&hire::Factors::bfloat16, 9, 576, 32);
+      check(&hire::Factors::float16, 9, 576, 32);
+      check(&hire::Factors::float16, 5, 192, 192);
+      check(&hire::Factors::bfloat16, 4, 2368, 2368);
+      check(&hire::Factors::float16, 6, 3072, 128);
+      check(&hire::Factors::float32, 2, 1024, 1024, true);
     }
   }
 }
@@ -145,12 +233,11 @@ void CheckKernels(const hire::Kernels& kernels) {
         CheckAdd(kernels.add_bf16, narrow, tokens, n, d);
       }
     }
-    CheckBlocks(kernels, tokens, 3, 64, 32);
-    CheckBlocks(kernels, tokens, 2, 576, 32);
-    CheckBlocks(kernels, tokens, 2, 384, 64);
-    CheckBlocks(kernels, tokens, 2, 1024, 64);
-    CheckBlocks(kernels, tokens, 2, 1024, 128, true);
+    CheckAllBlocks(kernels, tokens);
   }
+  CheckAllBlocks(kernels, 17);
+  CheckBlocks(kernels, &hire::Factors::float16, 1, 3, 32768, 32, true, true);
+  CheckBlocks(kernels, &hire::Factors::float16, 2, 2, 65536, 32, false, false);
 }
 
 // A pool whose threads begin late, or not before all is done.
@@ -182,8 +269,12 @@ void CheckShare(int64_t count, int64_t grain) {
 int main() {
   CheckKernels(hire::kPortable);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) CheckKernels(hire::kAvx2);
-  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    CheckKernels(hire::kAvx2);
+  }
+  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vnni")) {
     CheckKernels(hire::kVnni);
   }
 #endif

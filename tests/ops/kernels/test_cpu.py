@@ -208,7 +208,7 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("form", ["0", "portable"])
+@pytest.mark.parametrize("form", ["0", "portable", "avx2"])
 def test_other_forms(form):
     """Without the kernels, and with those for other processors, products are the same."""
     environment = os.environ | {"HIRE_REWRITE_KERNELS": form, "JAX_PLATFORMS": "cpu"}
@@ -226,6 +226,7 @@ def test_other_forms(form):
         "-k",
         "product or derivatives or values",
         __file__,
+        str(Path(__file__).with_name("test_blocks.py")),
     ]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

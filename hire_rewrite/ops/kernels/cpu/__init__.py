@@ -18,20 +18,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
+from hire_rewrite.ops.encodings.product import block_product, input_block
 from hire_rewrite.ops.kernels import register_kernel
-from hire_rewrite.ops.quantize import round_blocks
 from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
 
-_VERSION = 2
+_VERSION = 3
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = ("block_product", "fetched_product", "fetched_sum", "product", "top_k")
 _KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+_FACTORS = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 @functools.cache
@@ -63,10 +65,11 @@ def usable(x: Array, *dtypes: Any) -> bool:
     return known and isinstance(x.size, int) and x.size > 0 and status() == "in use"
 
 
-def _call(name: str, shape: tuple[int, ...], *operands: Array) -> Array:
+def _call(name: str, shape: tuple[int, ...], *operands: Array, **attributes: Any) -> Array:
     """f32[shape]. Floating-point vectors are f32, what chooses is i32."""
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(f"hire_{name}", result, vmap_method="sequential")(*operands)
+    call = jax.ffi.ffi_call(f"hire_{name}", result, vmap_method="sequential")
+    return call(*operands, **attributes)
 
 
 def _product(
@@ -78,16 +81,61 @@ def _product(
     return _call("product", shape, x.astype(jnp.float32), rows, layer, *factors)
 
 
-def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    rounded = round_blocks(x, narrow.block_of(x, scale))
-    shape, layer = (x.shape[0], packed.shape[1]), layer.astype(jnp.int32).reshape(1)
-    return _call("block_product", shape, *rounded, packed, scale, layer)
+def _block_product(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> Array:
+    return _product_of_blocks(
+        x, integers, scale, minimum, layer, input_block(x, scale) if round_inputs else 0
+    )
 
 
-def _fits_blocks(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
-    """The library reads both halves of a row in whole blocks."""
-    d, block = x.shape[1], narrow.block_of(x, scale)
-    return usable(x) and (d // 2) % block == 0 and block % 32 == 0 and d <= 65536
+def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
+    return _product_of_blocks(x, packed, scale, None, layer, narrow.block_of(x, scale))
+
+
+def _product_of_blocks(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    rounded: int,
+) -> Array:
+    """`block_product` of x rounded to 8 bits in blocks of so many columns, of x itself for 0."""
+    layers, n, _ = integers.shape
+    minimum = jnp.zeros((layers, n, 0), scale.dtype) if minimum is None else minimum
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    operands = (x.astype(jnp.float32), integers, scale, minimum, layer)
+    return _call("block_product", (x.shape[0], n), *operands, input_block=np.int64(rounded))
+
+
+def _fits_blocks(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> bool:
+    """The library reads rows, and of 4 bits their halves, in pieces of 32 columns."""
+    d, blocks = x.shape[1], scale.shape[2]
+    factors = (scale,) if minimum is None else (scale, minimum)
+    known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
+    whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
+    return known and whole and 0 < d <= 65536 and integers.size > 0 and usable(x)
+
+
+def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
+    return _fits_blocks(x, packed, scale, None, layer, bits=4)
 
 
 def _gathered_matmul(
@@ -137,7 +185,8 @@ def _fits_top_k(scores: Array, *, k: int) -> bool:
 
 for _operation, _function, _supports in (
     (narrow.matmul, _product, lambda x, rows, *_: usable(x, rows.dtype)),
-    (narrow.block_matmul, _block_product, _fits_blocks),
+    (narrow.block_matmul, _block_matmul, _fits_block_matmul),
+    (block_product, _block_product, _fits_blocks),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
     (select.top_k_operation, _top_k, _fits_top_k),

@@ -12,22 +12,51 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Vectors of eight numbers, or of 32 bytes.
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(32)));
-constexpr int64_t kLanes = 8, kBytes = 32, kLine = 64;  // kLine: bytes of a line of the cache
-
-// Tokens rounded to 8 bits, with a scale for each of the blocks of a row.
-struct Rounded {
-  const int8_t* integers;  // [tokens, d]
-  const float* scale;      // [tokens, d / block]
-  const float* offset;     // [tokens, d / block]: 8 Σ of a block's integers
-  int64_t tokens, d, block;
+struct Float16 {
+  uint16_t bits;
 };
-constexpr int64_t kMaxPieces = 2048;  // of 32 numbers, in a row
 
-// The functions of `rows.inc` for one kind of processor. Tokens are rows of x: [tokens, d].
+// Vectors of so many bytes.
+template <int kBytes>
+struct Vectors;
+template <>
+struct Vectors<32> {
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+};
+template <>
+struct Vectors<64> {
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(64)));
+};
+
+constexpr int64_t kLine = 64;    // bytes of a line of the cache
+constexpr int64_t kPiece = 32;   // columns that blocks, and halves of rows of 4 bits, are multiples of
+constexpr int64_t kMaxColumns = 1 << 16;  // of rows of blocks
+
+// Scales or minima of blocks: [n, blocks], of one of three types.
+struct Factors {
+  const float* float32;
+  const BFloat16* bfloat16;
+  const Float16* float16;
+  bool none() const { return !float32 && !bfloat16 && !float16; }
+};
+
+// Rows of integers, with a scale for each block of columns, which is multiplied, and perhaps a
+// minimum, which is added.
+struct Blocks {
+  const int8_t* integers;  // [n, d], or [n, d / 2] for 4 bits: two to a byte and d / 2 apart
+  bool narrow;             // 4 bits: −8 to 7, or 0 to 15 where there are minima
+  Factors scale, minimum;  // [n, blocks]
+  int64_t d, blocks;
+
+  int64_t row_bytes() const { return narrow ? d / 2 : d; }
+};
+
+// The functions of `rows.inc` and `blocks.inc` for one kind of processor. Tokens are rows of x:
+// [tokens, d].
 struct Kernels {
   // out[t * stride + i] = x[t] · rows[i], for `count` rows of length d one behind the other.
   template <typename Row>
@@ -36,10 +65,6 @@ struct Kernels {
   Dot<float> dot_f32;
   Dot<BFloat16> dot_bf16;
   Dot<int8_t> dot_i8;
-  // The same for rows of 4 bits, two to a byte and d/2 apart, with a scale for each block. A block
-  // is a multiple of kBytes long and divides half of a row.
-  void (*dot_i4)(const Rounded& x, const int8_t* rows, const BFloat16* scale, int64_t count,
-                 float* out, int64_t stride);
   // out[t * stride + j] += Σ_i h[t * h_stride + i] rows[i * d + j] for `width` columns j of `count`
   // rows.
   template <typename Row>
@@ -47,11 +72,20 @@ struct Kernels {
                        int64_t count, int64_t d, int64_t width, float* out, int64_t stride);
   Add<float> add_f32;
   Add<BFloat16> add_bf16;
+  // out[t * stride + i] = x[t] · rows[i] for begin ≤ i < end.
+  void (*dot_blocks)(const float* x, int64_t tokens, const Blocks& rows, int64_t begin, int64_t end,
+                     float* out, int64_t stride);
+  // The same for tokens that `round` rounded to 8 bits for these rows, with a scale for each `block`
+  // columns. It takes `rounded_bytes` of memory at a multiple of kLine.
+  int64_t (*rounded_bytes)(int64_t tokens, const Blocks& rows);
+  void (*round)(const float* x, int64_t tokens, int64_t block, const Blocks& rows, void* rounded);
+  void (*dot_rounded)(const void* rounded, int64_t tokens, const Blocks& rows, int64_t begin,
+                      int64_t end, float* out, int64_t stride);
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2;  // with FMA
+extern const Kernels kAvx2;  // with FMA and F16C
 extern const Kernels kVnni;  // those of AVX-512
 #endif
 

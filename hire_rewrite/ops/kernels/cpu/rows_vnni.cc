@@ -1,4 +1,4 @@
-// The kernels for x86 with the integer products of AVX-512 (VNNI), in vectors as long as AVX2's.
+// The kernels for x86 with the integer products of AVX-512 (VNNI).
 
 #include "rows.h"
 
@@ -7,32 +7,97 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avx512f,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
 #endif
 
 namespace hire {
 namespace vnni {
 namespace {
 
-#include "x86.inc"
+constexpr int kBytes = 64;
+constexpr int64_t kLanes = kBytes / 4;
+using Floats = Vectors<kBytes>::Floats;
+using Ints = Vectors<kBytes>::Ints;
 
-inline Ints Products(Bytes unsigned_ones, const int8_t* signed_ones) {
-  const __m256i others = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(signed_ones));
-  return (Ints)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)unsigned_ones, others);
+inline Ints LoadInts(const int8_t* p) {
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline Ints LoadInts(const uint16_t* p) {
+  return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline Floats Load(const Float16* p) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline float Wide(Float16 v) { return _cvtsh_ss(v.bits); }
+
+inline float Sum(Floats v) { return _mm512_reduce_add_ps((__m512)v); }
+
+// Numbers are looked up: sixteen of them are one vector.
+template <bool kMinimum>
+inline void DecodeNibbles(const int8_t* p, const float* scale, const float* minimum, float* low,
+                          float* high) {
+  const Floats unscaled = kMinimum
+                              ? Floats{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+                              : Floats{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  Floats lows = unscaled * scale[0], highs = unscaled * scale[1];
+  if (kMinimum) lows += minimum[0], highs += minimum[1];
+  for (int64_t i = 0; i < kPiece; i += kLanes) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    _mm512_storeu_ps(low + i, _mm512_permutexvar_ps(both, (__m512)lows));
+    _mm512_storeu_ps(high + i, _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)highs));
+  }
+}
+
+using Bytes32 = Vectors<32>::Bytes;
+using Bytes64 = Vectors<64>::Bytes;
+
+constexpr int32_t kShift = 128;
+
+inline Vectors<32>::Ints AddProducts(Vectors<32>::Ints sums, Bytes32 u, Bytes32 s) {
+  return (Vectors<32>::Ints)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)u, (__m256i)s);
+}
+
+inline Ints AddProducts(Ints sums, Bytes64 u, Bytes64 s) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)s);
+}
+
+template <typename Sums, typename Bytes>
+Sums AddSigned(Sums sums, Bytes, Bytes);  // is not called
+
+template <int T>
+inline auto Repeat(const uint8_t* p) {
+  const auto* from = reinterpret_cast<const __m256i*>(p);
+  if constexpr (T == 1) {
+    return (Bytes32)_mm256_loadu_si256(from);
+  } else if constexpr (T == 2) {
+    return (Bytes64)_mm512_broadcast_i64x4(_mm256_loadu_si256(from));
+  } else if constexpr (T == 4) {
+    return (Bytes64)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else if constexpr (T == 8) {
+    int64_t eight;
+    __builtin_memcpy(&eight, p, sizeof(eight));
+    return (Bytes64)_mm512_set1_epi64(eight);
+  } else {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return (Bytes64)_mm512_set1_epi32(four);
+  }
 }
 
 #include "rows.inc"
+#include "blocks.inc"
 
 }  // namespace
 }  // namespace vnni
 
-using vnni::Add;
-using vnni::Dot;
-using vnni::Dot4;
+using namespace vnni;
 
-const Kernels kVnni = {Dot<float>, Dot<BFloat16>, Dot<int8_t>, Dot4, Add<float>, Add<BFloat16>};
+const Kernels kVnni = {Dot<float>, Dot<BFloat16>, Dot<int8_t>, Add<float>, Add<BFloat16>, DotAnyBlocks, RoundedBytes, Round, DotAnyRounded};
 
 }  // namespace hire
 

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <numeric>
+#include <memory>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 #include "rows.h"
 #include "threads.h"
@@ -18,7 +17,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kPiece = 1 << 17;  // bytes of rows that a thread takes at a time
+constexpr int64_t kGrain = 1 << 17;  // bytes of rows that a thread takes at a time
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
@@ -32,8 +31,10 @@ const Kernels& Best() {
   static const Kernels& best = []() -> const Kernels& {
     const char* variable = std::getenv("HIRE_REWRITE_KERNELS");
     const std::string asked = variable == nullptr ? "" : variable;
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vnni");
     if (asked == "portable" || !avx2) return kPortable;
     return asked == "avx2" || !vnni ? kAvx2 : kVnni;
   }();
@@ -43,7 +44,7 @@ const Kernels& Best() {
 #endif
 }
 
-int64_t Grain(int64_t row_bytes) { return std::max<int64_t>(1, kPiece / std::max<int64_t>(1, row_bytes)); }
+int64_t Grain(int64_t row_bytes) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)); }
 
 template <typename Row>
 const Row* Data(ffi::AnyBuffer& buffer) {
@@ -85,25 +86,55 @@ ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, 
   });
 }
 
-ffi::Error BlockProduct(ffi::ThreadPool pool, S8 x, F32 x_scale, S8 rows, BF16 scale, S32 layer,
-                        Result out) {
-  const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
-  const int64_t blocks = scale.dimensions()[2], block = d / blocks;
-  if (d > kMaxPieces * kBytes || block % kBytes || (d / 2) % block) {
-    return ffi::Error::InvalidArgument("blocks must be of 32 numbers, and rows of at most 65,536");
+// Scales or minima of a layer; false for a type that there is no code for.
+bool SetFactors(ffi::AnyBuffer& buffer, int64_t before, Factors& factors) {
+  if (buffer.element_count() == 0) return true;
+  if (buffer.element_type() == ffi::F32) {
+    factors.float32 = Data<float>(buffer) + before;
+  } else if (buffer.element_type() == ffi::BF16) {
+    factors.bfloat16 = Data<BFloat16>(buffer) + before;
+  } else if (buffer.element_type() == ffi::F16) {
+    factors.float16 = Data<Float16>(buffer) + before;
+  } else {
+    return false;
   }
-  std::vector<float> offset(tokens * blocks);
-  for (int64_t b = 0; b < tokens * blocks; ++b) {
-    const int8_t* first = x.typed_data() + b * block;
-    offset[b] = 8.0f * std::accumulate(first, first + block, 0);
+  return true;
+}
+
+ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffer scale,
+                        ffi::AnyBuffer minimum, S32 layer, int64_t input_block, Result out) {
+  const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = integers.dimensions()[1];
+  const int64_t blocks = scale.dimensions()[2];
+  Blocks rows = {};
+  rows.narrow = integers.dimensions()[2] != d;
+  rows.d = d;
+  rows.blocks = blocks;
+  const int64_t size = rows.row_bytes();
+  const bool divided = size % kPiece == 0 && d % (blocks * kPiece) == 0 && input_block % kPiece == 0;
+  if (!divided || d > kMaxColumns || (input_block > 0 && d % input_block)) {
+    return ffi::Error::InvalidArgument("blocks must be of 32 columns, and rows of at most 65,536");
   }
-  const Rounded rounded = {x.typed_data(), x_scale.typed_data(), offset.data(), tokens, d, block};
   const int64_t before = layer.typed_data()[0] * n;
-  const int8_t* all = rows.typed_data() + before * (d / 2);
-  const auto* scales = static_cast<const BFloat16*>(scale.untyped_data()) + before * blocks;
-  Share(pool, n, Grain(d / 2 + 2 * blocks), [&](int64_t begin, int64_t end) {
-    Best().dot_i4(rounded, all + begin * (d / 2), scales + begin * blocks, end - begin,
-                  out->typed_data() + begin, n);
+  rows.integers = integers.typed_data() + before * size;
+  if (!SetFactors(scale, before * blocks, rows.scale) ||
+      !SetFactors(minimum, before * blocks, rows.minimum)) {
+    return ffi::Error::InvalidArgument("scales must be float32, bfloat16 or float16");
+  }
+  const Kernels& best = Best();
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  const int64_t grain = Grain(size + 2 * blocks);
+  if (input_block == 0) {
+    Share(pool, n, grain, [&](int64_t begin, int64_t end) {
+      best.dot_blocks(from, tokens, rows, begin, end, to, n);
+    });
+    return ffi::Error::Success();
+  }
+  const auto room = std::make_unique<char[]>(best.rounded_bytes(tokens, rows) + kLine);
+  void* rounded = room.get() + kLine - reinterpret_cast<uintptr_t>(room.get()) % kLine;
+  best.round(from, tokens, input_block, rows, rounded);
+  Share(pool, n, grain, [&](int64_t begin, int64_t end) {
+    best.dot_rounded(rounded, tokens, rows, begin, end, to, n);
   });
   return ffi::Error::Success();
 }
@@ -172,14 +203,15 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 #pragma GCC visibility push(default)
 
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 2; }
+extern "C" int hire_version() { return 3; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_block_product, BlockProduct,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S8>().Arg<F32>()
-                                  .Arg<S8>().Arg<BF16>().Arg<S32>().Ret<F32>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S8>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<S32>()
+                                  .Attr<int64_t>("input_block").Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fetched_product, FetchedProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Ret<F32>());
