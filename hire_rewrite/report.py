@@ -14,6 +14,8 @@ from hire_rewrite.plan import table
 class SiteReport:
     """What a site's predictor misses; a unit is a group of neurons or a row of the vocabulary.
 
+    Where nothing is chosen (`k` is 0) nothing is missed, and recalls are 1.
+
     Attributes:
       name, kind: as in the plan.
       tokens: how many were measured, in each layer.
@@ -109,10 +111,13 @@ def _finite(value: Any) -> Any:
 
 def _row(site: SiteReport) -> list[str]:
     mean = sum(site.recall) / len(site.recall)
+    choice = [
+        str(site.k), str(site.candidates), f"{mean:.4f}", f"{min(site.recall):.4f}",
+        f"{min(site.recall_p1):.3f}", f"{site.best:.4f}", f"{site.mass:.4f}",
+    ]  # fmt: skip
     return [
-        site.name, str(site.tokens), str(site.k), str(site.candidates), f"{mean:.4f}",
-        f"{min(site.recall):.4f}", f"{min(site.recall_p1):.3f}", f"{site.best:.4f}",
-        f"{site.mass:.4f}", f"{site.error:.4f}", f"{site.error_exact:.4f}",
+        site.name, str(site.tokens), *(choice if site.k else [""] * len(choice)),
+        f"{site.error:.4f}", f"{site.error_exact:.4f}",
         "" if site.proved is None else f"{site.proved:.2%}",
         f"{site.bytes_dense / 1e6:.1f} → {site.bytes_read / 1e6:.1f}",
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
     if choice is None:  # nothing is chosen, so nothing is missed
         ones = (1.0,) * len(tokens)
         choice = {"k": 0, "candidates": 0, "recall": ones, "recall_p1": ones}
-        choice["curve"] = ((0, now.after, ones),)
+        choice |= {"curve": ((0, now.after, ones),), "best": 1.0, "mass": 1.0}
 
     def mean(sums: Any) -> float:
         return float(sums.sum() / tokens.sum())
@@ -52,14 +52,12 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
         name=site.name,
         kind=site.kind.name,
         tokens=int(tokens.max()),
-        best=mean(sums.best),
-        mass=mean(sums.mass),
         error=mean(sums.error),
         error_exact=mean(sums.error_exact),
         proved=mean(sums.proved) if operation.proves else None,
         bytes_dense=now.before,
         bytes_read=now.after,
-        **choice,
+        **({"best": mean(sums.best), "mass": mean(sums.mass)} | choice),
     )
 
 
