@@ -16,13 +16,13 @@ from hire_rewrite.ops.encodings import Blocks, Float
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
-from hire_rewrite.passes.tune import Tuned
 from hire_rewrite.plan import Plan, Rejection, Site
 from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.saved import load_rules, save_rules
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.linear.rule import Linear
+from hire_rewrite.tuned import Tuned
 
 __version__ = "0.1.0.dev0"
 

@@ -31,6 +31,7 @@ class Analysis:
     """The trace of a function, and the plan for it."""
 
     trace: Trace
+    detection: Detection
     plan: Plan
     decisions: tuple[Decision, ...]
     origin: Origin
@@ -223,7 +224,7 @@ class Analyses:
         self._check_unused(plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
         origin = Origin(tree, tuple(graph.paths[i] for i in graph.weights), tuple(leaves))
-        return Analysis(graph, plan, decisions, origin, statistics)
+        return Analysis(graph, detection, plan, decisions, origin, statistics)
 
     def _detect(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None

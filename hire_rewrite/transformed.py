@@ -20,16 +20,18 @@ from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
+from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
-from hire_rewrite.passes.tune import Tuned, tune
+from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
+from hire_rewrite.tuned import Tuned
 
 
 class Transformed:
@@ -191,13 +193,20 @@ class Transformed:
         weights: Any,
         batches: Iterable[tuple[Any, ...]],
         *,
-        recall: float = 0.99,
+        recall: float | None = None,
+        kl: float | None = None,
         **kwargs: Any,
     ) -> Tuned:
-        """Choose for each site the predictor and candidates that read least and recall enough.
+        """Choose the rules of the sites: the fastest within a budget of divergence or recall.
 
-        Sites, k and groups are those of this function's rules. Several predictors are fitted to
-        most of the batches and measured on the others, which is a quarter of them.
+        With `kl`, for models that somebody else trained: encodings, k and predictors of all sites
+        (those that this function's rules ask for, if it has some). Each choice is measured alone
+        on a quarter of the batches, the whole on the others.
+
+        With `recall`, for models that were trained with a top-k: of each site the predictor and
+        the candidates that read least and recall enough. Sites, k and groups are those of this
+        function's rules. Several predictors are fitted to most of the batches and measured on the
+        others, which is a quarter of them.
 
         Args:
           weights: the argument that holds weights, a tuple of them if there are several, or () if
@@ -205,16 +214,24 @@ class Transformed:
           batches: at least two tuples of the arguments after the weights, as in `pack`.
           recall: the share of the true top k that is to be found, on average over tokens, in each
             layer of each site. On the held-out batches half of the misses allowed are left, for
-            other text.
+            other text. 0.99 if neither is given.
+          kl: how far the rewritten model may diverge from the dense one, in nats a token: the mean
+            of KL(dense ‖ rewritten). Needs a vocabulary head outside of loops.
           kwargs: the call's keyword arguments.
 
         Returns:
           The rules as a tuple, for `transform(fn, *rules)`; `print` them, or `save` them.
 
         Raises:
-          HireRewriteError: there are fewer than two batches, or no site that a rule asks for.
+          HireRewriteError: there are fewer than two batches, no site that a rule asks for, both
+            budgets are given, or nothing that was tried is within `kl`.
         """
-        return tune(self._analyses, weights, batches, recall, kwargs)
+        if kl is None:
+            recall = 0.99 if recall is None else recall
+            return tune(self._analyses, weights, batches, recall, kwargs)
+        if recall is not None:
+            raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
+        return tune_within(self._analyses, weights, batches, kl, kwargs)
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after."""

@@ -6,9 +6,8 @@ rewritten one; logits of a head outside all loops are compared between the three
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +16,14 @@ from jax import Array
 
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.evaluate import evaluate_inside
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.logits import divergence, last_logits, with_logits
 from hire_rewrite.passes.modes import DENSE, EXACT, Packing
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.summarize import summarize
-from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.report import Report
-from hire_rewrite.sites import Logits
 from hire_rewrite.sites.replacement import SiteReplacement
 
 
@@ -98,7 +95,7 @@ def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, 
             )
         return swaps
 
-    head = None if sites_only else _last_logits(analysis)
+    head = None if sites_only else last_logits(analysis.decisions)
     modes: list[Packing] = [measured]
     if head is not None:
         exact_is_dense = all(decision.op.exact_is_dense for decision in analysis.packing)
@@ -117,7 +114,7 @@ def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, 
         for mode in modes:
             swaps, name = analysis.replacements(packed, mode), ""
             if head is not None:
-                swaps, name = _with_logits(swaps, head)
+                swaps, name = with_logits(swaps, head)
             reports = rewrite(analysis.trace, swaps)(inputs)[1]
             if head is not None:
                 quality, values = reports.pop(name)
@@ -130,41 +127,6 @@ def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, 
         return sums
 
     return run
-
-
-def _last_logits(analysis: Analysis) -> Logits | None:
-    """The last logits that are computed once in a call."""
-    sites = (decision.site for decision in analysis.decisions)
-    logits = (site.kind.logits(site.match) for site in sites if site.scope.parent is None)
-    places = [place for place in logits if place is not None]
-    return max(places, key=_index, default=None)
-
-
-def _index(logits: Logits) -> int:
-    assert logits.value.node is not None
-    return logits.value.node.index
-
-
-def _with_logits(
-    swaps: Sequence[SiteReplacement], logits: Logits
-) -> tuple[list[SiteReplacement], str]:
-    """The replacements, with one that reports the logits besides, and its name."""
-    node = logits.value.node
-    assert node is not None
-
-    def itself(ins: Sequence[Any], *_: Any) -> tuple[list[Any], None]:
-        return evaluate_inside(node, ins), None
-
-    alone = SiteReplacement("logits", frozenset({node}), node.ins, node.outs, itself)
-    swap = next((swap for swap in swaps if logits.value in swap.outputs), alone)
-
-    def run(*operands: Any) -> tuple[Sequence[Any], Any]:
-        results, report = swap.run(*operands)
-        values = results[swap.outputs.index(logits.value)]
-        return results, (report, to_tokens(values, (logits.axis,)).astype(jnp.float32))
-
-    others = [other for other in swaps if other is not swap]
-    return [*others, dataclasses.replace(swap, run=run, reports=True)], swap.name
 
 
 def _compare(
@@ -194,14 +156,8 @@ def _compare(
         tokens=jnp.float32(tokens),
         agree=(best[2] == best[0]).sum().astype(jnp.float32),
         agree_exact=(best[2] == best[1]).sum().astype(jnp.float32),
-        kl=_kl(dense, rewritten),
-        kl_exact=_kl(exact, rewritten),
+        kl=divergence(dense, rewritten),
+        kl_exact=divergence(exact, rewritten),
         targets=count,
         nll=nll,
     )
-
-
-def _kl(p: Array, q: Array) -> Array:
-    """Σ over tokens of KL(p ‖ q) of log probabilities [tokens, V]."""
-    chance = jnp.exp(p)
-    return jnp.where(chance > 0, chance * (p - q), 0.0).sum()

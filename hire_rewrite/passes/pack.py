@@ -5,9 +5,8 @@ Everything that depends on weights alone is computed here, once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.examine import weight_stacker
 from hire_rewrite.passes.modes import HIRE
+from hire_rewrite.passes.progress import progress
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.rows import RowSharding, automatic, on_mesh
 from hire_rewrite.sites.operation import SiteCalibration
@@ -63,7 +63,7 @@ def pack(
     packing = [decision for decision in decisions if decision.packs]
     firsts = [decision for decision in packing if decision.packed_name == decision.name]
     sites: dict[str, Any] = {}
-    with _progress(sum(decision.site.layers for decision in firsts)) as advance:
+    with progress("packing", "layer", sum(d.site.layers for d in firsts)) as advance:
         for decision in firsts:
             sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
     swaps = [swap for d in packing for swap in HIRE.packed(d, sites[d.packed_name])]
@@ -175,15 +175,3 @@ def _check_finite(name: str, rows: Sequence[Any]) -> None:
                 f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
                 "predicted: look at the weights, or exclude the site with a rule's path="
             )
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar for packing that takes seconds, where tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc="packing", unit="layer", delay=2.0, leave=False) as bar:
-        yield lambda: bar.update() and None

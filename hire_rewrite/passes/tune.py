@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,11 +13,10 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.evaluate import evaluate
-from hire_rewrite.plan import table
 from hire_rewrite.report import SiteReport
 from hire_rewrite.rules import Rule
-from hire_rewrite.saved import save_rules
 from hire_rewrite.sites import Operation
+from hire_rewrite.tuned import Trial, Tuned
 
 _MARGIN = 0.5
 """The part of the misses allowed that may be used up on the held-out batches. The rest is left for
@@ -26,53 +24,6 @@ text of other kinds, on which fitted predictors miss more."""
 
 _RANKS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 1 / 3)
 """Ranks that are tried, as parts of d."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A predictor at a site, with the fewest candidates that recall enough.
-
-    Attributes:
-      rule: for the site alone.
-      bytes: weight bytes that one token reads, in all layers.
-      recall: on the held-out batches, in the worst layer.
-    """
-
-    name: str
-    rule: Rule
-    bytes: int
-    recall: float
-
-
-class Tuned(tuple[Rule, ...]):
-    """The rules that tuning found, first those of the sites; a tuple for `transform(fn, *rules)`.
-
-    Attributes:
-      chosen: the winner at each site.
-      trials: everything that was tried, in the same order of sites.
-    """
-
-    chosen: tuple[Trial, ...]
-    trials: tuple[Trial, ...]
-
-    def __new__(
-        cls, rules: Iterable[Rule], chosen: Iterable[Trial] = (), trials: Iterable[Trial] = ()
-    ) -> Tuned:
-        tuned = super().__new__(cls, rules)
-        tuned.chosen, tuned.trials = tuple(chosen), tuple(trials)
-        return tuned
-
-    def __str__(self) -> str:
-        rows = [
-            [trial.name, str(trial.rule.predictor), str(trial.rule.candidates),
-             f"{trial.recall:.4f}", f"{trial.bytes / 1e6:.2f}"]
-            for trial in self.chosen
-        ]  # fmt: skip
-        return table([["site", "predictor", "candidates", "recall", "MB read"], *rows])
-
-    def save(self, path: str) -> None:
-        """Write the rules to a JSON file, which `load_rules` reads."""
-        save_rules(self, path)
 
 
 def _ranks(operation: Operation, tokens: int) -> list[int]:

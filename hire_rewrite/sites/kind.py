@@ -189,6 +189,14 @@ class SiteKind(abc.ABC):
         """What is done without rules; None where that might change what the model means."""
         return None
 
+    def trials(self, site: MatchedSite, rule: Any) -> Sequence[Rule]:
+        """Rules that are worth a trial at a site within a budget of divergence.
+
+        Args:
+          rule: the user's, whose other settings they keep; None if there is none.
+        """
+        return ()
+
     def asks(self, rule: Any, site: MatchedSite) -> bool:
         """Whether a rule of this kind, whose `path` fits, asks for a site."""
         return True

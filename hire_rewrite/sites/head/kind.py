@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.sharding.manual import vocabulary_shards
 from hire_rewrite.sharding.rows import RowSharding
@@ -51,6 +52,9 @@ class HeadKind(SiteKind):
     def logits(self, match: HeadMatch) -> Logits:
         value = match.outputs[-1]
         return Logits(value, *match.places[value])
+
+    def trials(self, site: MatchedSite, rule: Head | None) -> Sequence[Head]:
+        return [(rule or Head()).replace(predictor=Quantized(bits)) for bits in (4, 8)]
 
     def resolve(
         self, site: MatchedSite, rule: Head, statistics: Any, functions: Functions

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
-from hire_rewrite.ops.encodings import Encoding, Float
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float
 from hire_rewrite.ops.linear.linear import LinearSpec
 from hire_rewrite.patterns.linear import Linear as LinearLayer
 from hire_rewrite.patterns.linear import MatchContext
@@ -18,6 +18,12 @@ from hire_rewrite.rules import Rule, count
 from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit
 from hire_rewrite.sites.linear.operation import LinearOperation
 from hire_rewrite.sites.linear.rule import Linear
+
+_ENCODINGS = (Blocks(4, minimum=True), Blocks(8))
+_INPUTS = (0, 0.02, 0.05)
+_EXACT = Blocks(8)
+"""What tuning tries: how weights are stored, which inputs meet their columns exactly, and how those
+are stored."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +59,15 @@ class LinearKind(SiteKind):
     def default_rule(self, match: LinearMatch) -> Linear:
         """Storage in fewer bits, where they hold the same numbers."""
         return Linear()
+
+    def trials(self, site: MatchedSite, rule: Linear | None) -> Sequence[Linear]:
+        limit = None if rule is None else rule.max_tokens
+        same = Linear(max_tokens=limit)
+        return [same] + [
+            same.replace(k=k, encoding=rows, exact=_EXACT if k else None, round_inputs=True)
+            for rows in _ENCODINGS
+            for k in _INPUTS
+        ]
 
     def resolve(
         self, site: MatchedSite, rule: Linear, statistics: Encoding | None, functions: Functions

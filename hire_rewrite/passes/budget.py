@@ -1,0 +1,236 @@
+"""Choose what sites become, so that a step is fastest within a budget of divergence.
+
+Each site has rules that are worth a trial (`SiteKind.trials`). Each is measured alone: how far the
+model with nothing else rewritten diverges from the dense one on held-out batches. Divergences are
+small and about add up, so a choice is made by time gained for divergence spent, and then measured
+as a whole, on the batches that no choice was made by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.cost import machine as machines
+from hire_rewrite.cost.estimate import estimate
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.nodes import Node
+from hire_rewrite.packed import Packed
+from hire_rewrite.passes.accumulate import accumulate
+from hire_rewrite.passes.logits import divergence, last_logits, with_logits
+from hire_rewrite.passes.modes import HIRE
+from hire_rewrite.passes.pack import Calibration
+from hire_rewrite.passes.progress import progress
+from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.tune import held_out
+from hire_rewrite.rules import Rule
+from hire_rewrite.sites import MatchedSite
+from hire_rewrite.tuned import Trial, Tuned
+
+_ATTEMPTS = 5
+"""How often the budget is made smaller, where divergences together are more than their sum."""
+
+_NOTHING = 1e-9
+"""Divergences below this many nats are rounding."""
+
+
+_NOWHERE = "(?!)"
+"""A path that no site has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A rule at some products, with what it gains and costs."""
+
+    nodes: frozenset[Node]
+    trial: Trial
+
+    @property
+    def kl(self) -> float:
+        assert self.trial.kl is not None
+        return max(self.trial.kl, _NOTHING)
+
+
+def choose(options: Sequence[Option], budget: float) -> list[Option]:
+    """Options of the greatest gain for their divergences, whose sum is at most `budget`.
+
+    Greedy: at each step the option is taken that gains most time for each nat, beside what is taken
+    already or in place of options that have a product in common with it.
+    """
+    chosen: list[Option] = []
+    while True:
+        steps = []
+        for option in options:
+            given_up = [other for other in chosen if other.nodes & option.nodes]
+            gain = option.trial.gain - sum(other.trial.gain for other in given_up)
+            cost = option.kl - sum(other.kl for other in given_up)
+            total = cost + sum(other.kl for other in chosen)
+            if gain > 0 and total <= budget:
+                steps.append((gain / max(cost, _NOTHING), gain, option, given_up))
+        if not steps:
+            return chosen
+        *_, option, given_up = max(steps, key=lambda step: step[:2])
+        chosen = [*(other for other in chosen if other not in given_up), option]
+
+
+def tune_within(
+    analyses: Analyses,
+    weights: Any,
+    batches: Iterable[tuple[Any, ...]],
+    kl: float,
+    kwargs: Mapping[str, Any],
+) -> Tuned:
+    """The rules that `Transformed.tune` returns for a budget `kl`, in nats a token."""
+    if not isinstance(kl, int | float) or not kl > 0.0:
+        raise HireRewriteError(f"tune: kl={kl!r} must be a positive number of nats a token")
+    checking, trying = held_out(batches)
+    given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))
+    step = _Step(analyses, given, kwargs, analyses.joined(given, trying[0]))
+    offers = [(site, rule) for site, own in step.sites() for rule in site.kind.trials(site, own)]
+    if not offers:
+        raise HireRewriteError(
+            f"tune: no site of {analyses.name} has anything to choose: look at .plan(...)"
+        )
+    options: list[Option] = []
+    dense = step.dense_logits(trying)
+    with progress("tuning", "trial", len(offers)) as advance:
+        for site, rule in offers:
+            trial = step.trial(site, rule, trying, dense)
+            if trial is not None:
+                options.append(Option(site.match.nodes | site.match.shared, trial))
+            advance()
+    del dense
+    dense, budget = step.dense_logits(checking), kl
+    for _ in range(_ATTEMPTS):
+        chosen = choose(options, budget)
+        rules = [option.trial.rule for option in chosen]
+        total = step.divergence(rules, checking, dense) if rules else 0.0
+        if rules and total <= kl:
+            trials = [option.trial for option in options]
+            return Tuned(rules, [option.trial for option in chosen], trials, total)
+        budget *= 0.9 * kl / max(total, kl)
+    least = min((option.kl for option in options), default=float("inf"))
+    raise HireRewriteError(
+        f"tune: nothing that was tried gains time within kl={kl}: the least divergence of a site "
+        f"alone was {least:.1e} nats a token; give a larger budget"
+    )
+
+
+class _Step:
+    """A step whose weights are known, rewritten by some rules or others."""
+
+    def __init__(
+        self,
+        analyses: Analyses,
+        given: Mapping[int, Any],
+        kwargs: Mapping[str, Any],
+        args: Sequence[Any],
+    ) -> None:
+        self.analyses, self.given, self.kwargs, self.args = analyses, given, kwargs, args
+        self.leaves = jax.tree.leaves([args[i] for i in analyses.weights])
+
+    def sites(self) -> list[tuple[MatchedSite, Rule | None]]:
+        """Those that the function's rules ask for, with these; all if it has none."""
+        rules = self.analyses.rules
+        detection = self.analyses.of(None, self.args, self.kwargs).detection
+        sites = [*detection.sites, *detection.leftovers(frozenset(), ())]
+        if not rules:
+            return [(site, None) for site in sites]
+        first = {
+            site: rule
+            for site in sites
+            for rule in reversed(rules)
+            if isinstance(rule, site.kind.rule) and rule.names(site.name)
+        }
+        return list(first.items())
+
+    def _packed(self, rules: Sequence[Rule]) -> tuple[Analyses, Analysis, Packed]:
+        # The user's rules say what is a vocabulary, whether they ask for one or not.
+        silent = (rule.replace(path=_NOWHERE) for rule in self.analyses.rules)
+        again = self.analyses.again((*rules, *silent))
+        analysis = again.of(None, self.args, self.kwargs)
+        examined = analysis.examined(self.leaves)
+        if examined:
+            analysis = again.of(None, self.args, self.kwargs, examined)
+        return again, analysis, analysis.pack(self.leaves, Calibration(statistics=examined))
+
+    def trial(
+        self, site: MatchedSite, rule: Rule, batches: Sequence[Any], dense: Sequence[Array]
+    ) -> Trial | None:
+        """A rule at a site alone; None if the site cannot have it, or gains nothing by it."""
+        again, analysis, packed = self._packed([rule.for_site(site.name, force=True)])
+        decision = next((d for d in analysis.packing if d.site.label == site.label), None)
+        if decision is None:
+            return None
+        cost = estimate(decision.op, 1, machines.current())
+        if cost.rewritten >= cost.dense:
+            return None
+        own = decision.op.tuned_rule().for_site(site.name, force=True)
+        kl = self._divergence(again, packed, batches, dense)
+        return Trial(site.name, own, cost.after, kl=kl, gain=cost.dense - cost.rewritten)
+
+    def divergence(
+        self, rules: Sequence[Rule], batches: Sequence[Any], dense: Sequence[Array]
+    ) -> float:
+        """Mean KL divergence of the rewritten step from the dense one, in nats a token."""
+        again, _, packed = self._packed(rules)
+        return self._divergence(again, packed, batches, dense)
+
+    def _divergence(
+        self, again: Analyses, packed: Packed, batches: Sequence[Any], dense: Sequence[Array]
+    ) -> float:
+        given = dict.fromkeys(self.given) | dict.fromkeys(again.weights[:1], packed)
+        known = iter(dense)
+
+        def prepare(batch: tuple[Any, ...]) -> tuple[Analysis, Any]:
+            args = again.joined(given, batch)
+            analysis = again.of(packed, args, self.kwargs)
+            rest = again.without_weights(tuple(args), packed)
+            return analysis, (packed, analysis.inputs(packed, rest, self.kwargs), next(known))
+
+        def build(analysis: Analysis) -> Callable[[Any], Any]:
+            def run(operands: Any) -> dict[str, Any]:
+                packed, inputs, dense = operands
+                swaps = analysis.replacements(packed, HIRE.packed)
+                got = jax.nn.log_softmax(_logits(analysis, swaps, inputs), axis=-1)
+                return {"kl": divergence(dense, got), "tokens": jnp.float32(dense.shape[0])}
+
+            return run
+
+        total = accumulate("tuning batch", batches, None, prepare, build)
+        return float(total["kl"] / total["tokens"])
+
+    def dense_logits(self, batches: Sequence[tuple[Any, ...]]) -> list[Array]:
+        """Log probabilities of the dense model, f32[tokens, V] for each batch."""
+        results = []
+        for batch in batches:
+            args = self.analyses.joined(self.given, batch)
+            analysis = self.analyses.of(None, args, self.kwargs)
+            inputs = analysis.inputs(None, args, self.kwargs)
+            results.append(self._dense(analysis)(inputs))
+        return results
+
+    @functools.cache  # noqa: B019 (lives as long as one call of tune)
+    def _dense(self, analysis: Analysis) -> Callable[[Any], Array]:
+        return jax.jit(lambda inputs: jax.nn.log_softmax(_logits(analysis, (), inputs), axis=-1))
+
+
+def _logits(analysis: Analysis, swaps: Sequence[Any], inputs: Any) -> Array:
+    """f32[tokens, V], the last logits of a step with replacements."""
+    place = last_logits(analysis.decisions)
+    if place is None:
+        raise HireRewriteError(
+            "tune: there is no vocabulary head outside of loops and shard_maps whose logits could "
+            "be compared with the dense model's: give recall= instead of kl="
+        )
+    logits: Array
+    swaps, name = with_logits(swaps, place)
+    logits = rewrite(analysis.trace, swaps)(inputs)[1][name][1]
+    return logits

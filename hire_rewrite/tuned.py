@@ -1,0 +1,77 @@
+"""What tuning returns: rules, and why they are what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from hire_rewrite.plan import table
+from hire_rewrite.rules import Rule
+from hire_rewrite.saved import save_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A rule at a site, and what it was measured to do on held-out batches.
+
+    Attributes:
+      rule: for the site alone.
+      bytes: weight bytes that one token reads, in all layers.
+      recall: of the true top k, in the worst layer; None where divergence was measured.
+      kl: mean divergence of the model from the dense one, in nats a token, if nothing but this
+        site is rewritten; None where recall was measured.
+      gain: nanoseconds that it saves of one token, by the estimate.
+    """
+
+    name: str
+    rule: Rule
+    bytes: int
+    recall: float | None = None
+    kl: float | None = None
+    gain: float = 0.0
+
+
+class Tuned(tuple[Rule, ...]):
+    """The rules that tuning found, first those of the sites; a tuple for `transform(fn, *rules)`.
+
+    Attributes:
+      chosen: the winner at each site.
+      trials: everything that was tried, in the same order of sites.
+      kl: of the model with all rules from the dense one, in nats a token, on batches that nothing
+        was chosen by; None where recall was asked for.
+    """
+
+    chosen: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
+    kl: float | None
+
+    def __new__(
+        cls,
+        rules: Iterable[Rule],
+        chosen: Iterable[Trial] = (),
+        trials: Iterable[Trial] = (),
+        kl: float | None = None,
+    ) -> Tuned:
+        tuned = super().__new__(cls, rules)
+        tuned.chosen, tuned.trials, tuned.kl = tuple(chosen), tuple(trials), kl
+        return tuned
+
+    def __str__(self) -> str:
+        if self.kl is None:
+            rows = [
+                [trial.name, str(trial.rule.predictor), str(trial.rule.candidates),
+                 f"{trial.recall:.4f}", f"{trial.bytes / 1e6:.2f}"]
+                for trial in self.chosen
+            ]  # fmt: skip
+            return table([["site", "predictor", "candidates", "recall", "MB read"], *rows])
+        rows = [
+            [trial.name, f"{trial.kl:.1e}", f"{trial.gain / 1e6:.2f}", f"{trial.bytes / 1e6:.2f}",
+             str(trial.rule.replace(path=None, force=False))]
+            for trial in self.chosen
+        ]  # fmt: skip
+        header = ["site", "KL alone", "ms saved (estimate)", "MB read", "rule"]
+        return f"{table([header, *rows])}\nKL of all together: {self.kl:.1e} nats a token"
+
+    def save(self, path: str) -> None:
+        """Write the rules to a JSON file, which `load_rules` reads."""
+        save_rules(self, path)
