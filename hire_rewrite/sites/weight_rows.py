@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from hire_rewrite.graph.nodes import Scope
 from hire_rewrite.graph.weights import Stacker, narrow
+from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.patterns.axes import Window
@@ -87,6 +89,17 @@ def fit_predictor(
         return fitted
 
     return map_layers(fit, rows, moments)
+
+
+def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
+    """What an encoding stores of rows [layers, n, d], exactly where it can."""
+    exactly = (
+        None if isinstance(rows, jax.core.Tracer) else encoding.store_exactly(np.asarray(rows))
+    )
+    if exactly is not None:
+        return {name: jnp.asarray(array) for name, array in exactly.items()}
+    stored: Stored = map_layers(lambda rows, _: encoding.store(rows), rows, None)
+    return stored
 
 
 def map_layers(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:

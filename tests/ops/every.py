@@ -163,7 +163,6 @@ def block(name):
 
     def fn(x):
         y = hire_ffn(x, state, 0, **guessed, budget=budget)
-        more = state._replace(joined=(state.down[:, 0],))
         return (
             y,
             masked_ffn(x, state, 0, **guessed),
@@ -172,7 +171,7 @@ def block(name):
             quality(measured_ffn(x, state, 0, **guessed).comparison),
             activity(x[:, :96], None if state.norms is None else state.norms.reshape(-1), spec,
                      BlockLayer(state, 0, spec, activation).down, shares=True),
-            add_joined(y, (x[:, : spec.group],), more, 0, spec=spec),
+            add_joined(y, (x[:, : spec.group],), (state.down[:, 0],), 0, spec=spec),
             sibling_inputs(x, shared, 0, spec=spec),
         )  # fmt: skip
 

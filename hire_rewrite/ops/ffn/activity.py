@@ -62,7 +62,7 @@ def activity(
       shares: whether to find what each k keeps; zeros otherwise.
     """
     tokens, groups = h.shape[0], spec.groups
-    place = places(importance(h, norms, spec), spec)
+    place = places(importance(h, norms, spec.group), spec)
     tried = tried_groups(groups)
     share, whole = jnp.zeros(len(tried)), jnp.float32(tokens)
     if shares and spec.sparse:

@@ -26,8 +26,24 @@ def check_criterion(owner: str, criterion: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class FFNSpec:
-    """What is to be computed at a block.
+class ProductSpec:
+    """How a block multiplies.
+
+    Attributes:
+      up_dtype, down_dtype: results of the two matmuls.
+      precision: of both, as in `lax.dot_general`.
+      compute_dtype: to which rows are cast after they were gathered.
+    """
+
+    up_dtype: Any
+    down_dtype: Any
+    precision: Any
+    compute_dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNSpec(ProductSpec):
+    """What is to be computed at a block (see `ProductSpec` too).
 
     Attributes:
       width: f, the number of neurons.
@@ -35,9 +51,6 @@ class FFNSpec:
       projections: P, first matrices: 1 in a plain block, 2 in a gated one.
       k_groups: how many of the G = f / group groups count.
       candidate_groups: how many a token computes exactly, at least k_groups.
-      up_dtype, down_dtype: results of the two matmuls.
-      precision: of both, as in `lax.dot_general`.
-      compute_dtype: to which rows are cast after they were gathered.
       gate: the projection that goes through the activation.
       sparse: whether a non-positive gate makes h exactly zero (ReLU family).
       gate_bias: the vector that is added to the gate first, or None.
@@ -55,10 +68,6 @@ class FFNSpec:
     projections: int
     k_groups: int
     candidate_groups: int
-    up_dtype: Any
-    down_dtype: Any
-    precision: Any
-    compute_dtype: Any
     gate: int = 0
     sparse: bool = False
     gate_bias: int | None = None

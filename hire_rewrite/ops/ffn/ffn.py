@@ -156,7 +156,7 @@ def _gathered(
         h = _selected(pre, block, scores, groups, candidates)
     else:
         h = block.activation(pre, block.gathered_vectors(groups))
-    rank = importance(h, block.gathered_norms(groups), spec)
+    rank = importance(h, block.gathered_norms(groups), spec.group)
     h = h.reshape(tokens, groups.size, spec.group)
     if candidates is not None:
         rank = jnp.where(candidates, rank, -1.0)

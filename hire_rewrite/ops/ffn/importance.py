@@ -55,7 +55,7 @@ def _guessed_importance(scores: Array, block: BlockLayer) -> Array:
     spec, first = block.spec, block.spec.common_groups
     pre = tuple(jnp.split(scores.astype(spec.up_dtype), spec.projections, axis=1))
     vectors = block.vectors(first)
-    rank = importance(block.activation(pre, vectors), block.norms(first), spec)
+    rank = importance(block.activation(pre, vectors), block.norms(first), spec.group)
     if spec.sparse:
         gate = pre[spec.gate].astype(jnp.float32)
         if spec.gate_bias is not None:
@@ -66,24 +66,23 @@ def _guessed_importance(scores: Array, block: BlockLayer) -> Array:
     return rank
 
 
-def importance(h: Array, norms: Array | None, spec: FFNSpec) -> Array:
+def importance(h: Array, norms: Array | None, group: int) -> Array:
     """What ranks each group.
 
     Args:
       h: [tokens, n], the activations of some neurons in whole groups.
-      norms: [n], of those neurons' second rows, for the criterion `"output"` alone.
+      norms: [n], of those neurons' second rows, for the criterion `"output"`; None for `"hidden"`.
 
     Returns:
       f32[tokens, n / group], not negative; infinite for a group that holds a NaN, which must be
       kept to come out of the block.
     """
     values = lax.stop_gradient(h).astype(jnp.float32)
-    if spec.criterion == "output":
-        assert norms is not None
+    if norms is not None:
         values = values * norms[None]
     # Σ h² ranks as its square root does.
     tokens, n = values.shape
-    rank = jnp.square(values.reshape(tokens, n // spec.group, spec.group)).sum(-1)
+    rank = jnp.square(values.reshape(tokens, n // group, group)).sum(-1)
     # With its sign bit set a NaN would rank last.
     return jnp.where(jnp.isnan(rank), jnp.inf, rank)
 
@@ -100,7 +99,7 @@ def top_groups(h: Array, norms: Array | None, spec: FFNSpec, among: Array | None
     """
     if among is None and spec.k_groups == spec.groups:
         return h
-    rank = importance(h, norms, spec)
+    rank = importance(h, norms, spec.group)
     if among is not None:
         rank = jnp.where(among, rank, -1.0)
     kept = best_mask(rank, spec.k_groups, spec)

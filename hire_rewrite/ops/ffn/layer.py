@@ -8,10 +8,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState, SiblingState
+from hire_rewrite.ops.ffn.block import (
+    Activation,
+    FFNSpec,
+    FFNState,
+    ProductSpec,
+    SiblingState,
+)
 from hire_rewrite.ops.gather import gather_rows, gathered_matmul, gathered_sum
 
-__all__ = ["BlockLayer", "add_joined", "sibling_inputs"]
+__all__ = ["BlockLayer", "add_joined", "down_matmul", "sibling_inputs", "up_matmul"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +37,7 @@ class BlockLayer:
     def pre_activations(self, x: Array) -> tuple[Array, ...]:
         """Of all neurons, for each projection [tokens, f], for x: [tokens, d_in]."""
         rows = _at(self.state.up, self.index)
-        return self._by_projection(_up(x, rows.reshape(-1, rows.shape[-1]), self.spec))
+        return self._by_projection(up_matmul(x, rows.reshape(-1, rows.shape[-1]), self.spec))
 
     def gathered_pre_activations(self, x: Array, groups: Array) -> tuple[Array, ...]:
         """Of the common groups and of others: i32[n], all of their numbers in `groups`."""
@@ -47,7 +53,7 @@ class BlockLayer:
         )
         if common:  # read in one piece, without a copy
             first = _at(self.state.up, self.index)[:common].reshape(-1, x.shape[1])
-            pre = jnp.concatenate([_up(x, first, spec), pre], axis=1)
+            pre = jnp.concatenate([up_matmul(x, first, spec), pre], axis=1)
         return self._by_projection(pre)
 
     def hidden(self, pre: tuple[Array, ...]) -> Array:
@@ -75,7 +81,7 @@ class BlockLayer:
     def down(self, h: Array) -> Array:
         """[tokens, d_out] of h: [tokens, f]."""
         rows = _at(self.state.down, self.index)
-        return _down(h, rows.reshape(self.spec.width, rows.shape[-1]), self.spec)
+        return down_matmul(h, rows.reshape(self.spec.width, rows.shape[-1]), self.spec)
 
     def gathered_down(self, h: Array, groups: Array) -> Array:
         """[tokens, d_out] of h: [tokens, n, group], the activations of n groups."""
@@ -97,27 +103,32 @@ class BlockLayer:
 
 
 def add_joined(
-    y: Array, others: Sequence[Array], state: FFNState, layer: Array | int, *, spec: FFNSpec
+    y: Array,
+    others: Sequence[Array],
+    joined: Sequence[Array],
+    layer: Array | int,
+    *,
+    spec: ProductSpec,
 ) -> Array:
-    """`y` with what other inputs [tokens, n] of the last matmul add to it, computed whole."""
-    for x, rows in zip(others, state.joined, strict=True):
-        y = y + _down(x, _at(rows, layer), spec)
+    """`y` with what other inputs [tokens, n] of the last matmul add to it, computed whole.
+
+    Args:
+      joined: the rows of each, [L, n, d_out].
+    """
+    for x, rows in zip(others, joined, strict=True):
+        y = y + down_matmul(x, _at(rows, layer), spec)
     return y
 
 
 def sibling_inputs(
-    x: Array, state: SiblingState, layer: Array | int, *, spec: FFNSpec
+    x: Array, state: SiblingState, layer: Array | int, *, spec: ProductSpec
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The pre-activations of a sibling [tokens, n], and its vectors [n], for x: [tokens, d_in]."""
-    pre = tuple(_up(x, _at(rows, layer), spec) for rows in state.rows)
+    pre = tuple(up_matmul(x, _at(rows, layer), spec) for rows in state.rows)
     return pre, tuple(_at(vector, layer) for vector in state.vectors)
 
 
-def _at(stacked: Array, layer: Array | int) -> Array:
-    return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
-
-
-def _up(x: Array, rows: Array, spec: FFNSpec) -> Array:
+def up_matmul(x: Array, rows: Array, spec: ProductSpec) -> Array:
     """[tokens, n] of x: [tokens, d_in] and rows: [n, d_in]."""
     return lax.dot_general(
         x,
@@ -128,7 +139,7 @@ def _up(x: Array, rows: Array, spec: FFNSpec) -> Array:
     )
 
 
-def _down(h: Array, rows: Array, spec: FFNSpec) -> Array:
+def down_matmul(h: Array, rows: Array, spec: ProductSpec) -> Array:
     """[tokens, d_out] of h: [tokens, n] and rows: [n, d_out]."""
     return lax.dot_general(
         h,
@@ -137,3 +148,7 @@ def _down(h: Array, rows: Array, spec: FFNSpec) -> Array:
         precision=spec.precision,
         preferred_element_type=spec.down_dtype,
     )
+
+
+def _at(stacked: Array, layer: Array | int) -> Array:
+    return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)

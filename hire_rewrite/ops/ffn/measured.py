@@ -33,7 +33,7 @@ def measured_ffn(
     mask = best_mask(guessed, spec.candidate_groups - common, spec)
     pre = block.pre_activations(x)
     h = block.hidden(pre)
-    rank = importance(h, block.norms(), spec)
+    rank = importance(h, block.norms(), spec.group)
     guessed = jnp.pad(guessed, ((0, 0), (common, 0)), constant_values=jnp.inf)
     choice = Choice(rank, guessed, with_common(mask, spec), spec.k_groups, rank, 0.0)
     exact = block.down(top_groups(h, block.norms(), spec))

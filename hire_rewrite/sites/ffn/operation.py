@@ -1,9 +1,4 @@
-"""The operation of a block: its modes, laid out as the function has it.
-
-The operations of `ops.ffn` work on `[tokens, d]`. Here the axes of the traced values are moved to
-that form and back, and the code between the products, which `ops` calls an activation, is the
-function's own, run again on the rows that were gathered.
-"""
+"""The operation of a block on its top k: its modes, and what they read."""
 
 from __future__ import annotations
 
@@ -12,41 +7,30 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
-
 from hire_rewrite.cost.machine import gathered, whole
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.ffn import ffn as ops
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
-from hire_rewrite.ops.ffn.layer import add_joined, sibling_inputs
 from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.sharded import ffn_specs, sharded_ffn
 from hire_rewrite.ops.predictors import LowRank, Predictor, Read, reads_of
-from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sites.ffn.block import BlockOperation
 from hire_rewrite.sites.ffn.exact import RawBlock
-from hire_rewrite.sites.ffn.experts import side_by_side
-from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import packed_ffn
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import TOKENS, FFNStatistics, ffn_statistics
 from hire_rewrite.sites.kind import Functions, MatchedSite
-from hire_rewrite.sites.operation import (
-    Operation,
-    SiteCalibration,
-    reporting,
-    row_predictors,
-    silent,
-)
-from hire_rewrite.sites.replacement import Run, SiteReplacement
+from hire_rewrite.sites.operation import SiteCalibration, reporting, row_predictors, silent
+from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 
 
-class FFNOperation(Operation):
+class FFNOperation(BlockOperation):
     """A block on its top k neurons."""
 
-    rule: FFN
+    spec: FFNSpec
     exact_is_dense = False
 
     def __init__(
@@ -58,9 +42,8 @@ class FFNOperation(Operation):
         undecided: bool,
         functions: Functions,
     ) -> None:
-        self.site, self.rule, self.spec = site, rule, spec
-        self._match: FFNMatch = site.match
-        self._statistics, self._functions = statistics, functions
+        super().__init__(site, rule, spec, functions)
+        self._statistics = statistics
         if undecided:
             self.undecided = 'k="auto" is found by calibration: pack(..., calibration=batches)'
         self.unit, self.k, self.candidates = spec.group, spec.k_groups, spec.candidate_groups
@@ -122,14 +105,10 @@ class FFNOperation(Operation):
                 return whole(neurons * numbers, dtype, tokens)
             return gathered(-(-neurons // spec.group), neurons * numbers, dtype, tokens)
 
-        joined = sum(value.shape[match.piece.axis] for value, _ in match.piece.others)
-        siblings = (item for sibling in match.region.siblings for item in sibling.projections)
-        fused = sum(item.window.size for item in siblings)
         return [
             rows(candidates, spec.projections * up.in_dim, up_dtype),
             rows(kept, down.out_dim, down_dtype),
-            whole(joined * down.out_dim, down_dtype, tokens),
-            whole(fused * up.in_dim, up_dtype, tokens),
+            *self._shared_reads(tokens),
             *reads_of(self.rule.predictor, spec.scored_rows, up.in_dim, up_dtype, tokens),
             Read("scored_float32", 0, scores=tokens * spec.scored_rows),
         ]
@@ -150,12 +129,14 @@ class FFNOperation(Operation):
         return ffn_specs(arrays, self.spec, self.rule.predictor, self.site.sharding)
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block, sharding = ops.hire_ffn, self.site.sharding
+        block, sharding, predictor = ops.hire_ffn, self.site.sharding, self.rule.predictor
         if isinstance(sharding, RowSharding):
             together = bool(self._match.region.sides)
             block = functools.partial(sharded_ffn, sharding=sharding, together=together)
-        block = functools.partial(block, predictor=self.rule.predictor, budget=self.budget)
-        return self._replacements(silent(block), arrays, ("rewritten", self.budget, sharding))
+        block = functools.partial(block, predictor=predictor, budget=self.budget)
+        return self._replacements(
+            silent(block), arrays, ("rewritten", predictor, self.budget, sharding)
+        )
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.exact_ffn), arrays, ("exact",))
@@ -164,8 +145,10 @@ class FFNOperation(Operation):
         return self._replacements(silent(ops.dense_ffn), arrays, ("dense",))
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        block = reporting(measured_ffn, follow_exact, predictor=self.rule.predictor)
-        return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
+        predictor = self.rule.predictor
+        block = reporting(measured_ffn, follow_exact, predictor=predictor)
+        key = ("measured", predictor, follow_exact)
+        return self._replacements(block, arrays, key, reports=True)
 
     def exact_form(self) -> SiteReplacement:
         block = RawBlock(self._match, self.spec)
@@ -199,68 +182,3 @@ class FFNOperation(Operation):
 
     def probe_predictor(self) -> Predictor:
         return LowRank()
-
-    def _replacements(
-        self, block: Callable[..., Any], arrays: Any, key: Hashable, *, reports: bool = False
-    ) -> list[SiteReplacement]:
-        """The replacement of the block, and that of what shares a product with it.
-
-        Args:
-          block: (x: [tokens, d], arrays, layer, spec, activation) to [tokens, d_out] and a report.
-          key: what tells it from other blocks.
-        """
-        run = self._run(functools.partial(block, spec=self.spec), key)
-        replacements = [self.replacement(run, arrays, reports=reports)]
-        if self._match.shared:
-            replacements.append(self._fused(arrays))
-        return replacements
-
-    def _run(self, block: Callable[..., Any], key: Hashable) -> Run:
-        match, region, spec = self._match, self._match.region, self.spec
-        side_inputs = len(region.sides)
-        key = (region.signature, match.piece.axis, spec, self.rule.predictor, key)
-        if match.experts > 1:
-            return side_by_side(match, block, self._functions, key)
-
-        def hire_ffn(x: Any, ins: Sequence[Any], arrays: Any, layer: Any) -> Any:
-            known = dict(zip(region.sides, ins[:side_inputs], strict=True))
-            joined = [to_tokens(other, (match.piece.axis,)) for other in ins[side_inputs:]]
-
-            def activation(pre: Sequence[Any], vectors: Sequence[Any]) -> Any:
-                return region.run(pre, vectors, known)
-
-            y, report = block(x, arrays, layer, activation=activation)
-            return add_joined(y, joined, arrays, layer, spec=spec), report
-
-        jitted = self._functions.setdefault(key, jax.jit(hire_ffn))
-
-        def run(ins: Sequence[Any], layer: Any, arrays: Any) -> Any:
-            x, *rest = ins
-            y, report = jitted(to_tokens(x, match.x_axes), rest, arrays, layer)
-            return [from_tokens(y, match.down.out.shape, match.down.out_axes)], report
-
-        return run
-
-    def _fused(self, arrays: Any) -> SiteReplacement:
-        """The other parts of a fused product, from rows of their own."""
-        match, siblings = self._match, self._match.region.siblings
-        sides = tuple(dict.fromkeys(side for sibling in siblings for side in sibling.sides))
-
-        def run(ins: Sequence[Any], layer: Any, arrays: Any) -> Any:
-            x, *side_inputs = ins
-            tokens = to_tokens(x, match.x_axes)
-            known = dict(zip(sides, side_inputs, strict=True))
-            results = []
-            for sibling, part in zip(siblings, arrays.fused, strict=True):
-                pre, vectors = sibling_inputs(tokens, part, layer, spec=self.spec)
-                result = sibling.run(pre, vectors, known)
-                results.append(from_tokens(result, sibling.value.shape, (sibling.axis,)))
-            return results, None
-
-        return dataclasses.replace(
-            self.replacement(run, arrays),
-            name=f"{self.site.name} (fused)",
-            nodes=match.shared,
-            inputs=(match.x, *sides),
-            outputs=tuple(sibling.value for sibling in siblings),
-        )

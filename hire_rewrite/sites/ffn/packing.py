@@ -27,7 +27,7 @@ def packed_ffn(
 ) -> FFNState:
     """The packed arrays of a block; see `Operation.pack`."""
     match: FFNMatch = site.match
-    width, group, groups = spec.width, spec.group, spec.groups
+    group, groups = spec.group, spec.groups
     moments, active = (None, None) if calibration is None else calibration
     # Experts are told apart by their weights alone.
     moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
@@ -50,31 +50,41 @@ def packed_ffn(
     scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
     scored = site.sharding.put_rows(scored, 1)
     predictor = fit_predictor(rule.predictor, scored, moments, advance)
-    down = jnp.swapaxes(weights.linear(match.down), 1, 2)
-    down = site.sharding.put_rows(down, 1)
-    joined = tuple(
-        lax.slice_in_dim(down, start, start + value.shape[match.piece.axis], axis=1)
-        for value, start in match.piece.others
-    )
-    down = grouped(lax.slice_in_dim(down, match.piece.start, match.piece.start + width, axis=1))
+    down, joined = second_rows(site, weights)
+    down = grouped(down)
     norms = None
     if spec.criterion == "output":
         norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
-    fused = tuple(
-        SiblingState(
-            tuple(map(weights.projection, sibling.projections)),
-            weights.vectors(sibling),
-        )
-        for sibling in match.region.siblings
-    )
     return FFNState(
         up=jnp.swapaxes(up, 1, 2),
         down=down,
         vectors=tuple(map(grouped, weights.vectors(match.region))),
         predictor=predictor,
-        fused=fused,
+        fused=siblings(match, weights),
         joined=joined,
         norms=norms,
+    )
+
+
+def second_rows(site: MatchedSite, weights: WeightRows) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The rows of the last matrix that the neurons are for, [layers, f, d_out], and those that each
+    other input of it is for."""
+    match: FFNMatch = site.match
+    axis, start = match.piece.axis, match.piece.start
+    rows = jnp.swapaxes(weights.linear(match.down), 1, 2)
+    rows = site.sharding.put_rows(rows, 1)
+    joined = tuple(
+        lax.slice_in_dim(rows, first, first + value.shape[axis], axis=1)
+        for value, first in match.piece.others
+    )
+    return lax.slice_in_dim(rows, start, start + match.region.size, axis=1), joined
+
+
+def siblings(match: FFNMatch, weights: WeightRows) -> tuple[SiblingState, ...]:
+    """The rows and vectors of the other parts of a fused product."""
+    return tuple(
+        SiblingState(tuple(map(weights.projection, part.projections)), weights.vectors(part))
+        for part in match.region.siblings
     )
 
 

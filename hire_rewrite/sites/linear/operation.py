@@ -20,7 +20,7 @@ from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, map_layers
+from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
 
 
 class LinearOperation(Operation):
@@ -87,8 +87,10 @@ class LinearOperation(Operation):
         advance: Callable[[], None],
     ) -> LinearState:
         spec, rows = self.spec, weights.linear(self.layer)
-        columns = {} if spec.columns is None else _stored(spec.columns, jnp.swapaxes(rows, 1, 2))
-        return LinearState(_stored(spec.encoding, rows), columns)
+        columns = (
+            {} if spec.columns is None else stored_rows(spec.columns, jnp.swapaxes(rows, 1, 2))
+        )
+        return LinearState(stored_rows(spec.encoding, rows), columns)
 
     @property
     def holds_weights(self) -> bool:
@@ -131,14 +133,3 @@ class LinearOperation(Operation):
 _hire = jax.jit(hire_linear, static_argnames="spec")
 _exact = jax.jit(exact_linear, static_argnames="spec")
 """In a jaxpr and a profile each is one call with a name."""
-
-
-def _stored(encoding: Encoding, rows: Array) -> dict[str, Array]:
-    """What an encoding stores of rows: [L, n, d], exactly where it can."""
-    exactly = (
-        None if isinstance(rows, jax.core.Tracer) else encoding.store_exactly(np.asarray(rows))
-    )
-    if exactly is not None:
-        return {name: jnp.asarray(array) for name, array in exactly.items()}
-    stored: dict[str, Array] = map_layers(lambda rows, _: encoding.store(rows), rows, None)
-    return stored
