@@ -66,7 +66,7 @@ def _rule(operation: Operation, predictor: Predictor | None) -> Rule:
 
 def _predictors(operation: Operation, tokens: int) -> list[Predictor]:
     """Those that are tried; where nothing is chosen recall says nothing, and the rule's stays."""
-    own = operation.rule.predictor
+    own = operation.predictor
     if own is not None and not operation.candidates:
         return [own]
     return operation.predictors(_ranks(operation, tokens))
@@ -108,7 +108,7 @@ def tune(
     given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))
     args = analyses.joined(given, fitting[0])
     decisions = analyses.of(None, args, kwargs).decisions
-    sites = [d.operation for d in decisions if d.operation and d.operation.rule.predictor]
+    sites = [d.operation for d in decisions if d.operation and d.operation.predictor]
     if not sites:
         raise HireRewriteError(
             f"tune: no rule asks for a site of {analyses.name}: look at .plan(...)"

@@ -154,9 +154,14 @@ class Operation(abc.ABC):
         return None
 
     @property
+    def predictor(self) -> Predictor | None:
+        """How the rows that matter are guessed; None where nothing but the rule's sizes does it."""
+        return self.rule.predictor
+
+    @property
     def fits(self) -> bool:
         """Whether it has a predictor that is fitted to activations."""
-        predictor = self.rule.predictor
+        predictor = self.predictor
         return predictor is not None and predictor.wants_calibration
 
     @property
@@ -175,8 +180,8 @@ class Operation(abc.ABC):
         Raises:
           HireRewriteError: they do not fit.
         """
-        if self.rule.predictor is not None:
-            self.rule.predictor.check(*self.scored, site=self.site.name, tokens=tokens)
+        if self.predictor is not None:
+            self.predictor.check(*self.scored, site=self.site.name, tokens=tokens)
 
     def partition_specs(self, arrays: Any) -> Any:
         """A `PartitionSpec` for each packed array, where rows are sharded over a mesh."""
@@ -192,15 +197,15 @@ class Operation(abc.ABC):
 
     def predictors(self, ranks: Sequence[int]) -> list[Predictor]:
         """The predictors that are worth a trial where rows are chosen, of low rank and others."""
-        return [] if self.rule.predictor is None else [self.rule.predictor]
+        return [] if self.predictor is None else [self.predictor]
 
     def probe_predictor(self) -> Predictor | None:
         """A predictor that calibration tells everything about."""
-        return self.rule.predictor
+        return self.predictor
 
     def described_choice(self, width: int, detail: str) -> str:
         """What is chosen of `width` rows, and how they are guessed."""
-        predictor = self.rule.predictor
+        predictor = self.predictor
         hint = " (calibrate it in pack)" if self.fits else ""
         return (
             f"top {self.k * self.unit} of {self.candidates * self.unit} candidates of {width}"
