@@ -10,13 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite.ops import narrow, quantize
-from hire_rewrite.ops.encodings import product
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float, product
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
+from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.head.head import HeadSpec, HeadState
 from hire_rewrite.ops.kernels import register_kernel
 from tests.cases import Oracle
 
-__all__ = ["Oracle", "as_other_backends", "ffn", "fitted", "head", "normal", "scaled", "stack"]
+__all__ = [
+    "Oracle",
+    "as_other_backends",
+    "ffn",
+    "fitted",
+    "head",
+    "normal",
+    "predicted_ffn",
+    "scaled",
+    "stack",
+]
 
 
 def stack(states: list[Any]) -> Any:
@@ -138,4 +149,61 @@ def ffn(
     state = FFNState(up, second.reshape(layers, groups, group, d), extra, predicted)
     if spec.criterion == "output":
         state = state._replace(norms=jnp.linalg.norm(state.down, axis=-1))
+    return spec, state, (*first, second)
+
+
+_BLOCKS = Blocks(8)
+
+
+def predicted_ffn(
+    *,
+    encoding: Encoding = _BLOCKS,
+    exact: Encoding | None = None,
+    layers: int = 1,
+    width: int = 96,
+    d: int = 32,
+    group: int = 1,
+    projections: int = 2,
+    k_groups: int = 12,
+    vectors: int = 0,
+    criterion: str = "output",
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> tuple[PredictedFFNSpec, PredictedFFNState, tuple[jax.Array, ...]]:
+    """A block with guessed neurons, and its weights as in `ffn`. The second rows have norms of all
+    sizes, so that the criteria choose different neurons."""
+    first = tuple(
+        scaled(d**-0.5, seed + 10 * p, layers, width, d, dtype=dtype) for p in range(projections)
+    )
+    size = np.exp(np.random.default_rng(seed).standard_normal((layers, width, 1)))
+    second = scaled(width**-0.5, seed + 1, layers, width, d) * size
+    second = second.astype(dtype)
+    if exact is None and k_groups:
+        exact = Float("bfloat16" if dtype == jnp.bfloat16 else "float32")
+    spec = PredictedFFNSpec(
+        up_dtype=jnp.dtype(dtype),
+        down_dtype=jnp.dtype(dtype),
+        precision=None,
+        compute_dtype=jnp.dtype(dtype),
+        width=width,
+        group=group,
+        projections=projections,
+        k_groups=k_groups,
+        criterion=criterion,
+        encoding=encoding,
+        exact=exact,
+    )
+
+    def stored(encoding: Encoding | None, rows: Any) -> Any:
+        return {} if encoding is None else stack([encoding.store(layer) for layer in rows])
+
+    state = PredictedFFNState(
+        up=stored(encoding, jnp.concatenate(first, axis=1)),
+        down=stored(encoding, second.swapaxes(1, 2)),
+        exact_up=stored(exact, jnp.stack(first, 2).reshape(layers, -1, d)),
+        exact_down=stored(exact, second),
+        vectors=tuple(normal(seed + 100 + i, layers, width, dtype=dtype) for i in range(vectors)),
+    )
+    if criterion == "output":
+        state = state._replace(norms=jnp.linalg.norm(second.astype(jnp.float32), axis=-1))
     return spec, state, (*first, second)

@@ -15,6 +15,11 @@ from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
 from hire_rewrite.ops.ffn.layer import BlockLayer, add_joined, sibling_inputs
 from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.sharded import sharded_ffn
+from hire_rewrite.ops.ffn.tail import (
+    dense_predicted_ffn,
+    hire_predicted_ffn,
+    measured_predicted_ffn,
+)
 from hire_rewrite.ops.head.head import dense_head, exact_head, hire_head
 from hire_rewrite.ops.head.measured import measured_head
 from hire_rewrite.ops.head.sharded import sharded_head
@@ -24,7 +29,7 @@ from hire_rewrite.ops.quality import quality
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.ops.top_k.select import top_k
 from hire_rewrite.sharding.rows import RowSharding
-from tests.ops.cases import ffn, fitted, head, normal
+from tests.ops.cases import ffn, fitted, head, normal, predicted_ffn
 
 __all__ = ["EVERY", "SCORES", "D"]
 
@@ -178,6 +183,16 @@ def block(name):
     return fn
 
 
+def predicted_block():
+    spec, state, _ = predicted_ffn(d=D, vectors=1, k_groups=6, group=2)
+    given = {"spec": spec, "activation": silu}
+    return lambda x: (
+        hire_predicted_ffn(x, state, 0, **given),
+        dense_predicted_ffn(x, state, 0, **given),
+        quality(measured_predicted_ffn(x, state, 0, **given).comparison),
+    )
+
+
 HEADS = {
     "plain": {},
     "-inf": {"tail": "-inf"},
@@ -232,6 +247,7 @@ _MAKERS = (
     | {str(p): functools.partial(of_predictor, p) for p in PREDICTORS}
     | {f"fit {p}": functools.partial(fit, p) for p in (PREDICTORS[1], *PREDICTORS[3:5])}
     | {f"block, {name}": functools.partial(block, name) for name in BLOCKS}
+    | {"block, predicted": predicted_block}
     | {f"head, {name}": functools.partial(logits, name) for name in HEADS}
     | {"sharded": sharded}
 )

@@ -13,7 +13,7 @@ from tests.ops.every import EVERY, D
 MANY = 11  # a size that nothing else has
 SOME = (
     *("scores", "encodings", "gathered float32", "greatest", "block, plain", "block, selecting"),
-    *("head, plain", "head, certified", "head, cascade"),
+    *("block, predicted", "head, plain", "head, certified", "head, cascade"),
 )
 
 

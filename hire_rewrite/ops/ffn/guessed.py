@@ -1,0 +1,215 @@
+"""One layer of a block that is guessed from a compressed copy, but for some of its neurons."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import Encoding, Stored
+from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState, check_criterion
+from hire_rewrite.ops.ffn.importance import importance
+from hire_rewrite.ops.ffn.layer import down_matmul, up_matmul
+from hire_rewrite.ops.gather import gather_rows
+
+__all__ = ["GuessedLayer", "PredictedFFNSpec", "PredictedFFNState", "members"]
+
+_EXACTLY = lax.Precision.HIGHEST
+"""Of products with the few rows that are exact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedFFNSpec(ProductSpec):
+    """What is to be computed at a block whose neurons outside the top k are guessed.
+
+    Attributes:
+      width: f, the number of neurons.
+      group: neurons that are chosen together; divides the width.
+      projections: P, first matrices: 1 in a plain block, 2 in a gated one.
+      k_groups: how many of the G = f / group groups each token has exactly; 0 for none.
+      criterion: what a neuron is ranked by, as in `FFNSpec`.
+      encoding: how the compressed copy is stored.
+      exact: how the exact rows are stored; None for none, with k_groups = 0.
+    """
+
+    width: int
+    group: int
+    projections: int
+    k_groups: int
+    criterion: str
+    encoding: Encoding
+    exact: Encoding | None
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.width % self.group:
+            raise HireRewriteError(
+                f"PredictedFFNSpec: group={self.group} must divide the width {self.width}"
+            )
+        if not 0 <= self.k_groups <= self.groups:
+            raise HireRewriteError(
+                f"PredictedFFNSpec: k_groups={self.k_groups} must be between 0 and the number of "
+                f"groups, {self.groups}"
+            )
+        if (self.exact is None) != (self.k_groups == 0):
+            raise HireRewriteError(
+                f"PredictedFFNSpec: exact={self.exact!r} with k_groups={self.k_groups}: give an "
+                "encoding for exact rows where there are some, and None where there are none"
+            )
+        check_criterion("PredictedFFNSpec", self.criterion)
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.width // self.group
+
+    def takes_all(self, tokens: int) -> bool:
+        """Whether so many tokens may ask for all exact rows; then nothing has to be guessed."""
+        return tokens * self.k_groups >= self.groups
+
+
+class PredictedFFNState(NamedTuple):
+    """The arrays of a block, with a leading axis of layers.
+
+    Attributes:
+      up: the compressed copy of the first matrices [P · f, d_in], one after the other.
+      down: that of the second [d_out, f].
+      exact_up: the exact rows of the first matrices [f · P, d_in], neuron by neuron; empty where no
+        neuron is exact, as is `exact_down`.
+      exact_down: those of the second [f, d_out].
+      vectors: of [L, f], numbers that the activation needs of each neuron, such as biases.
+      norms: f32[L, f], norms of the second rows, for the criterion `"output"` alone.
+      fused, joined: as in `FFNState`.
+      dense: the rows of all first matrices [L, P · f, d_in] and of the second [L, f, d_out] as the
+        model has them; None where only what is above is held.
+    """
+
+    up: Stored
+    down: Stored
+    exact_up: Stored
+    exact_down: Stored
+    vectors: tuple[Array, ...]
+    norms: Array | None = None
+    fused: tuple[SiblingState, ...] = ()
+    joined: tuple[Array, ...] = ()
+    dense: tuple[Array, Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GuessedLayer:
+    """A layer of a block's arrays, and what is to be computed with it."""
+
+    state: PredictedFFNState
+    layer: Array | int
+    spec: PredictedFFNSpec
+    activation: Activation
+
+    def guesses(self, x: Array) -> Array:
+        """ĥ: [tokens, f] of all neurons, for x: [tokens, d_in]."""
+        spec = self.spec
+        pre = spec.encoding.product(x, self.state.up, self.layer).astype(spec.up_dtype)
+        return self.activation(tuple(jnp.split(pre, spec.projections, axis=1)), self._vectors())
+
+    def guessed_down(self, h: Array) -> Array:
+        """f32[tokens, d_out], Σ hᵢ ŵᵢ for h: [tokens, f]."""
+        return self.spec.encoding.product(h, self.state.down, self.layer)
+
+    def rank(self, h: Array) -> Array:
+        """What ranks each group for h: [tokens, f]; f32[tokens, G] (see `importance`)."""
+        norms = self.state.norms
+        return importance(h, None if norms is None else self._here(norms), self.spec.group)
+
+    def gathered(self, x: Array, neurons: Array) -> Array:
+        """f32[tokens, d_out], Σ hᵢ wᵢ over some neurons of each token, for x: [tokens, d_in].
+
+        Args:
+          neurons: i32[tokens, n].
+        """
+        spec, state = self.spec, self.state
+        assert spec.exact is not None
+        tokens, n = neurons.shape
+        places = members(neurons, spec.projections)
+        rows = spec.exact.decode_rows(state.exact_up, self.layer, places)
+        pre = _each(rows, x.astype(jnp.float32), 2).astype(spec.up_dtype)
+        pre = pre.reshape(tokens, n, spec.projections)
+        h = self._of_each(tuple(pre[:, :, p] for p in range(spec.projections)), neurons)
+        rows = spec.exact.decode_rows(state.exact_down, self.layer, neurons)
+        return _each(rows, h.astype(jnp.float32), 1)
+
+    def masked(self, h: Array, chosen: Array) -> Array:
+        """`gathered` in dense arithmetic, for h: [tokens, f] and bool[tokens, f]."""
+        exactly = jnp.where(chosen, h, jnp.zeros_like(h)).astype(jnp.float32)
+        return jnp.matmul(exactly, self.down_rows(), precision=_EXACTLY)
+
+    def _of_each(self, pre: tuple[Array, ...], neurons: Array) -> Array:
+        """h: [tokens, n] where each token has neurons i32[tokens, n] of its own.
+
+        The activation is one for all tokens, and its vectors have a number for each neuron. So all
+        tokens get all lists, one after the other, and of the result each token's own is taken.
+        """
+        tokens, n = neurons.shape
+        every = tuple(
+            jnp.broadcast_to(array.reshape(1, tokens * n), (tokens, tokens * n)) for array in pre
+        )
+        vectors = (gather_rows(v, self.layer, neurons.reshape(-1)) for v in self.state.vectors)
+        token = jnp.arange(tokens)
+        return self.activation(every, tuple(vectors)).reshape(tokens, tokens, n)[token, token]
+
+    def dense(self, x: Array) -> tuple[Array, Array]:
+        """h: [tokens, f] and what comes out, by the best rows that are held."""
+        if self.state.dense is None:
+            h, rows = self.hidden(x), self.down_rows()
+        else:
+            up, rows = map(self._here, self.state.dense)
+            h = self._hidden(x, up, by_neuron=False)
+        return h, down_matmul(h, rows, self.spec)
+
+    def hidden(self, x: Array) -> Array:
+        """h: [tokens, f] by the exact rows, or without such rows by the compressed copy."""
+        exact, state = self.spec.exact, self.state
+        if exact is None:
+            return self._hidden(x, self.spec.encoding.decode(state.up, self.layer), by_neuron=False)
+        return self._hidden(x, exact.decode(state.exact_up, self.layer), by_neuron=True)
+
+    def down_rows(self) -> Array:
+        """f32[f, d_out], the second matrix by the exact rows, or without such rows by the copy."""
+        exact, state = self.spec.exact, self.state
+        if exact is None:
+            return self.spec.encoding.decode(state.down, self.layer).T
+        return exact.decode(state.exact_down, self.layer)
+
+    def _hidden(self, x: Array, rows: Array, *, by_neuron: bool) -> Array:
+        """h: [tokens, f] by rows of all first matrices, [f · P, d_in] or [P · f, d_in]."""
+        tokens, projections = x.shape[0], self.spec.projections
+        pre = up_matmul(x, rows, self.spec)
+        if by_neuron:
+            split = jnp.moveaxis(pre.reshape(tokens, self.spec.width, projections), 2, 0)
+            every = tuple(split[p] for p in range(projections))
+        else:
+            every = tuple(jnp.split(pre, projections, axis=1))
+        return self.activation(every, self._vectors())
+
+    def _vectors(self) -> tuple[Array, ...]:
+        return tuple(map(self._here, self.state.vectors))
+
+    def _here(self, stacked: Array) -> Array:
+        return lax.dynamic_index_in_dim(stacked, self.layer, keepdims=False)
+
+
+def members(groups: Array, size: int) -> Array:
+    """i32[tokens, n · size], the numbers of what is in groups i32[tokens, n] of one size."""
+    numbers = jnp.arange(size, dtype=groups.dtype)[None, None]
+    return (groups[..., None] * size + numbers).reshape(groups.shape[0], groups.shape[1] * size)
+
+
+def _each(rows: Array, vectors: Array, axis: int) -> Array:
+    """The products of f32[tokens, n, d] with each token's vector, over one of its axes."""
+    return lax.dot_general(
+        rows,
+        vectors,
+        (((axis,), (1,)), ((0,), (0,))),
+        precision=_EXACTLY,
+        preferred_element_type=jnp.float32,
+    )
