@@ -34,11 +34,43 @@ def test_fewer_candidates_than_k(k, candidates):
         ({"common": 1.5}, "common=1.5"),
         ({"budget": 0}, "budget=0"),
         ({"keep": 1.0}, "keep=1.0"),
+        ({"tail": "-inf"}, "tail='-inf'"),
+        ({"tail": "predicted", "encoding": 8}, "encoding=8"),
+        ({"tail": "predicted", "exact": "float32"}, "exact='float32'"),
     ],
 )
 def test_ffn_arguments(arguments, message):
     with pytest.raises(hire.HireRewriteError, match=message):
         hire.FFN(k=0.1, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"encoding": hire.Blocks(8)},
+        {"exact": hire.Float()},
+        {"k": 0},
+        *(
+            {"tail": "predicted"} | more
+            for more in (
+                {"candidates": 0.2},
+                {"predictor": hire.LowRank(8)},
+                {"common": 4},
+                {"budget": 8},
+                {"keep": 0.9},
+                {"parts": 2},
+                {"k": "auto"},
+                {"k": False},
+                {"k": 0, "exact": hire.Float()},
+            )
+        ),
+    ],
+)
+def test_what_the_tail_of_a_block_has_no_use_for(arguments):
+    name = [name for name in arguments if name != "tail"][-1]
+    with pytest.raises(hire.HireRewriteError, match=f"FFN: {name}="):
+        hire.FFN(**{"k": 0.1} | arguments)
+    assert hire.FFN(k=0, tail="predicted", encoding=hire.Blocks(8), group=4, criterion="hidden")
 
 
 @pytest.mark.parametrize(

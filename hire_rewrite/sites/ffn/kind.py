@@ -10,9 +10,11 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
+from hire_rewrite.sites.ffn.predicted import predicted_operation
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import FFNStatistics, ffn_spec, selected_k
 from hire_rewrite.sites.kind import Functions, MatchedSite, SiteKind
+from hire_rewrite.sites.operation import Operation
 
 
 class FFNKind(SiteKind):
@@ -66,7 +68,9 @@ class FFNKind(SiteKind):
 
     def resolve(
         self, site: MatchedSite, rule: FFN, statistics: FFNStatistics | None, functions: Functions
-    ) -> FFNOperation:
+    ) -> Operation:
+        if rule.tail == "predicted":
+            return predicted_operation(site, rule, functions)
         undecided = rule.k == "auto" and not (statistics and statistics.k)
         wanted = rule.replace(k=1.0, candidates=None) if undecided else rule
         spec = ffn_spec(site, wanted, statistics)

@@ -6,10 +6,14 @@ import dataclasses
 import numbers
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int, is_int
+from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int
 
 _CRITERIA = ("hidden", "output")
+_TAILS = ("zero", "predicted")
+_OF_ZERO = ("candidates", "predictor", "common", "budget", "keep", "parts")
+_OF_PREDICTED = ("encoding", "exact")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -20,19 +24,30 @@ class FFN(Rule):
       >>> import hire_rewrite as hire
       >>> hire.FFN(k=0.05, candidates=0.1, predictor=hire.LowRank(128))
       FFN(k=0.05, candidates=0.1, predictor=LowRank(rank=128))
+      >>> hire.FFN(k=0.02, tail="predicted", encoding=hire.Blocks(8))
+      FFN(k=0.02, tail='predicted', encoding=Blocks(bits=8))
 
     Args:
       k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int), rounded up
-        to whole groups. All others are zero: on a model that was not trained so, a small k gives
-        another model. `"auto"` lets calibration find the smallest k that keeps `keep`.
+        to whole groups. `"auto"` lets calibration find the smallest k that keeps `keep`. With
+        `tail="predicted"` 0 is for none.
+      tail: what the others are. `"zero"`: nothing; on a model that was not trained so, a small k
+        gives another model. `"predicted"`: what a compressed copy of all layers of the block says,
+        which comes close to the block of any model. The copy also tells which the k are, so
+        there are neither candidates nor a predictor.
+      encoding: with `tail="predicted"`, how the copy is stored; None for `Blocks(8)`.
+      exact: with `tail="predicted"`, how the rows for `k` are stored; None for as the model has
+        them.
       candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
         fraction or a number like `k`. By default twice `k`.
       group: neurons that are chosen and fetched together. Where it does not divide the width,
-        the greatest common divisor of both is taken.
+        the greatest common divisor of both is taken. None for 8, and for 1 with
+        `tail="predicted"`.
       predictor: how the pre-activations of all neurons are guessed. `Quantized()` recalls nearly
         all and needs no calibration; `LowRank(rank)` reads less and recalls less.
       criterion: what a neuron is ranked by: `"hidden"`, |h|, or `"output"`, |h| times the norm of
-        its row of the last matrix. A group is ranked by the sum of its members' squares.
+        its row of the last matrix. A group is ranked by the sum of its members' squares. None for
+        `"hidden"`, and for `"output"` with `tail="predicted"`.
       common: neurons that are always computed, without prediction: those that were among the k
         most often in calibration. A fraction or a number; they are among the candidates.
       budget: neurons that are fetched for all tokens of a call together, at most, a fraction or a
@@ -55,10 +70,13 @@ class FFN(Rule):
 
     k: float | int | str
     _: dataclasses.KW_ONLY
+    tail: str = "zero"
+    encoding: Encoding | None = None
+    exact: Encoding | None = None
     candidates: float | int | None = None
-    group: int = 8
+    group: int | None = None
     predictor: Predictor = Quantized()
-    criterion: str = "hidden"
+    criterion: str | None = None
     common: float | int = 0
     budget: float | int | None = None
     keep: float = 0.95
@@ -68,12 +86,13 @@ class FFN(Rule):
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._check_tail()
         if isinstance(self.k, str):
             if self.k != "auto":
                 raise HireRewriteError(f'FFN: k={self.k!r} must be an amount or "auto"')
             if self.candidates is not None:
                 check_amount("FFN", "candidates", self.candidates)
-        else:
+        elif self.tail == "zero" or self.k != 0 or isinstance(self.k, bool):
             check_amounts("FFN", self.k, self.candidates)
         if self.budget is not None:
             check_amount("FFN", "budget", self.budget)
@@ -81,11 +100,42 @@ class FFN(Rule):
             check_amount("FFN", "common", self.common)
         if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
             raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")
-        if self.criterion not in _CRITERIA:
+        if self.criterion is not None and self.criterion not in _CRITERIA:
             raise HireRewriteError(
                 f"FFN: criterion={self.criterion!r} must be one of {', '.join(_CRITERIA)}"
             )
         check_positive_int("FFN", "parts", self.parts)
-        if not is_int(self.group) or self.group < 1:
-            raise HireRewriteError(f"FFN: group={self.group!r} must be a positive int")
+        check_positive_int("FFN", "group", self.group)
         super().__post_init__()
+
+    def _check_tail(self) -> None:
+        """Raise HireRewriteError if a setting is for another tail than this."""
+        if self.tail not in _TAILS:
+            raise HireRewriteError(f'FFN: tail={self.tail!r} must be "zero" or "predicted"')
+        for name in _OF_PREDICTED:
+            encoding = getattr(self, name)
+            if encoding is not None and not isinstance(encoding, Encoding):
+                raise HireRewriteError(
+                    f"FFN: {name}={encoding!r} is not an encoding: give Blocks(...) or Float(...)"
+                )
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        others = _OF_ZERO if self.tail == "predicted" else _OF_PREDICTED
+        given = [name for name in others if getattr(self, name) != fields[name].default]
+        if given and self.tail == "zero":
+            raise HireRewriteError(
+                f"FFN: {given[0]}={getattr(self, given[0])!r} is for a compressed copy, which "
+                'tail="zero" has not: give tail="predicted" too, or leave it out'
+            )
+        if given:
+            raise HireRewriteError(
+                f"FFN: {given[0]}={getattr(self, given[0])!r} is for candidates whose others are "
+                'zero; with tail="predicted" the compressed copy itself tells the top k: leave it '
+                'out, or give tail="zero"'
+            )
+        if self.tail == "predicted" and isinstance(self.k, str):
+            raise HireRewriteError(
+                f'FFN: k={self.k!r} is for tail="zero": with tail="predicted" give a fraction or a '
+                "number, such as 0.02"
+            )
+        if self.exact is not None and self.k == 0:
+            raise HireRewriteError("FFN: exact= says how rows are stored, and k=0 asks for none")

@@ -14,6 +14,9 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import MatchedSite, Unfit
 
+GROUP = 8
+"""Neurons that are fetched together where the others are zero, unless the rule says."""
+
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 """For so many tokens in a call the rows that they share are estimated."""
 
@@ -72,7 +75,7 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
             "itself selects"
         )
     k = count(rule.k, width, f"{site.name}: k")
-    group = math.gcd(rule.group, width // num_shards)
+    group = math.gcd(rule.group or GROUP, width // num_shards)
     if num_shards > 1:  # so that k is not rounded up by much
         group = math.gcd(group, -(-k // num_shards))
     candidates = candidate_count(site.name, rule, k, min(width, 2 * k), width)
@@ -96,7 +99,7 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
         sparse=activation.sparse,
         gate_bias=activation.gate_bias if activation.sparse else None,
         selects=activation.keeps is not None,
-        criterion=rule.criterion,
+        criterion=rule.criterion or "hidden",
         common_groups=min(-(-common // group), -(-candidates // group)),
         num_shards=num_shards,
     )

@@ -1,0 +1,208 @@
+"""A block from a compressed copy of all its layers, with its top k neurons exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.weights import narrow
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float
+from hire_rewrite.ops.ffn import tail as ops
+from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
+from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.rules import count
+from hire_rewrite.sites.ffn.block import BlockOperation
+from hire_rewrite.sites.ffn.match import FFNMatch
+from hire_rewrite.sites.ffn.packing import second_rows, siblings
+from hire_rewrite.sites.ffn.rule import FFN
+from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
+from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
+from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
+
+
+def predicted_operation(
+    site: MatchedSite, rule: FFN, functions: Functions
+) -> PredictedFFNOperation:
+    """The operation that a rule with `tail="predicted"` asks for at a block.
+
+    Raises:
+      HireRewriteError: the rule asks for more neurons than there are.
+      Unfit: the rule cannot be applied to this block.
+    """
+    match: FFNMatch = site.match
+    if site.sharding.mesh is not None or site.sharding.region is not None:
+        where = f"sharded over {site.sharding}" if site.sharding.axes else "in a shard_map"
+        raise Unfit(f'it is {where}, which tail="predicted" does not support; give tail="zero"')
+    if match.activation.keeps is not None:
+        raise Unfit(
+            "it selects among all of its neurons itself, and those that it zeroes need no guess; "
+            'give tail="zero"'
+        )
+    width, up, down = match.region.size, match.linears[0], match.down
+    projections, group = len(match.region.projections), math.gcd(rule.group or 1, width)
+    assert not isinstance(rule.k, str)
+    k = count(rule.k, width, f"{site.name}: k") if rule.k else 0
+    exact = rule.exact or _as_the_model(site) if k else None
+    encoding = rule.encoding or Blocks(8)
+    try:
+        encoding.check(projections * width, up.in_dim, site=site.name)
+        encoding.check(down.out_dim, width, site=site.name)
+        if exact is not None:
+            exact.check(projections * width, up.in_dim, site=site.name)
+            exact.check(width, down.out_dim, site=site.name)
+    except HireRewriteError as error:
+        raise Unfit(str(error)) from None
+    spec = PredictedFFNSpec(
+        up_dtype=up.out.dtype,
+        down_dtype=down.out.dtype,
+        precision=up.node.params["precision"],
+        compute_dtype=up.weight.dtype,
+        width=width,
+        group=group,
+        projections=projections,
+        k_groups=-(-k // group),
+        criterion=rule.criterion or "output",
+        encoding=encoding,
+        exact=exact,
+    )
+    return PredictedFFNOperation(site, rule, spec, functions)
+
+
+def _as_the_model(site: MatchedSite) -> Float:
+    """The encoding that holds the rows of a block as the model has them."""
+    dtypes = {jnp.dtype(narrow(linear.weight).dtype) for linear in site.linears}
+    if jnp.dtype("float64") in dtypes:
+        raise Unfit('its weights are float64; give exact=Float("float32") for rows in fewer bits')
+    return Float("bfloat16" if dtypes == {jnp.dtype("bfloat16")} else "float32")
+
+
+class PredictedFFNOperation(BlockOperation):
+    """A block of which each token has its top k neurons exactly, and the others guessed."""
+
+    spec: PredictedFFNSpec
+
+    def __init__(
+        self, site: MatchedSite, rule: FFN, spec: PredictedFFNSpec, functions: Functions
+    ) -> None:
+        super().__init__(site, rule, spec, functions)
+        self.unit, self.k, self.candidates = spec.group, spec.k_groups, spec.k_groups
+
+    @property
+    def layout(self) -> Hashable:
+        spec = self.spec
+        by_output = spec.criterion == "output"
+        return (
+            "ffn",
+            "predicted",
+            spec.width,
+            spec.projections,
+            spec.encoding,
+            spec.exact,
+            by_output,
+        )
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        return self.spec.projections * self.spec.width, self.site.d_model
+
+    @property
+    def predictor(self) -> Predictor | None:
+        return None
+
+    def describe(self) -> str:
+        spec, rule = self.spec, self.rule
+        if not spec.k_groups:
+            return f"all of {spec.width} neurons as {spec.encoding}"
+        exactly = "exactly" if rule.exact is None else f"as {rule.exact}"
+        groups = f", in groups of {spec.group}" if spec.group > 1 else ""
+        return (
+            f"top {self.k * self.unit} of {spec.width} neurons {exactly}{groups}, the others as "
+            f"{spec.encoding}"
+        )
+
+    def reads(self, tokens: int) -> list[Read]:
+        """The copy, and the exact rows of each token, which are counted as if they shared none."""
+        spec, d_in, d_out = self.spec, self.site.d_model, self._match.down.out_dim
+        width, projections, shared = spec.width, spec.projections, self._shared_reads(tokens)
+        copy = (
+            *spec.encoding.reads(projections * width, d_in, tokens),
+            *spec.encoding.reads(d_out, width, tokens),
+        )
+        if spec.exact is None:
+            return [*copy, *shared]
+        if spec.takes_all(tokens):
+            first = spec.exact.reads(projections * width, d_in, tokens)
+            return [*first, *spec.exact.reads(width, d_out, tokens), *shared]
+        pieces = tokens * spec.k_groups
+        neurons = pieces * spec.group
+        kind = f"fetched_{spec.exact.dtype if isinstance(spec.exact, Float) else 'int8'}"
+        size = spec.exact.bytes(neurons * projections, d_in) + spec.exact.bytes(neurons, d_out)
+        scores = tokens * spec.groups
+        return [*copy, Read(kind, size, pieces=2 * pieces, scores=scores), *shared]
+
+    def pack(
+        self,
+        weights: WeightRows,
+        calibration: SiteCalibration | None,
+        advance: Callable[[], None],
+    ) -> PredictedFFNState:
+        match, spec = self._match, self.spec
+        up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
+        layers, projections, width, d_in = up.shape
+        down, joined = second_rows(self.site, weights)
+        by_neuron = jnp.swapaxes(up, 1, 2).reshape(layers, width * projections, d_in)
+        by_output = spec.criterion == "output"
+        return PredictedFFNState(
+            up=stored_rows(spec.encoding, up.reshape(layers, projections * width, d_in)),
+            down=stored_rows(spec.encoding, jnp.swapaxes(down, 1, 2)),
+            exact_up={} if spec.exact is None else stored_rows(spec.exact, by_neuron),
+            exact_down={} if spec.exact is None else stored_rows(spec.exact, down),
+            vectors=weights.vectors(match.region),
+            norms=jnp.linalg.norm(down.astype(jnp.float32), axis=-1) if by_output else None,
+            fused=siblings(match, weights),
+            joined=joined,
+        )
+
+    @property
+    def holds_weights(self) -> bool:
+        """Where the rows for the top k are all there as the model has them."""
+        return self.spec.exact is not None and self.rule.exact is None
+
+    def with_weights(self, arrays: PredictedFFNState, weights: WeightRows) -> PredictedFFNState:
+        up = jnp.concatenate(
+            [weights.projection(item) for item in self._match.region.projections], axis=1
+        )
+        return arrays._replace(dense=(up, second_rows(self.site, weights)[0]))
+
+    def rows(self, arrays: PredictedFFNState) -> Sequence[Any]:
+        stored = jax.tree.leaves((arrays.up, arrays.down, arrays.exact_up, arrays.exact_down))
+        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+
+    def rewritten(self, arrays: Any) -> list[SiteReplacement]:
+        return self._replacements(silent(ops.hire_predicted_ffn), arrays, ("rewritten",))
+
+    def exact(self, arrays: Any) -> list[SiteReplacement]:
+        return self._replacements(silent(ops.dense_predicted_ffn), arrays, ("dense",))
+
+    dense = exact
+
+    def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
+        block = reporting(ops.measured_predicted_ffn, follow_exact)
+        return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
+
+    def with_candidates(self, candidates: int) -> PredictedFFNOperation:
+        """The same with so many groups exactly."""
+        spec = dataclasses.replace(self.spec, k_groups=candidates)
+        rule = self.rule.replace(k=candidates * self.unit)
+        return PredictedFFNOperation(self.site, rule, spec, self._functions)
+
+    def tuned_rule(self) -> FFN:
+        encoding: Encoding = self.spec.encoding
+        return self.rule.replace(k=self.k * self.unit, group=self.unit, encoding=encoding)
