@@ -33,6 +33,7 @@ class Decision:
       packs: whether the site's weights are packed: a rule asks for it, and it pays for some small
         number of tokens, if not for those of this call.
       packed_name: the name under which they are packed: the first site's with the same weights.
+      cost: what it saves in this call, if its sizes are known.
       asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
         it, whether that pays or not, or it is packed.
     """
@@ -43,6 +44,7 @@ class Decision:
     packs: bool = False
     packed_name: str = ""
     asked: bool = False
+    cost: Estimate | None = None
 
     @property
     def name(self) -> str:
@@ -58,6 +60,12 @@ class Decision:
         """The operation of a site that a rule asks for."""
         assert self.operation is not None
         return self.operation
+
+    @property
+    def estimated(self) -> Estimate:
+        """The cost of a site whose sizes are known."""
+        assert self.cost is not None
+        return self.cost
 
     @property
     def rewritten(self) -> bool:
@@ -92,8 +100,12 @@ def decide(
     decisions = [decider.decide(site) for site in detection.sites]
     packing = [decision for decision in decisions if decision.packs]
     taken = frozenset(node for decision in packing for node in decision.nodes)
-    left = detection.leftovers(taken, [decision.name for decision in packing])
-    decisions = _sharing([*decisions, *map(decider.decide, left)])
+    names = [decision.name for decision in packing]
+    left = [*map(decider.decide, detection.leftovers(lambda node: node not in taken, names))]
+    if not rules:
+        within = [*map(decider.decide, detection.leftovers(lambda node: node in taken))]
+        decisions, left = _without_loss(decisions, within, left)
+    decisions = _sharing([*decisions, *left])
     # What is left over is a site where a user asks for it, or where it is packed.
     shown = [d for d in decisions if not d.site.kind.leftover or d.packs or (rules and d.row.rule)]
     nodes = {node for decision in shown for node in decision.nodes}
@@ -140,7 +152,8 @@ class _Decider:
         reason, rewritten = self._reason(operation, packs, now)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
-        return Decision(site, row, operation, packs, name, asked=packs or bool(self.rules))
+        asked = packs or bool(self.rules)
+        return Decision(site, row, operation, packs, name, asked, now)
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
         kind = site.kind
@@ -214,6 +227,35 @@ class _Decider:
             if tokens >= operation.site.tokens and not pays:
                 return f"; from {tokens} tokens on it is no faster than dense"
         return f"; for up to {sizes[-1]} tokens it is faster than dense"
+
+
+def _without_loss(
+    decisions: Sequence[Decision], within: Sequence[Decision], left: Sequence[Decision]
+) -> tuple[list[Decision], list[Decision]]:
+    """Sites that may lose something, or products read without loss where that takes no longer.
+
+    Args:
+      within: the products of the packed ones as sites of their own.
+      left: all others.
+
+    Returns:
+      The sites, and their products and the others as far as they are packed or to be examined.
+    """
+    names = {decision.name for decision in left}
+    settled, taking = [], [*left, *(d for d in within if not d.packs)]
+    for decision in decisions:
+        products = {linear.node for linear in decision.site.linears}
+        own = [d for d in (*within, *left) if d.packs and d.nodes <= decision.nodes]
+        if decision.operation is not None and products <= {n for d in own for n in d.nodes}:
+            inside = [d for d in own if d not in left]
+            time = sum(d.estimated.rewritten for d in own)
+            shorter = not decision.packs or time <= decision.estimated.rewritten
+            if shorter and not names & {d.name for d in inside}:
+                reason = f"read without loss ({own[0].op.describe()}), which takes no longer"
+                decision = Decision(decision.site, _row(decision.site, decision.row.rule, reason))
+                taking += inside
+        settled.append(decision)
+    return settled, taking
 
 
 def _sharing(decisions: Sequence[Decision]) -> list[Decision]:

@@ -7,7 +7,7 @@ import math
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -47,16 +47,18 @@ class Detection:
     opaque: tuple[str, ...]
     linears: tuple[Mapping[Node, Linear], ...]
 
-    def leftovers(self, taken: Set[Node], names: Sequence[str]) -> tuple[MatchedSite, ...]:
+    def leftovers(
+        self, among: Callable[[Node], bool], names: Sequence[str] = ()
+    ) -> tuple[MatchedSite, ...]:
         """The sites of kinds that take what others leave.
 
         Args:
-          taken: the nodes of sites that are packed.
-          names: of these sites.
+          among: whether a product is left.
+          names: of other sites, which none of these gets.
         """
         matches = _Matches(self.trace, self.rules, leftover=True)
         for linears in self.linears:
-            matches.search({n: linear for n, linear in linears.items() if n not in taken})
+            matches.search({n: linear for n, linear in linears.items() if among(n)})
         return matches.sites(self.mesh, names)
 
 

@@ -91,6 +91,30 @@ def test_without_rules_the_same_numbers_take_fewer_bytes():
     close(step(packed, X), model(EXACT, X), 1e-5)
 
 
+def test_without_rules_a_head_is_read_without_loss_where_that_is_as_fast():
+    """On a machine where bytes count: 8 bits and their scales, of which nothing is looked at again,
+    are fewer than the guesses in 8 bits and the rows of candidates."""
+
+    def head(w, x):
+        return x @ w
+
+    rng = np.random.default_rng(3)
+    rows = rng.integers(-127, 128, (D, 4096)).astype(np.float32)
+    rows[::2] = np.where(rng.random((D // 2, 4096)) < 0.5, 127, -127)  # both ends in use
+    w = jnp.asarray(rows * rng.uniform(0.5, 1.0, (1, 4096)).astype(np.float16).astype(np.float32))
+    step = hire.transform(head)
+    packed = step.pack(w, X)
+    plan = step.plan(packed, X)
+    assert [(site.kind, site.status) for site in plan.sites] == [
+        ("head", "dense"),
+        ("linear", "rewritten"),
+    ]
+    close(step(packed, X), head(w, X), 1e-5)
+    other = rand(D, 4096)
+    plan = step.plan(step.pack(other, X), X)
+    assert [(site.kind, site.status) for site in plan.sites] == [("head", "rewritten")]
+
+
 def test_without_rules_other_numbers_stay_as_they_are():
     step = hire.transform(model)
     packed = step.pack(PARAMS, X)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from hire_rewrite.ops.encodings import Blocks
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
@@ -15,6 +16,11 @@ from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import FFNStatistics, ffn_spec, selected_k
 from hire_rewrite.sites.kind import Functions, MatchedSite, SiteKind
 from hire_rewrite.sites.operation import Operation
+
+_ENCODINGS = (Blocks(4, minimum=True), Blocks(8))
+_NEURONS = (0.02, 0.05, 0.1)
+_EXACT = Blocks(8)
+"""What tuning tries: how the copy is stored, which neurons are exact, and how those are stored."""
 
 
 class FFNKind(SiteKind):
@@ -65,6 +71,17 @@ class FFNKind(SiteKind):
         if match.activation.keeps is not None:
             return f"{rows}, and it selects among all of them itself"
         return None
+
+    def trials(self, site: MatchedSite, rule: FFN | None) -> Sequence[FFN]:
+        """Those that zero no neuron: that is for models that were trained so."""
+        if rule is not None and rule.tail == "zero":
+            return ()
+        like = rule or FFN(k=0.02, tail="predicted")
+        return [
+            like.replace(k=k, encoding=encoding, exact=_EXACT)
+            for encoding in _ENCODINGS
+            for k in _NEURONS
+        ]
 
     def resolve(
         self, site: MatchedSite, rule: FFN, statistics: FFNStatistics | None, functions: Functions
