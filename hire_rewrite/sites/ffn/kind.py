@@ -45,7 +45,7 @@ class FFNKind(SiteKind):
         zeroed = "some neurons, but how many the data say" if sparse else "no neuron"
         return (
             f"{name} zeroes {zeroed}, so a top-k changes a model that was not trained with one; "
-            "ask with FFN(k=...)"
+            'ask with FFN(k=..., tail="predicted"), which guesses the others, or with FFN(k=...)'
         )
 
     def summary(self, match: FFNMatch) -> Mapping[str, Any]:
