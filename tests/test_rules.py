@@ -37,6 +37,7 @@ def test_fewer_candidates_than_k(k, candidates):
         ({"tail": "-inf"}, "tail='-inf'"),
         ({"tail": "predicted", "encoding": 8}, "encoding=8"),
         ({"tail": "predicted", "exact": "float32"}, "exact='float32'"),
+        ({"tail": "predicted", "round_inputs": 1}, "round_inputs=1"),
     ],
 )
 def test_ffn_arguments(arguments, message):
@@ -49,6 +50,7 @@ def test_ffn_arguments(arguments, message):
     [
         {"encoding": hire.Blocks(8)},
         {"exact": hire.Float()},
+        {"round_inputs": True},
         {"k": 0},
         *(
             {"tail": "predicted"} | more

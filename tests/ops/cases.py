@@ -167,6 +167,7 @@ def predicted_ffn(
     k_groups: int = 12,
     vectors: int = 0,
     criterion: str = "output",
+    round_inputs: bool = False,
     dtype: Any = jnp.float32,
     seed: int = 0,
 ) -> tuple[PredictedFFNSpec, PredictedFFNState, tuple[jax.Array, ...]]:
@@ -192,6 +193,7 @@ def predicted_ffn(
         criterion=criterion,
         encoding=encoding,
         exact=exact,
+        round_inputs=round_inputs,
     )
 
     def stored(encoding: Encoding | None, rows: Any) -> Any:

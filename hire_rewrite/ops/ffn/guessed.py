@@ -33,6 +33,9 @@ class PredictedFFNSpec(ProductSpec):
       criterion: what a neuron is ranked by, as in `FFNSpec`.
       encoding: how the compressed copy is stored.
       exact: how the exact rows are stored; None for none, with k_groups = 0.
+      round_inputs: whether what the copy multiplies may be rounded to 8 bits (see
+        `Encoding.product`). What is exact is not part of it, so that the greatest activations do
+        not make the rounding of the others coarse.
     """
 
     width: int
@@ -42,6 +45,7 @@ class PredictedFFNSpec(ProductSpec):
     criterion: str
     encoding: Encoding
     exact: Encoding | None
+    round_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 1 or self.width % self.group:
@@ -109,12 +113,12 @@ class GuessedLayer:
     def guesses(self, x: Array) -> Array:
         """ĥ: [tokens, f] of all neurons, for x: [tokens, d_in]."""
         spec = self.spec
-        pre = spec.encoding.product(x, self.state.up, self.layer).astype(spec.up_dtype)
+        pre = self._product(x, self.state.up).astype(spec.up_dtype)
         return self.activation(tuple(jnp.split(pre, spec.projections, axis=1)), self._vectors())
 
     def guessed_down(self, h: Array) -> Array:
         """f32[tokens, d_out], Σ hᵢ ŵᵢ for h: [tokens, f]."""
-        return self.spec.encoding.product(h, self.state.down, self.layer)
+        return self._product(h, self.state.down)
 
     def rank(self, h: Array) -> Array:
         """What ranks each group for h: [tokens, f]; f32[tokens, G] (see `importance`)."""
@@ -190,6 +194,10 @@ class GuessedLayer:
         else:
             every = tuple(jnp.split(pre, projections, axis=1))
         return self.activation(every, self._vectors())
+
+    def _product(self, x: Array, copy: Stored) -> Array:
+        spec = self.spec
+        return spec.encoding.product(x, copy, self.layer, round_inputs=spec.round_inputs)
 
     def _vectors(self) -> tuple[Array, ...]:
         return tuple(map(self._here, self.state.vectors))

@@ -71,6 +71,7 @@ def predicted_operation(
         criterion=rule.criterion or "output",
         encoding=encoding,
         exact=exact,
+        round_inputs=rule.round_inputs,
     )
     return PredictedFFNOperation(site, rule, spec, functions)
 

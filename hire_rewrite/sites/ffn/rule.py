@@ -13,7 +13,8 @@ from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive
 _CRITERIA = ("hidden", "output")
 _TAILS = ("zero", "predicted")
 _OF_ZERO = ("candidates", "predictor", "common", "budget", "keep", "parts")
-_OF_PREDICTED = ("encoding", "exact")
+_ENCODINGS = ("encoding", "exact")
+_OF_PREDICTED = (*_ENCODINGS, "round_inputs")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,6 +39,8 @@ class FFN(Rule):
       encoding: with `tail="predicted"`, how the copy is stored; None for `Blocks(8)`.
       exact: with `tail="predicted"`, how the rows for `k` are stored; None for as the model has
         them.
+      round_inputs: with `tail="predicted"`, whether what the copy multiplies is rounded to 8 bits,
+        as most formats of inference do: processors multiply such numbers many at a time.
       candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
         fraction or a number like `k`. By default twice `k`.
       group: neurons that are chosen and fetched together. Where it does not divide the width,
@@ -73,6 +76,7 @@ class FFN(Rule):
     tail: str = "zero"
     encoding: Encoding | None = None
     exact: Encoding | None = None
+    round_inputs: bool = False
     candidates: float | int | None = None
     group: int | None = None
     predictor: Predictor = Quantized()
@@ -112,12 +116,14 @@ class FFN(Rule):
         """Raise HireRewriteError if a setting is for another tail than this."""
         if self.tail not in _TAILS:
             raise HireRewriteError(f'FFN: tail={self.tail!r} must be "zero" or "predicted"')
-        for name in _OF_PREDICTED:
+        for name in _ENCODINGS:
             encoding = getattr(self, name)
             if encoding is not None and not isinstance(encoding, Encoding):
                 raise HireRewriteError(
                     f"FFN: {name}={encoding!r} is not an encoding: give Blocks(...) or Float(...)"
                 )
+        if not isinstance(self.round_inputs, bool):
+            raise HireRewriteError(f"FFN: round_inputs={self.round_inputs!r} must be True or False")
         fields = {field.name: field for field in dataclasses.fields(self)}
         others = _OF_ZERO if self.tail == "predicted" else _OF_PREDICTED
         given = [name for name in others if getattr(self, name) != fields[name].default]
