@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from tokenizers import Tokenizer
 
 import hire_rewrite as hire
 from benchmarks import quality_page, timing
@@ -69,18 +70,21 @@ def main() -> None:
         print(f"\nwritten to {quality_page.write()}", flush=True)
 
 
+def texts(words: Tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Text to fit to, of the first kind, and text of each kind to measure on: i32[n, LENGTH]."""
+    first, *others = KINDS
+    rows = text.windows(KINDS[first](FITTED + MEASURED, words), LENGTH)
+    measured = {kind: text.windows(KINDS[kind](MEASURED, words), LENGTH) for kind in others}
+    return rows[: FITTED // LENGTH], {first: rows[FITTED // LENGTH :]} | measured
+
+
 class Quality:
-    """The model, and text of each kind: i32[n, LENGTH]; the first kind has a part to fit to."""
+    """The model, and text to fit to and to measure on (see `texts`)."""
 
     def __init__(self) -> None:
         self.params, self.config = weights.load()
         self.words = tokenizer.load()
-        first = next(iter(KINDS))
-        rows = text.windows(KINDS[first](FITTED + MEASURED, self.words), LENGTH)
-        self.fitting = rows[: FITTED // LENGTH]
-        self.rows = {first: rows[FITTED // LENGTH :]}
-        for kind in list(KINDS)[1:]:
-            self.rows[kind] = text.windows(KINDS[kind](MEASURED, self.words), LENGTH)
+        self.fitting, self.rows = texts(self.words)
         self.embed = {"embed": self.params["embed"]}
         self._read: dict[bytes, Array] = {}
 

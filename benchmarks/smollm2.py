@@ -1,18 +1,18 @@
-"""SmolLM2-135M with its vocabulary head rewritten: the same tokens? how fast? at what recall?
+"""SmolLM2-135M with its weights read in other ways: the same tokens? how fast? at what recall?
 
-`python -m benchmarks.smollm2` measures three things and writes `results/smollm2.json`:
+`python -m benchmarks.smollm2` measures, and writes `results/smollm2.json`:
 
-* agreement: on twenty prompts of many kinds, how often the rewritten decode step chooses the dense
-  one's token given the same tokens before, for two predictors that were fitted to text of another
-  kind, and for a head that proves its token.
-* step: the time of a decode step, dense and rewritten by each of these rules.
-* head: the head alone on the hidden states of those prompts, for several predictors.
+* prompts: on twenty prompts of many kinds, how often a rewritten decode step chooses the dense
+  one's token given the same tokens before; and the head alone on the hidden states of those
+  prompts, by several predictors.
+* step: the time of a decode step and what it says on texts, dense, by all rules of SIDES, and of
+  llama.cpp on the same file.
 
-With fewer prompts or tokens it is a quick look, and nothing is written.
+`--parts step` measures one of them again. With fewer prompts, tokens or rounds, or shorter texts,
+it is a quick look, and nothing is written.
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
 from collections import defaultdict
@@ -25,10 +25,11 @@ import numpy as np
 from jax import Array
 
 import hire_rewrite as hire
-from benchmarks import timing
+from benchmarks import quality, smollm2_head, smollm2_step, timing
 from examples.smollm2 import calibration, compare, demo, model, text, tokenizer, weights
 from examples.smollm2.compare import Comparison
 from hire_rewrite.plan import table
+from hire_rewrite.rules import Rule
 
 CHAT = (
     ("question", "Why is the sky blue during the day but red at sunset?"),
@@ -55,97 +56,105 @@ CONTINUE = (
     ("code", "#include <stdio.h>\n\nint main(void) {\n    int numbers[10];\n    for (int i = 0;"),
 )
 TOKENS = 64
-GOALS = {"agreement": 0.99, "head": 2.5}
-HEADS = (
-    hire.Head(k=64, candidates=256, predictor=hire.LowRank(192), force=True),
-    hire.Head(k=64, candidates=512, predictor=hire.LowRank(256), force=True),
-    hire.Head(k=64, candidates=512, predictor=hire.LowRank(320), force=True),
-    hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), force=True),
-)
+GOALS = {"agreement": 0.99, "head": smollm2_head.GOAL}
 CERTIFIED = hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), certify=True)
-STEPS = (HEADS[0], demo.HEAD, CERTIFIED)
-MAX_LEN = 512
-ROUNDS = 101
+SIDES: dict[str, tuple[Rule, ...]] = {
+    "head by LowRank(192)": (smollm2_head.RULES[0],),
+    "head by LowRank(256)": (demo.HEAD,),
+    "head certified": (CERTIFIED,),
+}
+"""What is rewritten, by name: to add a way is to add a line."""
+PARTS = ("prompts", "step")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2", description=__doc__)
-    prompts = len(CHAT) + len(CONTINUE)
-    parser.add_argument("--prompts", type=int, default=prompts, help="how many (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="for each (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which (all)")
+    for name, most, what in (
+        ("prompts", len(CHAT) + len(CONTINUE), "how many"),
+        ("tokens", TOKENS, "of each answer"),
+        ("rounds", smollm2_step.ROUNDS, "in which a step is timed"),
+        ("length", smollm2_step.LENGTH, "of the texts that a step reads, in tokens"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=most, help=f"{what} (%(default)s)")
     asked = parser.parse_args()
+    whole = parser.parse_args(["--parts", *asked.parts]) == asked
 
-    agreement, benches = {}, {}
-    for rule in STEPS:
-        bench = benches[_name(rule)] = Bench.load(rule)
-        print(f"\n{rule}, fitted to {len(bench.text):,} tokens of Python's help topics")
-        agreement[_name(rule)], hidden = bench.agreement(asked.prompts, asked.tokens)
-    result = {
+    bench = Bench()
+    result = timing.read("smollm2") if len(asked.parts) < len(PARTS) else {}
+    result |= {
         "model": "SmolLM2-135M-Instruct, float32",
-        "rules": [str(rule) for rule in STEPS],
-        "max_len": MAX_LEN,
+        "rules": {name: [str(rule) for rule in rules] for name, rules in SIDES.items()},
+        "max_len": smollm2_step.MAX_LEN,
         "calibration": f"{len(bench.text)} tokens of Python's help topics",
-        "agreement": agreement,
-        "step": step(benches),
-        "head": bench.heads(hidden),
         "goals": GOALS,
     }
-    if (asked.prompts, asked.tokens) == (prompts, TOKENS):
+    if "prompts" in asked.parts:
+        result["agreement"], hidden = bench.agreements(asked.prompts, asked.tokens)
+        result["head"] = bench.heads(hidden)
+    if "step" in asked.parts:
+        result["step"] = bench.step(asked.rounds, asked.length)
+    if whole:
         command = " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]])
         print(f"\nwritten to {timing.write('smollm2', result, command)}")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
     """The loaded model, dense and rewritten.
 
     Attributes:
       text: i32[n], what the predictors are fitted to.
-      plan: of the decode step rewritten by the rule.
-      dense, rewritten: compiled steps and the weights that they are called with; they donate the
-        cache.
+      dense: the compiled step and the weights that it is called with; it donates the cache.
     """
 
-    params: model.Params
-    config: model.Config
-    words: Any
-    text: np.ndarray
-    prefill: Callable[..., Any]
-    plan: hire.Plan
-    dense: tuple[Any, Any]
-    rewritten: tuple[Any, Any]
+    def __init__(self) -> None:
+        self.params, self.config = weights.load()
+        self.words = tokenizer.load()
+        self.text = text.help_text(demo.STREAMS * demo.LENGTH, self.words)
+        prefill = functools.partial(model.prefill, self.config)
+        self.prefill = jax.jit(prefill, donate_argnames="cache")
+        self._decode_step = functools.partial(model.decode_step, self.config)
+        self.dense = (jax.jit(self._decode_step, donate_argnums=2), self.params)
 
-    @classmethod
-    def load(cls, rule: hire.Head) -> "Bench":
-        params, config = weights.load()
-        words = tokenizer.load()
+    @functools.cached_property
+    def rewritten(self) -> dict[str, tuple[Any, Any, hire.Plan]]:
+        """The same of each of SIDES, with its plan."""
+        cache = model.init_cache(self.config, 1, smollm2_step.MAX_LEN)
+        call = (self.params, jnp.zeros(1, jnp.int32), cache)
+        found = {}
+        for name, rules in SIDES.items():
+            step = hire.transform(self._decode_step, *rules)
+            fitted = calibration.streams(
+                self.prefill, self.params, self.config, self.text, demo.STREAMS, demo.LENGTH
+            )
+            packed = step.pack(*call, calibration=fitted)
+            found[name] = (jax.jit(step, donate_argnums=2), packed, step.plan(*call))
+        return found
 
-        def decode_step(params: Any, token: Any, cache: Any) -> Any:
-            return model.decode_step(config, params, token, cache)
-
-        prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
-        step = hire.transform(decode_step, rule)
-        call = (params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, MAX_LEN))
-        ids = text.help_text(demo.STREAMS * demo.LENGTH, words)
-        batches = calibration.streams(prefill, params, config, ids, demo.STREAMS, demo.LENGTH)
-        packed = step.pack(*call, calibration=batches)
-        dense = (jax.jit(decode_step, donate_argnums=2), params)
-        rewritten = (jax.jit(step, donate_argnums=2), packed)
-        return cls(params, config, words, ids, prefill, step.plan(*call), dense, rewritten)
-
-    def agreement(self, prompts: int, tokens: int) -> tuple[dict[str, Any], Array]:
-        """How often the rewritten step chooses the dense one's token, by kind of prompt.
+    def agreements(self, prompts: int, tokens: int) -> tuple[dict[str, Any], Array]:
+        """How often each rewritten step chooses the dense one's token, by kind of prompt.
 
         Returns also what the head reads at these steps, hidden: f32[steps, d_model].
         """
+        summary, hidden = {}, jnp.zeros((0, self.config.d_model))
+        for name, (run, packed, _) in self.rewritten.items():
+            print(f"\n{name}, fitted to {len(self.text):,} tokens of Python's help topics")
+            summary[name], hidden = self._agreement((run, packed), prompts, tokens)
+        return summary, hidden
+
+    def _agreement(
+        self, rewritten: tuple[Any, Any], prompts: int, tokens: int
+    ) -> tuple[dict[str, Any], Array]:
         end = self.words.token_to_id(tokenizer.END)
         asked = [(kind, tokenizer.chat(prompt)) for kind, prompt in CHAT]
         by_kind: dict[str, list[Comparison]] = defaultdict(list)
         hidden = []
         for kind, prompt in [*asked, *CONTINUE][:prompts]:
             ids = self.words.encode(prompt).ids
-            read = compare.reader(self.prefill, self.params, self.config, ids, end, MAX_LEN)
-            done = compare.compare(read, self.dense, self.rewritten, tokens, end)
+            read = compare.reader(
+                self.prefill, self.params, self.config, ids, end, smollm2_step.MAX_LEN
+            )
+            done = compare.compare(read, self.dense, rewritten, tokens, end)
             by_kind[kind].append(done)
             told = np.array([*ids, done.first, *done.dense[:-1]])
             padded = np.pad(told, (0, -len(told) % compare.PADDED_TO))
@@ -157,36 +166,23 @@ class Bench:
         print(table([header, *(_agreement_row(kind, row) for kind, row in summary.items())]))
         return summary, jnp.concatenate(hidden)
 
+    def step(self, rounds: int, length: int) -> dict[str, Any]:
+        """Time and quality of a decode step, dense and rewritten, and of llama.cpp."""
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        sides = {"dense": smollm2_step.jax_side(self.config, *self.dense, whole)}
+        for name, (run, packed, plan) in self.rewritten.items():
+            size = demo.weight_bytes(self.params, plan)[1]
+            sides[name] = smollm2_step.jax_side(self.config, run, packed, size)
+        forward = jax.jit(functools.partial(model.forward, self.config))
+        texts = {kind: rows[0, :length] for kind, rows in quality.texts(self.words)[1].items()}
+        return smollm2_step.measure(
+            sides, texts, lambda tokens: forward(self.params, tokens[None])[0], rounds
+        )
+
     def heads(self, hidden: Array) -> dict[str, Any]:
-        """The head alone, by several rules, at batch 1; recall on hidden: f32[steps, d_model]."""
-        embed = {"embed": self.params["embed"]}
+        """The head alone on hidden: f32[steps, d_model], fitted to the text."""
         fitted = self.hidden(text.windows(self.text, demo.LENGTH))
-        x = hidden[:1]
-        dense = jax.jit(_logits)
-        expected = [
-            dense(embed, part) for part in jnp.split(hidden, list(range(64, len(hidden), 64)))
-        ]
-        tokens: dict[str, Any] = {"dense": functools.partial(jax.jit(_token), embed, x)}
-        logits: dict[str, Any] = {"dense": functools.partial(dense, embed, x)}
-        size = {"dense": self.params["embed"].nbytes}
-        quality = {}
-        for rule in HEADS:
-            name = _name(rule)
-            head, argmax = hire.transform(_logits, rule), hire.transform(_token, rule)
-            packed = head.pack(embed, x, calibration=[(row,) for row in fitted])
-            tokens[name] = functools.partial(jax.jit(argmax), packed, x)
-            logits[name] = functools.partial(jax.jit(head), packed, x)
-            size[name] = sum(site.bytes_after for site in head.plan(embed, x).sites)
-            quality[name] = _quality(head, packed, hidden, expected)
-        result: dict[str, Any] = {"steps": len(hidden), "quality": quality}
-        for what, sides in (("argmax", tokens), ("logits", logits)):
-            rate = timing.bandwidth()
-            timings = timing.alternate(sides, ROUNDS, cold=True)
-            goal = f" (goal {GOALS['head']} times)" if what == "argmax" else ""
-            print(f"\nThe head alone, batch 1, {what} returned, cold caches, {ROUNDS} rounds{goal}")
-            print(_timing_table(timings, size, rate, quality))
-            result[what] = _timing_result(timings, size, rate)
-        return result
+        return smollm2_head.measure(self.params["embed"], hidden, fitted)
 
     @functools.cached_property
     def hidden(self) -> Callable[[Any], Array]:
@@ -197,54 +193,6 @@ class Bench:
             return model._read(self.config, params, rows, cache, 0)[0]
 
         return functools.partial(jax.jit(read), self.params)
-
-
-def step(benches: Mapping[str, Bench]) -> dict[str, Any]:
-    """The time of one decode step at batch 1, dense and rewritten by each rule."""
-    token, sides, size = jnp.zeros(1, jnp.int32), dict[str, Callable[[], Any]](), {}
-    for name, bench in benches.items():
-        for side, (run, held) in (("dense", bench.dense), (name, bench.rewritten)):
-            cache = model.init_cache(bench.config, 1, MAX_LEN)
-            sides.setdefault(side, demo.decoder(run, held, token, cache))
-        size["dense"], size[name] = demo.weight_bytes(bench.params, bench.plan)
-    rate = timing.bandwidth()
-    timings = timing.alternate(sides, ROUNDS)
-    print(f"\nA decode step, batch 1, max_len {MAX_LEN}, {ROUNDS} rounds")
-    print(_timing_table(timings, size, rate))
-    return _timing_result(timings, size, rate)
-
-
-def _name(rule: hire.Head) -> str:
-    certified = ", certified" if rule.certify else ""
-    return f"{rule.predictor}, {rule.candidates} candidates{certified}"
-
-
-def _logits(weights: dict[str, Array], hidden: Array) -> Array:
-    return hidden @ weights["embed"].T
-
-
-def _token(weights: dict[str, Array], hidden: Array) -> Array:
-    return jnp.argmax(hidden @ weights["embed"].T, axis=-1)
-
-
-def _quality(
-    head: Any, packed: hire.Packed, hidden: Array, expected: list[Array]
-) -> dict[str, float]:
-    """Agreement and recall of a rewritten head at batch 1, one hidden state after another."""
-
-    @jax.jit
-    def compare_all(packed: Any, hidden: Array, expected: Array) -> tuple[Array, Array]:
-        got = jax.lax.map(lambda x: head(packed, x[None])[0], hidden)
-        same = jnp.argmax(got, axis=-1) == jnp.argmax(expected, axis=-1)
-        return same, compare.recall(got, expected)
-
-    parts = jnp.split(hidden, list(range(64, len(hidden), 64)))
-    pairs = [compare_all(packed, *part) for part in zip(parts, expected, strict=True)]
-    same, recall = (np.concatenate(values) for values in zip(*pairs, strict=True))
-    return {
-        "same_token": round(float(same.mean()), 4),
-        "top_recall": round(float(recall.mean()), 4),
-    }
 
 
 def _agreement(done: list[Comparison]) -> dict[str, float]:
@@ -263,42 +211,6 @@ def _agreement(done: list[Comparison]) -> dict[str, float]:
 def _agreement_row(kind: str, row: Mapping[str, float]) -> list[str]:
     same = f"{row['same']} = {row['same_token']:.1%}"
     return [f"{kind} × {row['prompts']}", str(row["steps"]), same, f"{row['top_recall']:.1%}"]
-
-
-def _timing_table(
-    timings: timing.Timings,
-    size: Mapping[str, int],
-    rate: float,
-    quality: Mapping[str, Mapping[str, float]] | None = None,
-) -> str:
-    header = ["", "median ms", "spread", "MB read", "floor ms", "times as fast"]
-    rows = [header + ["same token", f"top {compare.TOP} found"] * (quality is not None)]
-    for side in timings.seconds:
-        row = [
-            side,
-            f"{1e3 * timings.median(side):.2f}",
-            f"{timings.spread(side):.0%}",
-            f"{size[side] / 1e6:.1f}",
-            f"{1e3 * size[side] / rate:.2f}",
-            f"{timings.ratio('dense', side):.2f}",
-        ]
-        if quality is not None:
-            row += [f"{value:.1%}" for value in quality.get(side, {}).values()] or ["", ""]
-        rows.append(row)
-    return table(rows)
-
-
-def _timing_result(timings: timing.Timings, size: Mapping[str, int], rate: float) -> dict[str, Any]:
-    result = {
-        side: {
-            **summary,
-            "bytes": size[side],
-            "floor_ms": round(1e3 * size[side] / rate, 4),
-            "ratio": round(timings.ratio("dense", side), 3),
-        }
-        for side, summary in timings.summary().items()
-    }
-    return {"read_gb_s": round(rate / 1e9, 2), "sides": result}
 
 
 if __name__ == "__main__":

@@ -74,6 +74,20 @@ class Timings:
             for side, calls in self.seconds.items()
         }
 
+    def beside(
+        self, against: str, sizes: Mapping[str, int], bandwidth: float
+    ) -> dict[str, dict[str, float]]:
+        """`summary`, the bytes that each side reads, their floor, and the ratio to one side."""
+        return {
+            side: {
+                **summary,
+                "bytes": sizes[side],
+                "floor_ms": round(1e3 * sizes[side] / bandwidth, 4),
+                "ratio": round(self.ratio(against, side), 3),
+            }
+            for side, summary in self.summary().items()
+        }
+
 
 def alternate(
     sides: Mapping[str, Callable[[], Any]], rounds: int = 15, cold: bool = False

@@ -34,6 +34,8 @@ def test_statistics():
     assert timings.ratio("slow", "fast") == 2.0  # of 2, 1, 6, 4/9 and 4
     assert timings.spread("slow") == pytest.approx(0.5)
     assert timings.summary()["fast"]["median_ms"] == 2000.0
+    fast = timings.beside("slow", {"slow": 100, "fast": 50}, bandwidth=25.0)["fast"]
+    assert (fast["median_ms"], fast["floor_ms"], fast["ratio"]) == (2000.0, 2000.0, 2.0)
 
 
 def test_results_are_waited_for(monkeypatch):

@@ -1,0 +1,165 @@
+"""The whole decode step of SmolLM2-135M at batch 1: how fast each side is, and what it says.
+
+Time: a side decodes greedy tokens from an empty cache, a block of them a turn. Quality: the same
+step reads texts of the kinds of `benchmarks.quality`, token by token, and its logits are compared
+with those of the dense model in float32. llama.cpp reads the file that all the weights come from.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks import peers, timing
+from examples.smollm2 import generate, model, weights
+from hire_rewrite.plan import table
+
+FIRST = 1  # the token that opens a chat
+TOKENS = 64  # of a block
+LENGTH = 512  # of the text of each kind
+MAX_LEN = 512
+ROUNDS = 15
+PEER = "llama.cpp"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """One way to decode.
+
+    Attributes:
+      greedy: chooses TOKENS tokens after FIRST.
+      logits: f32[n, vocab] after each of tokens: i32[n], which are read one by one.
+      bytes: of weights that are read for a token.
+    """
+
+    greedy: Callable[[], Any]
+    logits: Callable[[np.ndarray], Any]
+    bytes: int
+
+
+def jax_side(config: model.Config, step: generate.Step, held: Any, size: int) -> Side:
+    """A compiled step, which donates its cache, with what it is called with for weights."""
+    cache = functools.partial(model.init_cache, config, 1, MAX_LEN)
+
+    def greedy() -> Array:
+        return generate.greedy(step, held, cache(), jnp.array([FIRST]), TOKENS)[0]
+
+    def logits(tokens: np.ndarray) -> Array:
+        state, found = cache(), []
+        for token in jnp.asarray(tokens)[:, None]:
+            values, state = step(held, token, state)
+            found.append(values[0])
+        return jnp.stack(found)
+
+    return Side(greedy, logits, size)
+
+
+def measure(
+    sides: Mapping[str, Side],
+    texts: Mapping[str, np.ndarray],
+    forward: Callable[[np.ndarray], Array],
+    rounds: int,
+) -> dict[str, Any]:
+    """Time and quality of the sides and of llama.cpp.
+
+    Args:
+      sides: "dense" is one of them.
+      texts: tokens i32[n] of each kind.
+      forward: the dense model, tokens: i32[n] to logits: f32[n, vocab].
+    """
+    made = peers.build("decoder", "llama_cpp", weights.find(), MAX_LEN)
+    sides, missing = dict(sides), {}
+    if isinstance(made, str):
+        missing[PEER] = made
+    else:
+        size = sum(tensor.n_bytes for tensor in weights.read().tensors)
+        sides[PEER] = Side(functools.partial(made.greedy, FIRST, TOKENS), made.logits, int(size))
+    rate = timing.bandwidth()
+    blocks = {name: side.greedy for name, side in sides.items()}
+    # Cold, for a pause: threads that wait busily after a block are asleep before the next one.
+    taken = timing.alternate(blocks, rounds, cold=True).seconds
+    tokens = timing.Timings({name: tuple(s / TOKENS for s in each) for name, each in taken.items()})
+    sizes = {name: side.bytes for name, side in sides.items()}
+    result: dict[str, dict[str, Any]] = {**tokens.beside("dense", sizes, rate)}
+    if PEER in sides:
+        own = statistics.median(made.own[-rounds:]) / TOKENS
+        result[PEER] |= {"own_ms": round(1e3 * own, 4), "spins": made.spins}
+    for name, side in sides.items():
+        result[name] |= _quality(side, texts, forward)
+    if PEER in sides:
+        made.close()
+    print(f"\nA decode step, batch 1, {rounds} rounds of {TOKENS} tokens, max_len {MAX_LEN}")
+    print(_table(result))
+    for name, reason in missing.items():
+        print(f"{name}: {reason}")
+    return {
+        "max_len": MAX_LEN,
+        "tokens": TOKENS,
+        "length": max(map(len, texts.values())),
+        "read_gb_s": round(rate / 1e9, 2),
+        "libraries": peers.versions("cyllama"),
+        "sides": result,
+        "missing": missing,
+    }
+
+
+@jax.jit
+def differences(got: Array, expected: Array, tokens: Array) -> dict[str, Array]:
+    """What logits differ by, after each of tokens: i32[n]; both are f32[n, vocab].
+
+    Returns means: `kl`, KL(expected ‖ got) in nats; `same_token`, how often both have the same
+    greatest; `nll`, −log p of the next token by `got`.
+    """
+    p, q = (jax.nn.log_softmax(logits, axis=-1) for logits in (expected, got))
+    return {
+        "kl": jnp.sum(jnp.exp(p) * (p - q), axis=-1).mean(),
+        "same_token": jnp.mean(p.argmax(-1) == q.argmax(-1)),
+        "nll": -jnp.take_along_axis(q[:-1], tokens[1:, None], axis=-1).mean(),
+    }
+
+
+def _quality(
+    side: Side, texts: Mapping[str, np.ndarray], forward: Callable[[np.ndarray], Array]
+) -> dict[str, dict[str, float]]:
+    """Divergence, share of the same greedy tokens, and perplexity by kind of text and of all."""
+    found: dict[str, dict[str, float]] = {"kl": {}, "same_token": {}, "nll": {}}
+    for kind, tokens in texts.items():
+        means = differences(side.logits(tokens), forward(tokens), jnp.asarray(tokens))
+        for what, value in means.items():
+            found[what][kind] = float(value)
+    for by_kind in found.values():
+        by_kind["all"] = statistics.fmean(by_kind.values())
+    nll = found.pop("nll")
+    found["perplexity"] = {kind: float(np.exp(value)) for kind, value in nll.items()}
+    return {  # + 0.0, for there is a −0.0
+        what: {kind: round(value, 5) + 0.0 for kind, value in by_kind.items()}
+        for what, by_kind in found.items()
+    }
+
+
+def _table(result: Mapping[str, Mapping[str, Any]]) -> str:
+    header = ["", "ms", "tokens/s", "spread", "MB read", "floor ms", "times as fast", "KL",
+              "same token", "perplexity"]  # fmt: skip
+    rows = [header]
+    for name, row in result.items():
+        rows.append(
+            [
+                name,
+                f"{row['median_ms']:.2f}",
+                f"{1e3 / row['median_ms']:.1f}",
+                f"{row['spread']:.0%}",
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['floor_ms']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['kl']['all']:.4f}",
+                f"{row['same_token']['all']:.1%}",
+                f"{row['perplexity']['all']:.3f}",
+            ]
+        )
+    return table(rows)
