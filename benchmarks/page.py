@@ -37,6 +37,7 @@ def lines() -> Iterable[str]:
     )
     sections: dict[str, Callable[[Row], Iterable[str]]] = {
         "decode_1b": _decode,
+        "smollm2": _smollm2,
         "head": _heads,
         "ffn": _blocks,
         "top_k": _top_k,
@@ -92,6 +93,39 @@ def _decode(result: Row) -> Iterable[str]:
     yield f"\nPacking: {packing}."
     if "torch" in result:
         yield f"\ntorch: {result['torch']}."
+
+
+def _smollm2(result: Row) -> Iterable[str]:
+    step = result["step"]
+    yield "\n## A decode step of SmolLM2-135M\n"
+    yield (
+        "Batch 1. Divergence (KL, nats a token), the share of tokens whose likeliest next one is "
+        "the same, and perplexity are those of the steps that were timed, on texts of several "
+        "kinds, beside the dense model in float32. llama.cpp reads the file that all the weights "
+        "come from (Q4_1, the embedding Q8_0), with as many threads; its wheel is compiled for "
+        "AVX2."
+    )
+    yield ""
+    yield from table(
+        ["", "ms", "tokens/s", "spread", "**times dense**", "MB", "floor ms", *_SAID],
+        [
+            [name, f"{row['median_ms']:.1f}", f"{1e3 / row['median_ms']:.1f}",
+             f"{row['spread']:.0%}", f"**{row['ratio']:.2f} ×**", f"{row['bytes'] / 1e6:.0f}",
+             f"{row['floor_ms']:.1f}",
+             *(form.format(row[what]["all"]) if what in row else ""
+               for what, form in _SAID.values())]
+            for name, row in step["sides"].items()
+        ],
+    )  # fmt: skip
+    for name, reason in step.get("missing", {}).items():
+        yield f"\n{name}: {reason}."
+
+
+_SAID = {
+    "KL": ("kl", "{:.4f}"),
+    "same token": ("same_token", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+}
 
 
 def _estimate(result: Row) -> Iterable[str]:

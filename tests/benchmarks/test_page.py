@@ -124,6 +124,22 @@ def test_decode_and_estimate(results):
     ]
 
 
+def test_smollm2(results):
+    times = {"spread": 0.04, "floor_ms": 15.0}
+    said = {"kl": {"code": 0.5, "all": 0.25}, "same_token": {"all": 0.9}, "perplexity": {"all": 12}}
+    sides = {
+        "dense": {"median_ms": 60.0, "ratio": 1.0, "bytes": 538e6, **times},
+        "all in 8 bits": {"median_ms": 16.0, "ratio": 3.7, "bytes": 140e6, **times, **said},
+    }
+    results("smollm2", {"step": {"sides": sides, "missing": {"llama.cpp": "not installed"}}})
+    text = list(page.lines())
+    rows = [cells(line) for line in text if line.startswith("|")]
+    assert rows[2][-3:] == ["", "", ""]
+    assert rows[3] == ["all in 8 bits", "16.0", "62.5", "4%", "**3.70 ×**", "140", "15.0",
+                       "0.2500", "90.0%", "12.00"]  # fmt: skip
+    assert "\nllama.cpp: not installed." in text
+
+
 def test_top_k_and_overhead(results):
     rows = [
         {"n": 8192, "k": 64, "side": side, "median ms": ms, "recall": share}
