@@ -28,6 +28,7 @@ import hire_rewrite as hire
 from benchmarks import quality, smollm2_head, smollm2_step, timing
 from examples.smollm2 import calibration, compare, demo, model, text, tokenizer, weights
 from examples.smollm2.compare import Comparison
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.plan import table
 from hire_rewrite.rules import Rule
 
@@ -58,10 +59,27 @@ CONTINUE = (
 TOKENS = 64
 GOALS = {"agreement": 0.99, "head": smollm2_head.GOAL}
 CERTIFIED = hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), certify=True)
+
+
+def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...]:
+    """Rules for every layer: compressed, and so many neurons and inputs of each token exactly, from
+    rows in 8 bits."""
+    exact = hire.Blocks(8)
+    linear = hire.Linear(inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True)
+    if not neurons:
+        return linear, hire.Head(predictor=hire.Quantized(4))
+    block = hire.FFN(neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True)
+    return block, linear, hire.Head(predictor=hire.Quantized(4))
+
+
 SIDES: dict[str, tuple[Rule, ...]] = {
     "head by LowRank(192)": (smollm2_head.RULES[0],),
     "head by LowRank(256)": (demo.HEAD,),
     "head certified": (CERTIFIED,),
+    "no rules": (),
+    "8 bits, exact parts": everything(hire.Blocks(8), neurons=0.02, inputs=0.02),
+    "4 bits, exact parts": everything(hire.Blocks(4, minimum=True), neurons=0.1, inputs=0.05),
+    "4 bits": everything(hire.Blocks(4, minimum=True), neurons=0, inputs=0),
 }
 """What is rewritten, by name: to add a way is to add a line."""
 PARTS = ("prompts", "step")
@@ -128,7 +146,8 @@ class Bench:
                 self.prefill, self.params, self.config, self.text, demo.STREAMS, demo.LENGTH
             )
             packed = step.pack(*call, calibration=fitted)
-            found[name] = (jax.jit(step, donate_argnums=2), packed, step.plan(*call))
+            plan = step.plan(packed, *call[1:])
+            found[name] = (jax.jit(step, donate_argnums=2), packed, plan)
         return found
 
     def agreements(self, prompts: int, tokens: int) -> tuple[dict[str, Any], Array]:
