@@ -22,7 +22,7 @@ from jax import Array, lax
 
 import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.layers import rms_norm
+from examples.layers import attend, rms_norm
 from examples.smollm2 import model
 from hire_rewrite.ops.ffn.ffn import hire_ffn
 from hire_rewrite.ops.head.head import hire_head
@@ -103,7 +103,7 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
             q, k, v = model._qkv(config, w, x, positions)
             keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
             values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
-            x = x + model._attend(q, keys[index], values[index], mask) @ w["wo"]
+            x = x + attend(q, keys[index], values[index], mask) @ w["wo"]
             h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
             y = hire_ffn(
                 h,

@@ -1,16 +1,59 @@
-"""Layers that both example models have."""
+"""What the example models share: layers, and the cache of keys and values."""
 
+import math
+from typing import Protocol
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+Cache = dict[str, Array]
 
 
-def rotate(x: Array, positions: Array, base: float) -> Array:
+class CacheSizes(Protocol):
+    """A model's config, as far as its cache depends on it."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def init_cache(
+    config: CacheSizes, batch: int, max_len: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
+    """An empty cache: k, v: dtype[layers, batch, kv_heads, max_len, head_dim] and pos: i32[].
+
+    `pos` counts the tokens read so far; all sequences of the batch advance together.
+    """
+    shape = (config.layers, batch, config.kv_heads, max_len, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "pos": jnp.int32(0)}
+
+
+def rotate(x: Array, positions: Array, base: Array | float) -> Array:
     """RoPE over x: [..., s, h]: the pair (x[i], x[i + h/2]) turns by position * base^(-2i/h)."""
     half = x.shape[-1] // 2
     angle = positions[:, None] * base ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Mix v: [b, k, t, h] by the softmax of q: [b, k, g, s, h] on k: [b, k, t, h], heads joined.
+
+    mask: bool[s, t] is true where a query may look. Returns [b, s, k * g * h]. Letters: b batch,
+    s query position, t key position, k key-value head, g query head within its group, h element.
+    """
+    scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / math.sqrt(q.shape[-1])
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgst,bkth->bkgsh", weights, v)
+    batch, _, _, seq, _ = mixed.shape
+    return jnp.einsum("bkgsh->bskgh", mixed).reshape(batch, seq, -1)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..layers import Cache, CacheSizes, init_cache
 from . import generate
 from .generate import Step
-from .model import Cache, Config, Params, init_cache
 
 PADDED_TO = 64  # prompts of every length then share a few compiled programs
 TOP = 64  # how many of the greatest logits are compared
@@ -74,8 +74,8 @@ def compare(
 
 def reader(
     prefill: Callable[..., tuple[Array, Cache]],
-    params: Params,
-    config: Config,
+    params: Any,
+    config: CacheSizes,
     prompt: list[int],
     end: int | None,
     max_len: int,

@@ -17,19 +17,18 @@ Letters in the einsums: b batch, s query position, t key position, k key-value h
 within its group, h element of a head.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
-from ..layers import rms_norm, rotate
+from ..layers import Cache, attend, init_cache, rms_norm, rotate
 
 Params = dict[str, Any]
-Cache = dict[str, Array]
+
+__all__ = ["Cache", "Config", "Params", "decode_step", "forward", "init_cache", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,6 @@ class Config:
     def group(self) -> int:
         """Query heads per key-value head."""
         return self.heads // self.kv_heads
-
-
-def init_cache(config: Config, batch: int, max_len: int, dtype: DTypeLike = jnp.float32) -> Cache:
-    """An empty cache: k, v: dtype[layers, batch, kv_heads, max_len, head_dim] and pos: i32[].
-
-    `pos` counts the tokens read so far; all sequences of the batch advance together.
-    """
-    shape = (config.layers, batch, config.kv_heads, max_len, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "pos": jnp.int32(0)}
 
 
 def prefill(
@@ -92,7 +82,7 @@ def forward(config: Config, params: Params, tokens: Array) -> Array:
 
     def block(x: Array, layer: Params) -> tuple[Array, None]:
         q, k, v = _qkv(config, layer, x, positions)
-        x = x + _attend(q, k, v, mask) @ layer["wo"]
+        x = x + attend(q, k, v, mask) @ layer["wo"]
         return x + _ffn(config, layer, x), None
 
     x, _ = lax.scan(block, params["embed"][tokens], params["layers"])
@@ -117,7 +107,7 @@ def _read(
         q, k, v = _qkv(config, layer, x, positions)
         keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
         values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
-        x = x + _attend(q, keys[index], values[index], mask) @ layer["wo"]
+        x = x + attend(q, keys[index], values[index], mask) @ layer["wo"]
         x = x + _ffn(config, layer, x)
         return (x, keys, values), None
 
@@ -138,19 +128,6 @@ def _qkv(config: Config, layer: Params, x: Array, positions: Array) -> tuple[Arr
     q = rotate(jnp.einsum("bskgh->bkgsh", q), positions, config.rope_base)
     k = rotate(jnp.einsum("bskh->bksh", k), positions, config.rope_base)
     return q, k, jnp.einsum("bskh->bksh", v)
-
-
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Mix v: [b, k, t, h] by the softmax of q: [b, k, g, s, h] on k: [b, k, t, h], heads joined.
-
-    mask: bool[s, t] is true where a query may look. Returns [b, s, d_model].
-    """
-    scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / math.sqrt(q.shape[-1])
-    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgst,bkth->bkgsh", weights, v)
-    batch, _, _, seq, _ = mixed.shape
-    return jnp.einsum("bkgsh->bskgh", mixed).reshape(batch, seq, -1)
 
 
 def _ffn(config: Config, layer: Params, x: Array) -> Array:

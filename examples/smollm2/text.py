@@ -63,8 +63,13 @@ def license_text(n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
     return _encode(_licenses(), n_tokens, tokenizer)
 
 
-def windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Cut tokens: i32[n] into as many rows of `length` as fit: i32[n // length, length]."""
+def windows(tokens: np.ndarray, length: int, first: int | None = None) -> np.ndarray:
+    """Cut tokens: i32[n] into as many rows of `length` as fit: i32[rows, length].
+
+    first: a token that every row begins with, for models that expect one before all text.
+    """
+    if first is not None:
+        return np.insert(windows(tokens, length - 1), 0, first, axis=1)
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
