@@ -8,10 +8,11 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
+	@echo "make gemma     Gemma 3 270M in plain JAX (downloads 240 MB), and its plan"
 	@echo "make test      the tests"
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(RUN) -m examples.smollm2.demo
+
+gemma: $(VENV)/.gemma
+	$(RUN) -m examples.gemma3.demo
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
