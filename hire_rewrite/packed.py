@@ -84,7 +84,8 @@ class Packed:
     Example:
       >>> import jax.numpy as jnp, hire_rewrite as hire
       >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
-      >>> step.pack({"vocabulary": jnp.zeros((8, 16))}, jnp.zeros((1, 8)))
+      >>> weights = jnp.sin(jnp.arange(128.0)).reshape(8, 16)
+      >>> step.pack({"vocabulary": weights}, jnp.zeros((1, 8)))
       Packed(1 weights, 0 sites, 0.0 MB)
 
     Attributes:
