@@ -57,6 +57,7 @@ CONTINUE = (
     ("code", "#include <stdio.h>\n\nint main(void) {\n    int numbers[10];\n    for (int i = 0;"),
 )
 TOKENS = 64
+STREAMS, STREAM = 64, 32  # of the text that predictors are fitted to: how many, and how long
 GOALS = {"agreement": 0.99, "head": smollm2_head.GOAL}
 CERTIFIED = hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), certify=True)
 
@@ -74,7 +75,7 @@ def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...
 
 SIDES: dict[str, tuple[Rule, ...]] = {
     "head by LowRank(192)": (smollm2_head.RULES[0],),
-    "head by LowRank(256)": (demo.HEAD,),
+    "head by LowRank(256)": (smollm2_head.RULES[1],),
     "head certified": (CERTIFIED,),
     "no rules": (),
     "8 bits, exact parts": everything(hire.Blocks(8), neurons=0.02, inputs=0.02),
@@ -128,7 +129,7 @@ class Bench:
     def __init__(self) -> None:
         self.params, self.config = weights.load()
         self.words = tokenizer.load()
-        self.text = text.help_text(demo.STREAMS * demo.LENGTH, self.words)
+        self.text = text.help_text(STREAMS * STREAM, self.words)
         prefill = functools.partial(model.prefill, self.config)
         self.prefill = jax.jit(prefill, donate_argnames="cache")
         self._decode_step = functools.partial(model.decode_step, self.config)
@@ -143,7 +144,7 @@ class Bench:
         for name, rules in SIDES.items():
             step = hire.transform(self._decode_step, *rules)
             fitted = calibration.streams(
-                self.prefill, self.params, self.config, self.text, demo.STREAMS, demo.LENGTH
+                self.prefill, self.params, self.config, self.text, STREAMS, STREAM
             )
             packed = step.pack(*call, calibration=fitted)
             plan = step.plan(packed, *call[1:])
@@ -200,7 +201,7 @@ class Bench:
 
     def heads(self, hidden: Array) -> dict[str, Any]:
         """The head alone on hidden: f32[steps, d_model], fitted to the text."""
-        fitted = self.hidden(text.windows(self.text, demo.LENGTH))
+        fitted = self.hidden(text.windows(self.text, STREAM))
         return smollm2_head.measure(self.params["embed"], hidden, fitted)
 
     @functools.cached_property

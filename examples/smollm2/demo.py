@@ -1,7 +1,8 @@
 """The whole way on a real language model: `python -m examples.smollm2.demo`, or `make demo`.
 
-SmolLM2-135M decodes a few prompts with its vocabulary head as it is, and rewritten. Every figure
-printed is measured here or read from a value; none is written in this file.
+SmolLM2-135M decodes a few prompts as it is, and rewritten without a rule: with the same numbers in
+fewer bytes. Every figure printed is measured here or read from a value; none is written in this
+file.
 """
 
 import functools
@@ -19,11 +20,9 @@ from tokenizers import Tokenizer
 import hire_rewrite as hire
 from benchmarks import timing
 
-from . import calibration, compare, generate, model, text, tokenizer, weights
+from . import compare, generate, model, tokenizer, weights
 from .compare import Comparison
 
-HEAD = hire.Head(k=64, candidates=512, predictor=hire.LowRank(256))
-STREAMS, LENGTH = 64, 32  # of the text that the predictor is fitted to
 PROMPTS = (
     "Why is the sky blue?",
     "Write a Python function that reverses a string.",
@@ -48,25 +47,21 @@ def main() -> None:
     def decode_step(params: Any, token: Any, cache: Any) -> Any:
         return model.decode_step(config, params, token, cache)
 
-    _heading("The plan: what is rewritten, what is not, and why")
-    step = hire.transform(decode_step, HEAD)
+    _heading("Pack: look at the numbers, and store the same ones in fewer bytes where they fit")
+    step = hire.transform(decode_step)
     call = (params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, MAX_LEN))
-    plan = step.plan(*call)
-    rule = f"Head(k={HEAD.k}, candidates={HEAD.candidates}, predictor={HEAD.predictor})"
-    _say(f"step = hire.transform(decode_step, {rule})", "", str(plan), "")
-    before, after = map(_mb, weight_bytes(params, plan))
-    _say(f"Weights read for one token: {before} dense, {after} rewritten.")
-
-    _heading("Pack: lay out the rows, fit the predictor to some text")
     start = time.perf_counter()
-    prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
-    ids = text.help_text(STREAMS * LENGTH, words)
-    batches = calibration.streams(prefill, params, config, ids, STREAMS, LENGTH)
-    packed = step.pack(*call, calibration=batches)
-    _say(f"{packed!r}, fitted to {len(ids):,} tokens of Python's help topics")
+    packed = jax.block_until_ready(step.pack(*call))
+    _say("step = hire.transform(decode_step)", f"packed = step.pack(...): {packed!r}")
     _say(f"{time.perf_counter() - start:.1f} s, once for these weights")
 
+    _heading("The plan: what each layer became, and why")
+    plan = step.plan(packed, *call[1:])
+    before, after = map(_mb, weight_bytes(params, plan))
+    _say(str(plan), "", f"Weights read for one token: {before} dense, {after} rewritten.")
+
     _heading("The same prompts, dense and rewritten: what the model says")
+    prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
     dense = (jax.jit(decode_step, donate_argnums=2), params)
     rewritten = (jax.jit(step, donate_argnums=2), packed)
     end = words.token_to_id(tokenizer.END)
@@ -85,7 +80,7 @@ def main() -> None:
     _time(dense, rewritten, plan, config)
 
     _heading("The graph, before and after")
-    lines = str(step.diff(*call)).splitlines()
+    lines = str(step.diff(packed, *call[1:])).splitlines()
     DIFF.parent.mkdir(exist_ok=True)
     DIFF.write_text("\n".join(lines) + "\n", encoding="utf-8")
     _say(*(line if len(line) < WIDTH else line[: WIDTH - 2] + " …" for line in lines[:DIFF_LINES]))
@@ -120,34 +115,20 @@ def _time(
     plan: hire.Plan,
     config: model.Config,
 ) -> None:
-    """Time the step and its head alone; both sides are given with the weights to call them with."""
-
-    def head(params: Any, hidden: Any) -> Any:
-        return hidden @ params["embed"].T
-
-    (_, params), (_, packed) = dense, rewritten
-    rate = timing.bandwidth()
-    token, hidden = jnp.zeros(1, jnp.int32), jnp.ones((1, config.d_model))
-    steps = [
-        decoder(*side, token, model.init_cache(config, 1, MAX_LEN)) for side in (dense, rewritten)
-    ]
-    # A Packed serves every function in which the same rule rewrites the same sites.
-    heads = [
-        functools.partial(jax.jit(head), params, hidden),
-        functools.partial(jax.jit(hire.transform(head, HEAD)), packed, hidden),
-    ]
-    site = next(site for site in plan.sites if site.kind == "head")
-    for what, sides, sizes in (
-        ("the whole step", steps, weight_bytes(params, plan)),
-        ("its head alone", heads, (site.bytes_before, site.bytes_after)),
-    ):
-        names = ("dense", "rewritten")
-        timings = timing.alternate(dict(zip(names, sides, strict=True)), ROUNDS, cold=True)
-        times = (
-            f"{name} {1e3 * timings.median(name):.1f} ms (floor {1e3 * size / rate:.1f})"
-            for name, size in zip(names, sizes, strict=True)
-        )
-        _say(f"{what}: {', '.join(times)}: {timings.ratio(*names):.2f} times as fast")
+    """Time the step; both sides are given with the weights to call them with."""
+    rate, names = timing.bandwidth(), ("dense", "rewritten")
+    token, sizes = jnp.zeros(1, jnp.int32), weight_bytes(dense[1], plan)
+    steps = {
+        name: decoder(*side, token, model.init_cache(config, 1, MAX_LEN))
+        for name, side in zip(names, (dense, rewritten), strict=True)
+    }
+    timings = timing.alternate(steps, ROUNDS, cold=True)
+    times = (
+        f"{name} {1e3 * timings.median(name):.1f} ms, {1 / timings.median(name):.0f} tokens/s "
+        f"(floor {1e3 * size / rate:.1f} ms)"
+        for name, size in zip(names, sizes, strict=True)
+    )
+    _say(f"{'; '.join(times)}: {timings.ratio(*names):.2f} times as fast")
     where = timing.machine()
     _say(
         f"One sequence; {where['processor']}, {where['cores']} cores, jax {where['jax']}. Medians, "
@@ -175,9 +156,9 @@ def _summarize(compared: list[Comparison]) -> None:
     recall = sum(float(c.recall.sum()) for c in compared) / steps
     _say(
         "",
-        f"In {steps} steps the rewritten head chose the dense head's token {same} times "
+        f"In {steps} steps the rewritten model chose the dense one's token {same} times "
         f"({100 * same / steps:.1f} %),",
-        f"and of the {compare.TOP} tokens that the dense head ranks first it had "
+        f"and of the {compare.TOP} tokens that the dense one ranks first it had "
         f"{100 * recall:.1f} % among its own {compare.TOP}.",
     )
 
