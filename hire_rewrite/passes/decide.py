@@ -56,6 +56,11 @@ class Decision:
         return frozenset(self.site.match.nodes | self.site.match.shared)
 
     @property
+    def products(self) -> frozenset[Node]:
+        """The products of its linear layers."""
+        return frozenset(linear.node for linear in self.site.linears)
+
+    @property
     def op(self) -> Operation:
         """The operation of a site that a rule asks for."""
         assert self.operation is not None
@@ -244,9 +249,9 @@ def _without_loss(
     names = {decision.name for decision in left}
     settled, taking = [], [*left, *(d for d in within if not d.packs)]
     for decision in decisions:
-        products = {linear.node for linear in decision.site.linears}
-        own = [d for d in (*within, *left) if d.packs and d.nodes <= decision.nodes]
-        if decision.operation is not None and products <= {n for d in own for n in d.nodes}:
+        own = [d for d in (*within, *left) if d.packs and d.products <= decision.products]
+        covered = decision.products <= {node for d in own for node in d.products}
+        if decision.operation is not None and covered:
             inside = [d for d in own if d not in left]
             time = sum(d.estimated.rewritten for d in own)
             shorter = not decision.packs or time <= decision.estimated.rewritten

@@ -132,6 +132,51 @@ def test_bfloat16_numbers_that_are_held_in_float32():
     close(step(packed, X), model(half, X), 1e-5)
 
 
+@pytest.mark.parametrize("tied", [lambda e, h: h @ e.T, lambda e, h: jnp.einsum("bd,vd->bv", h, e)])
+def test_rows_that_are_looked_up_elsewhere_are_not_held_twice(tied):
+    def step(params, token):
+        return tied(params["embed"], jnp.tanh(params["embed"][token]))
+
+    params = {"embed": jnp.asarray(on_grid(D, 256).T)}
+    token = jnp.array([3, 0, 255, -1, -256])
+    run = hire.transform(step)
+    packed = run.pack(params, token)
+    assert set(packed.weights) == set()
+    close(run(packed, token), step(params, token), 1e-5)
+    for other in ("exact", "dense"):
+        close(hire.transform(step, mode=other)(packed, token), step(params, token), 1e-5)
+    report = run.evaluate(packed, [(token,)])
+    assert [site.error < 1e-5 for site in report.sites] == [True]
+
+
+def test_out_of_range_rows_are_what_they_were():
+    def step(params, token):
+        rows = params["embed"].at[token].get(mode="fill", fill_value=2.0)
+        clipped = params["embed"].at[token].get(mode="clip")
+        return (rows + clipped) @ params["embed"].T
+
+    params, token = {"embed": jnp.asarray(on_grid(D, 256).T)}, jnp.array([3, 256, 999])
+    run = hire.transform(step)
+    packed = run.pack(params, token)
+    assert set(packed.weights) == set()
+    close(run(packed, token), step(params, token), 1e-5)
+
+
+def test_a_rounded_copy_is_no_embedding_unless_asked():
+    def step(params, token):
+        return params["embed"][token] @ params["embed"].T
+
+    params, token = {"embed": rand(256, D)}, jnp.array([3, 5])
+    rule = Linear(encoding=Blocks(8), force=True)
+    assert set(hire.transform(step, rule).pack(params, token).weights) == {"params/embed"}
+    both = hire.transform(step, rule.replace(lookups=True))
+    packed = both.pack(params, token)
+    assert set(packed.weights) == set()
+    assert np.abs(both(packed, token) - step(params, token)).max() < 0.5
+    report = both.evaluate(packed, [(token,)], weights=params)
+    assert 0 < report.sites[0].error < 0.05
+
+
 def test_raw_weights_are_looked_at_on_first_sight():
     step = hire.transform(model)
     with pytest.warns(UserWarning, match="packed on first sight"):
@@ -241,6 +286,7 @@ def test_transformations(transformation):
         ({"encoding": "int8"}, "not an encoding"),
         ({"exact": Float("float32"), "encoding": Blocks()}, "k=0"),
         ({"encoding": Blocks(), "round_inputs": 1}, "True or False"),
+        ({"lookups": "all"}, "lookups"),
     ],
 )
 def test_settings_that_do_not_fit_each_other(settings, reason):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.nodes import Node
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Blocks, Encoding, Float
 from hire_rewrite.ops.linear.linear import LinearSpec
@@ -16,6 +17,7 @@ from hire_rewrite.patterns.linear import MatchContext
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.rules import Rule, count
 from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit
+from hire_rewrite.sites.linear.lookup import lookups_of
 from hire_rewrite.sites.linear.operation import LinearOperation
 from hire_rewrite.sites.linear.rule import Linear
 
@@ -28,9 +30,14 @@ are stored."""
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearMatch(Match):
-    """One linear layer."""
+    """One linear layer, and where rows of its weight are looked up."""
 
     layer: LinearLayer
+    lookups: tuple[Node, ...] = ()
+
+    @property
+    def shared(self) -> frozenset[Node]:
+        return frozenset(self.lookups)
 
     @property
     def linears(self) -> tuple[LinearLayer, ...]:
@@ -54,7 +61,7 @@ class LinearKind(SiteKind):
             raise NoMatch(Refusal.UNSUPPORTED, f"its result is {linear.out.dtype}", node)
         if linear.batch:
             raise NoMatch(Refusal.UNSUPPORTED, "a weight of its own for each input", node)
-        return LinearMatch(linear)
+        return LinearMatch(linear, lookups_of(linear, context))
 
     def default_rule(self, match: LinearMatch) -> Linear:
         """Storage in fewer bits, where they hold the same numbers."""

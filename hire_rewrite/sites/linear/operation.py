@@ -11,12 +11,15 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.cost.machine import Machine
+from hire_rewrite.graph.nodes import Node
 from hire_rewrite.ops.encodings import Encoding, narrowest
+from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.linear.linear import LinearSpec, LinearState, exact_linear, hire_linear
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
@@ -35,6 +38,8 @@ class LinearOperation(Operation):
     def __init__(self, site: MatchedSite, rule: Linear, spec: LinearSpec | None) -> None:
         self.site, self.rule, self._spec = site, rule, spec
         self.layer = site.match.layer
+        reads = rule.encoding is None if rule.lookups is None else rule.lookups
+        self._lookups: tuple[Node, ...] = site.match.lookups if reads else ()
         if spec is None:
             self.unexamined = (
                 "packing looks whether fewer bits hold the same numbers, and if none do they stay "
@@ -74,7 +79,7 @@ class LinearOperation(Operation):
         return machine.site if self.spec.k else machine.product
 
     def tuned_rule(self) -> Linear:
-        return self.rule.replace(encoding=self.spec.encoding)
+        return self.rule.replace(encoding=self.spec.encoding, lookups=bool(self._lookups))
 
     def examine(self, weights: WeightRows) -> Encoding | None:
         found = narrowest(np.asarray(weights.linear(self.layer)))
@@ -102,10 +107,10 @@ class LinearOperation(Operation):
         return arrays._replace(dense=weights.linear(self.layer))
 
     def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
-        return [self._replacement(silent(_hire), arrays)]
+        return [self._replacement(silent(_hire), arrays), *self._looking_up(arrays)]
 
     def exact(self, arrays: LinearState) -> list[SiteReplacement]:
-        return [self._replacement(silent(_exact), arrays)]
+        return [self._replacement(silent(_exact), arrays), *self._looking_up(arrays)]
 
     dense = exact
 
@@ -115,7 +120,25 @@ class LinearOperation(Operation):
             return Measured(exact, rewritten, Comparison(exact, exact, rewritten))
 
         run = reporting(both, follow_exact)
-        return [self._replacement(run, arrays, reports=True)]
+        return [self._replacement(run, arrays, reports=True), *self._looking_up(arrays)]
+
+    def _looking_up(self, arrays: LinearState) -> list[SiteReplacement]:
+        """What takes the place of the lookups of rows."""
+        site, encoding = self.site, self.spec.encoding
+
+        def replacement(node: Node) -> SiteReplacement:
+            def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
+                def decode(places: Array) -> Array:
+                    if state.dense is not None:
+                        return gather_rows(state.dense, layer, places)
+                    return encoding.decode_rows(state.rows, layer, places)
+
+                return [looked_up(node, ins[0], decode)], None
+
+            where = frozenset({node}), (node.ins[1],), tuple(node.outs)
+            return SiteReplacement(site.name, *where, run, arrays, site.sharding.region, site.loops)
+
+        return [replacement(node) for node in self._lookups]
 
     def _replacement(
         self, function: Callable[..., Any], arrays: LinearState, *, reports: bool = False

@@ -31,6 +31,9 @@ class Linear(Rule):
       round_inputs: whether the inputs of the compressed product are rounded to 8 bits, as most
         formats of inference do: processors multiply such numbers many at a time. For an `encoding`
         that rounds too.
+      lookups: whether rows of the weight that are looked up elsewhere (those of an embedding that
+        is tied to a head) are read from the compressed copy too, so that the weight is not held
+        twice. None for where that loses nothing.
       max_tokens, path, force: as in `FFN`.
 
     Raises:
@@ -42,6 +45,7 @@ class Linear(Rule):
     encoding: Encoding | None = None
     exact: Encoding | None = None
     round_inputs: bool = False
+    lookups: bool | None = None
     max_tokens: int | None = None
     path: str | None = None
     force: bool = False
@@ -69,4 +73,6 @@ class Linear(Rule):
             raise HireRewriteError(
                 f"Linear: round_inputs={self.round_inputs!r} must be True or False"
             )
+        if self.lookups not in (None, True, False):
+            raise HireRewriteError(f"Linear: lookups={self.lookups!r} must be True, False or None")
         super().__post_init__()
