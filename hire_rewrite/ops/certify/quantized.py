@@ -7,8 +7,6 @@ bits). `docs/certify.md` has the rest.
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -50,11 +48,8 @@ def error_bound(x: Array, bound: dict[str, Array], layer: Array | int, block: in
     unit = rounding.operand_unit(x.dtype, None)
     off = rounding.platform(0.0, unit)
     rows_off = rounding.platform(0.0, rounding.BFLOAT16_UNIT if block else 0.0)
-    count = d + 3
-    if block:  # the kernel adds 8 to the integers and takes 8 Σ x away again
-        count += math.ceil(10 * (1 + 16 / 7 * math.sqrt(block)))
     sums = rounding.platform(
-        *(rounding.gamma(count, unit) for unit in (rounding.CPU_UNIT, rounding.OTHER_UNIT))
+        *(rounding.gamma(d + 3, unit) for unit in (rounding.CPU_UNIT, rounding.OTHER_UNIT))
     )
     # (1 + off) (1 + rows_off) (1 + sums) - 1, without the cancellation.
     wrong = off + (1 + off) * (rows_off + (1 + rows_off) * sums)

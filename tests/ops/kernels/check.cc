@@ -128,7 +128,7 @@ double Number(const hire::Blocks& rows, int64_t i, int64_t j) {
   if (!rows.narrow) return rows.integers[i * rows.d + j];
   const auto both = static_cast<uint8_t>(rows.integers[i * half + j % half]);
   const int own = j < half ? both & 15 : both >> 4;
-  return rows.minimum.none() && own > 7 ? own - 16 : own;
+  return !rows.minima && own > 7 ? own - 16 : own;
 }
 
 void CheckProducts(const char* what, const std::vector<double>& x, int64_t tokens,
@@ -155,10 +155,9 @@ void CheckBlocks(const hire::Kernels& kernels, const Factor* hire::Factors::*typ
                  int64_t n, int64_t d, int64_t block, bool narrow, bool minima,
                  bool extreme = false) {
   const int64_t blocks = d / block;
-  hire::Blocks rows = {};
-  rows.narrow = narrow, rows.d = d, rows.blocks = blocks;
+  hire::Blocks rows = hire::BlocksOf(narrow, minima, d, blocks);
   const int8_t most = minima || !narrow ? -1 : 0x77, least = narrow ? most : -128;
-  std::vector<int8_t> integers = Integers(n * rows.row_bytes(), -128, 127);
+  std::vector<int8_t> integers = Integers(n * rows.bytes, -128, 127);
   if (extreme) std::fill(integers.begin(), integers.end(), least);
   std::vector<float> scale = Normal(n * blocks), minimum = Normal(minima ? n * blocks : 0);
   const std::vector<Factor> scales = Rounded<Factor>(scale), lows = Rounded<Factor>(minimum);
@@ -175,7 +174,7 @@ void CheckBlocks(const hire::Kernels& kernels, const Factor* hire::Factors::*typ
   for (int64_t i = 0; i < tokens * d; i += 32) {
     float greatest = 0;
     for (int64_t j = i; j < i + 32; ++j) greatest = std::max(greatest, std::abs(x[j]));
-    const float step = greatest / 127;
+    const float step = greatest * (1.0f / 127);
     for (int64_t j = i; j < i + 32; ++j) rounded[j] = std::nearbyint(x[j] / step) * step;
   }
   const std::unique_ptr<void, void (*)(void*)> room(
@@ -195,6 +194,7 @@ void CheckAllBlocks(const hire::Kernels& kernels, int64_t tokens) {
       check(&hire::Factors::float32, 3, 64, 32);
       check(&hire::Factors::bfloat16, 9, 576, 32);
       check(&hire::Factors::float16, 9, 576, 32);
+      check(&hire::Factors::float16, 5, 192, 64);
       check(&hire::Factors::float16, 5, 192, 192);
       check(&hire::Factors::bfloat16, 4, 2368, 2368);
       check(&hire::Factors::float16, 6, 3072, 128);
@@ -264,6 +264,17 @@ void CheckShare(int64_t count, int64_t grain) {
   }
 }
 
+// Several callers at once, so that threads end one's work while another has some to give.
+void CheckCallers() {
+  std::vector<std::thread> callers;
+  for (int64_t caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([caller] {
+      for (int64_t count = 1; count < 60; ++count) CheckShare(count, caller + 1);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
 }  // namespace
 
 int main() {
@@ -292,5 +303,6 @@ int main() {
   for (int64_t count : {0, 1, 7, 1000}) {
     for (int64_t grain : {1, 3, 2000}) CheckShare(count, grain);
   }
+  CheckCallers();
   return wrong;
 }

@@ -127,11 +127,13 @@ def _fits_blocks(
     round_inputs: bool = False,
 ) -> bool:
     """The library reads rows, and of 4 bits their halves, in pieces of 32 columns."""
+    if not usable(x) or integers.size == 0:
+        return False
     d, blocks = x.shape[1], scale.shape[2]
     factors = (scale,) if minimum is None else (scale, minimum)
     known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
     whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
-    return known and whole and 0 < d <= 65536 and integers.size > 0 and usable(x)
+    return known and whole and d <= 65536 and integers.dtype == jnp.int8
 
 
 def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:

@@ -32,31 +32,48 @@ struct Vectors<64> {
   typedef uint8_t Bytes __attribute__((vector_size(64)));
 };
 
-constexpr int64_t kLine = 64;    // bytes of a line of the cache
-constexpr int64_t kPiece = 32;   // columns that blocks, and halves of rows of 4 bits, are multiples of
-constexpr int64_t kMaxColumns = 1 << 16;  // of rows of blocks
+typedef float Four __attribute__((vector_size(16)));
+
+constexpr int64_t kLine = 64;   // bytes of a line of the cache
+constexpr int64_t kPiece = 32;  // columns that blocks, and halves of rows of 4 bits, are multiples of
+constexpr int64_t kMaxColumns = 1 << 16;  // of rows in blocks
 
 // Scales or minima of blocks: [n, blocks], of one of three types.
 struct Factors {
   const float* float32;
   const BFloat16* bfloat16;
   const Float16* float16;
-  bool none() const { return !float32 && !bfloat16 && !float16; }
 };
 
 // Rows of integers, with a scale for each block of columns, which is multiplied, and perhaps a
 // minimum, which is added.
 struct Blocks {
-  const int8_t* integers;  // [n, d], or [n, d / 2] for 4 bits: two to a byte and d / 2 apart
+  const int8_t* integers;  // [n, bytes]: d of 8 bits, or d / 2 of two numbers each that are d / 2 apart
   bool narrow;             // 4 bits: −8 to 7, or 0 to 15 where there are minima
+  bool minima;
   Factors scale, minimum;  // [n, blocks]
-  int64_t d, blocks;
-
-  int64_t row_bytes() const { return narrow ? d / 2 : d; }
+  int64_t d, bytes, blocks;
+  int64_t pieces;  // of a block
+  int64_t second;  // the block of the first number in the high bits, and how many pieces of it
+  int64_t before;  // are before that
 };
 
-// The functions of `rows.inc` and `blocks.inc` for one kind of processor. Tokens are rows of x:
-// [tokens, d].
+// Functions here have no linkage: each kind of processor has its own.
+static inline Blocks BlocksOf(bool narrow, bool minima, int64_t d, int64_t blocks) {
+  Blocks rows = {};
+  rows.narrow = narrow;
+  rows.minima = minima;
+  rows.d = d;
+  rows.bytes = narrow ? d / 2 : d;
+  rows.blocks = blocks;
+  rows.pieces = d / blocks / kPiece;
+  rows.second = d / 2 / kPiece / rows.pieces;
+  rows.before = d / 2 / kPiece % rows.pieces;
+  return rows;
+}
+
+// The functions of `rows.inc`, `blocks.inc` and `rounded.inc` for one kind of processor. Tokens are
+// rows of x: [tokens, d].
 struct Kernels {
   // out[t * stride + i] = x[t] · rows[i], for `count` rows of length d one behind the other.
   template <typename Row>

@@ -37,6 +37,7 @@ inline float Wide(Float16 v) { return _cvtsh_ss(v.bits); }
 
 using Bytes = Vectors<kBytes>::Bytes;
 
+constexpr int kSums = 8;
 constexpr int32_t kShift = 0;  // sums of two products of 8 bits without a sign overflow
 
 inline Ints AddProducts(Ints sums, Bytes u, Bytes s) {
@@ -49,12 +50,20 @@ inline Ints AddSigned(Ints sums, Bytes w, Bytes s) {
   return AddProducts(sums, (Bytes)_mm256_abs_epi8((__m256i)w), (Bytes)flipped);
 }
 
+inline Floats Evens(Floats a, Floats b) {
+  return (Floats)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+}
+
+inline Floats Odds(Floats a, Floats b) {
+  return (Floats)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd);
+}
+
 template <int T>
-inline Bytes Repeat(const uint8_t* p) {
+inline Bytes Repeat(const void* p) {
   if constexpr (T == 1) {
-    return (Bytes)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Bytes)_mm256_loadu_si256(static_cast<const __m256i*>(p));
   } else if constexpr (T == 2) {
-    return (Bytes)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Bytes)_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   } else if constexpr (T == 4) {
     int64_t eight;
     __builtin_memcpy(&eight, p, sizeof(eight));
@@ -69,13 +78,17 @@ inline Bytes Repeat(const uint8_t* p) {
 #include "eight.inc"
 #include "rows.inc"
 #include "blocks.inc"
+#include "rounded.inc"
 
 }  // namespace
 }  // namespace avx2
 
 using namespace avx2;
 
-const Kernels kAvx2 = {Dot<float>, Dot<BFloat16>, Dot<int8_t>, Add<float>, Add<BFloat16>, DotAnyBlocks, RoundedBytes, Round, DotAnyRounded};
+const Kernels kAvx2 = {
+    Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
+    DotAnyBlocks, RoundedBytes,  Round,       DotAnyRounded,
+};
 
 }  // namespace hire
 

@@ -36,6 +36,7 @@ inline Floats Load(const Float16* p) {
 
 using Bytes = Vectors<kBytes>::Bytes;
 
+constexpr int kSums = 8;
 constexpr int32_t kShift = 0;
 
 inline Ints AddProducts(Ints sums, Bytes u, Bytes s) {
@@ -48,22 +49,34 @@ inline Ints AddSigned(Ints sums, Bytes w, Bytes s) {
   return sums;
 }
 
+inline Floats Evens(Floats a, Floats b) {
+  return Floats{a[0], a[2], b[0], b[2], a[4], a[6], b[4], b[6]};
+}
+
+inline Floats Odds(Floats a, Floats b) {
+  return Floats{a[1], a[3], b[1], b[3], a[5], a[7], b[5], b[7]};
+}
+
 template <int T>
-inline Bytes Repeat(const uint8_t* p) {
+inline Bytes Repeat(const void* p) {
   Bytes all;
-  for (int i = 0; i < kBytes; ++i) all[i] = p[i % (kBytes / T)];
+  for (int i = 0; i < kBytes; ++i) all[i] = static_cast<const uint8_t*>(p)[i % (kBytes / T)];
   return all;
 }
 
 #include "eight.inc"
 #include "rows.inc"
 #include "blocks.inc"
+#include "rounded.inc"
 
 }  // namespace
 }  // namespace portable
 
 using namespace portable;
 
-const Kernels kPortable = {Dot<float>, Dot<BFloat16>, Dot<int8_t>, Add<float>, Add<BFloat16>, DotAnyBlocks, RoundedBytes, Round, DotAnyRounded};
+const Kernels kPortable = {
+    Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
+    DotAnyBlocks, RoundedBytes,  Round,       DotAnyRounded,
+};
 
 }  // namespace hire

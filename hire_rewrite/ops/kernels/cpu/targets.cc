@@ -17,7 +17,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kGrain = 1 << 17;  // bytes of rows that a thread takes at a time
+constexpr int64_t kGrain = 1 << 14;  // bytes of rows that a thread takes at least
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
@@ -44,7 +44,10 @@ const Kernels& Best() {
 #endif
 }
 
-int64_t Grain(int64_t row_bytes) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes)); }
+// Rows that a thread takes at least, a multiple of `together`.
+int64_t Grain(int64_t row_bytes, int64_t together = 1) {
+  return std::max<int64_t>(1, kGrain / (std::max<int64_t>(1, row_bytes) * together)) * together;
+}
 
 template <typename Row>
 const Row* Data(ffi::AnyBuffer& buffer) {
@@ -105,16 +108,14 @@ ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffer
                         ffi::AnyBuffer minimum, S32 layer, int64_t input_block, Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = integers.dimensions()[1];
   const int64_t blocks = scale.dimensions()[2];
-  Blocks rows = {};
-  rows.narrow = integers.dimensions()[2] != d;
-  rows.d = d;
-  rows.blocks = blocks;
-  const int64_t size = rows.row_bytes();
+  const int64_t size = integers.dimensions()[2];
   const bool divided = size % kPiece == 0 && d % (blocks * kPiece) == 0 && input_block % kPiece == 0;
   if (!divided || d > kMaxColumns || (input_block > 0 && d % input_block)) {
     return ffi::Error::InvalidArgument("blocks must be of 32 columns, and rows of at most 65,536");
   }
-  const int64_t before = layer.typed_data()[0] * n;
+  Blocks rows = BlocksOf(size != d, minimum.element_count() > 0, d, blocks);
+  const int64_t last = integers.dimensions()[0] - 1;  // as XLA's slices take what lies outside
+  const int64_t before = std::clamp<int64_t>(layer.typed_data()[0], 0, last) * n;
   rows.integers = integers.typed_data() + before * size;
   if (!SetFactors(scale, before * blocks, rows.scale) ||
       !SetFactors(minimum, before * blocks, rows.minimum)) {
@@ -123,7 +124,7 @@ ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffer
   const Kernels& best = Best();
   const float* from = x.typed_data();
   float* to = out->typed_data();
-  const int64_t grain = Grain(size + 2 * blocks);
+  const int64_t grain = Grain(size + 2 * blocks, 4);
   if (input_block == 0) {
     Share(pool, n, grain, [&](int64_t begin, int64_t end) {
       best.dot_blocks(from, tokens, rows, begin, end, to, n);
