@@ -66,10 +66,14 @@ def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...
     """Rules for every layer: compressed, and so many neurons and inputs of each token exactly, from
     rows in 8 bits."""
     exact = hire.Blocks(8)
-    linear = hire.Linear(inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True)
+    linear = hire.Linear(
+        inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True, force=True
+    )
     if not neurons:
         return linear, hire.Head(predictor=hire.Quantized(4))
-    block = hire.FFN(neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True)
+    block = hire.FFN(
+        neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True, force=True
+    )
     return block, linear, hire.Head(predictor=hire.Quantized(4))
 
 
