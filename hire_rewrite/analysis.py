@@ -79,7 +79,8 @@ class Analysis:
     def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
         """The weights, arrays or shapes, in packed form."""
         shapes = any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights)
-        calibration = calibration or Calibration(statistics=self.statistics)
+        sites = calibration.sites if calibration is not None else {}
+        calibration = Calibration(sites, self.statistics)
         with packing_context(weights):
             make = pack_shapes if shapes else pack
             return make(self.trace, self.decisions, self.origin, weights, calibration)
@@ -196,6 +197,15 @@ class Analyses:
         if packed is not None:
             packed.check()
         return self._known[traced, told]
+
+    def examined(
+        self, analysis: Analysis, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Any
+    ) -> Analysis:
+        """An analysis of raw weights that knows what their numbers tell."""
+        told = analysis.examined(weights)
+        if not told:
+            return analysis
+        return self.of(None, args, kwargs, {**analysis.statistics, **told})
 
     def _with_origin(self, packed: Packed, args: Sequence[Any]) -> list[Any]:
         """The arguments with the shapes that a `Packed` was made of in its place."""

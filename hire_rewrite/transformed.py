@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import operator
 import warnings
@@ -25,7 +24,6 @@ from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
-from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
@@ -139,11 +137,7 @@ class Transformed:
                 "packing without calibration: LowRank predictors are plain SVDs of the weights and "
                 "will recall badly; give pack(..., calibration=batches)"
             )
-        examined = analysis.examined(leaves)
-        if examined:
-            known = {**analysis.statistics, **(seen.statistics if seen else {}), **examined}
-            analysis = self._analyses.of(None, args, kwargs, known)
-            seen = dataclasses.replace(seen or Calibration(), statistics=known)
+        analysis = self._analyses.examined(analysis, args, kwargs, leaves)
         packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
         if not self.weights and not shapes:
             self._seen = (), [packed]
@@ -303,9 +297,7 @@ class Transformed:
         new: list[Packed] = []
         traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-            examined = analysis.examined(leaves)
-            if examined:
-                analysis = self._analyses.of(None, args, kwargs, examined)
+            analysis = self._analyses.examined(analysis, args, kwargs, leaves)
             if analysis.packing:
                 hint = ", without calibration, so LowRank predictors will recall badly"
                 hint = hint if analysis.wants_calibration else ""

@@ -26,7 +26,6 @@ from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.logits import divergence, last_logits, with_logits
 from hire_rewrite.passes.modes import HIRE
-from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.progress import progress
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import held_out
@@ -156,10 +155,8 @@ class _Step:
         silent = (rule.replace(path=_NOWHERE) for rule in self.analyses.rules)
         again = self.analyses.again((*rules, *silent))
         analysis = again.of(None, self.args, self.kwargs)
-        examined = analysis.examined(self.leaves)
-        if examined:
-            analysis = again.of(None, self.args, self.kwargs, examined)
-        return again, analysis, analysis.pack(self.leaves, Calibration(statistics=examined))
+        analysis = again.examined(analysis, self.args, self.kwargs, self.leaves)
+        return again, analysis, analysis.pack(self.leaves)
 
     def trial(
         self, site: MatchedSite, rule: Rule, batches: Sequence[Any], dense: Sequence[Array]
