@@ -97,9 +97,15 @@ def _between(times: tuple[float, ...], tokens: int) -> float:
     return times[last - 1] + slope * (tokens - low)
 
 
-def _of_bandwidth(name: str, gigabytes: float, *, site: float) -> Machine:
-    """An accelerator that was not measured, of a published bandwidth in 1e9 bytes a second. What is
-    not dense is taken to reach a fraction of it: guesses that lean towards dense."""
+def _of_bandwidth(
+    name: str, gigabytes: float, *, site: float, int4: float = 0.25, int8: float = 0.5
+) -> Machine:
+    """An accelerator of a published bandwidth in 1e9 bytes a second. What is not dense is taken to
+    reach a fraction of it: guesses that lean towards dense.
+
+    Args:
+      int4, int8: the fraction that scoring reaches with rows of 4 and 8 bits.
+    """
 
     def at(share: float) -> tuple[float, ...]:
         return (1 / (gigabytes * share),) * len(TOKENS)
@@ -108,8 +114,8 @@ def _of_bandwidth(name: str, gigabytes: float, *, site: float) -> Machine:
         name,
         dense_float32=at(1.0),
         dense_bfloat16=at(1.0),
-        scored_int4=at(0.25),
-        scored_int8=at(0.5),
+        scored_int4=at(int4),
+        scored_int8=at(int8),
         scored_bfloat16=at(0.8),
         scored_float32=at(0.8),
         fetched_int8=at(0.25),
@@ -129,7 +135,8 @@ _PUBLISHED = {
     machine.name: machine
     for machine in (
         _BYTES,
-        _of_bandwidth("gpu", 3350, site=50_000.0),  # H100
+        # An H100; in 4 and 8 bits as measured there (docs/gpu.md, the heads).
+        _of_bandwidth("gpu", 3350, site=50_000.0, int4=0.05, int8=0.35),
         _of_bandwidth("tpu v5e", 819, site=20_000.0),
         _of_bandwidth("tpu v5p", 2765, site=20_000.0),
     )
