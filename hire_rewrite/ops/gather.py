@@ -18,7 +18,14 @@ from jax import Array, lax
 from hire_rewrite import _compat
 from hire_rewrite.ops.kernels import KernelOperation
 
-__all__ = ["by_tokens", "flattened", "gather_rows", "gathered_matmul", "gathered_sum"]
+__all__ = [
+    "by_tokens",
+    "flattened",
+    "gather_rows",
+    "gathered_matmul",
+    "gathered_sum",
+    "token_products",
+]
 
 _PIECE = 1 << 22
 """Bytes of rows that are gathered at a time on CPU. A large copy is slow there, because its memory
@@ -120,6 +127,21 @@ def gather_rows(stacked: Array, layer: Array | int, groups: Array) -> Array:
     """stacked[layer, groups]: [*groups.shape, ...] of stacked: [L, G, ...]."""
     flat = stacked.reshape(-1, *stacked.shape[2:])
     return flat.at[_flat_index(stacked, layer, groups)].get(mode="promise_in_bounds")
+
+
+def token_products(rows: Array, vectors: Array, axis: int) -> Array:
+    """The products of rows f32[tokens, n, d], of which each token has its own, with vectors.
+
+    Args:
+      vectors: f32[tokens, m], with m the size of `axis` of the rows, over which is summed: 1 or 2.
+    """
+    return lax.dot_general(
+        rows,
+        vectors,
+        (((axis,), (1,)), ((0,), (0,))),
+        precision=lax.Precision.HIGHEST,  # few rows, which are to be exact
+        preferred_element_type=jnp.float32,
+    )
 
 
 def by_tokens(function: Callable[..., Any], arrays: Sequence[Array], batch: int) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 __all__ = [
     "dequantize_blocks",
+    "pack",
     "quantize_blocks",
     "quantize_rows",
     "round_blocks",
@@ -29,6 +32,12 @@ def quantize_rows(rows: Array) -> tuple[Array, Array]:
     scale = jnp.abs(rows).max(-1) / 127.0
     integers = jnp.round(rows / jnp.where(scale == 0, 1.0, scale)[..., None])
     return integers.astype(jnp.int8), scale
+
+
+def pack(integers: Any) -> Any:
+    """i8[..., d/2] of 4-bit integers i8[..., d], of JAX or NumPy; see `unpack`."""
+    half = integers.shape[-1] // 2
+    return (integers[..., :half] & 15) | (integers[..., half:] << 4)
 
 
 def unpack(packed: Array) -> Array:
@@ -59,7 +68,7 @@ def quantize_blocks(rows: Array, block: int) -> tuple[Array, Array]:
     scale = (jnp.abs(blocks).max(-1) / 7.5).astype(jnp.bfloat16)
     step = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
     integers = jnp.clip(jnp.round(blocks / step), -8, 7).astype(jnp.int8).reshape(rows.shape)
-    return (integers[..., : d // 2] & 15) | (integers[..., d // 2 :] << 4), scale
+    return pack(integers), scale
 
 
 def dequantize_blocks(packed: Array, scale: Array) -> Array:

@@ -77,9 +77,10 @@ class _Matches:
         """Offer the linear layers of a scope to each kind, in turn."""
         context = MatchContext(self.trace, linears, cache=self.cache)
         for kind in site_kinds():
-            if kind.leftover != self.leftover:
-                continue
             rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
+            unasked = kind.leftover and self.rules and not rules
+            if kind.leftover != self.leftover or unasked:
+                continue
             for node, linear in linears.items():
                 if node not in context.taken:
                     self._try(kind, linear, context, rules)

@@ -14,10 +14,11 @@ from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_
 from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
 from hire_rewrite.ops.encodings.points import points
-from hire_rewrite.ops.encodings.product import block_product, packed, widened
+from hire_rewrite.ops.encodings.product import block_product, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, written
+from hire_rewrite.ops.quantize import pack
 
 __all__ = ["Blocks"]
 
@@ -175,7 +176,7 @@ class Blocks:
 
     def _packed(self, integers: Any) -> Any:
         """What is stored of integers i8[..., d], of NumPy or JAX."""
-        return integers if self.bits == 8 else packed(integers)
+        return integers if self.bits == 8 else pack(integers)
 
     def _arrays(self, stored: Stored) -> list[Any]:
         names = ("integers", "scale", "minimum") if self.minimum else ("integers", "scale")

@@ -16,11 +16,11 @@ from jax import Array, lax
 
 from hire_rewrite.ops.encodings.blocks import Blocks
 from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_pairs
-from hire_rewrite.ops.encodings.product import block_product, packed
+from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read
-from hire_rewrite.ops.quantize import unpack
+from hire_rewrite.ops.quantize import pack, unpack
 
 __all__ = ["Nested"]
 
@@ -133,8 +133,8 @@ def _halves(integers: Any) -> Stored:
     """`high` and `low` of integers i16[..., d], of JAX or NumPy."""
     high = (integers + 8) >> 4
     return {
-        "high": packed(high.astype("int8")),
-        "low": packed((integers - 16 * high).astype("int8")),
+        "high": pack(high.astype("int8")),
+        "low": pack((integers - 16 * high).astype("int8")),
     }
 
 

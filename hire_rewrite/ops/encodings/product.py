@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +11,7 @@ from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.narrow import block_of, in_chunks, rows_from, times
 from hire_rewrite.ops.quantize import rounded_blocks, unpack
 
-__all__ = ["block_product", "input_block", "packed", "widened"]
+__all__ = ["block_product", "input_block", "widened"]
 
 
 @KernelOperation
@@ -100,12 +99,6 @@ def widened(integers: Array, scale: Array, minimum: Array | None = None, *, bits
     if minimum is not None:
         wide = wide + minimum.astype(jnp.float32)[..., None]
     return wide.reshape(integers.shape)
-
-
-def packed(integers: Any) -> Any:
-    """i8[..., d/2] of 4-bit integers i8[..., d], of JAX or NumPy; see `ops.quantize.unpack`."""
-    half = integers.shape[-1] // 2
-    return (integers[..., :half] & 15) | (integers[..., half:] << 4)
 
 
 def _unpack_unsigned(packed: Array) -> Array:

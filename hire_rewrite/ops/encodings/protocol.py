@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jax import Array
 
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.named_types import register_type
 from hire_rewrite.ops.predictors.protocol import Read
 
 __all__ = ["Encoding", "Stored", "encoding_types", "register_encoding"]
@@ -112,14 +112,7 @@ def register_encoding(cls: EncodingType) -> EncodingType:
     Raises:
       HireRewriteError: another class of this name is registered.
     """
-    known = _TYPES.setdefault(cls.__name__, cls)
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise HireRewriteError(
-            f"register_encoding: {known.__module__}.{known.__qualname__} is registered as "
-            f"{cls.__name__} already: give the class another name"
-        )
-    _TYPES[cls.__name__] = cls
-    return cls
+    return register_type(_TYPES, cls, "register_encoding")
 
 
 def encoding_types() -> Mapping[str, type]:

@@ -13,12 +13,9 @@ from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState, check_criterion
 from hire_rewrite.ops.ffn.importance import importance
 from hire_rewrite.ops.ffn.layer import down_matmul, up_matmul
-from hire_rewrite.ops.gather import gather_rows
+from hire_rewrite.ops.gather import gather_rows, token_products
 
 __all__ = ["GuessedLayer", "PredictedFFNSpec", "PredictedFFNState", "members"]
-
-_EXACTLY = lax.Precision.HIGHEST
-"""Of products with the few rows that are exact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +133,16 @@ class GuessedLayer:
         tokens, n = neurons.shape
         places = members(neurons, spec.projections)
         rows = spec.exact.decode_rows(state.exact_up, self.layer, places)
-        pre = _each(rows, x.astype(jnp.float32), 2).astype(spec.up_dtype)
+        pre = token_products(rows, x.astype(jnp.float32), 2).astype(spec.up_dtype)
         pre = pre.reshape(tokens, n, spec.projections)
         h = self._of_each(tuple(pre[:, :, p] for p in range(spec.projections)), neurons)
         rows = spec.exact.decode_rows(state.exact_down, self.layer, neurons)
-        return _each(rows, h.astype(jnp.float32), 1)
+        return token_products(rows, h.astype(jnp.float32), 1)
 
     def masked(self, h: Array, chosen: Array) -> Array:
         """`gathered` in dense arithmetic, for h: [tokens, f] and bool[tokens, f]."""
         exactly = jnp.where(chosen, h, jnp.zeros_like(h)).astype(jnp.float32)
-        return jnp.matmul(exactly, self.down_rows(), precision=_EXACTLY)
+        return jnp.matmul(exactly, self.down_rows(), precision=lax.Precision.HIGHEST)
 
     def _of_each(self, pre: tuple[Array, ...], neurons: Array) -> Array:
         """h: [tokens, n] where each token has neurons i32[tokens, n] of its own.
@@ -210,14 +207,3 @@ def members(groups: Array, size: int) -> Array:
     """i32[tokens, n · size], the numbers of what is in groups i32[tokens, n] of one size."""
     numbers = jnp.arange(size, dtype=groups.dtype)[None, None]
     return (groups[..., None] * size + numbers).reshape(groups.shape[0], groups.shape[1] * size)
-
-
-def _each(rows: Array, vectors: Array, axis: int) -> Array:
-    """The products of f32[tokens, n, d] with each token's vector, over one of its axes."""
-    return lax.dot_general(
-        rows,
-        vectors,
-        (((axis,), (1,)), ((0,), (0,))),
-        precision=_EXACTLY,
-        preferred_element_type=jnp.float32,
-    )

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.encodings import Encoding, Stored
+from hire_rewrite.ops.gather import token_products
+from hire_rewrite.ops.narrow import times
 from hire_rewrite.ops.top_k.select import marked, top_k
 
 __all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear"]
@@ -78,13 +80,7 @@ def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Linea
     greatest = jnp.take_along_axis(x, places, axis=1)
     others = jnp.where(marked(places, x.shape[1]), 0.0, x)
     columns = spec.columns.decode_rows(state.columns, layer, places)
-    exact = lax.dot_general(
-        greatest,
-        columns,
-        (((1,), (1,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    exact = token_products(columns, greatest, 1)
     return _product(others, state, layer, spec) + exact
 
 
@@ -98,15 +94,11 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
         rows = spec.encoding.decode(state.rows, layer)
     else:
         rows = spec.columns.decode(state.columns, layer).T
-    return _times(x, rows)
+    return times(x, rows, None)
 
 
 def _product(x: Array, state: LinearState, layer: Array | int, spec: LinearSpec) -> Array:
     tokens = x.shape[0]
     if not isinstance(tokens, int) or tokens >= _MANY_TOKENS:
-        return _times(x, spec.encoding.decode(state.rows, layer))
+        return times(x, spec.encoding.decode(state.rows, layer), None)
     return spec.encoding.product(x, state.rows, layer, round_inputs=spec.round_inputs)
-
-
-def _times(x: Array, rows: Array) -> Array:
-    return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jax import Array, lax
 
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.named_types import register_type
 
 State = dict[str, Array]
 """The arrays of a fitted predictor; in use all of them have a leading axis of layers."""
@@ -104,14 +104,7 @@ def register_predictor(cls: PredictorType) -> PredictorType:
     Raises:
       HireRewriteError: another class of this name is registered.
     """
-    known = _TYPES.setdefault(cls.__name__, cls)
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise HireRewriteError(
-            f"register_predictor: {known.__module__}.{known.__qualname__} is registered as "
-            f"{cls.__name__} already: give the class another name"
-        )
-    _TYPES[cls.__name__] = cls
-    return cls
+    return register_type(_TYPES, cls, "register_predictor")
 
 
 def predictor_types() -> Mapping[str, type]:
