@@ -23,6 +23,7 @@ from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Body, Frame, Node, Scope, Value
 from hire_rewrite.graph.trace import Trace
+from hire_rewrite.passes.join import joined
 from hire_rewrite.passes.schedule import Call, Item, Keep, Loop, Swap, schedule
 from hire_rewrite.sites.replacement import SiteReplacement
 
@@ -49,7 +50,7 @@ class Rewritten:
 
 def rewrite(trace: Trace, replacements: Sequence[SiteReplacement]) -> Rewritten:
     """The traced function with `replacements` in place of their nodes."""
-    units = {node: unit for unit in replacements for node in unit.nodes}
+    units = {node: unit for unit in joined(replacements) for node in unit.nodes}
     live = liveness(trace.scope, units)
     needs = frozenset(i for i, value in enumerate(trace.scope.inputs) if value in live.values)
     return Rewritten(trace.scope, units, live, needs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,34 @@ Run = Callable[[Sequence[Any], Any, Any], tuple[Sequence[Any], Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Joint:
+    """How a replacement runs in one call with others of the same inputs.
+
+    Attributes:
+      key: replacements that have equal ones can run together.
+      start: (inputs, layer: i32[], states of all) to one result for each of them.
+      finish: such a result to the outputs.
+    """
+
+    key: Hashable
+    start: Callable[[Sequence[Any], Any, Sequence[Any]], Sequence[Any]]
+    finish: Callable[[Any], Sequence[Any]]
+
+    def run(self, ins: Sequence[Any], layer: Any, state: Any) -> tuple[Sequence[Any], None]:
+        """A `Run` of one replacement alone."""
+        (result,) = self.start(ins, layer, [state])
+        return self.finish(result), None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SiteReplacement:
     """Code that takes the place of some nodes of one scope.
 
     `run` is given the arrays that stand for `inputs`, the number of the layer, and `state`, the
     packed arrays of the site. It returns those of `outputs`, and a report, None without `reports`.
     `shards` is the `shard_map` around, over whose devices the leading axis of `state` is sharded;
-    `loops` are the scans around in whose iterations it has weights of its own.
+    `loops` are the scans around in whose iterations it has weights of its own; `joint` says how it
+    runs in one call with others, None for alone.
     """
 
     name: str
@@ -38,6 +59,7 @@ class SiteReplacement:
     shards: ManualSharding | None = None
     loops: tuple[Scope, ...] = ()
     reports: bool = False
+    joint: Joint | None = None
 
     def emit(
         self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any

@@ -11,6 +11,7 @@ from hire_rewrite.ops.encodings.nested import Nested
 from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import (
     Encoding,
+    JointEncoding,
     Stored,
     encoding_types,
     register_encoding,
@@ -20,6 +21,7 @@ __all__ = [
     "Blocks",
     "Encoding",
     "Float",
+    "JointEncoding",
     "Nested",
     "Stored",
     "block_product",

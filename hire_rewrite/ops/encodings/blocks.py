@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_
 from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
 from hire_rewrite.ops.encodings.points import points
-from hire_rewrite.ops.encodings.product import block_product, widened
+from hire_rewrite.ops.encodings.product import block_product, block_products, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, written
@@ -156,10 +157,17 @@ class Blocks:
         self, x: Array, stored: Stored, layer: Array | int, *, round_inputs: bool = False
     ) -> Array:
         """f32[tokens, n] for x: [tokens, d] (see `block_product`)."""
-        integers, scale, *rest = self._arrays(stored)
-        minimum = rest[0] if rest else None
         settings: dict[str, Any] = {"bits": self.bits, "round_inputs": round_inputs}
-        return block_product(x, integers, scale, minimum, layer, **settings)
+        return block_product(x, *self._matrix(stored), layer, **settings)
+
+    def products(
+        self, x: Array, several: Sequence[Stored], layer: Array | int, *, round_inputs: bool = False
+    ) -> Sequence[Array]:
+        """f32[tokens, n] of each (see `JointEncoding.products`)."""
+        if len(several) == 1:
+            return [self.product(x, several[0], layer, round_inputs=round_inputs)]
+        matrices = tuple(map(self._matrix, several))
+        return block_products(x, matrices, layer, bits=self.bits, round_inputs=round_inputs)
 
     def bytes(self, n: int, d: int) -> int:
         """The integers, and a scale and perhaps a minimum for each block."""
@@ -177,6 +185,10 @@ class Blocks:
     def _packed(self, integers: Any) -> Any:
         """What is stored of integers i8[..., d], of NumPy or JAX."""
         return integers if self.bits == 8 else pack(integers)
+
+    def _matrix(self, stored: Stored) -> tuple[Array, Array, Array | None]:
+        """Integers, scale, and minimum or None."""
+        return stored["integers"], stored["scale"], stored["minimum"] if self.minimum else None
 
     def _arrays(self, stored: Stored) -> list[Any]:
         names = ("integers", "scale", "minimum") if self.minimum else ("integers", "scale")

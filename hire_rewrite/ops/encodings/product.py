@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,7 +13,7 @@ from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.narrow import block_of, in_chunks, rows_from, times
 from hire_rewrite.ops.quantize import rounded_blocks, unpack
 
-__all__ = ["block_product", "input_block", "widened"]
+__all__ = ["block_product", "block_products", "input_block", "widened"]
 
 
 @KernelOperation
@@ -64,6 +66,35 @@ def block_product(
         cpu=functools.partial(_product_cpu, bits=bits, precision=precision),
         default=functools.partial(_product_default, bits=bits, precision=precision),
     )
+
+
+@KernelOperation
+def block_products(
+    x: Array,
+    several: Sequence[tuple[Array, Array, Array | None]],
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> tuple[Array, ...]:
+    """`block_product` of the same x with several matrices.
+
+    A kernel rounds x once and reads all of them in one call, where their blocks are equally long.
+
+    Args:
+      several: of each, two at least, its integers, scale and minimum.
+
+    Returns:
+      f32[tokens, n] of each.
+
+    Example:
+      >>> rows = jnp.array([[[1, 2, -3, 4]]], jnp.int8), jnp.array([[[1.0, 10.0]]]), None
+      >>> y, same = block_products(jnp.ones((1, 4)), (rows, rows), 0, bits=8)
+      >>> y.tolist(), same.tolist()
+      ([[13.0]], [[13.0]])
+    """
+    settings: dict[str, Any] = {"bits": bits, "round_inputs": round_inputs}
+    return tuple(block_product(x, *matrix, layer, **settings) for matrix in several)
 
 
 def input_block(x: Array, scale: Array) -> int:

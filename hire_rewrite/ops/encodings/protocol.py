@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,7 @@ from jax import Array
 from hire_rewrite.ops.named_types import register_type
 from hire_rewrite.ops.predictors.protocol import Read
 
-__all__ = ["Encoding", "Stored", "encoding_types", "register_encoding"]
+__all__ = ["Encoding", "JointEncoding", "Stored", "encoding_types", "register_encoding"]
 
 Stored = dict[str, Any]
 """The arrays of one matrix; in use each has a leading axis of layers. They are NumPy arrays where
@@ -90,6 +90,17 @@ class Encoding(Protocol):
 
     def reads(self, n: int, d: int, tokens: int = 1) -> tuple[Read, ...]:
         """What one product of so many tokens reads: `bytes`, by the kind of read."""
+        ...
+
+
+@runtime_checkable
+class JointEncoding(Encoding, Protocol):
+    """An encoding of which several matrices are read in one call, where that is faster."""
+
+    def products(
+        self, x: Array, several: Sequence[Stored], layer: Array | int, *, round_inputs: bool = False
+    ) -> Sequence[Array]:
+        """`product` with each of several matrices, whose rows are equally long."""
         ...
 
 

@@ -9,17 +9,18 @@ x is rounded, is then finer too).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.encodings import Encoding, Stored
+from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored
 from hire_rewrite.ops.gather import token_products
 from hire_rewrite.ops.narrow import times
 from hire_rewrite.ops.top_k.select import marked, top_k
 
-__all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear"]
+__all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears", "joins"]
 
 _MANY_TOKENS = 32
 """From so many tokens on rows are widened once and multiplied by the compiler: the arithmetic then
@@ -84,6 +85,33 @@ def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Linea
     return _product(others, state, layer, spec) + exact
 
 
+def hire_linears(
+    x: Array, states: Sequence[LinearState], layer: Array | int, *, spec: LinearSpec
+) -> list[Array]:
+    """`hire_linear` of the same x with several weights, which are read together where they can be.
+
+    Example:
+      >>> import jax
+      >>> from hire_rewrite.ops.encodings import Blocks
+      >>> w, spec = jax.random.normal(jax.random.key(0), (64, 32)), LinearSpec(Blocks(4))
+      >>> rows = jax.tree.map(lambda array: array[None], spec.encoding.store(w))  # one layer
+      >>> q, k = hire_linears(jnp.ones((1, 32)), [LinearState(rows, {})] * 2, 0, spec=spec)
+      >>> q.shape, bool((q == k).all())
+      ((1, 64), True)
+    """
+    encoding = spec.encoding
+    if spec.columns is not None or not isinstance(encoding, JointEncoding) or _many(x):
+        return [hire_linear(x, state, layer, spec=spec) for state in states]
+    rows = [state.rows for state in states]
+    x = x.astype(jnp.float32)
+    return list(encoding.products(x, rows, layer, round_inputs=spec.round_inputs))
+
+
+def joins(spec: LinearSpec) -> bool:
+    """Whether weights of the same input are read together."""
+    return spec.columns is None and isinstance(spec.encoding, JointEncoding)
+
+
 def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:
     """f32[tokens, n], x @ W.T in dense arithmetic for x: [tokens, d], with the best copy of W that
     is stored."""
@@ -98,7 +126,11 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
 
 
 def _product(x: Array, state: LinearState, layer: Array | int, spec: LinearSpec) -> Array:
-    tokens = x.shape[0]
-    if not isinstance(tokens, int) or tokens >= _MANY_TOKENS:
+    if _many(x):
         return times(x, spec.encoding.decode(state.rows, layer), None)
     return spec.encoding.product(x, state.rows, layer, round_inputs=spec.round_inputs)
+
+
+def _many(x: Array) -> bool:
+    tokens = x.shape[0]
+    return not isinstance(tokens, int) or tokens >= _MANY_TOKENS

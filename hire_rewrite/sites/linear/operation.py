@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,7 +15,14 @@ from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.ops.encodings import Encoding, narrowest
 from hire_rewrite.ops.gather import gather_rows
-from hire_rewrite.ops.linear.linear import LinearSpec, LinearState, exact_linear, hire_linear
+from hire_rewrite.ops.linear.linear import (
+    LinearSpec,
+    LinearState,
+    exact_linear,
+    hire_linear,
+    hire_linears,
+    joins,
+)
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
@@ -22,7 +30,7 @@ from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
-from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.sites.replacement import Joint, SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
 
 
@@ -107,7 +115,7 @@ class LinearOperation(Operation):
         return arrays._replace(dense=weights.linear(self.layer))
 
     def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
-        return [self._replacement(silent(_hire), arrays), *self._looking_up(arrays)]
+        return [self._hired(arrays), *self._looking_up(arrays)]
 
     def exact(self, arrays: LinearState) -> list[SiteReplacement]:
         return [self._replacement(silent(_exact), arrays), *self._looking_up(arrays)]
@@ -140,6 +148,24 @@ class LinearOperation(Operation):
 
         return [replacement(node) for node in self._lookups]
 
+    def _hired(self, arrays: LinearState) -> SiteReplacement:
+        """The layer from its copy, together with others of the same input where they join."""
+        layer, spec = self.layer, self.spec
+        if not joins(spec):
+            return self._replacement(silent(_hire), arrays)
+
+        def start(ins: Sequence[Any], index: Any, states: Sequence[LinearState]) -> Sequence[Array]:
+            x = to_tokens(ins[0], layer.x_axes)
+            if len(states) == 1:
+                return [_hire(x, states[0], index, spec=spec)]
+            return _hire_several(x, states, index, spec=spec)
+
+        def finish(y: Array) -> Sequence[Array]:
+            return [from_tokens(y.astype(layer.out.dtype), layer.out.shape, layer.out_axes)]
+
+        joint = Joint((spec, layer.x_axes), start, finish)
+        return dataclasses.replace(self.replacement(joint.run, arrays), joint=joint)
+
     def _replacement(
         self, function: Callable[..., Any], arrays: LinearState, *, reports: bool = False
     ) -> SiteReplacement:
@@ -154,5 +180,6 @@ class LinearOperation(Operation):
 
 
 _hire = jax.jit(hire_linear, static_argnames="spec")
+_hire_several = jax.jit(hire_linears, static_argnames="spec")
 _exact = jax.jit(exact_linear, static_argnames="spec")
 """In a jaxpr and a profile each is one call with a name."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.encodings.product import block_product, input_block, widened
+from hire_rewrite.ops.encodings.product import block_product, block_products, input_block, widened
 from hire_rewrite.ops.quantize import rounded_blocks
 
 needed = pytest.mark.skipif(
@@ -64,6 +64,34 @@ def test_block_product(bits, d, block, minimum, dtype, round_inputs):
         # A token between two integers may be rounded to either: 1 / 254 of the greatest of 32.
         error = 1e-4 if round_inputs else 2e-6
         assert (np.abs(run(x, *operands, jnp.int32(layer)) - products) <= error * size).all()
+
+
+@pytest.mark.parametrize("round_inputs", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("minimum", [False, True])
+def test_several_matrices_are_read_in_one_call(bits, round_inputs, minimum):
+    wide = case(bits, 576, 32, minimum, jnp.float16)
+    one, *others = [
+        tuple(array if array is None else array[:, :count] for array in wide) for count in (N, 1, 8)
+    ]
+    settings = {"bits": bits, "round_inputs": round_inputs}
+    run = jax.jit(functools.partial(block_products, **settings))
+    for count in (1, 5):
+        x = tokens_of(count, 576)
+        for several in ((one, one), (*others, one)):
+            for matrix, got in zip(several, run(x, several, 2), strict=True):
+                np.testing.assert_array_equal(got, block_product(x, *matrix, 2, **settings))
+    if kernels.cpu.status() == "in use":
+        assert run.lower(x, (one, *others), 2).as_text().count("@hire_block_product") == 1
+
+
+@needed
+def test_matrices_of_other_forms_are_read_one_by_one():
+    several = case(4, 576, 32, True, jnp.float16), case(4, 576, 288, True, jnp.float16)
+    x, run = tokens_of(2, 576), jax.jit(functools.partial(block_products, bits=4))
+    assert run.lower(x, several, 0).as_text().count("@hire_block_product") == 2
+    for matrix, got in zip(several, run(x, several, 0), strict=True):
+        np.testing.assert_array_equal(got, block_product(x, *matrix, 0, bits=4))
 
 
 @needed

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
-from hire_rewrite.ops.encodings.product import block_product, input_block
+from hire_rewrite.ops.encodings.product import block_product, block_products, input_block
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
 
-_VERSION = 3
+_VERSION = 4
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = ("block_product", "fetched_product", "fetched_sum", "product", "top_k")
@@ -67,8 +68,15 @@ def usable(x: Array, *dtypes: Any) -> bool:
 
 def _call(name: str, shape: tuple[int, ...], *operands: Array, **attributes: Any) -> Array:
     """f32[shape]. Floating-point vectors are f32, what chooses is i32."""
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    call = jax.ffi.ffi_call(f"hire_{name}", result, vmap_method="sequential")
+    (result,) = _calls(name, [shape], *operands, **attributes)
+    return result
+
+
+def _calls(
+    name: str, shapes: Sequence[tuple[int, ...]], *operands: Array, **attributes: Any
+) -> Sequence[Array]:
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(f"hire_{name}", results, vmap_method="sequential")
     return call(*operands, **attributes)
 
 
@@ -81,6 +89,10 @@ def _product(
     return _call("product", shape, x.astype(jnp.float32), rows, layer, *factors)
 
 
+Matrix = tuple[Array, Array, Array | None]
+"""Integers, scale and minimum of `block_product`."""
+
+
 def _block_product(
     x: Array,
     integers: Array,
@@ -91,29 +103,39 @@ def _block_product(
     bits: int,
     round_inputs: bool = False,
 ) -> Array:
-    return _product_of_blocks(
-        x, integers, scale, minimum, layer, input_block(x, scale) if round_inputs else 0
-    )
+    matrix = integers, scale, minimum
+    (y,) = _block_products(x, (matrix,), layer, bits=bits, round_inputs=round_inputs)
+    return y
+
+
+def _block_products(
+    x: Array,
+    several: Sequence[Matrix],
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> Sequence[Array]:
+    rounded = input_block(x, several[0][1]) if round_inputs else 0
+    return _products_of_blocks(x, several, layer, rounded)
 
 
 def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
-    return _product_of_blocks(x, packed, scale, None, layer, narrow.block_of(x, scale))
+    (y,) = _products_of_blocks(x, [(packed, scale, None)], layer, narrow.block_of(x, scale))
+    return y
 
 
-def _product_of_blocks(
-    x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
-    layer: Array | int,
-    rounded: int,
-) -> Array:
-    """`block_product` of x rounded to 8 bits in blocks of so many columns, of x itself for 0."""
-    layers, n, _ = integers.shape
-    minimum = jnp.zeros((layers, n, 0), scale.dtype) if minimum is None else minimum
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    operands = (x.astype(jnp.float32), integers, scale, minimum, layer)
-    return _call("block_product", (x.shape[0], n), *operands, input_block=np.int64(rounded))
+def _products_of_blocks(
+    x: Array, several: Sequence[Matrix], layer: Array | int, rounded: int
+) -> Sequence[Array]:
+    """`block_products` of x rounded to 8 bits in blocks of so many columns, of x itself for 0."""
+    matrices: list[Array] = []
+    for integers, scale, minimum in several:
+        none = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
+        matrices += integers, scale, none if minimum is None else minimum
+    operands = (x.astype(jnp.float32), jnp.asarray(layer, jnp.int32).reshape(1), *matrices)
+    shapes = [(x.shape[0], integers.shape[1]) for integers, *_ in several]
+    return _calls("block_product", shapes, *operands, input_block=np.int64(rounded))
 
 
 def _fits_blocks(
@@ -134,6 +156,20 @@ def _fits_blocks(
     known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
     whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
     return known and whole and d <= 65536 and integers.dtype == jnp.int8
+
+
+def _fit_blocks(
+    x: Array,
+    several: Sequence[Matrix],
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> bool:
+    """Those of one form, all of which fit."""
+    forms = {(scale.shape[2], minimum is None) for _, scale, minimum in several}
+    settings: dict[str, Any] = {"bits": bits, "round_inputs": round_inputs}
+    return len(forms) == 1 and all(_fits_blocks(x, *m, layer, **settings) for m in several)
 
 
 def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
@@ -189,6 +225,7 @@ for _operation, _function, _supports in (
     (narrow.matmul, _product, lambda x, rows, *_: usable(x, rows.dtype)),
     (narrow.block_matmul, _block_matmul, _fits_block_matmul),
     (block_product, _block_product, _fits_blocks),
+    (block_products, _block_products, _fit_blocks),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
     (select.top_k_operation, _top_k, _fits_top_k),

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "rows.h"
 #include "threads.h"
@@ -18,6 +19,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kGrain = 1 << 14;  // bytes of rows that a thread takes at least
+constexpr int64_t kTogether = 4;     // rows whose sums have an order of their own
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S8 = ffi::Buffer<ffi::S8>;
@@ -104,38 +106,85 @@ bool SetFactors(ffi::AnyBuffer& buffer, int64_t before, Factors& factors) {
   return true;
 }
 
-ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffer scale,
-                        ffi::AnyBuffer minimum, S32 layer, int64_t input_block, Result out) {
-  const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = integers.dimensions()[1];
+// A matrix of `BlockProduct`: its rows, which count on from those of the matrices before it, and
+// where their products go. No piece of work begins between rows that belong together.
+struct Matrix {
+  Blocks rows;
+  int64_t first, n;
+  float* out;
+};
+
+// Rows of a layer of a stack.
+ffi::Error SetRows(int64_t d, int64_t layer, S8 integers, ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
+                    Blocks& rows) {
+  const int64_t n = integers.dimensions()[1], size = integers.dimensions()[2];
   const int64_t blocks = scale.dimensions()[2];
-  const int64_t size = integers.dimensions()[2];
-  const bool divided = size % kPiece == 0 && d % (blocks * kPiece) == 0 && input_block % kPiece == 0;
-  if (!divided || d > kMaxColumns || (input_block > 0 && d % input_block)) {
+  if (size % kPiece || d % (blocks * kPiece) || d > kMaxColumns) {
     return ffi::Error::InvalidArgument("blocks must be of 32 columns, and rows of at most 65,536");
   }
-  Blocks rows = BlocksOf(size != d, minimum.element_count() > 0, d, blocks);
+  rows = BlocksOf(size != d, minimum.element_count() > 0, d, blocks);
   const int64_t last = integers.dimensions()[0] - 1;  // as XLA's slices take what lies outside
-  const int64_t before = std::clamp<int64_t>(layer.typed_data()[0], 0, last) * n;
+  const int64_t before = std::clamp<int64_t>(layer, 0, last) * n;
   rows.integers = integers.typed_data() + before * size;
   if (!SetFactors(scale, before * blocks, rows.scale) ||
       !SetFactors(minimum, before * blocks, rows.minimum)) {
     return ffi::Error::InvalidArgument("scales must be float32, bfloat16 or float16");
   }
+  return ffi::Error::Success();
+}
+
+// The same tokens with several matrices of one form: integers, scale and minimum of each.
+ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S32 layer, ffi::RemainingArgs operands,
+                        ffi::RemainingRets results, int64_t input_block) {
+  const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1];
+  std::vector<Matrix> matrices(results.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const auto integers = operands.get<S8>(3 * i);
+    const auto scale = operands.get<ffi::AnyBuffer>(3 * i + 1);
+    const auto minimum = operands.get<ffi::AnyBuffer>(3 * i + 2);
+    auto out = results.get<F32>(i);
+    if (!integers || !scale || !minimum || !out) {
+      return ffi::Error::InvalidArgument("a matrix is integers of 8 bits, scales and minima");
+    }
+    Matrix& matrix = matrices[i];
+    const ffi::Error error = SetRows(d, layer.typed_data()[0], *integers, *scale, *minimum, matrix.rows);
+    if (error.failure()) return error;
+    matrix.first = total;
+    matrix.n = integers->dimensions()[1];
+    matrix.out = (*out)->typed_data();
+    total += (matrix.n + kTogether - 1) / kTogether * kTogether;
+  }
+  const Blocks form = matrices[0].rows;
+  for (const Matrix& matrix : matrices) {
+    const Blocks& rows = matrix.rows;
+    if (rows.bytes != form.bytes || rows.blocks != form.blocks || rows.minima != form.minima) {
+      return ffi::Error::InvalidArgument("matrices must have equally many bits and blocks");
+    }
+  }
+  if (input_block % kPiece || (input_block > 0 && d % input_block)) {
+    return ffi::Error::InvalidArgument("blocks of tokens must be of 32 columns, and divide them");
+  }
   const Kernels& best = Best();
   const float* from = x.typed_data();
-  float* to = out->typed_data();
-  const int64_t grain = Grain(size + 2 * blocks, 4);
-  if (input_block == 0) {
-    Share(pool, n, grain, [&](int64_t begin, int64_t end) {
-      best.dot_blocks(from, tokens, rows, begin, end, to, n);
-    });
-    return ffi::Error::Success();
+  std::unique_ptr<char[]> room;
+  void* rounded = nullptr;
+  if (input_block > 0) {
+    room = std::make_unique<char[]>(best.rounded_bytes(tokens, form) + kLine);
+    rounded = room.get() + kLine - reinterpret_cast<uintptr_t>(room.get()) % kLine;
+    best.round(from, tokens, input_block, form, rounded);
   }
-  const auto room = std::make_unique<char[]>(best.rounded_bytes(tokens, rows) + kLine);
-  void* rounded = room.get() + kLine - reinterpret_cast<uintptr_t>(room.get()) % kLine;
-  best.round(from, tokens, input_block, rows, rounded);
-  Share(pool, n, grain, [&](int64_t begin, int64_t end) {
-    best.dot_rounded(rounded, tokens, rows, begin, end, to, n);
+  Share(pool, total, Grain(form.bytes + 2 * form.blocks, kTogether), [&](int64_t begin, int64_t end) {
+    for (const Matrix& matrix : matrices) {
+      const int64_t here = std::max(begin - matrix.first, int64_t{0});
+      const int64_t there = std::min(end - matrix.first, matrix.n);
+      if (here >= there) continue;
+      if (rounded) {
+        best.dot_rounded(rounded, tokens, matrix.rows, here, there, matrix.out, matrix.n);
+      } else {
+        best.dot_blocks(from, tokens, matrix.rows, here, there, matrix.out, matrix.n);
+      }
+    }
   });
   return ffi::Error::Success();
 }
@@ -204,15 +253,14 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 #pragma GCC visibility push(default)
 
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 3; }
+extern "C" int hire_version() { return 4; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Arg<F32>().Arg<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_block_product, BlockProduct,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S8>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<S32>()
-                                  .Attr<int64_t>("input_block").Ret<F32>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S32>()
+                                  .RemainingArgs().RemainingRets().Attr<int64_t>("input_block"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fetched_product, FetchedProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Ret<F32>());
