@@ -22,7 +22,7 @@ from jax import Array, lax
 
 import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.layers import attend, rms_norm
+from examples.layers import attend, remember, rms_norm
 from examples.smollm2 import model
 from hire_rewrite.ops.ffn.ffn import hire_ffn
 from hire_rewrite.ops.head.head import hire_head
@@ -93,7 +93,7 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
             weights[path.removeprefix("params/")] = array
         names = ("wq", "wk", "wv", "wo", "attn_norm", "ffn_norm")
         layers = {name: weights[f"layers/{name}"] for name in names}
-        pos, length = cache["pos"], cache["k"].shape[3]
+        pos, length = cache["pos"], cache["v"].shape[3]
         positions = pos + jnp.arange(1)
         mask = positions[:, None] >= jnp.arange(length)
 
@@ -101,8 +101,7 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
             x, keys, values = carry
             w, index = scanned
             q, k, v = model._qkv(config, w, x, positions)
-            keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
-            values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
+            keys, values = remember((keys, values), index, pos, k, v)
             x = x + attend(q, keys[index], values[index], mask) @ w["wo"]
             h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
             y = hire_ffn(

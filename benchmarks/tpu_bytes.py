@@ -122,8 +122,8 @@ def decode(shape: Callable[..., Any], batch: int, config: model.Config = LLAMA_1
         "ffn_norm": shape(n, d),
     }
     params = {"embed": shape(config.vocab, d), "layers": layers, "final_norm": shape(d)}
-    state = shape(n, batch, config.kv_heads, LENGTH, config.head_dim)
-    cache = {"k": state, "v": state, "pos": shape(dtype=jnp.int32)}
+    cache = jax.eval_shape(lambda: model.init_cache(config, batch, LENGTH, jnp.bfloat16))
+    cache = jax.tree.map(lambda array: shape(*array.shape, dtype=array.dtype), cache)
     args = (params, shape(batch, dtype=jnp.int32), cache)
     return functools.partial(model.decode_step, config), args
 

@@ -25,12 +25,30 @@ class CacheSizes(Protocol):
 def init_cache(
     config: CacheSizes, batch: int, max_len: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
-    """An empty cache: k, v: dtype[layers, batch, kv_heads, max_len, head_dim] and pos: i32[].
+    """An empty cache, of dtype:
 
-    `pos` counts the tokens read so far; all sequences of the batch advance together.
+    k: [layers, batch, kv_heads, head_dim, max_len], v: [layers, batch, kv_heads, max_len, head_dim]
+    and pos: i32[].
+
+    `pos` counts the tokens read so far; all sequences of the batch advance together. Keys and
+    values lie as their products read them: otherwise XLA transposes all keys at each step.
     """
-    shape = (config.layers, batch, config.kv_heads, max_len, config.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "pos": jnp.int32(0)}
+    shape = (config.layers, batch, config.kv_heads)
+    return {
+        "k": jnp.zeros((*shape, config.head_dim, max_len), dtype),
+        "v": jnp.zeros((*shape, max_len, config.head_dim), dtype),
+        "pos": jnp.int32(0),
+    }
+
+
+def remember(
+    cache: tuple[Array, Array], layer: Array, pos: Array, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """All keys and values, with those of a layer's tokens from `pos` on: k: [b, k, h, s] and
+    v: [b, k, s, h]."""
+    keys, values = cache
+    keys = lax.dynamic_update_slice(keys, k[None], (layer, 0, 0, 0, pos))
+    return keys, lax.dynamic_update_slice(values, v[None], (layer, 0, 0, pos, 0))
 
 
 def rotate(x: Array, positions: Array, base: Array | float) -> Array:
@@ -43,12 +61,12 @@ def rotate(x: Array, positions: Array, base: Array | float) -> Array:
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Mix v: [b, k, t, h] by the softmax of q: [b, k, g, s, h] on k: [b, k, t, h], heads joined.
+    """Mix v: [b, k, t, h] by the softmax of q: [b, k, g, s, h] on k: [b, k, h, t], heads joined.
 
     mask: bool[s, t] is true where a query may look. Returns [b, s, k * g * h]. Letters: b batch,
     s query position, t key position, k key-value head, g query head within its group, h element.
     """
-    scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / math.sqrt(q.shape[-1])
+    scores = jnp.einsum("bkgsh,bkht->bkgst", q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bkgst,bkth->bkgsh", weights, v)

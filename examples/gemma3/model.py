@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..layers import Cache, attend, init_cache, rms_norm, rotate
+from ..layers import Cache, attend, init_cache, remember, rms_norm, rotate
 
 Params = dict[str, Any]
 
@@ -104,7 +104,7 @@ def _read(
     The cache is part of the scan's carry and each layer writes only its new rows, so XLA updates
     the buffers in place. As a scanned input and output it would be copied whole at every step.
     """
-    pos, max_len = cache["pos"], cache["k"].shape[3]
+    pos, max_len = cache["pos"], cache["v"].shape[3]
     positions = pos + jnp.arange(tokens.shape[1])
 
     def block(
@@ -113,8 +113,7 @@ def _read(
         x, keys, values = carry
         layer, is_global, index = scanned
         q, k, v = _qkv(config, layer, x, positions, is_global)
-        keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
-        values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
+        keys, values = remember((keys, values), index, pos, k, v)
         mask = _mask(config, positions, jnp.arange(max_len), is_global)
         x = _rest(config, layer, x, attend(q, keys[index], values[index], mask))
         return (x, keys, values), None
@@ -139,7 +138,7 @@ def _mask(config: Config, queries: Array, keys: Array, is_global: Array) -> Arra
 def _qkv(
     config: Config, layer: Params, x: Array, positions: Array, is_global: Array
 ) -> tuple[Array, Array, Array]:
-    """Queries [b, k, g, s, h], keys and values [b, k, s, h] of x: [b, s, d_model]."""
+    """Queries [b, k, g, s, h], keys [b, k, h, s] and values [b, k, s, h] of x: [b, s, d_model]."""
     batch, seq, _ = x.shape
     x = rms_norm(x, layer["attn_norm"], config.norm_eps)
     q = (x @ layer["wq"]).reshape(batch, seq, config.kv_heads, config.group, config.head_dim)
@@ -150,7 +149,7 @@ def _qkv(
     base = jnp.where(is_global, config.global_rope_base, config.local_rope_base)
     q = rotate(jnp.einsum("bskgh->bkgsh", q), positions, base)
     k = rotate(jnp.einsum("bskh->bksh", k), positions, base)
-    return q, k, jnp.einsum("bskh->bksh", v)
+    return q, jnp.einsum("bksh->bkhs", k), jnp.einsum("bskh->bksh", v)
 
 
 def _rest(config: Config, layer: Params, x: Array, attended: Array) -> Array:

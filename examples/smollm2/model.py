@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..layers import Cache, attend, init_cache, rms_norm, rotate
+from ..layers import Cache, attend, init_cache, remember, rms_norm, rotate
 
 Params = dict[str, Any]
 
@@ -97,7 +97,7 @@ def _read(
     The cache is part of the scan's carry and each layer writes only its new rows, so XLA updates
     the buffers in place. As a scanned input and output it would be copied whole at every step.
     """
-    pos, max_len = cache["pos"], cache["k"].shape[3]
+    pos, max_len = cache["pos"], cache["v"].shape[3]
     positions = pos + jnp.arange(tokens.shape[1])
     mask = positions[:, None] >= jnp.arange(max_len)
 
@@ -105,8 +105,7 @@ def _read(
         x, keys, values = carry
         layer, index = scanned
         q, k, v = _qkv(config, layer, x, positions)
-        keys = lax.dynamic_update_slice(keys, k[None], (index, 0, 0, pos, 0))
-        values = lax.dynamic_update_slice(values, v[None], (index, 0, 0, pos, 0))
+        keys, values = remember((keys, values), index, pos, k, v)
         x = x + attend(q, keys[index], values[index], mask) @ layer["wo"]
         x = x + _ffn(config, layer, x)
         return (x, keys, values), None
@@ -119,7 +118,7 @@ def _read(
 
 
 def _qkv(config: Config, layer: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-    """Queries [b, k, g, s, h], keys and values [b, k, s, h] of x: [b, s, d_model]."""
+    """Queries [b, k, g, s, h], keys [b, k, h, s] and values [b, k, s, h] of x: [b, s, d_model]."""
     batch, seq, _ = x.shape
     x = rms_norm(x, layer["attn_norm"], config.norm_eps)
     q = (x @ layer["wq"]).reshape(batch, seq, config.kv_heads, config.group, config.head_dim)
@@ -127,7 +126,7 @@ def _qkv(config: Config, layer: Params, x: Array, positions: Array) -> tuple[Arr
     v = (x @ layer["wv"]).reshape(batch, seq, config.kv_heads, config.head_dim)
     q = rotate(jnp.einsum("bskgh->bkgsh", q), positions, config.rope_base)
     k = rotate(jnp.einsum("bskh->bksh", k), positions, config.rope_base)
-    return q, k, jnp.einsum("bskh->bksh", v)
+    return q, jnp.einsum("bksh->bkhs", k), jnp.einsum("bskh->bksh", v)
 
 
 def _ffn(config: Config, layer: Params, x: Array) -> Array:
