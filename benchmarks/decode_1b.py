@@ -22,7 +22,7 @@ from jax import Array, lax
 
 import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.layers import attend, remember, rms_norm
+from examples.layers import attend_cache, remember, rms_norm
 from examples.smollm2 import model
 from hire_rewrite.ops.ffn.ffn import hire_ffn
 from hire_rewrite.ops.head.head import hire_head
@@ -94,7 +94,7 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
         names = ("wq", "wk", "wv", "wo", "attn_norm", "ffn_norm")
         layers = {name: weights[f"layers/{name}"] for name in names}
         pos, length = cache["pos"], cache["v"].shape[3]
-        positions = pos + jnp.arange(1)
+        positions, filled = pos + jnp.arange(1), pos + 1
         mask = positions[:, None] >= jnp.arange(length)
 
         def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
@@ -102,7 +102,7 @@ def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[...
             w, index = scanned
             q, k, v = model._qkv(config, w, x, positions)
             keys, values = remember((keys, values), index, pos, k, v)
-            x = x + attend(q, keys[index], values[index], mask) @ w["wo"]
+            x = x + attend_cache(q, (keys, values), index, filled, mask) @ w["wo"]
             h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
             y = hire_ffn(
                 h,

@@ -1,6 +1,7 @@
 """What the example models share: layers, and the cache of keys and values."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -72,6 +73,44 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     mixed = jnp.einsum("bkgst,bkth->bkgsh", weights, v)
     batch, _, _, seq, _ = mixed.shape
     return jnp.einsum("bkgsh->bskgh", mixed).reshape(batch, seq, -1)
+
+
+def attend_cache(
+    q: Array, cache: tuple[Array, Array], layer: Array, filled: Array, mask: Array
+) -> Array:
+    """`attend` on a layer of all keys and values, of which `filled` tokens are there: i32[].
+
+    mask: bool[s, max_len].
+    """
+    operands = (q, *cache, layer, filled, mask)
+    return lax.platform_dependent(*operands, cpu=_attend_filled, default=_attend_layer)
+
+
+def _attend_layer(
+    q: Array, keys: Array, values: Array, layer: Array, filled: Array, mask: Array
+) -> Array:
+    return attend(q, keys[layer], values[layer], mask)
+
+
+def _attend_filled(
+    q: Array, keys: Array, values: Array, layer: Array, filled: Array, mask: Array
+) -> Array:
+    """On CPU XLA copies a layer's keys and values before their products: no more than the first 64,
+    128, 256, ... tokens, as `filled` needs."""
+    max_len = values.shape[3]
+    lengths = [*(n for n in (1 << i for i in range(6, 31)) if n < max_len), max_len]
+
+    def of_first(length: int) -> Callable[..., Array]:
+        def run(q: Array, keys: Array, values: Array, layer: Array, mask: Array) -> Array:
+            _, batch, heads, _, size = values.shape
+            k = lax.dynamic_slice(keys, (layer, 0, 0, 0, 0), (1, batch, heads, size, length))
+            v = lax.dynamic_slice(values, (layer, 0, 0, 0, 0), (1, batch, heads, length, size))
+            return attend(q, k[0], v[0], mask[:, :length])
+
+        return run
+
+    enough = jnp.searchsorted(jnp.array(lengths), filled)
+    return lax.switch(enough, list(map(of_first, lengths)), q, keys, values, layer, mask)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -24,6 +24,7 @@ class Same:
     loops: tuple[Scope, ...] = ()
     reports: bool = False
     state: None = None
+    joint: None = None
     shards: None = None
 
     @property

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..layers import Cache, attend, init_cache, remember, rms_norm, rotate
+from ..layers import Cache, attend, attend_cache, init_cache, remember, rms_norm, rotate
 
 Params = dict[str, Any]
 
@@ -105,7 +105,7 @@ def _read(
     the buffers in place. As a scanned input and output it would be copied whole at every step.
     """
     pos, max_len = cache["pos"], cache["v"].shape[3]
-    positions = pos + jnp.arange(tokens.shape[1])
+    positions, filled = pos + jnp.arange(tokens.shape[1]), pos + tokens.shape[1]
 
     def block(
         carry: tuple[Array, Array, Array], scanned: tuple[Params, Array, Array]
@@ -115,7 +115,7 @@ def _read(
         q, k, v = _qkv(config, layer, x, positions, is_global)
         keys, values = remember((keys, values), index, pos, k, v)
         mask = _mask(config, positions, jnp.arange(max_len), is_global)
-        x = _rest(config, layer, x, attend(q, keys[index], values[index], mask))
+        x = _rest(config, layer, x, attend_cache(q, (keys, values), index, filled, mask))
         return (x, keys, values), None
 
     carry = (_embed(config, params, tokens), cache["k"], cache["v"])

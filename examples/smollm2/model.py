@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..layers import Cache, attend, init_cache, remember, rms_norm, rotate
+from ..layers import Cache, attend, attend_cache, init_cache, remember, rms_norm, rotate
 
 Params = dict[str, Any]
 
@@ -98,7 +98,7 @@ def _read(
     the buffers in place. As a scanned input and output it would be copied whole at every step.
     """
     pos, max_len = cache["pos"], cache["v"].shape[3]
-    positions = pos + jnp.arange(tokens.shape[1])
+    positions, filled = pos + jnp.arange(tokens.shape[1]), pos + tokens.shape[1]
     mask = positions[:, None] >= jnp.arange(max_len)
 
     def block(carry: tuple[Array, Array, Array], scanned: tuple[Params, Array]) -> tuple[Any, None]:
@@ -106,7 +106,7 @@ def _read(
         layer, index = scanned
         q, k, v = _qkv(config, layer, x, positions)
         keys, values = remember((keys, values), index, pos, k, v)
-        x = x + attend(q, keys[index], values[index], mask) @ layer["wo"]
+        x = x + attend_cache(q, (keys, values), index, filled, mask) @ layer["wo"]
         x = x + _ffn(config, layer, x)
         return (x, keys, values), None
 
