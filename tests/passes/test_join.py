@@ -45,11 +45,13 @@ def test_products_of_one_input_are_one_call():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"k": 0.1}, {"encoding": Float("bfloat16")}],
-    ids=["inputs of their own exactly", "an encoding that reads one matrix at a time"],
+    [{"k": 0.5}, {"k": 0.5, "exact": Blocks(8)}, {"encoding": Float("bfloat16")}],
+    ids=["exact columns", "columns in 8 bits", "an encoding that reads one matrix at a time"],
 )
-def test_some_settings_do_not_join(settings):
-    assert calls(everywhere(attention, **settings)) == [1, 1, 1, 1]
+def test_settings(settings):
+    step = everywhere(attention, **settings)
+    assert calls(step) == [1, 3]
+    close(step(step.pack(PARAMS, X), X), attention(PARAMS, X), 0.02)
 
 
 def test_encodings_apart():

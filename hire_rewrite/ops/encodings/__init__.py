@@ -8,10 +8,12 @@ from hire_rewrite.ops.encodings.blocks import Blocks
 from hire_rewrite.ops.encodings.exact import narrowest
 from hire_rewrite.ops.encodings.floats import Float
 from hire_rewrite.ops.encodings.nested import Nested
+from hire_rewrite.ops.encodings.picked import picked_products, picked_sum
 from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import (
     Encoding,
     JointEncoding,
+    PickedEncoding,
     Stored,
     encoding_types,
     register_encoding,
@@ -23,9 +25,12 @@ __all__ = [
     "Float",
     "JointEncoding",
     "Nested",
+    "PickedEncoding",
     "Stored",
     "block_product",
     "encoding_types",
     "narrowest",
+    "picked_products",
+    "picked_sum",
     "register_encoding",
 ]

@@ -14,6 +14,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_pairs
 from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
+from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
 from hire_rewrite.ops.encodings.points import points
 from hire_rewrite.ops.encodings.product import block_product, block_products, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
@@ -168,6 +169,16 @@ class Blocks:
             return [self.product(x, several[0], layer, round_inputs=round_inputs)]
         matrices = tuple(map(self._matrix, several))
         return block_products(x, matrices, layer, bits=self.bits, round_inputs=round_inputs)
+
+    def picked_products(self, x: Array, stored: Stored, layer: Array | int, picked: Array) -> Array:
+        """f32[tokens, k] (see `ops.encodings.picked`)."""
+        return picked_block_products(x, *self._matrix(stored), layer, picked, bits=self.bits)
+
+    def picked_sum(
+        self, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
+    ) -> Array:
+        """f32[tokens, d] (see `ops.encodings.picked`)."""
+        return picked_block_sum(onto, h, *self._matrix(stored), layer, picked, bits=self.bits)
 
     def bytes(self, n: int, d: int) -> int:
         """The integers, and a scale and perhaps a minimum for each block."""

@@ -11,7 +11,14 @@ from jax import Array
 from hire_rewrite.ops.named_types import register_type
 from hire_rewrite.ops.predictors.protocol import Read
 
-__all__ = ["Encoding", "JointEncoding", "Stored", "encoding_types", "register_encoding"]
+__all__ = [
+    "Encoding",
+    "JointEncoding",
+    "PickedEncoding",
+    "Stored",
+    "encoding_types",
+    "register_encoding",
+]
 
 Stored = dict[str, Any]
 """The arrays of one matrix; in use each has a leading axis of layers. They are NumPy arrays where
@@ -101,6 +108,22 @@ class JointEncoding(Encoding, Protocol):
         self, x: Array, several: Sequence[Stored], layer: Array | int, *, round_inputs: bool = False
     ) -> Sequence[Array]:
         """`product` with each of several matrices, whose rows are equally long."""
+        ...
+
+
+@runtime_checkable
+class PickedEncoding(Encoding, Protocol):
+    """An encoding of which some rows are multiplied as they are stored (see
+    `ops.encodings.picked`), where that is faster than with decoded ones."""
+
+    def picked_products(self, x: Array, stored: Stored, layer: Array | int, picked: Array) -> Array:
+        """f32[tokens, k], the products of x: [tokens, d] with rows i32[tokens, k] of each token."""
+        ...
+
+    def picked_sum(
+        self, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
+    ) -> Array:
+        """f32[tokens, d], onto: f32[tokens, d] and rows i32[tokens, k], times h: [tokens, k]."""
         ...
 
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.encodings import Encoding, Stored
+from hire_rewrite.ops.encodings import Encoding, Stored, picked_products, picked_sum
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState, check_criterion
 from hire_rewrite.ops.ffn.importance import importance
 from hire_rewrite.ops.ffn.layer import down_matmul, up_matmul
-from hire_rewrite.ops.gather import gather_rows, token_products
+from hire_rewrite.ops.gather import gather_rows
 
 __all__ = ["GuessedLayer", "PredictedFFNSpec", "PredictedFFNState", "members"]
 
@@ -122,25 +122,25 @@ class GuessedLayer:
         norms = self.state.norms
         return importance(h, None if norms is None else self._here(norms), self.spec.group)
 
-    def gathered(self, x: Array, neurons: Array) -> Array:
-        """f32[tokens, d_out], Σ hᵢ wᵢ over some neurons of each token, for x: [tokens, d_in].
+    def gathered(self, x: Array, neurons: Array, onto: Array) -> Array:
+        """onto + Σ hᵢ wᵢ over some neurons of each token, for x: [tokens, d_in].
 
         Args:
           neurons: i32[tokens, n].
+          onto: f32[tokens, d_out].
         """
         spec, state = self.spec, self.state
         assert spec.exact is not None
         tokens, n = neurons.shape
         places = members(neurons, spec.projections)
-        rows = spec.exact.decode_rows(state.exact_up, self.layer, places)
-        pre = token_products(rows, x.astype(jnp.float32), 2).astype(spec.up_dtype)
-        pre = pre.reshape(tokens, n, spec.projections)
+        pre = picked_products(spec.exact, x, state.exact_up, self.layer, places)
+        pre = pre.astype(spec.up_dtype).reshape(tokens, n, spec.projections)
         h = self._of_each(tuple(pre[:, :, p] for p in range(spec.projections)), neurons)
-        rows = spec.exact.decode_rows(state.exact_down, self.layer, neurons)
-        return token_products(rows, h.astype(jnp.float32), 1)
+        return picked_sum(spec.exact, onto, h, state.exact_down, self.layer, neurons)
 
     def masked(self, h: Array, chosen: Array) -> Array:
-        """`gathered` in dense arithmetic, for h: [tokens, f] and bool[tokens, f]."""
+        """f32[tokens, d_out], Σ hᵢ wᵢ over the chosen neurons in dense arithmetic, for
+        h: [tokens, f] and bool[tokens, f]."""
         exactly = jnp.where(chosen, h, jnp.zeros_like(h)).astype(jnp.float32)
         return jnp.matmul(exactly, self.down_rows(), precision=lax.Precision.HIGHEST)
 

@@ -90,9 +90,10 @@ def hire_predicted_ffn(
         return block.guessed_down(guesses).astype(spec.down_dtype)
     neurons = members(top_k(block.rank(guesses), spec.k_groups)[1], spec.group)
     chosen = marked(neurons, spec.width)
-    exactly = block.gathered(x, neurons) if few else block.masked(block.hidden(x), chosen)
-    others = jnp.where(chosen, jnp.zeros_like(guesses), guesses)
-    return (block.guessed_down(others) + exactly).astype(spec.down_dtype)
+    guessed = block.guessed_down(jnp.where(chosen, jnp.zeros_like(guesses), guesses))
+    if few:
+        return block.gathered(x, neurons, guessed).astype(spec.down_dtype)
+    return (guessed + block.masked(block.hidden(x), chosen)).astype(spec.down_dtype)
 
 
 def dense_predicted_ffn(

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored
-from hire_rewrite.ops.gather import token_products
+from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored, picked_sum
 from hire_rewrite.ops.narrow import times
 from hire_rewrite.ops.top_k.select import marked, top_k
 
-__all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears", "joins"]
+__all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears"]
 
 _MANY_TOKENS = 32
 """From so many tokens on rows are widened once and multiplied by the compiler: the arithmetic then
@@ -74,15 +73,8 @@ def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Linea
       >>> bool(error < without / 3)
       True
     """
-    x = x.astype(jnp.float32)
-    if spec.columns is None:
-        return _product(x, state, layer, spec)
-    places = top_k(lax.stop_gradient(jnp.abs(x)), spec.k)[1]
-    greatest = jnp.take_along_axis(x, places, axis=1)
-    others = jnp.where(marked(places, x.shape[1]), 0.0, x)
-    columns = spec.columns.decode_rows(state.columns, layer, places)
-    exact = token_products(columns, greatest, 1)
-    return _product(others, state, layer, spec) + exact
+    (y,) = hire_linears(x, [state], layer, spec=spec)
+    return y
 
 
 def hire_linears(
@@ -99,17 +91,16 @@ def hire_linears(
       >>> q.shape, bool((q == k).all())
       ((1, 64), True)
     """
-    encoding = spec.encoding
-    if spec.columns is not None or not isinstance(encoding, JointEncoding) or _many(x):
-        return [hire_linear(x, state, layer, spec=spec) for state in states]
-    rows = [state.rows for state in states]
     x = x.astype(jnp.float32)
-    return list(encoding.products(x, rows, layer, round_inputs=spec.round_inputs))
-
-
-def joins(spec: LinearSpec) -> bool:
-    """Whether weights of the same input are read together."""
-    return spec.columns is None and isinstance(spec.encoding, JointEncoding)
+    if spec.columns is None:
+        return _products(x, states, layer, spec)
+    places = top_k(lax.stop_gradient(jnp.abs(x)), spec.k)[1]
+    greatest = jnp.take_along_axis(x, places, axis=1)
+    others = jnp.where(marked(places, x.shape[1]), 0.0, x)
+    return [
+        picked_sum(spec.columns, y, greatest, state.columns, layer, places)
+        for y, state in zip(_products(others, states, layer, spec), states, strict=True)
+    ]
 
 
 def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:
@@ -125,12 +116,15 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
     return times(x, rows, None)
 
 
-def _product(x: Array, state: LinearState, layer: Array | int, spec: LinearSpec) -> Array:
-    if _many(x):
-        return times(x, spec.encoding.decode(state.rows, layer), None)
-    return spec.encoding.product(x, state.rows, layer, round_inputs=spec.round_inputs)
-
-
-def _many(x: Array) -> bool:
-    tokens = x.shape[0]
-    return not isinstance(tokens, int) or tokens >= _MANY_TOKENS
+def _products(
+    x: Array, states: Sequence[LinearState], layer: Array | int, spec: LinearSpec
+) -> list[Array]:
+    tokens, encoding = x.shape[0], spec.encoding
+    if not isinstance(tokens, int) or tokens >= _MANY_TOKENS:
+        return [times(x, encoding.decode(state.rows, layer), None) for state in states]
+    if isinstance(encoding, JointEncoding):
+        rows = [state.rows for state in states]
+        return list(encoding.products(x, rows, layer, round_inputs=spec.round_inputs))
+    return [
+        encoding.product(x, state.rows, layer, round_inputs=spec.round_inputs) for state in states
+    ]

@@ -21,7 +21,6 @@ from hire_rewrite.ops.linear.linear import (
     exact_linear,
     hire_linear,
     hire_linears,
-    joins,
 )
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
@@ -149,10 +148,8 @@ class LinearOperation(Operation):
         return [replacement(node) for node in self._lookups]
 
     def _hired(self, arrays: LinearState) -> SiteReplacement:
-        """The layer from its copy, together with others of the same input where they join."""
+        """The layer from its copy, together with others of the same input."""
         layer, spec = self.layer, self.spec
-        if not joins(spec):
-            return self._replacement(silent(_hire), arrays)
 
         def start(ins: Sequence[Any], index: Any, states: Sequence[LinearState]) -> Sequence[Array]:
             x = to_tokens(ins[0], layer.x_axes)

@@ -149,6 +149,41 @@ void CheckProducts(const char* what, const std::vector<double>& x, int64_t token
   }
 }
 
+// Some rows, the last one twice, with all columns and with some.
+void CheckPicked(const hire::Kernels& kernels, const hire::Blocks& rows,
+                 const std::vector<float>& scale, const std::vector<float>& minimum) {
+  const int64_t d = rows.d, n = scale.size() / rows.blocks, count = 3, pieces = rows.bytes / hire::kPiece;
+  const std::vector<int32_t> picked = {static_cast<int32_t>(n - 1), 0, static_cast<int32_t>(n - 1)};
+  const auto number = [&](int64_t i, int64_t j) {
+    const int64_t b = picked[i] * rows.blocks + j * rows.blocks / d;
+    return Number(rows, picked[i], j) * static_cast<double>(scale[b]) + (minimum.empty() ? 0 : minimum[b]);
+  };
+  const std::vector<float> x = Normal(d), h = Normal(count);
+  std::vector<float> products(count);
+  kernels.dot_picked(x.data(), rows, picked.data(), count, products.data());
+  for (int64_t i = 0; i < count; ++i) {
+    double want = 0, size = 0;
+    for (int64_t j = 0; j < d; ++j) {
+      want += x[j] * number(i, j);
+      size += std::abs(x[j] * number(i, j));
+    }
+    Expect("dot of picked rows", products[i], want, size);
+  }
+  for (int64_t begin : {int64_t{0}, pieces / 2}) {
+    std::vector<float> out(d, 1.0f);
+    kernels.add_picked(h.data(), rows, picked.data(), count, begin, pieces, out.data());
+    for (int64_t j = 0; j < d; ++j) {
+      const bool there = j % rows.bytes >= begin * hire::kPiece;
+      double want = 1, size = 1;
+      for (int64_t i = 0; i < count && there; ++i) {
+        want += h[i] * number(i, j);
+        size += std::abs(h[i] * number(i, j));
+      }
+      Expect("sum of picked rows", out[j], want, size);
+    }
+  }
+}
+
 // `extreme`: all integers are the greatest that there are, so that sums are too.
 template <typename Factor>
 void CheckBlocks(const hire::Kernels& kernels, const Factor* hire::Factors::*type, int64_t tokens,
@@ -169,6 +204,7 @@ void CheckBlocks(const hire::Kernels& kernels, const Factor* hire::Factors::*typ
   kernels.dot_blocks(x.data(), tokens, rows, 0, n / 2, out.data(), n);
   kernels.dot_blocks(x.data(), tokens, rows, n / 2, n, out.data(), n);
   CheckProducts("dot of blocks", {x.begin(), x.end()}, tokens, rows, scale, minimum, out);
+  CheckPicked(kernels, rows, scale, minimum);
 
   std::vector<double> rounded(tokens * d);
   for (int64_t i = 0; i < tokens * d; i += 32) {

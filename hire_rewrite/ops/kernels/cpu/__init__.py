@@ -23,16 +23,25 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
+from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
 from hire_rewrite.ops.encodings.product import block_product, block_products, input_block
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
 
-_VERSION = 4
+_VERSION = 5
 """Of the targets' operands; see `targets.cc`."""
 
-_TARGETS = ("block_product", "fetched_product", "fetched_sum", "product", "top_k")
+_TARGETS = (
+    "block_product",
+    "fetched_product",
+    "fetched_sum",
+    "picked_product",
+    "picked_sum",
+    "product",
+    "top_k",
+)
 _KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 _FACTORS = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -85,8 +94,8 @@ def _product(
 ) -> Array:
     none = jnp.zeros((rows.shape[0], 0), jnp.float32)
     factors = (none if factor is None else factor for factor in (scale, offset))
-    shape, layer = (x.shape[0], rows.shape[1]), layer.astype(jnp.int32).reshape(1)
-    return _call("product", shape, x.astype(jnp.float32), rows, layer, *factors)
+    shape = x.shape[0], rows.shape[1]
+    return _call("product", shape, x.astype(jnp.float32), rows, _one(layer), *factors)
 
 
 Matrix = tuple[Array, Array, Array | None]
@@ -120,6 +129,35 @@ def _block_products(
     return _products_of_blocks(x, several, layer, rounded)
 
 
+def _picked_products(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    picked: Array,
+    *,
+    bits: int,
+) -> Array:
+    operands = (*_operands([(integers, scale, minimum)]), _one(layer), picked.astype(jnp.int32))
+    return _call("picked_product", picked.shape, x.astype(jnp.float32), *operands)
+
+
+def _picked_sum(
+    onto: Array,
+    h: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    picked: Array,
+    *,
+    bits: int,
+) -> Array:
+    operands = (*_operands([(integers, scale, minimum)]), _one(layer), picked.astype(jnp.int32))
+    return _call("picked_sum", onto.shape, onto, h.astype(jnp.float32), *operands)
+
+
 def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
     (y,) = _products_of_blocks(x, [(packed, scale, None)], layer, narrow.block_of(x, scale))
     return y
@@ -129,13 +167,22 @@ def _products_of_blocks(
     x: Array, several: Sequence[Matrix], layer: Array | int, rounded: int
 ) -> Sequence[Array]:
     """`block_products` of x rounded to 8 bits in blocks of so many columns, of x itself for 0."""
-    matrices: list[Array] = []
-    for integers, scale, minimum in several:
-        none = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
-        matrices += integers, scale, none if minimum is None else minimum
-    operands = (x.astype(jnp.float32), jnp.asarray(layer, jnp.int32).reshape(1), *matrices)
+    operands = (x.astype(jnp.float32), _one(layer), *_operands(several))
     shapes = [(x.shape[0], integers.shape[1]) for integers, *_ in several]
     return _calls("block_product", shapes, *operands, input_block=np.int64(rounded))
+
+
+def _operands(several: Sequence[Matrix]) -> list[Array]:
+    """Of each matrix its three arrays, of which the last may be empty."""
+    operands: list[Array] = []
+    for integers, scale, minimum in several:
+        none = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
+        operands += integers, scale, none if minimum is None else minimum
+    return operands
+
+
+def _one(layer: Array | int) -> Array:
+    return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def _fits_blocks(
@@ -170,6 +217,24 @@ def _fit_blocks(
     forms = {(scale.shape[2], minimum is None) for _, scale, minimum in several}
     settings: dict[str, Any] = {"bits": bits, "round_inputs": round_inputs}
     return len(forms) == 1 and all(_fits_blocks(x, *m, layer, **settings) for m in several)
+
+
+def _fits_picked(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    picked: Array,
+    *,
+    bits: int,
+) -> bool:
+    few = isinstance(picked.size, int) and picked.size > 0
+    return few and _fits_blocks(x, integers, scale, minimum, layer, bits=bits)
+
+
+def _fits_picked_sum(onto: Array, h: Array, *rest: Any, bits: int) -> bool:
+    return _fits_picked(onto, *rest, bits=bits)
 
 
 def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
@@ -226,6 +291,8 @@ for _operation, _function, _supports in (
     (narrow.block_matmul, _block_matmul, _fits_block_matmul),
     (block_product, _block_product, _fits_blocks),
     (block_products, _block_products, _fit_blocks),
+    (picked_block_products, _picked_products, _fits_picked),
+    (picked_block_sum, _picked_sum, _fits_picked_sum),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
     (select.top_k_operation, _top_k, _fits_top_k),

@@ -92,7 +92,14 @@ struct Kernels {
   // out[t * stride + i] = x[t] · rows[i] for begin ≤ i < end.
   void (*dot_blocks)(const float* x, int64_t tokens, const Blocks& rows, int64_t begin, int64_t end,
                      float* out, int64_t stride);
-  // The same for tokens that `round` rounded to 8 bits for these rows, with a scale for each `block`
+  // out[i] = x · rows[picked[i]], of one token.
+  void (*dot_picked)(const float* x, const Blocks& rows, const int32_t* picked, int64_t count,
+                     float* out);
+  // out += Σ_i h[i] rows[picked[i]], of one token, for columns that lie in bytes of a row from `begin`
+  // to `end`, in pieces.
+  void (*add_picked)(const float* h, const Blocks& rows, const int32_t* picked, int64_t count,
+                     int64_t begin, int64_t end, float* out);
+  // As `dot_blocks`, for tokens that `round` rounded to 8 bits for these rows, with a scale for each `block`
   // columns. It takes `rounded_bytes` of memory at a multiple of kLine.
   int64_t (*rounded_bytes)(int64_t tokens, const Blocks& rows);
   void (*round)(const float* x, int64_t tokens, int64_t block, const Blocks& rows, void* rounded);

@@ -87,7 +87,7 @@ using namespace avx2;
 
 const Kernels kAvx2 = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
-    DotAnyBlocks, RoundedBytes,  Round,       DotAnyRounded,
+    DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
 };
 
 }  // namespace hire

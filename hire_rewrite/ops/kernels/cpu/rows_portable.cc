@@ -76,7 +76,7 @@ using namespace portable;
 
 const Kernels kPortable = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
-    DotAnyBlocks, RoundedBytes,  Round,       DotAnyRounded,
+    DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
 };
 
 }  // namespace hire

@@ -121,7 +121,7 @@ using namespace vnni;
 
 const Kernels kVnni = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
-    DotAnyBlocks, RoundedBytes,  Round,       DotAnyRounded,
+    DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
 };
 
 }  // namespace hire

@@ -189,6 +189,48 @@ ffi::Error BlockProduct(ffi::ThreadPool pool, F32 x, S32 layer, ffi::RemainingAr
   return ffi::Error::Success();
 }
 
+ffi::Error PickedProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffer scale,
+                         ffi::AnyBuffer minimum, S32 layer, S32 picked, Result out) {
+  const int64_t d = x.dimensions()[1], tokens = picked.dimensions()[0], count = picked.dimensions()[1];
+  Blocks rows;
+  const ffi::Error error = SetRows(d, layer.typed_data()[0], integers, scale, minimum, rows);
+  if (error.failure()) return error;
+  Share(pool, tokens * count, Grain(rows.bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      const int64_t token = i / count;
+      next = std::min(end, (token + 1) * count);
+      Best().dot_picked(x.typed_data() + token * d, rows, picked.typed_data() + i, next - i,
+                        out->typed_data() + i);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error PickedSum(ffi::ThreadPool pool, F32 onto, F32 h, S8 integers, ffi::AnyBuffer scale,
+                     ffi::AnyBuffer minimum, S32 layer, S32 picked, Result out) {
+  const int64_t d = onto.dimensions()[1], tokens = picked.dimensions()[0], count = picked.dimensions()[1];
+  Blocks rows;
+  const ffi::Error error = SetRows(d, layer.typed_data()[0], integers, scale, minimum, rows);
+  if (error.failure()) return error;
+  // Each thread has columns of its own: then the order of additions does not depend on threads.
+  const int64_t pieces = rows.bytes / kPiece;
+  Share(pool, tokens * pieces, Grain(count * kPiece), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      const int64_t token = i / pieces, first = i % pieces;
+      next = std::min(end, (token + 1) * pieces);
+      const int64_t last = first + next - i;
+      const float* from = onto.typed_data() + token * d;
+      float* to = out->typed_data() + token * d;
+      for (int64_t half = 0; half < d; half += rows.bytes) {
+        std::copy(from + half + first * kPiece, from + half + last * kPiece, to + half + first * kPiece);
+      }
+      Best().add_picked(h.typed_data() + token * count, rows, picked.typed_data() + token * count, count,
+                        first, last, to);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 ffi::Error FetchedProduct(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 index, Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], members = rows.dimensions()[1];
   // One list for all tokens, or one for each.
@@ -253,7 +295,7 @@ ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values,
 #pragma GCC visibility push(default)
 
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 4; }
+extern "C" int hire_version() { return 5; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
@@ -261,6 +303,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_block_product, BlockProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S32>()
                                   .RemainingArgs().RemainingRets().Attr<int64_t>("input_block"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_picked_product, PickedProduct,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<S8>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<S32>().Arg<S32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_picked_sum, PickedSum,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>().Arg<S8>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<S32>().Arg<S32>()
+                                  .Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fetched_product, FetchedProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
                                   .Arg<S32>().Ret<F32>());
