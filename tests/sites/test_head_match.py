@@ -224,7 +224,9 @@ def test_a_widening_cast_belongs_to_the_product():
 
 @pytest.mark.parametrize("epilogue", ["none", "soft cap"])
 def test_arg_max_of_bfloat16_logits_that_are_cast(epilogue):
-    """The compiler leaves out the rounding to bfloat16 between the product and the cast."""
+    """The compiler may leave out the rounding to bfloat16 between the product and the cast, as that
+    of jax 0.10 does and the rewritten head. Where it rounds, some tokens have several greatest.
+    """
     tokens, width = 1024, 1024
     params = {"head": rand(D, width, dtype=jnp.bfloat16)}
     x = inputs(tokens, D, dtype=jnp.bfloat16)
@@ -235,7 +237,11 @@ def test_arg_max_of_bfloat16_logits_that_are_cast(epilogue):
 
     step = hire.transform(fn, hire.Head(k=64, min_width=width, force=True))
     got = jax.jit(step)(packed(step, params, x), x)
-    np.testing.assert_array_equal(got, jax.jit(fn)(params, x))
+    logits = jax.jit(lambda p, x: (x @ p["head"]).astype(jnp.float32))(params, x)
+    if (logits == logits.astype(jnp.bfloat16)).all():
+        np.testing.assert_array_equal(logits[jnp.arange(tokens), got], logits.max(-1))
+    else:
+        np.testing.assert_array_equal(got, jax.jit(fn)(params, x))
 
 
 EDGES = [
