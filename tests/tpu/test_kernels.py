@@ -10,9 +10,17 @@ pytest.importorskip("libtpu")
 
 from benchmarks import tpu_bytes
 from benchmarks.hbm import traffic
-from hire_rewrite.ops.kernels.tpu import rows, scores
+from hire_rewrite.ops.kernels.tpu import blocks, rows, scores
 
-CHIPS = list(tpu_bytes.CHIPS)
+CHIPS, RULES = list(tpu_bytes.CHIPS), list(tpu_bytes.RULES.values())
+
+
+def packed(x, steps, integers, scale, layer):
+    return blocks.block_product(x, steps, integers, scale, None, layer, bits=4)
+
+
+def minimal(x, integers, scale, minimum, layer):
+    return blocks.block_product(x, None, integers, scale, minimum, layer, bits=8)
 
 
 def kernels(shape, tokens):
@@ -24,11 +32,13 @@ def kernels(shape, tokens):
     yield scores.matmul, (wide, shape(16, 1000, 2048), layer), 1000 * 2048 * 2
     rounded = (shape(tokens, 2048, dtype=jnp.int8), shape(tokens, 64, dtype=jnp.float32))
     stored = (integers, shape(16, 16_384, 64), layer)
-    yield scores.block_matmul, (*rounded, *stored), 16_384 * (1024 + 64 * 2)
+    yield packed, (*rounded, *stored), 16_384 * (1024 + 64 * 2)
+    whole, numbers = shape(4, 2048, 8192, dtype=jnp.int8), shape(4, 2048, 64)
+    yield minimal, (shape(tokens, 8192), whole, numbers, numbers, layer), 2048 * (8192 + 2 * 64 * 2)
     if tokens == 1:
         rounded = (shape(1, 4096, dtype=jnp.int8), shape(1, 128, dtype=jnp.float32))
         stored = (shape(4, 16_384, 2048, dtype=jnp.int8), shape(4, 16_384, 128), layer)
-        yield scores.block_matmul, (*rounded, *stored), 16_384 * (2048 + 128 * 2)
+        yield packed, (*rounded, *stored), 16_384 * (2048 + 128 * 2)
     for members in (8, 16, 64):
         groups, most = shape(1 << 18 // members, members, 2048), 104 * members * 2048 * 2
         chosen = shape(1, 103, dtype=jnp.int32)
@@ -71,7 +81,7 @@ def test_a_decode_step_reads_a_quarter():
     for path, size in sizes.items():
         if size > 1 << 20:  # the account of what is known: every weight once
             assert size <= dense.reads[path] < 1.01 * size
-    run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
+    run, *given = tpu_bytes.rewritten(function, args, shape, RULES[0])
     compiled = tpu_bytes.program(run, *given)
     found = tpu_bytes.account(compiled, *given)
     assert found.kernels == 4
@@ -84,13 +94,31 @@ def test_a_decode_step_reads_a_quarter():
     assert not any(one.branch for one in traffic(compiled.as_text()))
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("LowRank(rank=128), attention in 4 bits", 0.15),
+        ("8 bits, exact parts", 0.55),
+        ("4 bits, exact parts", 0.35),
+    ],
+)
+def test_every_weight_of_a_decode_step_is_read_narrow(name, most):
+    shape = tpu_bytes.shapes_for("v5e")
+    function, args = tpu_bytes.decode(shape, 1)
+    run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.RULES[name])
+    compiled = tpu_bytes.program(run, *given)
+    found = tpu_bytes.account(compiled, *given)
+    assert found.total <= most * sum(whole(args).values())
+    assert found.scratch < 4 << 20
+
+
 def test_a_weight_that_fits_into_vmem_is_not_brought_there():
     shape = tpu_bytes.shapes_for("v5e")
     for build, name in ((tpu_bytes.block, ".up"), (tpu_bytes.head, ".rows")):
         function, args = build(shape, 1)
         parts = {}
         for side in tpu_bytes.SIDES:
-            run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[0])
+            run, *given = tpu_bytes.rewritten(function, args, shape, RULES[0])
             found = tpu_bytes.account(tpu_bytes.program(run, *given, side=side), *given)
             (path,) = (path for path in whole(given) if path.endswith(name))
             parts[side] = found.reads[path] / whole(given)[path]
@@ -101,7 +129,7 @@ def test_a_weight_that_fits_into_vmem_is_not_brought_there():
 def test_a_decode_step_compiles_for_the_other_chip():
     shape = tpu_bytes.shapes_for("v5p")
     function, args = tpu_bytes.decode(shape, 1)
-    run, *given = tpu_bytes.rewritten(function, args, shape, tpu_bytes.BLOCK_PREDICTORS[1])
+    run, *given = tpu_bytes.rewritten(function, args, shape, RULES[1])
     compiled = tpu_bytes.program(run, *given)
     # Less than a layer's packed rows, the smallest weight that a kernel reads.
     assert compiled.memory_analysis().temp_size_in_bytes < 16_384 * 1024

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hire_rewrite.ops import narrow, quantize
-from hire_rewrite.ops.kernels.tpu import fits
+from hire_rewrite.ops.encodings import Blocks
+from hire_rewrite.ops.kernels.tpu import blocks, common, fits
 from hire_rewrite.ops.kernels.tpu import rows as rows_module
 from hire_rewrite.ops.kernels.tpu import scores as scores_module
 
@@ -33,7 +34,7 @@ def exact(x, rows):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
-    monkeypatch.setattr(scores_module, "_BLOCK", 128 * 256)
+    monkeypatch.setattr(common, "BLOCK", 128 * 256)
     rows, x = (normal(3, 300, 256) * 20).astype(dtype), normal(tokens, 256, seed=1)
     assert fits.fits_matmul(x, rows)
     for layer in (0, 2):
@@ -43,15 +44,47 @@ def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("d", "block"), [(512, 32), (1024, 8)])
-def test_block_product(monkeypatch, tokens, d, block):
-    monkeypatch.setattr(scores_module, "_BLOCK", 128 * d)
+def test_rounded_tokens(monkeypatch, tokens, d, block):
+    monkeypatch.setattr(common, "BLOCK", 128 * d)
     packed, scale = quantize.quantize_blocks(normal(2, 300, d), block)
     x = normal(tokens, d, seed=1)
     assert fits.fits_blocks(x, packed, scale)
-    rounded = quantize.round_blocks(x, block)
-    got = scores_module.block_matmul(*rounded, packed, scale, jnp.int32(1), interpret=True)
+    rounded, layer = quantize.round_blocks(x, block), jnp.int32(1)
+    got = blocks.block_product(*rounded, packed, scale, None, layer, bits=4, interpret=True)
     want = quantize.rounded_blocks(x, block), quantize.dequantize_blocks(packed[1], scale[1])
     close(got, exact(*want), d)
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("tokens", "d", "block", "dtype"),
+    [
+        (1, 2048, 32, jnp.float16),
+        (3, 1024, 128, jnp.float32),
+        (2, 512, 512, jnp.bfloat16),
+        (3, 4096, 16, jnp.float16),
+    ],
+)
+def test_block_product(monkeypatch, tokens, d, block, dtype, bits, minimum):
+    monkeypatch.setattr(common, "BLOCK", 128 * d)
+    encoding = Blocks(bits, block, minimum, jnp.dtype(dtype).name)
+    stored = jax.vmap(encoding.store)(normal(2, 300, d))
+    x = normal(tokens, d, seed=1)
+    arrays = stored["integers"], stored["scale"], stored.get("minimum")
+    assert fits.fits_blocks(x, *arrays[:2], bits=bits)
+    run = functools.partial(blocks.block_product, bits=bits, interpret=True)
+    got = run(x, None, *arrays, jnp.int32(1))
+    close(got, exact(x.astype(jnp.bfloat16), encoding.decode(stored, 1)), 4 * d)
+
+
+def test_half_precision_scales_are_read_as_they_are():
+    scale = jnp.array([0.0, -1.5, 65504, 6e-8, -6.1e-5, jnp.inf, -jnp.inf, jnp.nan], jnp.float16)
+    integers = jnp.ones((1, 8, 128), jnp.int8)
+    x = jnp.zeros((1, 128)).at[0, 5].set(1)
+    run = functools.partial(blocks.block_product, bits=8, interpret=True)
+    got = run(x, None, integers, scale.reshape(1, 8, 1), None, jnp.int32(0))
+    np.testing.assert_array_equal(got[0], scale.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3)])
@@ -106,7 +139,7 @@ def test_what_they_do_not_take():
     assert not fits.fits_matmul(wide, int8)
     assert fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 8)))
     assert not fits.fits_blocks(x, jnp.zeros((1, 8, 64), jnp.int8), jnp.zeros((1, 8, 4)))
-    assert not fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 1)))
+    assert not fits.fits_blocks(x, jnp.zeros((1, 8, 128), jnp.int8), jnp.zeros((1, 8, 3)))
     narrow, rows = x.astype(jnp.bfloat16), jnp.zeros((1, 32, 8, 256), jnp.bfloat16)
     assert fits.fits_groups(narrow, rows)
     assert not fits.fits_groups(x, rows)  # would be rounded

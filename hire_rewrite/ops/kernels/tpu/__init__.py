@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hire_rewrite import _compat
 from hire_rewrite.ops import gather, narrow
+from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.kernels.tpu.fits import fits_blocks, fits_groups, fits_matmul, fits_single
 from hire_rewrite.ops.quantize import round_blocks
@@ -30,11 +32,44 @@ def _product(
     return narrow.scaled(products_of_rows, layer, scale, offset)
 
 
-def _block_product(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
-    from hire_rewrite.ops.kernels.tpu import scores
+def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array) -> Array:
+    from hire_rewrite.ops.kernels.tpu import blocks
 
-    rounded = round_blocks(x, narrow.block_of(x, scale))
-    return scores.block_matmul(*rounded, packed, scale, layer.astype(jnp.int32))
+    integers, steps = round_blocks(x, narrow.block_of(x, scale))
+    layer = layer.astype(jnp.int32)
+    return blocks.block_product(integers, steps, packed, scale, None, layer, bits=4)
+
+
+def _block_product(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    *,
+    bits: int,
+    **_: Any,
+) -> Array:
+    from hire_rewrite.ops.kernels.tpu import blocks
+
+    layer = jnp.asarray(layer, jnp.int32)
+    return blocks.block_product(x, None, integers, scale, minimum, layer, bits=bits)
+
+
+def _fits_block_product(
+    x: Array,
+    integers: Array,
+    scale: Array,
+    minimum: Array | None,
+    layer: Array | int,
+    *,
+    bits: int,
+    round_inputs: bool = False,
+) -> bool:
+    """Where x may become bfloat16: as products of float32 do, unless JAX is told otherwise."""
+    precision = _compat.default_matmul_precision()
+    rounds = round_inputs or precision in (None, "default", "fastest", "bfloat16")
+    return rounds and fits_blocks(x, integers, scale, bits=bits)
 
 
 def _gathered_matmul(
@@ -73,7 +108,8 @@ def _in_32_bits(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
 for _operation, _function, _supports in (
     (narrow.matmul, _product, fits_matmul),
-    (narrow.block_matmul, _block_product, fits_blocks),
+    (narrow.block_matmul, _block_matmul, fits_blocks),
+    (block_product, _block_product, _fits_block_product),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, fits_groups),
 ):

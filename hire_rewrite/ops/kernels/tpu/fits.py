@@ -7,7 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["CHUNK", "LANES", "TILE", "fits_blocks", "fits_groups", "fits_matmul", "fits_single"]
+__all__ = [
+    "CHUNK",
+    "LANES",
+    "TILE",
+    "fits_blocks",
+    "fits_groups",
+    "fits_matmul",
+    "fits_single",
+    "span_of",
+]
 
 LANES = 128
 """Columns in a tile. Rows of another length XLA may store column by column; a kernel wants them row
@@ -20,7 +29,10 @@ CHUNK = 1 << 21
 """Bytes of rows in a chunk that is fetched, at most; two of them are in VMEM."""
 
 _PARTS = 1 << 21
-"""Bytes that x may take in `block_matmul`, a copy for each block of columns."""
+"""Bytes that x may take in `block_product`, of a span a copy for each block."""
+
+_SPAN = 512
+"""Columns that are multiplied at once, at least."""
 
 _VMEM = 128 << 20
 """Bytes, the most that a TPU has: XLA never brings a larger array there."""
@@ -35,12 +47,19 @@ def fits_matmul(x: Array, rows: Array, *_: Any) -> bool:
     return narrow and rows.shape[2] % LANES == 0 and _few(x, _SCORED)
 
 
-def fits_blocks(x: Array, packed: Array, scale: Array, *_: Any) -> bool:
-    """Whether `block_matmul` takes them: halves of rows in whole blocks, few tokens."""
-    half, blocks = packed.shape[2], scale.shape[2]
-    if half % LANES or blocks % 2 or not _few(x, _SCORED):
+def fits_blocks(x: Array, integers: Array, scale: Array, *_: Any, bits: int = 4) -> bool:
+    """Whether `block_product` takes them: rows or their halves in whole blocks, few tokens."""
+    width, blocks = integers.shape[2], scale.shape[2]
+    even = bits == 8 or blocks == 1 or blocks % 2 == 0
+    if width % LANES or not even or not _few(x, _SCORED):
         return False
-    return blocks * x.shape[0] * half * 2 <= _PARTS
+    return blocks * x.shape[0] * span_of(width, x.shape[1] // blocks) * 2 <= _PARTS
+
+
+def span_of(width: int, block: int) -> int:
+    """Columns that are multiplied at once: whole blocks, of which each takes tokens' places."""
+    spans = (n for n in range(_SPAN, width, LANES) if n % block == 0 and width % n == 0)
+    return next(spans, width)
 
 
 def fits_groups(x: Array, stacked: Array, *_: Any, **__: Any) -> bool:
