@@ -42,6 +42,10 @@ class LinearSpec:
     columns: Encoding | None = None
     round_inputs: bool = False
 
+    def takes_all(self, tokens: int, d: int) -> bool:
+        """Whether so many tokens may ask for all d columns: then these alone are read."""
+        return self.columns is not None and tokens * self.k >= d
+
 
 class LinearState(NamedTuple):
     """The arrays of a linear layer, with a leading axis of layers.
@@ -59,6 +63,8 @@ class LinearState(NamedTuple):
 
 def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:
     """f32[tokens, n], about x @ W.T for x: [tokens, d]. NaN where x is.
+
+    Tokens that may ask for all columns together get them, which reads less than their own.
 
     Example:
       >>> import jax
@@ -92,15 +98,19 @@ def hire_linears(
       ((1, 64), True)
     """
     x = x.astype(jnp.float32)
-    if spec.columns is None:
+    columns, (tokens, d) = spec.columns, x.shape
+    if columns is None:
         return _products(x, states, layer, spec)
+    few = isinstance(tokens, int)  # otherwise a symbol
+    if few and spec.takes_all(tokens, d):
+        return [_by_columns(x, state, layer, columns) for state in states]
     places = top_k(lax.stop_gradient(jnp.abs(x)), spec.k)[1]
+    others = jnp.where(marked(places, d), 0.0, x)
+    products = zip(_products(others, states, layer, spec), states, strict=True)
+    if not few:
+        return [y + _by_columns(x - others, state, layer, columns) for y, state in products]
     greatest = jnp.take_along_axis(x, places, axis=1)
-    others = jnp.where(marked(places, x.shape[1]), 0.0, x)
-    return [
-        picked_sum(spec.columns, y, greatest, state.columns, layer, places)
-        for y, state in zip(_products(others, states, layer, spec), states, strict=True)
-    ]
+    return [picked_sum(columns, y, greatest, s.columns, layer, places) for y, s in products]
 
 
 def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:
@@ -112,8 +122,13 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
     elif spec.columns is None:
         rows = spec.encoding.decode(state.rows, layer)
     else:
-        rows = spec.columns.decode(state.columns, layer).T
+        return _by_columns(x, state, layer, spec.columns)
     return times(x, rows, None)
+
+
+def _by_columns(x: Array, state: LinearState, layer: Array | int, columns: Encoding) -> Array:
+    """f32[tokens, n], x @ W.T by all columns."""
+    return times(x, columns.decode(state.columns, layer).T, None)
 
 
 def _products(

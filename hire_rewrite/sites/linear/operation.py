@@ -75,6 +75,8 @@ class LinearOperation(Operation):
 
     def reads(self, tokens: int) -> Sequence[Read]:
         spec, (n, d) = self.spec, self.scored
+        if spec.columns is not None and spec.takes_all(tokens, d):
+            return spec.columns.reads(d, n, tokens)
         reads = [*spec.encoding.reads(n, d, tokens)]
         if spec.columns is not None:
             size = spec.columns.bytes(spec.k * tokens, n)
