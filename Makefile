@@ -45,6 +45,7 @@ bench: $(VENV)/.peers
 	$(RUN) -m benchmarks.head $(QUICK)
 	$(RUN) -m benchmarks.decode_1b $(QUICK)
 	$(RUN) -m benchmarks.smollm2
+	$(RUN) -m benchmarks.gemma3
 	$(RUN) -m benchmarks.page
 
 quality: $(VENV)/.demo

@@ -38,6 +38,7 @@ def lines() -> Iterable[str]:
     sections: dict[str, Callable[[Row], Iterable[str]]] = {
         "decode_1b": _decode,
         "smollm2": _smollm2,
+        "gemma3": _gemma3,
         "head": _heads,
         "ffn": _blocks,
         "top_k": _top_k,
@@ -96,16 +97,49 @@ def _decode(result: Row) -> Iterable[str]:
 
 
 def _smollm2(result: Row) -> Iterable[str]:
-    step = result["step"]
     yield "\n## A decode step of SmolLM2-135M\n"
+    yield f"{_STEP} (Q4_1, the embedding Q8_0), {_PEER}"
+    yield ""
+    yield from _whole_step(result["step"])
+
+
+def _gemma3(result: Row) -> Iterable[str]:
+    types = ", ".join(dict.fromkeys(row["type"] for row in result["grids"]))
+    exact = result["step"]["without rules"]
+    yield "\n## A decode step of Gemma 3 270M\n"
     yield (
-        "Batch 1. Divergence (KL, nats a token), the share of tokens whose likeliest next one is "
-        "the same, and perplexity are those of the steps that were timed, on texts of several "
-        "kinds, beside the dense model in float32. llama.cpp reads the file that all the weights "
-        "come from (Q4_1, the embedding Q8_0), with as many threads; its wheel is compiled for "
-        "AVX2."
+        f"{_STEP} ({types}), {_PEER} Text begins with the token that the model expects. Without "
+        f"rules {exact['sites']} sites hold the same numbers in fewer bytes: "
+        f"{exact['bytes_before'] / 1e6:.0f} MB become {exact['bytes_after'] / 1e6:.0f} MB."
     )
     yield ""
+    yield from _whole_step(result["step"])
+    yield (
+        "\nWhat holds the file's matrices exactly, by the way in which it quantizes them; where "
+        "those of all layers differ, a step without rules needs what holds them all."
+    )
+    yield ""
+    yield from table(
+        ["tensor", "type", "matrices", "MB in the file", "MB", "exactly held by", "all layers by"],
+        [
+            [row["tensor"], row["type"], str(row["count"]), f"{row['file_bytes'] / 1e6:.1f}",
+             f"{row['bytes'] / 1e6:.1f}",
+             *(f"`{row[what]}`" if row[what] else "float32" for what in ("encoding", "together"))]
+            for row in result["grids"]
+        ],
+    )  # fmt: skip
+
+
+_STEP = (
+    "Batch 1. Divergence (KL, nats a token), the share of tokens whose likeliest next one is the "
+    "same, and perplexity are those of the steps that were timed, on texts of several kinds, "
+    "beside the dense model in float32. llama.cpp reads the file that all the weights come from"
+)
+_PEER = "with as many threads; its wheel is compiled for AVX2."
+
+
+def _whole_step(step: Row) -> Iterable[str]:
+    """A table of the sides, and why some are missing."""
     yield from table(
         ["", "ms", "tokens/s", "spread", "**times dense**", "MB", "floor ms", *_SAID],
         [

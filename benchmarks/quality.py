@@ -70,12 +70,18 @@ def main() -> None:
         print(f"\nwritten to {quality_page.write()}", flush=True)
 
 
-def texts(words: Tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Text to fit to, of the first kind, and text of each kind to measure on: i32[n, LENGTH]."""
-    first, *others = KINDS
-    rows = text.windows(KINDS[first](FITTED + MEASURED, words), LENGTH)
-    measured = {kind: text.windows(KINDS[kind](MEASURED, words), LENGTH) for kind in others}
-    return rows[: FITTED // LENGTH], {first: rows[FITTED // LENGTH :]} | measured
+def texts(words: Tokenizer, first: int | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Text to fit to, of the first kind, and text of each kind to measure on: i32[n, LENGTH].
+
+    first: a token that every row begins with, for models that expect one before all text.
+    """
+
+    def rows(kind: str, count: int) -> np.ndarray:
+        return text.windows(KINDS[kind](count, words), LENGTH, first)
+
+    main, *others = KINDS
+    both, fitting = rows(main, FITTED + MEASURED), FITTED // LENGTH
+    return both[:fitting], {main: both[fitting:]} | {kind: rows(kind, MEASURED) for kind in others}
 
 
 class Quality:

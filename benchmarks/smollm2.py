@@ -25,10 +25,10 @@ import numpy as np
 from jax import Array
 
 import hire_rewrite as hire
-from benchmarks import quality, smollm2_head, smollm2_step, timing
+from benchmarks import quality, smollm2_head, timing, whole_step
+from benchmarks.whole_step import everything
 from examples.smollm2 import calibration, compare, demo, model, text, tokenizer, weights
 from examples.smollm2.compare import Comparison
-from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.plan import table
 from hire_rewrite.rules import Rule
 
@@ -57,24 +57,10 @@ CONTINUE = (
     ("code", "#include <stdio.h>\n\nint main(void) {\n    int numbers[10];\n    for (int i = 0;"),
 )
 TOKENS = 64
+FIRST = 1  # the token that opens a chat
 STREAMS, STREAM = 64, 32  # of the text that predictors are fitted to: how many, and how long
 GOALS = {"agreement": 0.99, "head": smollm2_head.GOAL}
 CERTIFIED = hire.Head(k=64, candidates=256, predictor=hire.Quantized(8), certify=True)
-
-
-def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...]:
-    """Rules for every layer: compressed, and so many neurons and inputs of each token exactly, from
-    rows in 8 bits."""
-    exact = hire.Blocks(8)
-    linear = hire.Linear(
-        inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True, force=True
-    )
-    if not neurons:
-        return linear, hire.Head(predictor=hire.Quantized(4))
-    block = hire.FFN(
-        neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True, force=True
-    )
-    return block, linear, hire.Head(predictor=hire.Quantized(4))
 
 
 SIDES: dict[str, tuple[Rule, ...]] = {
@@ -96,8 +82,8 @@ def main() -> None:
     for name, most, what in (
         ("prompts", len(CHAT) + len(CONTINUE), "how many"),
         ("tokens", TOKENS, "of each answer"),
-        ("rounds", smollm2_step.ROUNDS, "in which a step is timed"),
-        ("length", smollm2_step.LENGTH, "of the texts that a step reads, in tokens"),
+        ("rounds", whole_step.ROUNDS, "in which a step is timed"),
+        ("length", whole_step.LENGTH, "of the texts that a step reads, in tokens"),
     ):
         parser.add_argument(f"--{name}", type=int, default=most, help=f"{what} (%(default)s)")
     asked = parser.parse_args()
@@ -108,7 +94,7 @@ def main() -> None:
     result |= {
         "model": "SmolLM2-135M-Instruct, float32",
         "rules": {name: [str(rule) for rule in rules] for name, rules in SIDES.items()},
-        "max_len": smollm2_step.MAX_LEN,
+        "max_len": whole_step.MAX_LEN,
         "calibration": f"{len(bench.text)} tokens of Python's help topics",
         "goals": GOALS,
     }
@@ -142,17 +128,14 @@ class Bench:
     @functools.cached_property
     def rewritten(self) -> dict[str, tuple[Any, Any, hire.Plan]]:
         """The same of each of SIDES, with its plan."""
-        cache = model.init_cache(self.config, 1, smollm2_step.MAX_LEN)
-        call = (self.params, jnp.zeros(1, jnp.int32), cache)
         found = {}
         for name, rules in SIDES.items():
-            step = hire.transform(self._decode_step, *rules)
             fitted = calibration.streams(
                 self.prefill, self.params, self.config, self.text, STREAMS, STREAM
             )
-            packed = step.pack(*call, calibration=fitted)
-            plan = step.plan(packed, *call[1:])
-            found[name] = (jax.jit(step, donate_argnums=2), packed, plan)
+            found[name] = whole_step.rewrite(
+                self._decode_step, rules, self.params, self.config, fitted
+            )
         return found
 
     def agreements(self, prompts: int, tokens: int) -> tuple[dict[str, Any], Array]:
@@ -176,7 +159,7 @@ class Bench:
         for kind, prompt in [*asked, *CONTINUE][:prompts]:
             ids = self.words.encode(prompt).ids
             read = compare.reader(
-                self.prefill, self.params, self.config, ids, end, smollm2_step.MAX_LEN
+                self.prefill, self.params, self.config, ids, end, whole_step.MAX_LEN
             )
             done = compare.compare(read, self.dense, rewritten, tokens, end)
             by_kind[kind].append(done)
@@ -193,14 +176,21 @@ class Bench:
     def step(self, rounds: int, length: int) -> dict[str, Any]:
         """Time and quality of a decode step, dense and rewritten, and of llama.cpp."""
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        sides = {"dense": smollm2_step.jax_side(self.config, *self.dense, whole)}
+        side = functools.partial(whole_step.jax_side, self.config, FIRST)
+        sides = {"dense": side(*self.dense, whole)}
         for name, (run, packed, plan) in self.rewritten.items():
             size = demo.weight_bytes(self.params, plan)[1]
-            sides[name] = smollm2_step.jax_side(self.config, run, packed, size)
+            sides[name] = side(run, packed, size)
         forward = jax.jit(functools.partial(model.forward, self.config))
         texts = {kind: rows[0, :length] for kind, rows in quality.texts(self.words)[1].items()}
-        return smollm2_step.measure(
-            sides, texts, lambda tokens: forward(self.params, tokens[None])[0], rounds
+        return whole_step.measure(
+            sides,
+            texts,
+            lambda tokens: forward(self.params, tokens[None])[0],
+            rounds,
+            first=FIRST,
+            path=weights.find(),
+            size=int(sum(tensor.n_bytes for tensor in weights.read().tensors)),
         )
 
     def heads(self, hidden: Array) -> dict[str, Any]:

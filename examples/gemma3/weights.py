@@ -17,6 +17,7 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,12 +91,17 @@ def load(dtype: DTypeLike = jnp.float32) -> tuple[Params, Config]:
 def read() -> GGUFReader:
     """The opened file. Parsing its vocabulary takes seconds, so it is kept."""
     with tempfile.TemporaryFile() as whole:
-        for part in find():
-            with part.open("rb") as piece:
-                shutil.copyfileobj(piece, whole)
-        whole.flush()
+        join(whole)
         # np.memmap takes an open file too, and its map outlives the file.
         return GGUFReader(whole)  # type: ignore[arg-type]
+
+
+def join(whole: IO[bytes]) -> None:
+    """Write the GGUF file, which the packages have in parts."""
+    for part in find():
+        with part.open("rb") as piece:
+            shutil.copyfileobj(piece, whole)
+    whole.flush()
 
 
 def find() -> list[Path]:

@@ -140,6 +140,24 @@ def test_smollm2(results):
     assert "\nllama.cpp: not installed." in text
 
 
+def test_gemma3(results):
+    dense = {"median_ms": 80.0, "ratio": 1.0, "bytes": 1072e6, "spread": 0.04, "floor_ms": 40.0}
+    exact = {"sites": 7, "bytes_before": 1072e6, "bytes_after": 350e6}
+    tensor = {"tensor": "down", "count": 9, "file_bytes": 6.6e6, "together": None}
+    grids = [
+        {**tensor, "type": "Q4_K", "bytes": 8.8e6, "encoding": "Blocks(bits=4)"},
+        {**tensor, "type": "Q6_K", "bytes": 47.2e6, "encoding": None},
+    ]
+    step = {"without rules": exact, "sides": {"dense": dense}, "missing": {}}
+    results("gemma3", {"grids": grids, "step": step})
+    text = list(page.lines())
+    rows = [cells(line) for line in text if line.startswith("|")]
+    assert rows[2][:3] == ["dense", "80.0", "12.5"]
+    assert rows[-2] == ["down", "Q4_K", "9", "6.6", "8.8", "`Blocks(bits=4)`", "float32"]
+    assert rows[-1] == ["down", "Q6_K", "9", "6.6", "47.2", "float32", "float32"]
+    assert any("(Q4_K, Q6_K)" in line and "1072 MB become 350 MB" in line for line in text)
+
+
 def test_top_k_and_overhead(results):
     rows = [
         {"n": 8192, "k": 64, "side": side, "median ms": ms, "recall": share}

@@ -1,14 +1,16 @@
-"""The whole decode step of SmolLM2-135M at batch 1: how fast each side is, and what it says.
+"""The whole decode step of a language model at batch 1: how fast each side is, and what it says.
 
 Time: a side decodes greedy tokens from an empty cache, a block of them a turn. Quality: the same
 step reads texts of the kinds of `benchmarks.quality`, token by token, and its logits are compared
 with those of the dense model in float32. llama.cpp reads the file that all the weights come from.
+The model is one of `examples`, whose steps share the form of their cache.
 """
 
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.smollm2 import generate, model, weights
+from examples.layers import CacheSizes, init_cache
+from examples.smollm2 import generate
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.plan import table
+from hire_rewrite.rules import Rule
 
-FIRST = 1  # the token that opens a chat
 TOKENS = 64  # of a block
 LENGTH = 512  # of the text of each kind
 MAX_LEN = 512
@@ -33,7 +38,7 @@ class Side:
     """One way to decode.
 
     Attributes:
-      greedy: chooses TOKENS tokens after FIRST.
+      greedy: chooses TOKENS tokens after the first.
       logits: f32[n, vocab] after each of tokens: i32[n], which are read one by one.
       bytes: of weights that are read for a token.
     """
@@ -43,12 +48,51 @@ class Side:
     bytes: int
 
 
-def jax_side(config: model.Config, step: generate.Step, held: Any, size: int) -> Side:
-    """A compiled step, which donates its cache, with what it is called with for weights."""
-    cache = functools.partial(model.init_cache, config, 1, MAX_LEN)
+def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...]:
+    """Rules for every layer: compressed, and so many neurons and inputs of each token exactly, from
+    rows in 8 bits."""
+    exact = hire.Blocks(8)
+    linear = hire.Linear(
+        inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True, force=True
+    )
+    if not neurons:
+        return linear, hire.Head(predictor=hire.Quantized(4))
+    block = hire.FFN(
+        neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True, force=True
+    )
+    return block, linear, hire.Head(predictor=hire.Quantized(4))
+
+
+def rewrite(
+    decode_step: generate.Step,
+    rules: Iterable[Rule],
+    params: Any,
+    config: CacheSizes,
+    calibration: Iterable[Any],
+) -> tuple[Any, Any, hire.Plan]:
+    """The compiled step by the rules, which donates its cache, its packed weights and its plan.
+
+    Args:
+      calibration: calls of the step without the weights, which the rules are fitted to.
+    """
+    call = (params, jnp.zeros(1, jnp.int32), init_cache(config, 1, MAX_LEN))
+    step = hire.transform(decode_step, *rules)
+    packed = step.pack(*call, calibration=calibration)
+    plan = step.plan(packed, *call[1:])
+    return jax.jit(step, donate_argnums=2), packed, plan
+
+
+def jax_side(config: CacheSizes, first: int, step: generate.Step, held: Any, size: int) -> Side:
+    """A compiled step, which donates its cache, with what it is called with for weights.
+
+    Args:
+      first: the token that text begins with.
+      size: bytes of weights that are read for a token.
+    """
+    cache = functools.partial(init_cache, config, 1, MAX_LEN)
 
     def greedy() -> Array:
-        return generate.greedy(step, held, cache(), jnp.array([FIRST]), TOKENS)[0]
+        return generate.greedy(step, held, cache(), jnp.array([first]), TOKENS)[0]
 
     def logits(tokens: np.ndarray) -> Array:
         state, found = cache(), []
@@ -65,6 +109,10 @@ def measure(
     texts: Mapping[str, np.ndarray],
     forward: Callable[[np.ndarray], Array],
     rounds: int,
+    *,
+    first: int,
+    path: Path,
+    size: int,
 ) -> dict[str, Any]:
     """Time and quality of the sides and of llama.cpp.
 
@@ -72,14 +120,15 @@ def measure(
       sides: "dense" is one of them.
       texts: tokens i32[n] of each kind.
       forward: the dense model, tokens: i32[n] to logits: f32[n, vocab].
+      first: the token that text begins with.
+      path, size: of llama.cpp's file, and the bytes of weights in it.
     """
-    made = peers.build("decoder", "llama_cpp", weights.find(), MAX_LEN)
+    made = peers.build("decoder", "llama_cpp", path, MAX_LEN)
     sides, missing = dict(sides), {}
     if isinstance(made, str):
         missing[PEER] = made
     else:
-        size = sum(tensor.n_bytes for tensor in weights.read().tensors)
-        sides[PEER] = Side(functools.partial(made.greedy, FIRST, TOKENS), made.logits, int(size))
+        sides[PEER] = Side(functools.partial(made.greedy, first, TOKENS), made.logits, size)
     rate = timing.bandwidth()
     blocks = {name: side.greedy for name, side in sides.items()}
     # Cold, for a pause: threads that wait busily after a block are asleep before the next one.

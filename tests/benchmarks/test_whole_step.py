@@ -1,13 +1,16 @@
 """The comparison of whole decode steps: what logits differ by, and sides that are missing."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import peers, smollm2_step, timing
+from benchmarks import peers, timing, whole_step
 from examples.smollm2 import model, weights
+
+FIRST = 1
 
 
 def softmax(logits):
@@ -21,12 +24,12 @@ def test_differences():
     got[:3] = expected[:3] + 0.5  # the same chances
     tokens = rng.integers(0, 11, 6).astype(np.int32)
     p, q = softmax(expected.astype(np.float64)), softmax(got.astype(np.float64))
-    means = smollm2_step.differences(got, expected, tokens)
+    means = whole_step.differences(got, expected, tokens)
     assert float(means["kl"]) == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-5)
     assert float(means["same_token"]) == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
     nll = -np.log([q[i, tokens[i + 1]] for i in range(5)]).mean()
     assert float(means["nll"]) == pytest.approx(nll, rel=1e-5)
-    assert float(smollm2_step.differences(expected, expected, tokens)["kl"]) == pytest.approx(0)
+    assert float(whole_step.differences(expected, expected, tokens)["kl"]) == pytest.approx(0)
 
 
 def test_sides_beside_dense(monkeypatch):
@@ -40,12 +43,14 @@ def test_sides_beside_dense(monkeypatch):
     halved = {**params, "embed": params["embed"] * 0.5}
     step = jax.jit(functools.partial(model.decode_step, config), donate_argnums=2)
     sides = {
-        "dense": smollm2_step.jax_side(config, step, params, 4_000_000),
-        "halved": smollm2_step.jax_side(config, step, halved, 2_000_000),
+        "dense": whole_step.jax_side(config, FIRST, step, params, 4_000_000),
+        "halved": whole_step.jax_side(config, FIRST, step, halved, 2_000_000),
     }
     texts = {kind: rng.integers(0, 40, 9).astype(np.int32) for kind in ("prose", "code")}
     forward = lambda tokens: model.forward(config, params, tokens[None])[0]  # noqa: E731
-    result = smollm2_step.measure(sides, texts, forward, rounds=2)
+    result = whole_step.measure(
+        sides, texts, forward, rounds=2, first=FIRST, path=pathlib.Path("none.gguf"), size=0
+    )
     dense, halved = result["sides"]["dense"], result["sides"]["halved"]
     assert dense["kl"]["all"] == pytest.approx(0, abs=1e-4)
     assert dense["same_token"] == {"prose": 1.0, "code": 1.0, "all": 1.0}
@@ -83,8 +88,8 @@ def test_llama_cpp_reads_the_same_file():
 
     decoder = llama_cpp.Decoder(weights.find(), 64, spins=0)
     try:
-        tokens = decoder.greedy(smollm2_step.FIRST, 6)
-        read = np.array([smollm2_step.FIRST, *tokens[:-1]], np.int32)
+        tokens = decoder.greedy(FIRST, 6)
+        read = np.array([FIRST, *tokens[:-1]], np.int32)
         logits = decoder.logits(read)
     finally:
         decoder.close()
@@ -92,4 +97,4 @@ def test_llama_cpp_reads_the_same_file():
     assert len(decoder.own) == 1
     params, config = weights.load()
     dense = model.forward(config, params, read[None])[0]
-    assert float(smollm2_step.differences(logits, dense, read)["kl"]) < 0.1
+    assert float(whole_step.differences(logits, dense, read)["kl"]) < 0.1
