@@ -100,6 +100,10 @@ ROWS: dict[str, dict[str, Rules]] = {
 """What is measured, by what is compressed and how: to add a row is to add a line. Encodings are in
 blocks of 32 unless they say otherwise; what is exact is float32, as the model has it, unless it
 says otherwise."""
+Q4_1 = (
+    "Its file has these layers in 4 bits with a minimum already (Q4_1), and blocks with a minimum "
+    "hold the same numbers; other rows of 4 bits round them once more."
+)
 DECODED_ROW = "4 bits, 5 % of inputs and 10 % of neurons exact"
 GEMMA_ROWS = {
     "FFN": ("8 bits a row", "8 bits a row, top 2 % exact", "4 bits", "4 bits, top 10 % exact"),

@@ -92,7 +92,7 @@ class Quality:
         self.params, self.config = weights.load()
         self.words = tokenizer.load()
         self.fitting, whole = texts(self.words)
-        self.rows = {kind: rows[: tokens // LENGTH] for kind, rows in whole.items()}
+        self.rows = {kind: rows[: -(-tokens // LENGTH)] for kind, rows in whole.items()}
         self.embed = {"embed": self.params["embed"]}
         self._read: dict[bytes, Array] = {}
 
@@ -100,11 +100,15 @@ class Quality:
         """Layers in 8 and 4 bits, with and without exact parts; of Gemma 3 too, if it is there."""
         forward = functools.partial(model.forward, self.config)
         bench = compressed.Bench(forward, self.params, self.rows)
-        found = {"model": "SmolLM2-135M-Instruct, float32"} | bench.tables(compressed.ROWS)
-        found["decoded"] = bench.decoded(
-            functools.partial(model.decode_step, self.config),
-            functools.partial(model.init_cache, self.config),
-        )
+        found: dict[str, Any] = {
+            "model": "SmolLM2-135M-Instruct, float32",
+            "note": compressed.Q4_1,
+            **bench.tables(compressed.ROWS),
+            "decoded": bench.decoded(
+                functools.partial(model.decode_step, self.config),
+                functools.partial(model.init_cache, self.config),
+            ),
+        }
         other = compressed.gemma3(KINDS)
         return [found] if other is None else [found, other]
 

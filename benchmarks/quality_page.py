@@ -71,7 +71,8 @@ def _compressed(models: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
         yield f"\n### {result['model']}\n"
         yield (
             f"{result['tokens']:,} tokens of each kind, in windows of {result['length']}; the "
-            f"dense model's perplexity: {_by_kind(result['perplexity'], kinds)}."
+            f"dense model's perplexity: {_by_kind(result['perplexity'], kinds)}. "
+            f"{result.get('note', '')}".rstrip()
         )
         for part, rows in result["rows"].items():
             yield ""
