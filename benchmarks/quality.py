@@ -2,6 +2,7 @@
 
 `python -m benchmarks.quality` measures, and writes `results/quality.json` and `docs/quality.md`:
 
+* compressed: the layers in 8 and 4 bits, with and without exact parts: perplexity and divergence;
 * heads: recall and perplexity of several predictors on four kinds of text, fitted to help texts;
 * mixing: the same predictor fitted to several kinds, and to what the model itself says;
 * certified: greedy decoding with proofs beside the dense model's, token by token;
@@ -9,6 +10,7 @@
 * tuned: what `tune` chooses for 99 % recall, and what that recalls on text it did not see.
 
 Each part is written as soon as it is measured; `--parts heads tuned` measures some of them again.
+With fewer tokens it is a quick look, and nothing is written.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from jax import Array
 from tokenizers import Tokenizer
 
 import hire_rewrite as hire
-from benchmarks import quality_page, timing
+from benchmarks import compressed, quality_page, timing
 from examples.smollm2 import model, text, tokenizer, weights
 
 FITTED, MEASURED, LENGTH = 8192, 2048, 512
@@ -48,14 +50,17 @@ BLOCKS = tuple(
     for group in (1, 8)
 )
 STREAMS, STEPS = 32, 320
-PARTS = ("certified", "heads", "blocks", "tuned", "mixing")
+PARTS = ("compressed", "certified", "heads", "blocks", "tuned", "mixing")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which (all)")
+    parser.add_argument(
+        "--tokens", type=int, default=MEASURED, help="of each kind to measure on (%(default)s)"
+    )
     asked = parser.parse_args()
-    bench = Quality()
+    bench = Quality(asked.tokens)
     result: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, float32",
         "fitted_tokens": FITTED,
@@ -66,6 +71,8 @@ def main() -> None:
     for part in asked.parts:
         print(f"\n{part}", flush=True)
         result[part] = getattr(bench, part)()
+        if asked.tokens < MEASURED:
+            continue
         timing.write("quality", result, "python -m benchmarks.quality")
         print(f"\nwritten to {quality_page.write()}", flush=True)
 
@@ -87,12 +94,29 @@ def texts(words: Tokenizer, first: int | None = None) -> tuple[np.ndarray, dict[
 class Quality:
     """The model, and text to fit to and to measure on (see `texts`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = MEASURED) -> None:
         self.params, self.config = weights.load()
         self.words = tokenizer.load()
-        self.fitting, self.rows = texts(self.words)
+        self.fitting, whole = texts(self.words)
+        self.rows = {kind: rows[: -(-tokens // LENGTH)] for kind, rows in whole.items()}
         self.embed = {"embed": self.params["embed"]}
         self._read: dict[bytes, Array] = {}
+
+    def compressed(self) -> list[dict[str, Any]]:
+        """Layers in 8 and 4 bits, with and without exact parts; of Gemma 3 too, if it is there."""
+        forward = functools.partial(model.forward, self.config)
+        bench = compressed.Bench(forward, self.params, self.rows)
+        found: dict[str, Any] = {
+            "model": "SmolLM2-135M-Instruct, float32",
+            "note": compressed.Q4_1,
+            **bench.tables(compressed.ROWS),
+            "decoded": bench.decoded(
+                functools.partial(model.decode_step, self.config),
+                functools.partial(model.init_cache, self.config),
+            ),
+        }
+        other = compressed.gemma3(KINDS)
+        return [found] if other is None else [found, other]
 
     def heads(self) -> list[dict[str, Any]]:
         """Several predictors, fitted to help texts."""

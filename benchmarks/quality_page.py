@@ -35,6 +35,8 @@ def _page(result: Mapping[str, Any]) -> Iterable[str]:
         "Whole text is read; nothing is generated unless it says so. The numbers are in "
         "[quality.json](../benchmarks/results/quality.json)."
     )
+    if "compressed" in result:
+        yield from _compressed(result["compressed"], kinds)
     if "heads" in result:
         yield from _heads(result["heads"], kinds)
     if {"heads", "mixing"} <= result.keys():
@@ -46,6 +48,75 @@ def _page(result: Mapping[str, Any]) -> Iterable[str]:
         yield from _blocks(result["blocks"], kinds)
     if "tuned" in result:
         yield from _tuned(result["tuned"], kinds)
+
+
+def _compressed(models: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
+    yield "\n## Compressed everywhere, exact where it counts\n"
+    yield (
+        "Layers are read from a compressed copy, and a few neurons of an FFN "
+        '(`FFN(k, tail="predicted")`) or a few inputs of any other layer (`Linear(k)`) meet their '
+        "rows as the model has them, each token its own. Embedding and head stay as they are. For "
+        "each kind of text: the change of perplexity, and the divergence (KL, nats a token) from "
+        "the dense float32 model. Bytes are those that the compressed layers read for a token, as "
+        "a share of their float32 ones. Encodings have a scale for each block of 32 numbers, "
+        "unless it is one for a row; neurons are ranked by ∣h∣ times the norm of their row of the "
+        "last matrix, unless it is by ∣h∣ alone.\n"
+    )
+    yield (
+        "Windows are read whole, which rounds no inputs: from 32 tokens on layers multiply by "
+        "decoded rows, the same numbers as in decoding. Each token has its own neurons and inputs "
+        "exactly, as it has alone."
+    )
+    for result in models:
+        yield f"\n### {result['model']}\n"
+        yield (
+            f"{result['tokens']:,} tokens of each kind, in windows of {result['length']}; the "
+            f"dense model's perplexity: {_by_kind(result['perplexity'], kinds)}. "
+            f"{result.get('note', '')}".rstrip()
+        )
+        for part, rows in result["rows"].items():
+            yield ""
+            yield from table(
+                [part, "bytes", *kinds],
+                [
+                    [name, _share(row["bytes"]), *_changes(row, result["perplexity"], kinds)]
+                    for name, row in rows.items()
+                ],
+            )
+        if "decoded" in result:
+            yield from _decoded(result["decoded"], kinds)
+
+
+def _decoded(result: Mapping[str, Any], kinds: Sequence[str]) -> Iterable[str]:
+    yield (
+        f"\nThe same of one row, {result['row']}, on the first {result['tokens']} tokens of each "
+        "kind: at once as above, and decoded token by token, which is also done with the inputs "
+        "of the compressed products rounded to 8 bits (`round_inputs=True`). The dense model's "
+        f"perplexity on them: {_by_kind(result['perplexity'], kinds)}.\n"
+    )
+    yield from table(
+        ["read", *kinds],
+        [
+            [name, *_changes(row, result["perplexity"], kinds)]
+            for name, row in result["rows"].items()
+        ],
+    )
+
+
+def _changes(row: Mapping[str, Any], dense: Mapping[str, float], kinds: Sequence[str]) -> list[str]:
+    return [
+        f"{row[kind]['perplexity'] / dense[kind] - 1:+.2%} · {row[kind]['kl']:.4f}"
+        for kind in kinds
+    ]
+
+
+def _share(sizes: Sequence[int]) -> str:
+    before, after = sizes
+    return f"{after / before:.1%}"
+
+
+def _by_kind(values: Mapping[str, float], kinds: Sequence[str]) -> str:
+    return ", ".join(f"{kind} {values[kind]:.2f}" for kind in kinds)
 
 
 def _heads(rows: Sequence[Any], kinds: Sequence[str]) -> Iterable[str]:
