@@ -35,6 +35,10 @@ from hire_rewrite.rules import Rule
 STREAMS, STREAM = 64, 32  # of the text that rules are fitted to: how many, and how long
 SIDES: dict[str, tuple[Rule, ...]] = {
     "no rules": (),
+    "8 bits": (
+        hire.Linear(path="embed"),  # it is on such a grid
+        hire.Linear(encoding=hire.Blocks(8), round_inputs=True, force=True),
+    ),
     "8 bits, exact parts": whole_step.everything(hire.Blocks(8), neurons=0.02, inputs=0.02),
     "4 bits": whole_step.everything(hire.Blocks(4, minimum=True), neurons=0, inputs=0),
 }

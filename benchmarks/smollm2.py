@@ -68,6 +68,10 @@ SIDES: dict[str, tuple[Rule, ...]] = {
     "head by LowRank(256)": (smollm2_head.RULES[1],),
     "head certified": (CERTIFIED,),
     "no rules": (),
+    "no rules, inputs rounded": (
+        hire.Linear(path="embed", encoding=hire.Blocks(8), round_inputs=True, force=True),
+        hire.Linear(encoding=hire.Blocks(4, minimum=True), round_inputs=True, force=True),
+    ),
     "8 bits, exact parts": everything(hire.Blocks(8), neurons=0.02, inputs=0.02),
     "4 bits, exact parts": everything(hire.Blocks(4, minimum=True), neurons=0.1, inputs=0.05),
     "4 bits": everything(hire.Blocks(4, minimum=True), neurons=0, inputs=0),
