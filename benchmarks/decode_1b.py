@@ -2,10 +2,11 @@
 
 `python -m benchmarks.decode_1b` writes `results/decode_1b.json`. The model has the sizes of
 Llama-3.2-1B and random float32 weights, so that nothing is said of recall; it is the code of
-`examples/smollm2`, which knows nothing of rewriting. By hand the same operations (`ops.hire_ffn`,
-`ops.hire_head`) are called on the same packed arrays: what the rewritten step takes longer is the
+`examples/smollm2`, which knows nothing of rewriting. By hand (`benchmarks.decode_1b_by_hand`) the
+same operations are called on the same packed arrays: what the rewritten step takes longer is the
 rewriter's doing. PyTorch, where it is installed, is measured beside them, in float32 and
-dynamically quantized to 8 bits. It needs 20 GB of memory.
+dynamically quantized to 8 bits. `--ways` measures some alone, and writes nothing. It needs 20 GB
+of memory.
 """
 
 from __future__ import annotations
@@ -13,23 +14,21 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.layers import attend_cache, remember, rms_norm
+from benchmarks.decode_1b_by_hand import by_hand
 from examples.smollm2 import model
-from hire_rewrite.ops.ffn.ffn import hire_ffn
-from hire_rewrite.ops.head.head import hire_head
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import table
-from hire_rewrite.sites.ffn.operation import FFNOperation
-from hire_rewrite.sites.head.operation import HeadOperation
+from hire_rewrite.rules import Rule
 from hire_rewrite.transformed import Transformed
 
 LLAMA_1B = model.Config(
@@ -44,11 +43,29 @@ LLAMA_1B = model.Config(
 )
 LENGTH = 256  # tokens that the cache has room for
 BATCHES = (1, 2, 4, 8)
-BLOCKS = tuple(
-    hire.FFN(k=0.05, candidates=0.10, predictor=predictor)
-    for predictor in (hire.LowRank(128), hire.Quantized(4))
-)
 HEAD = hire.Head(k=64, candidates=1024, predictor=hire.LowRank(256))
+
+
+def block(predictor: hire.LowRank | hire.Quantized) -> hire.FFN:
+    """5 % of the neurons of 10 % candidates."""
+    return hire.FFN(k=0.05, candidates=0.10, predictor=predictor)
+
+
+def every(bits: int) -> hire.Linear:
+    """All layers that no other rule asks for, in so many bits."""
+    return hire.Linear(encoding=hire.Blocks(bits), round_inputs=True, force=True)
+
+
+WAYS: dict[str, tuple[Rule, ...]] = {
+    "FFN of 5 % by LowRank(128)": (block(hire.LowRank(128)), HEAD),
+    "FFN of 5 % by Quantized(4)": (block(hire.Quantized(4)), HEAD),
+    "8 bits everywhere": (every(8),),
+    "8 bits everywhere, head by Quantized(8)": (every(8), hire.Head(predictor=hire.Quantized(8))),
+    "4 bits everywhere": (every(4), hire.Head(predictor=hire.Quantized(4))),
+    "4 bits, FFN of 5 % by LowRank(128)": (block(hire.LowRank(128)), every(4), HEAD),
+    "4 bits, FFN of 5 % by Quantized(4)": (block(hire.Quantized(4)), every(4), HEAD),
+}
+"""What is rewritten, by name: to add a way is to add a line."""
 
 
 def random_weights(config: model.Config) -> dict[str, Any]:
@@ -74,68 +91,10 @@ def random_weights(config: model.Config) -> dict[str, Any]:
     return {"embed": embed, "layers": layers, "final_norm": jnp.ones(d)}
 
 
-def by_hand(config: model.Config, step: Transformed, *args: Any) -> Callable[..., Any]:
-    """The step as somebody would write it who knows `hire_rewrite.ops`.
-
-    Args:
-      args: of a call of `step`, which says which sizes it has chosen.
-    """
-    analysis = step._analyses.of(args[0], args, {})
-    decisions = {decision.site.kind.name: decision for decision in analysis.decisions}
-    block, head = decisions["ffn"].op, decisions["head"].op
-    assert isinstance(block, FFNOperation)
-    assert isinstance(head, HeadOperation)
-    block_rows, head_rows = decisions["ffn"].packed_name, decisions["head"].packed_name
-
-    def run(packed: Packed, token: Array, cache: model.Cache) -> tuple[Array, model.Cache]:
-        weights: dict[str, Any] = {}
-        for path, array in packed.weights.items():
-            weights[path.removeprefix("params/")] = array
-        names = ("wq", "wk", "wv", "wo", "attn_norm", "ffn_norm")
-        layers = {name: weights[f"layers/{name}"] for name in names}
-        pos, length = cache["pos"], cache["v"].shape[3]
-        positions, filled = pos + jnp.arange(1), pos + 1
-        mask = positions[:, None] >= jnp.arange(length)
-
-        def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
-            x, keys, values = carry
-            w, index = scanned
-            q, k, v = model._qkv(config, w, x, positions)
-            keys, values = remember((keys, values), index, pos, k, v)
-            x = x + attend_cache(q, (keys, values), index, filled, mask) @ w["wo"]
-            h = rms_norm(x, w["ffn_norm"], config.norm_eps)[:, 0]
-            y = hire_ffn(
-                h,
-                packed.sites[block_rows],
-                index,
-                spec=block.spec,
-                activation=lambda pre, _: jax.nn.silu(pre[gate]) * pre[1 - gate],
-                predictor=block.rule.predictor,
-                budget=block.budget,
-            )
-            return (x + y[:, None], keys, values), None
-
-        gate = block.spec.gate
-        carry = (weights["embed"][token[:, None]], cache["k"], cache["v"])
-        (x, keys, values), _ = lax.scan(layer, carry, (layers, jnp.arange(config.layers)))
-        x = rms_norm(x, weights["final_norm"], config.norm_eps)[:, 0]
-        (logits,) = hire_head(
-            x,
-            packed.sites[head_rows],
-            0,
-            spec=head.spec,
-            endpoints=lambda z: (z,),
-            predictor=head.rule.predictor,
-        )
-        return logits, {"k": keys, "v": values, "pos": pos + 1}
-
-    return run
-
-
 def measure(
     config: model.Config,
     params: Any,
-    rule: hire.FFN,
+    way: str,
     batch: int,
     step: Transformed,
     packed: Packed,
@@ -160,8 +119,8 @@ def measure(
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return {
         "batch": batch,
-        "blocks by": str(rule.predictor),
-        "sites": ", ".join(f"{site.kind} {site.status}" for site in sites),
+        "way": way,
+        "sites": summary(sites),
         "MB dense": round(whole / 1e6),
         "MB rewritten": round((whole - saved) / 1e6),
         "floor ms": round((whole - saved) / bandwidth * 1e3, 2),
@@ -174,32 +133,47 @@ def measure(
     }
 
 
+def summary(sites: Sequence[hire.Site]) -> str:
+    """How many sites of each kind are rewritten, and which are dense though a rule asks for them.
+
+    Example:
+      "1 head, 1 ffn, 4 linear"
+    """
+    kinds = Counter(site.kind for site in sites if site.status == "rewritten")
+    dense = [f"{site.name} dense" for site in sites if site.status == "dense" and site.rule]
+    return ", ".join([*(f"{count} {kind}" for kind, count in kinds.items()), *dense])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", type=int, default=LLAMA_1B.layers)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     options = parser.parse_args()
+    whole = options == parser.parse_args(["--rounds", str(options.rounds)])
     config = model.Config(**(vars(LLAMA_1B) | {"layers": options.layers}))
     params = random_weights(config)
-    others = peers.build("decoders", "torch_decoder", config, params)
+    made = peers.build("decoders", "torch_decoder", config, params)
+    others = {} if isinstance(made, str) else made
     dense, rows, packing = functools.partial(model.decode_step, config), [], {}
     example = (jnp.zeros(1, jnp.int32), model.init_cache(config, 1, LENGTH))
-    for rule in BLOCKS:
-        step = hire.transform(dense, rule, HEAD)
+    for way in options.ways:
+        step = hire.transform(dense, *WAYS[way])
         start = time.perf_counter()
         packed = jax.block_until_ready(step.pack(params, *example))
-        packing[str(rule.predictor)] = round(time.perf_counter() - start, 1)
-        print(step.plan(params, *example))
-        for batch in BATCHES:
-            given = {} if isinstance(others, str) else others
-            rows.append(measure(config, params, rule, batch, step, packed, given, options.rounds))
+        packing[way] = round(time.perf_counter() - start, 1)
+        print(step.plan(packed, *example))
+        for batch in options.batches:
+            rows.append(measure(config, params, way, batch, step, packed, others, options.rounds))
             print(rows[-1], flush=True)
         del packed
         jax.clear_caches()
-    result = {"layers": config.layers, "packing s": packing, "rows": rows}
-    if isinstance(others, str):
-        result["torch"] = others
-    if config == LLAMA_1B:
+    rules = {way: [str(rule) for rule in WAYS[way]] for way in options.ways}
+    result = {"layers": config.layers, "rules": rules, "packing s": packing, "rows": rows}
+    if isinstance(made, str):
+        result["torch"] = made
+    if whole:
         path = timing.write("decode_1b", result, "python -m benchmarks.decode_1b")
         print(f"wrote {path}")
     header = list(rows[0])

@@ -68,18 +68,20 @@ def _decode(result: Row) -> Iterable[str]:
     yield "\n## A decode step of 1.24 B parameters\n"
     yield (
         f"{result['layers']} layers with the sizes of Llama-3.2-1B and random weights, so that "
-        "nothing is said of recall; caches are as warm as one step leaves them. Blocks keep 5 % of "
-        "10 % candidates, guessed by the predictor that is named, and the head 64 of 1024, guessed "
-        "by `LowRank(256)`. “By hand” calls the same operations on the same arrays, written into "
-        "the model's own code. Milliseconds; ratios are to the rewritten step."
+        "nothing is said of recall; caches are as warm as one step leaves them. “By hand” calls "
+        "the same operations on the same arrays, written into the model's own code. Milliseconds; "
+        "ratios are to the rewritten step. The rules:"
     )
+    yield ""
+    for way, rules in result["rules"].items():
+        yield f"* {way}: {', '.join(f'`{rule}`' for rule in rules)}"
     yield ""
     others = [name for name in ("torch f32", "torch int8") if f"{name} ms" in result["rows"][0]]
     yield from table(
-        ["blocks by", "batch", "dense", "rewritten", "spread", "floor", "**times dense**",
+        ["", "batch", "dense", "rewritten", "spread", "floor", "**times dense**",
          "by hand", *others, "sites"],
         [
-            [f"`{row['blocks by']}`", str(row["batch"]), f"{row['dense ms']:.1f}",
+            [row["way"], str(row["batch"]), f"{row['dense ms']:.1f}",
              f"{row['rewritten ms']:.1f}", f"{row['spread']:.0%}", f"{row['floor ms']:.1f}",
              f"**{row['times dense']:.2f} ×**",
              f"{row['by hand ms']:.1f}, {row['times by hand']:.3f} ×",
@@ -88,9 +90,7 @@ def _decode(result: Row) -> Iterable[str]:
             for row in result["rows"]
         ],
     )  # fmt: skip
-    packing = ", ".join(
-        f"`{name}` {seconds:.0f} s" for name, seconds in result["packing s"].items()
-    )
+    packing = ", ".join(f"{way} {seconds:.0f} s" for way, seconds in result["packing s"].items())
     yield f"\nPacking: {packing}."
     if "torch" in result:
         yield f"\ntorch: {result['torch']}."

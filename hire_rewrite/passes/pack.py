@@ -170,8 +170,14 @@ def _packed_site(
 def _check_finite(name: str, rows: Sequence[Any]) -> None:
     """Raise HireRewriteError if a site's rows hold a NaN or an infinity."""
     for array in rows:
-        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+        if not isinstance(array, jax.core.Tracer) and not bool(_all_finite(array)):
             raise HireRewriteError(
                 f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
                 "predicted: look at the weights, or exclude the site with a rule's path="
             )
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    """bool[], compiled so that no array of answers is held."""
+    return jnp.isfinite(array).all()

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Scope
+from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.weights import Stacker, narrow
 from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.moments import Moments
@@ -24,6 +25,7 @@ from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
+from hire_rewrite.sites.matrices import Matrices
 
 
 class WeightRows:
@@ -45,13 +47,24 @@ class WeightRows:
         """
         axes = linear.expert_axes(window)
         expert = None if axes is None else axes[1]
-        weight = self._stacker.stack(narrow(linear.weight), self._loops)
+        value, axes_of = _untransposed(narrow(linear.weight))
+        weight = self._stacker.stack(value, self._loops)
         first = () if expert is None else (expert,)
         order = (*first, *(a for a, _ in linear.free if a != expert), *linear.weight_in)
         unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
-        rows = jnp.transpose(weight, (0, *(axis + 1 for axis in (*order, *unit))))
+        rows = jnp.transpose(weight, (0, *(axes_of[axis] + 1 for axis in (*order, *unit))))
         experts = 1 if expert is None else linear.weight.shape[expert]
         return rows.reshape(rows.shape[0] * experts, -1, linear.in_dim)
+
+    def matrices(self, linear: Linear) -> Matrices:
+        """The same of a layer without experts, laid out as they are read."""
+        value, axes_of = _untransposed(narrow(linear.weight))
+        n_axes = [axes_of[axis] for axis, _ in linear.free]
+        axes = (*n_axes, *(axes_of[axis] for axis in linear.weight_in))
+        whole = self._stacker(value)
+        stacked = bool(self._loops or whole.over)
+        array = self._stacker.stack(value, self._loops) if stacked else whole.array
+        return Matrices(array, axes, len(n_axes), stacked)
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""
@@ -74,6 +87,15 @@ class WeightRows:
         return tuple(vectors)
 
 
+def _untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
+    """What a value is a transposed view of, and which axis of that each of its axes is."""
+    axes = tuple(range(len(value.shape)))
+    while value.node is not None and value.node.primitive is p.transpose_p:
+        permutation = value.node.params["permutation"]
+        value, axes = value.node.ins[0], tuple(permutation[axis] for axis in axes)
+    return value, axes
+
+
 def fit_predictor(
     predictor: Predictor,
     rows: jax.Array,
@@ -83,12 +105,14 @@ def fit_predictor(
 ) -> Any:
     """The predictor's arrays for rows [layers, n, d], with a leading axis of layers."""
 
-    def fit(rows: jax.Array, moments: Moments | None) -> Any:
-        fitted = jax.block_until_ready(_fit_layer(predictor, top, rows, moments))
+    if isinstance(rows, jax.core.Tracer):
+        return map_layers(lambda own, seen: predictor.fit(own, seen, top), rows, moments)
+    fits = []
+    for layer in range(rows.shape[0]):
+        own = jax.tree.map(operator.itemgetter(layer), moments)
+        fits.append(jax.block_until_ready(_fit_layer(predictor, top, rows, layer, own)))
         advance()
-        return fitted
-
-    return map_layers(fit, rows, moments)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
 
 
 def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
@@ -115,7 +139,10 @@ def map_layers(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fit_layer(
-    predictor: Predictor, top: int | None, rows: jax.Array, moments: Moments | None
+    predictor: Predictor, top: int | None, rows: jax.Array, layer: int, moments: Moments | None
 ) -> Any:
-    """`predictor.fit`, compiled once for all layers and sites of a size."""
-    return predictor.fit(rows, moments, top)
+    """`predictor.fit` on a layer of rows, compiled once for all layers and sites of a size.
+
+    A layer is cut out here: a head's is all of its rows, and would be copied.
+    """
+    return predictor.fit(lax.dynamic_index_in_dim(rows, layer, keepdims=False), moments, top)

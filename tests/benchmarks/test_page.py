@@ -76,7 +76,7 @@ def test_blocks(results):
 def test_decode_and_estimate(results):
     row = {
         "batch": 1,
-        "blocks by": "LowRank(128)",
+        "way": "FFN of 5 %",
         "sites": "head rewritten",
         "floor ms": 20.0,
         "dense ms": 160.0,
@@ -88,7 +88,8 @@ def test_decode_and_estimate(results):
         "times by hand": 0.975,
         "times torch f32": 3.0,
     }
-    results("decode_1b", {"layers": 16, "packing s": {"LowRank(128)": 200.2}, "rows": [row]})
+    rules, packing = {"FFN of 5 %": ["FFN(k=0.05)"]}, {"FFN of 5 %": 200.2}
+    results("decode_1b", {"layers": 16, "rules": rules, "packing s": packing, "rows": [row]})
     sites = [
         {
             "what": "head",
@@ -102,10 +103,10 @@ def test_decode_and_estimate(results):
     ]
     results("estimate", {"expected on": "cpu", "rows": sites})
     text = list(page.lines())
-    found = [cells(line) for line in text if line.startswith("| `LowRank")]
+    found = [cells(line) for line in text if line.startswith("| FFN of 5 %")]
     assert found == [
         [
-            "`LowRank(128)`",
+            "FFN of 5 %",
             "1",
             "160.0",
             "40.0",
@@ -117,7 +118,8 @@ def test_decode_and_estimate(results):
             "head rewritten",
         ]
     ]
-    assert any("Packing: `LowRank(128)` 200 s." in line for line in text)
+    assert "* FFN of 5 %: `FFN(k=0.05)`" in text
+    assert any("Packing: FFN of 5 % 200 s." in line for line in text)
     assert any(line.startswith("2 sites, all rewritten: for 1 the plan is right") for line in text)
     assert [cells(line) for line in text if line.startswith("| head")] == [
         ["head", "4", "`Quantized(4)`", "1.20 ×", "0.80 ×", "wrong"]

@@ -104,7 +104,8 @@ class HeadOperation(Operation):
     ) -> HeadState:
         spec, predictor = self.spec, self.rule.predictor
         rows = weights.linear(self._match.linear)
-        rows = jnp.pad(rows, ((0, 0), (0, spec.rows - spec.width), (0, 0)))
+        if spec.rows > spec.width:  # by nothing it would copy them
+            rows = jnp.pad(rows, ((0, 0), (0, spec.rows - spec.width), (0, 0)))
         rows = self.site.sharding.put_rows(rows, 1)
         moments = None if calibration is None else calibration[0]
         fitted = fit_predictor(predictor, rows, moments, advance, spec.candidates)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from hire_rewrite.cost.machine import Machine
@@ -30,7 +28,7 @@ from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
 from hire_rewrite.sites.replacement import Joint, SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
+from hire_rewrite.sites.weight_rows import WeightRows
 
 
 class LinearOperation(Operation):
@@ -91,7 +89,7 @@ class LinearOperation(Operation):
         return self.rule.replace(encoding=self.spec.encoding, lookups=bool(self._lookups))
 
     def examine(self, weights: WeightRows) -> Encoding | None:
-        found = narrowest(np.asarray(weights.linear(self.layer)))
+        found = narrowest(weights.matrices(self.layer).on_host())
         return None if found is None else found[0]
 
     def pack(
@@ -100,11 +98,9 @@ class LinearOperation(Operation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> LinearState:
-        spec, rows = self.spec, weights.linear(self.layer)
-        columns = (
-            {} if spec.columns is None else stored_rows(spec.columns, jnp.swapaxes(rows, 1, 2))
-        )
-        return LinearState(stored_rows(spec.encoding, rows), columns)
+        spec, matrices = self.spec, weights.matrices(self.layer)
+        columns = {} if spec.columns is None else matrices.transposed.stored(spec.columns)
+        return LinearState(matrices.stored(spec.encoding), columns)
 
     @property
     def holds_weights(self) -> bool:
