@@ -37,7 +37,7 @@ def lines() -> Iterable[str]:
     )
     sections: dict[str, Callable[[Row], Iterable[str]]] = {
         "decode_1b": _decode,
-        "smollm2": _smollm2,
+        "smollm2_step": _smollm2,
         "gemma3": _gemma3,
         "head": _heads,
         "ffn": _blocks,
@@ -100,7 +100,7 @@ def _smollm2(result: Row) -> Iterable[str]:
     yield "\n## A decode step of SmolLM2-135M\n"
     yield f"{_STEP} (Q4_1, the embedding Q8_0), {_PEER}"
     yield ""
-    yield from _whole_step(result["step"])
+    yield from _whole_step(result)
 
 
 def _gemma3(result: Row) -> Iterable[str]:

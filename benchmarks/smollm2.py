@@ -1,6 +1,6 @@
 """SmolLM2-135M with its weights read in other ways: the same tokens? how fast? at what recall?
 
-`python -m benchmarks.smollm2` measures, and writes `results/smollm2.json`:
+`python -m benchmarks.smollm2` measures, and writes `results/smollm2.json` and `smollm2_step.json`:
 
 * prompts: on twenty prompts of many kinds, how often a rewritten decode step chooses the dense
   one's token given the same tokens before; and the head alone on the hidden states of those
@@ -94,22 +94,22 @@ def main() -> None:
     whole = parser.parse_args(["--parts", *asked.parts]) == asked
 
     bench = Bench()
-    result = timing.read("smollm2") if len(asked.parts) < len(PARTS) else {}
-    result |= {
+    setting = {
         "model": "SmolLM2-135M-Instruct, float32",
         "rules": {name: [str(rule) for rule in rules] for name, rules in SIDES.items()},
         "max_len": whole_step.MAX_LEN,
         "calibration": f"{len(bench.text)} tokens of Python's help topics",
-        "goals": GOALS,
     }
+    results: dict[str, dict[str, Any]] = {}
     if "prompts" in asked.parts:
-        result["agreement"], hidden = bench.agreements(asked.prompts, asked.tokens)
-        result["head"] = bench.heads(hidden)
+        agreement, hidden = bench.agreements(asked.prompts, asked.tokens)
+        head = bench.heads(hidden)
+        results["smollm2"] = {**setting, "goals": GOALS, "agreement": agreement, "head": head}
     if "step" in asked.parts:
-        result["step"] = bench.step(asked.rounds, asked.length)
-    if whole:
-        command = " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]])
-        print(f"\nwritten to {timing.write('smollm2', result, command)}")
+        results["smollm2_step"] = {**setting, **bench.step(asked.rounds, asked.length)}
+    command = " ".join(["python -m benchmarks.smollm2", *sys.argv[1:]])
+    for name, result in results.items() if whole else ():
+        print(f"\nwritten to {timing.write(name, result, command)}")
 
 
 class Bench:

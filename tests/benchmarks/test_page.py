@@ -133,7 +133,7 @@ def test_smollm2(results):
         "dense": {"median_ms": 60.0, "ratio": 1.0, "bytes": 538e6, **times},
         "all in 8 bits": {"median_ms": 16.0, "ratio": 3.7, "bytes": 140e6, **times, **said},
     }
-    results("smollm2", {"step": {"sides": sides, "missing": {"llama.cpp": "not installed"}}})
+    results("smollm2_step", {"sides": sides, "missing": {"llama.cpp": "not installed"}})
     text = list(page.lines())
     rows = [cells(line) for line in text if line.startswith("|")]
     assert rows[2][-3:] == ["", "", ""]
