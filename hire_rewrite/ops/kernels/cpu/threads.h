@@ -95,7 +95,7 @@ class Desks {
 
  private:
   // The pool's other work may have to wait as long.
-  static constexpr std::chrono::microseconds kPatience{5};
+  static constexpr std::chrono::microseconds kPatience{60};
 
   static Job* Waiting() { return reinterpret_cast<Job*>(desks_); }  // no job lies there
 
