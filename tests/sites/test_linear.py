@@ -73,6 +73,36 @@ def test_with_all_inputs_exact_it_is_the_model(tokens):
     close(step(step.pack(PARAMS, X), x), model(PARAMS, x), 1e-5)
 
 
+def test_tokens_that_may_ask_for_all_columns_read_these_alone():
+    step, x = hire.transform(model, Linear(k=0.1, encoding=Blocks(4), force=True)), inputs(40, D)
+    packed = step.pack(PARAMS, X)
+    close(step(packed, x), model(PARAMS, x), 1e-5)
+    for tokens, share in ((x, 1), (X, 0.37)):
+        sites = [s for s in step.plan(packed, tokens).sites if s.kind == "linear"]
+        assert len(sites) == 4
+        assert all(share - 0.05 < s.bytes_after / s.bytes_before <= share for s in sites)
+
+
+def test_a_symbolic_number_of_tokens_has_the_columns_of_each():
+    def layer(params, x):
+        return x @ params["w"]
+
+    params = {"w": rand(D, F, seed=1)}
+    step = hire.transform(layer, Linear(k=0.1, encoding=Blocks(4), force=True))
+    leaves, tree = jax.tree.flatten(step.pack(params, X))
+
+    def run(leaves, x):
+        return step(jax.tree.unflatten(tree, leaves), x)
+
+    tokens = jax.export.symbolic_shape("tokens")[0]
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), leaves)
+    exported = jax.export.export(jax.jit(run))(
+        shapes, jax.ShapeDtypeStruct((tokens, D), jnp.float32)
+    )
+    x = inputs(7, D)
+    close(exported.call(leaves, x), run(leaves, x), 1e-5)
+
+
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 def test_modes_agree_where_nothing_is_lost(mode):
     step = hire.transform(model, mode=mode)

@@ -94,7 +94,8 @@ class Desks {
   }
 
  private:
-  // The pool's other work may have to wait as long.
+  // About as long as a decode step's other work between two products; the pool's may have to wait for
+  // it.
   static constexpr std::chrono::microseconds kPatience{60};
 
   static Job* Waiting() { return reinterpret_cast<Job*>(desks_); }  // no job lies there
