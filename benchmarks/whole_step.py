@@ -55,12 +55,13 @@ def everything(rows: Encoding, neurons: float, inputs: float) -> tuple[Rule, ...
     linear = hire.Linear(
         inputs, encoding=rows, exact=exact if inputs else None, round_inputs=True, force=True
     )
+    head = hire.Head(predictor=hire.Quantized(4))
     if not neurons:
-        return linear, hire.Head(predictor=hire.Quantized(4))
+        return linear, head
     block = hire.FFN(
         neurons, tail="predicted", encoding=rows, exact=exact, round_inputs=True, force=True
     )
-    return block, linear, hire.Head(predictor=hire.Quantized(4))
+    return block, linear, head
 
 
 def rewrite(

@@ -16,7 +16,7 @@ from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
 from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
 from hire_rewrite.ops.encodings.points import points
-from hire_rewrite.ops.encodings.product import block_product, block_products, widened
+from hire_rewrite.ops.encodings.product import Matrix, block_product, block_products, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, written
@@ -172,13 +172,13 @@ class Blocks:
 
     def picked_products(self, x: Array, stored: Stored, layer: Array | int, picked: Array) -> Array:
         """f32[tokens, k] (see `ops.encodings.picked`)."""
-        return picked_block_products(x, *self._matrix(stored), layer, picked, bits=self.bits)
+        return picked_block_products(x, self._matrix(stored), layer, picked, bits=self.bits)
 
     def picked_sum(
         self, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
     ) -> Array:
         """f32[tokens, d] (see `ops.encodings.picked`)."""
-        return picked_block_sum(onto, h, *self._matrix(stored), layer, picked, bits=self.bits)
+        return picked_block_sum(onto, h, self._matrix(stored), layer, picked, bits=self.bits)
 
     def bytes(self, n: int, d: int) -> int:
         """The integers, and a scale and perhaps a minimum for each block."""
@@ -197,10 +197,9 @@ class Blocks:
         """What is stored of integers i8[..., d], of NumPy or JAX."""
         return integers if self.bits == 8 else pack(integers)
 
-    def _matrix(self, stored: Stored) -> tuple[Array, Array, Array | None]:
+    def _matrix(self, stored: Stored) -> Matrix:
         """Integers, scale, and minimum or None."""
         return stored["integers"], stored["scale"], stored["minimum"] if self.minimum else None
 
     def _arrays(self, stored: Stored) -> list[Any]:
-        names = ("integers", "scale", "minimum") if self.minimum else ("integers", "scale")
-        return [stored[name] for name in names]
+        return [array for array in self._matrix(stored) if array is not None]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.ops.encodings.product import widened
+from hire_rewrite.ops.encodings.product import Matrix, widened
 from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
@@ -69,16 +67,14 @@ def picked_sum(
 @KernelOperation
 def picked_block_products(
     x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
+    matrix: Matrix,
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
 ) -> Array:
     """`picked_products` of rows in blocks (see `block_product`); f32[tokens, k]."""
-    rows = _decoded(integers, scale, minimum, layer, picked, bits)
+    rows = _decoded(matrix, layer, picked, bits)
     return token_products(rows, x.astype(jnp.float32), 2)
 
 
@@ -86,27 +82,18 @@ def picked_block_products(
 def picked_block_sum(
     onto: Array,
     h: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
+    matrix: Matrix,
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
 ) -> Array:
     """`picked_sum` of rows in blocks (see `block_product`); f32[tokens, d]."""
-    rows = _decoded(integers, scale, minimum, layer, picked, bits)
+    rows = _decoded(matrix, layer, picked, bits)
     return onto + token_products(rows, h.astype(jnp.float32), 1)
 
 
-def _decoded(
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
-    layer: Array | int,
-    picked: Array,
-    bits: int,
-) -> Array:
+def _decoded(matrix: Matrix, layer: Array | int, picked: Array, bits: int) -> Array:
     """f32[tokens, k, d]."""
-    arrays: list[Any] = [integers, scale] if minimum is None else [integers, scale, minimum]
-    return widened(*(gather_rows(array, layer, picked) for array in arrays), bits=bits)
+    arrays = (gather_rows(array, layer, picked) for array in matrix if array is not None)
+    return widened(*arrays, bits=bits)

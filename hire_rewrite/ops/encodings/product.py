@@ -13,7 +13,10 @@ from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.narrow import block_of, in_chunks, rows_from, times
 from hire_rewrite.ops.quantize import rounded_blocks, unpack
 
-__all__ = ["block_product", "block_products", "input_block", "widened"]
+__all__ = ["Matrix", "block_product", "block_products", "input_block", "widened"]
+
+Matrix = tuple[Array, Array, Array | None]
+"""Integers, scale and minimum (see `block_product`)."""
 
 
 @KernelOperation
@@ -71,7 +74,7 @@ def block_product(
 @KernelOperation
 def block_products(
     x: Array,
-    several: Sequence[tuple[Array, Array, Array | None]],
+    several: Sequence[Matrix],
     layer: Array | int,
     *,
     bits: int,

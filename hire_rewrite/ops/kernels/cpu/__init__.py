@@ -24,7 +24,12 @@ from jax import Array
 
 from hire_rewrite.ops import gather, narrow
 from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
-from hire_rewrite.ops.encodings.product import block_product, block_products, input_block
+from hire_rewrite.ops.encodings.product import (
+    Matrix,
+    block_product,
+    block_products,
+    input_block,
+)
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
 
@@ -98,10 +103,6 @@ def _product(
     return _call("product", shape, x.astype(jnp.float32), rows, _one(layer), *factors)
 
 
-Matrix = tuple[Array, Array, Array | None]
-"""Integers, scale and minimum of `block_product`."""
-
-
 def _block_product(
     x: Array,
     integers: Array,
@@ -131,30 +132,26 @@ def _block_products(
 
 def _picked_products(
     x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
+    matrix: Matrix,
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
 ) -> Array:
-    operands = (*_operands([(integers, scale, minimum)]), _one(layer), picked.astype(jnp.int32))
+    operands = (*_operands([matrix]), _one(layer), picked.astype(jnp.int32))
     return _call("picked_product", picked.shape, x.astype(jnp.float32), *operands)
 
 
 def _picked_sum(
     onto: Array,
     h: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
+    matrix: Matrix,
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
 ) -> Array:
-    operands = (*_operands([(integers, scale, minimum)]), _one(layer), picked.astype(jnp.int32))
+    operands = (*_operands([matrix]), _one(layer), picked.astype(jnp.int32))
     return _call("picked_sum", onto.shape, onto, h.astype(jnp.float32), *operands)
 
 
@@ -221,16 +218,14 @@ def _fit_blocks(
 
 def _fits_picked(
     x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | None,
+    matrix: Matrix,
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
 ) -> bool:
     few = isinstance(picked.size, int) and picked.size > 0
-    return few and _fits_blocks(x, integers, scale, minimum, layer, bits=bits)
+    return few and _fits_blocks(x, *matrix, layer, bits=bits)
 
 
 def _fits_picked_sum(onto: Array, h: Array, *rest: Any, bits: int) -> bool:
