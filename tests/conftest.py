@@ -12,7 +12,11 @@ import os
 import pytest
 
 PLATFORM = os.environ.get("HIRE_REWRITE_TEST_PLATFORM", "cpu")
-FLAGS = ["--xla_force_host_platform_device_count=8"]
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    # Eight devices on a busy machine may wait longer for each other than XLA has patience for.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+]
 # With libtpu its compiler would read them too.
 if PLATFORM == "cpu" and importlib.util.find_spec("libtpu") is None:
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]

@@ -50,7 +50,9 @@ def accumulate(
         if kind not in compiled:
             compiled[kind] = jax.jit(build(kind))
         report = jax.tree.map(_in_context, compiled[kind](operands))
-        total = report if total is None else _merge(total, report)
+        # One batch at a time: programs that run ahead hold their batches, and on host devices their
+        # collectives wait for each other's threads.
+        total = jax.block_until_ready(report if total is None else _merge(total, report))
     return total
 
 
