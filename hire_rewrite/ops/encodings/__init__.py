@@ -8,7 +8,7 @@ from hire_rewrite.ops.encodings.blocks import Blocks
 from hire_rewrite.ops.encodings.exact import narrowest
 from hire_rewrite.ops.encodings.floats import Float
 from hire_rewrite.ops.encodings.nested import Nested
-from hire_rewrite.ops.encodings.picked import picked_products, picked_sum
+from hire_rewrite.ops.encodings.picked import picked_products, picked_sums
 from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import (
     Encoding,
@@ -31,6 +31,6 @@ __all__ = [
     "encoding_types",
     "narrowest",
     "picked_products",
-    "picked_sum",
+    "picked_sums",
     "register_encoding",
 ]

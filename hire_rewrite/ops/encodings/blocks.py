@@ -14,7 +14,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_pairs
 from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
-from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
+from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sums
 from hire_rewrite.ops.encodings.points import points
 from hire_rewrite.ops.encodings.product import Matrix, block_product, block_products, widened
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
@@ -174,11 +174,18 @@ class Blocks:
         """f32[tokens, k] (see `ops.encodings.picked`)."""
         return picked_block_products(x, self._matrix(stored), layer, picked, bits=self.bits)
 
-    def picked_sum(
-        self, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
-    ) -> Array:
-        """f32[tokens, d] (see `ops.encodings.picked`)."""
-        return picked_block_sum(onto, h, self._matrix(stored), layer, picked, bits=self.bits)
+    def picked_sums(
+        self,
+        ontos: Sequence[Array],
+        h: Array,
+        several: Sequence[Stored],
+        layer: Array | int,
+        picked: Array,
+    ) -> tuple[Array, ...]:
+        """f32[tokens, d] of each (see `ops.encodings.picked`)."""
+        matrices = [self._matrix(stored) for stored in several]
+        sums = picked_block_sums(ontos, h, matrices, layer, picked, bits=self.bits)
+        return sums if isinstance(sums, tuple) else (sums,)
 
     def bytes(self, n: int, d: int) -> int:
         """The integers, and a scale and perhaps a minimum for each block."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,7 +12,7 @@ from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
 
-__all__ = ["picked_block_products", "picked_block_sum", "picked_products", "picked_sum"]
+__all__ = ["picked_block_products", "picked_block_sums", "picked_products", "picked_sums"]
 
 
 def picked_products(
@@ -38,30 +40,37 @@ def picked_products(
     return token_products(encoding.decode_rows(stored, layer, picked), x.astype(jnp.float32), 2)
 
 
-def picked_sum(
-    encoding: Encoding, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
-) -> Array:
-    """onto + Σᵢ hᵢ rows[pickedᵢ], of each token.
+def picked_sums(
+    encoding: Encoding,
+    ontos: Sequence[Array],
+    h: Array,
+    several: Sequence[Stored],
+    layer: Array | int,
+    picked: Array,
+) -> list[Array]:
+    """onto + Σᵢ hᵢ rows[pickedᵢ] of each token, for the same rows' numbers of several matrices.
 
     Args:
-      onto: f32[tokens, d].
+      ontos: f32[tokens, d] for each matrix.
       h: [tokens, k].
-      stored, picked: as in `picked_products`.
+      several: of each matrix what is stored, as in `picked_products`.
+      picked: as there.
 
     Returns:
-      f32[tokens, d].
+      f32[tokens, d] for each matrix.
 
     Example:
       >>> from hire_rewrite.ops.encodings import Float
       >>> stored = {"rows": jnp.array([[[1.0, 2], [3, 4], [5, 6]]])}
       >>> h, picked = jnp.array([[1.0, 10]]), jnp.array([[2, 0]])
-      >>> picked_sum(Float("float32"), jnp.ones((1, 2)), h, stored, 0, picked).tolist()
+      >>> (y,) = picked_sums(Float("float32"), [jnp.ones((1, 2))], h, [stored], 0, picked)
+      >>> y.tolist()
       [[16.0, 27.0]]
     """
     if isinstance(encoding, PickedEncoding):
-        return encoding.picked_sum(onto, h, stored, layer, picked)
-    rows = encoding.decode_rows(stored, layer, picked)
-    return onto + token_products(rows, h.astype(jnp.float32), 1)
+        return list(encoding.picked_sums(ontos, h, several, layer, picked))
+    every = (encoding.decode_rows(stored, layer, picked) for stored in several)
+    return [_sum(onto, h, rows) for onto, rows in zip(ontos, every, strict=True)]
 
 
 @KernelOperation
@@ -79,17 +88,22 @@ def picked_block_products(
 
 
 @KernelOperation
-def picked_block_sum(
-    onto: Array,
+def picked_block_sums(
+    ontos: Sequence[Array],
     h: Array,
-    matrix: Matrix,
+    several: Sequence[Matrix],
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
-) -> Array:
-    """`picked_sum` of rows in blocks (see `block_product`); f32[tokens, d]."""
-    rows = _decoded(matrix, layer, picked, bits)
+) -> tuple[Array, ...]:
+    """`picked_sums` of rows in blocks (see `block_product`)."""
+    every = (_decoded(matrix, layer, picked, bits) for matrix in several)
+    return tuple(_sum(onto, h, rows) for onto, rows in zip(ontos, every, strict=True))
+
+
+def _sum(onto: Array, h: Array, rows: Array) -> Array:
+    """f32[tokens, d], onto and rows f32[tokens, k, d] times h: [tokens, k]."""
     return onto + token_products(rows, h.astype(jnp.float32), 1)
 
 

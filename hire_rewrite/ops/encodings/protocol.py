@@ -120,10 +120,16 @@ class PickedEncoding(Encoding, Protocol):
         """f32[tokens, k], the products of x: [tokens, d] with rows i32[tokens, k] of each token."""
         ...
 
-    def picked_sum(
-        self, onto: Array, h: Array, stored: Stored, layer: Array | int, picked: Array
-    ) -> Array:
-        """f32[tokens, d], onto: f32[tokens, d] and rows i32[tokens, k], times h: [tokens, k]."""
+    def picked_sums(
+        self,
+        ontos: Sequence[Array],
+        h: Array,
+        several: Sequence[Stored],
+        layer: Array | int,
+        picked: Array,
+    ) -> Sequence[Array]:
+        """Of several matrices f32[tokens, d], its onto: f32[tokens, d] and rows i32[tokens, k],
+        times h: [tokens, k]."""
         ...
 
 

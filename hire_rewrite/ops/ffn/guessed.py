@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.encodings import Encoding, Stored, picked_products, picked_sum
+from hire_rewrite.ops.encodings import Encoding, Stored, picked_products, picked_sums
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState, check_criterion
 from hire_rewrite.ops.ffn.importance import importance
 from hire_rewrite.ops.ffn.layer import down_matmul, up_matmul
@@ -136,7 +136,9 @@ class GuessedLayer:
         pre = picked_products(spec.exact, x, state.exact_up, self.layer, places)
         pre = pre.astype(spec.up_dtype).reshape(tokens, n, spec.projections)
         h = self._of_each(tuple(pre[:, :, p] for p in range(spec.projections)), neurons)
-        return picked_sum(spec.exact, onto, h, state.exact_down, self.layer, neurons)
+        down = [state.exact_down]
+        (y,) = picked_sums(spec.exact, [onto], h, down, self.layer, neurons)
+        return y
 
     def masked(self, h: Array, chosen: Array) -> Array:
         """f32[tokens, d_out], Σ hᵢ wᵢ over the chosen neurons in dense arithmetic, for

@@ -22,7 +22,7 @@ from hire_rewrite.ops.ffn.guessed import (
     members,
 )
 from hire_rewrite.ops.quality import Choice, Comparison, Measured
-from hire_rewrite.ops.top_k.select import marked, top_k
+from hire_rewrite.ops.top_k.select import marked, set_apart, top_k
 
 __all__ = [
     "PredictedFFNSpec",
@@ -88,11 +88,11 @@ def hire_predicted_ffn(
     guesses = block.guesses(x)
     if not spec.k_groups:
         return block.guessed_down(guesses).astype(spec.down_dtype)
-    neurons = members(top_k(block.rank(guesses), spec.k_groups)[1], spec.group)
-    chosen = marked(neurons, spec.width)
-    guessed = block.guessed_down(jnp.where(chosen, jnp.zeros_like(guesses), guesses))
+    groups, _, others = set_apart(guesses, block.rank(guesses), k=spec.k_groups)
+    neurons, guessed = members(groups, spec.group), block.guessed_down(others)
     if few:
         return block.gathered(x, neurons, guessed).astype(spec.down_dtype)
+    chosen = marked(neurons, spec.width)
     return (guessed + block.masked(block.hidden(x), chosen)).astype(spec.down_dtype)
 
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored, picked_sum
+from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored, picked_sums
 from hire_rewrite.ops.narrow import times
-from hire_rewrite.ops.top_k.select import marked, top_k
+from hire_rewrite.ops.top_k.select import set_apart
 
 __all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears"]
 
@@ -104,13 +104,13 @@ def hire_linears(
     few = isinstance(tokens, int)  # otherwise a symbol
     if few and spec.takes_all(tokens, d):
         return [_by_columns(x, state, layer, columns) for state in states]
-    places = top_k(lax.stop_gradient(jnp.abs(x)), spec.k)[1]
-    others = jnp.where(marked(places, d), 0.0, x)
-    products = zip(_products(others, states, layer, spec), states, strict=True)
-    if not few:
-        return [y + _by_columns(x - others, state, layer, columns) for y, state in products]
-    greatest = jnp.take_along_axis(x, places, axis=1)
-    return [picked_sum(columns, y, greatest, s.columns, layer, places) for y, s in products]
+    places, greatest, others = set_apart(x, lax.stop_gradient(jnp.abs(x)), k=spec.k)
+    products = _products(others, states, layer, spec)
+    if few:
+        stored = [state.columns for state in states]
+        return picked_sums(columns, products, greatest, stored, layer, places)
+    both = zip(products, states, strict=True)
+    return [y + _by_columns(x - others, state, layer, columns) for y, state in both]
 
 
 def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec) -> Array:

@@ -63,6 +63,33 @@ def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
     )
 
 
+@KernelOperation
+def set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Array]:
+    """The groups of values with the greatest scores, and the values that are left.
+
+    Args:
+      values: [tokens, n], in G groups that lie one behind the other.
+      scores: [tokens, G].
+      k: at most G. Of equal scores the first count, as in `top_k`.
+
+    Returns:
+      places: i32[tokens, k], the numbers of the groups, in any order.
+      apart: [tokens, k · n / G], their values, in this order.
+      others: [tokens, n], all values with those zero.
+
+    Example:
+      >>> places, apart, others = set_apart(jnp.array([[3.0, -5, 1]]), jnp.array([[3, 5, 1]]), k=1)
+      >>> places.tolist(), apart.tolist(), others.tolist()
+      ([[1]], [[-5.0]], [[3.0, 0.0, 1.0]])
+    """
+    (tokens, n), groups = values.shape, scores.shape[1]
+    places = top_k(scores, k)[1]
+    by_group = values.reshape(tokens, groups, n // groups)
+    apart = jnp.take_along_axis(by_group, places[..., None], axis=1).reshape(tokens, -1)
+    others = jnp.where(marked(places, groups)[..., None], jnp.zeros_like(by_group), by_group)
+    return places, apart, others.reshape(tokens, n)
+
+
 def sharded_top_k(scores: Array, k: int, num_shards: int) -> tuple[Array, Array]:
     """The k / num_shards greatest scores of each of so many equal shards of the last axis.
 
@@ -104,6 +131,11 @@ _KNOWN = (
 def fits_float32(dtype: Any) -> bool:
     """Whether `through_float32` orders such numbers as `lax.top_k` does, NaN and zeros included."""
     return dtype in _KNOWN
+
+
+def is_narrow_float(dtype: Any) -> bool:
+    """Whether float32 holds all such numbers, and they are floats."""
+    return dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def through_float32(select: Select) -> Select:

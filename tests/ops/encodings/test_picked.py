@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.encodings import Blocks, Float, Nested, picked_products, picked_sum
+from hire_rewrite.ops.encodings import Blocks, Float, Nested, picked_products, picked_sums
 
 LAYERS, N, D, K = 2, 40, 192, 7
 ENCODINGS = (
@@ -18,6 +18,10 @@ ENCODINGS = (
     Float("bfloat16"),
     Nested(),
 )
+
+
+def picked_sum(encoding, onto, h, stored, layer, picked):
+    return picked_sums(encoding, [onto], h, [stored], layer, picked)[0]
 
 
 def case(encoding, tokens):

@@ -239,11 +239,11 @@ void CheckAllBlocks(const hire::Kernels& kernels, int64_t tokens) {
   }
 }
 
-void CheckTopK(std::vector<float> scores, int64_t k) {
+void CheckTopK(const hire::Kernels& kernels, std::vector<float> scores, int64_t k) {
   const int64_t n = scores.size();
   std::vector<float> values(k);
   std::vector<int32_t> indices(k);
-  hire::TopK(scores.data(), n, k, values.data(), indices.data());
+  hire::TopK(kernels, scores.data(), n, k, values.data(), indices.data());
   std::vector<int32_t> order(n);
   for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
@@ -253,6 +253,29 @@ void CheckTopK(std::vector<float> scores, int64_t k) {
     Expect("top_k's index", indices[i], order[i], 1);
     if (hire::Key(values[i]) != hire::Key(scores[order[i]])) Expect("top_k's value", i, -1, 0);
   }
+  order.resize(k);
+  std::sort(order.begin(), order.end());
+  int64_t place = 0;
+  hire::EachGreatest(kernels, scores.data(), n, k, [&](int64_t i, int32_t key) {
+    Expect("a place of the greatest", i, order[place++], 1);
+    if (key != hire::Key(scores[i])) Expect("a key of the greatest", i, -1, 0);
+  });
+  Expect("how many are the greatest", place, k, 0);
+}
+
+void CheckChoices(const hire::Kernels& kernels) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  for (int64_t n : {1, 5, 100, 5000, 40000}) {
+    std::vector<float> scores = Normal(n), some = scores;
+    for (int64_t i = 32; i < n; i += 64) some[i] += 100;
+    for (int64_t k : {int64_t{1}, std::min<int64_t>(n, 60), n}) {
+      CheckTopK(kernels, scores, k);
+      CheckTopK(kernels, some, k);
+      CheckTopK(kernels, std::vector<float>(n, 1.0f), k);
+    }
+  }
+  const std::vector<float> special = {nan, -nan, inf, -inf, 0.0f, -0.0f, 1e-45f, -1e-45f, 1.0f, 1.0f};
+  for (int64_t k = 1; k <= 10; ++k) CheckTopK(kernels, special, k);
 }
 
 void CheckKernels(const hire::Kernels& kernels) {
@@ -274,6 +297,7 @@ void CheckKernels(const hire::Kernels& kernels) {
   CheckAllBlocks(kernels, 17);
   CheckBlocks(kernels, &hire::Factors::float16, 1, 3, 32768, 32, true, true);
   CheckBlocks(kernels, &hire::Factors::float16, 2, 2, 65536, 32, false, false);
+  CheckChoices(kernels);
 }
 
 // A pool whose threads begin late, or not before all is done.
@@ -325,17 +349,6 @@ int main() {
     CheckKernels(hire::kVnni);
   }
 #endif
-  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
-  for (int64_t n : {1, 5, 100, 5000, 40000}) {
-    std::vector<float> scores = Normal(n), some = scores;
-    for (int64_t i = 32; i < n; i += 64) some[i] += 100;
-    for (int64_t k : {int64_t{1}, std::min<int64_t>(n, 60), n}) {
-      CheckTopK(scores, k);
-      CheckTopK(some, k);
-      CheckTopK(std::vector<float>(n, 1.0f), k);
-    }
-  }
-  CheckTopK({nan, -nan, inf, -inf, 0.0f, -0.0f, 1e-45f, -1e-45f, 1.0f, 1.0f}, 10);
   for (int64_t count : {0, 1, 7, 1000}) {
     for (int64_t grain : {1, 3, 2000}) CheckShare(count, grain);
   }

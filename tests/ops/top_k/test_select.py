@@ -129,3 +129,25 @@ def test_it_lowers_for_every_platform(platform):
     lowered = jax.jit(lambda s: top_k(s, 3)).trace(jnp.zeros((1, 9), jnp.bfloat16))
     text = lowered.lower(lowering_platforms=(platform,)).as_text()
     assert "top_k" in text
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("group", "dtype"), [(1, "float32"), (4, "bfloat16")])
+def test_set_apart(group, dtype, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
+    tokens, groups, k = 3, 300, 20
+    rng = np.random.default_rng(group)
+    values = jnp.asarray(rng.standard_normal((tokens, groups * group)), dtype)
+    scores = jnp.asarray(rng.integers(0, 40, (tokens, groups)), jnp.float32)  # many are equal
+    scores = scores.at[1, 7].set(jnp.nan)
+    got = jax.jit(lambda v, s: select.set_apart(v, s, k=k))(values, scores)
+    places, apart, others = map(np.asarray, got)
+    assert others.dtype == apart.dtype == values.dtype
+    want = np.asarray(jax.lax.top_k(scores, k)[1])
+    np.testing.assert_array_equal(np.sort(places), np.sort(want))
+    by_group = np.array(values).reshape(tokens, groups, group)
+    token = np.arange(tokens)[:, None]
+    np.testing.assert_array_equal(apart.reshape(tokens, k, group), by_group[token, places])
+    by_group[token, places] = 0
+    np.testing.assert_array_equal(others, by_group.reshape(tokens, -1))

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
-from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sum
+from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sums
 from hire_rewrite.ops.encodings.product import (
     Matrix,
     block_product,
@@ -35,7 +35,7 @@ from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
 
-_VERSION = 5
+_VERSION = 6
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = (
@@ -45,6 +45,7 @@ _TARGETS = (
     "picked_product",
     "picked_sum",
     "product",
+    "set_apart",
     "top_k",
 )
 _KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
@@ -142,17 +143,19 @@ def _picked_products(
     return _call("picked_product", picked.shape, x.astype(jnp.float32), *operands)
 
 
-def _picked_sum(
-    onto: Array,
+def _picked_sums(
+    ontos: Sequence[Array],
     h: Array,
-    matrix: Matrix,
+    several: Sequence[Matrix],
     layer: Array | int,
     picked: Array,
     *,
     bits: int,
-) -> Array:
-    operands = (*_operands([matrix]), _one(layer), picked.astype(jnp.int32))
-    return _call("picked_sum", onto.shape, onto, h.astype(jnp.float32), *operands)
+) -> Sequence[Array]:
+    operands = [h.astype(jnp.float32), _one(layer), picked.astype(jnp.int32)]
+    for onto, matrix in zip(ontos, several, strict=True):
+        operands += onto, *_operands([matrix])
+    return _calls("picked_sum", [onto.shape for onto in ontos], *operands)
 
 
 def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
@@ -228,8 +231,19 @@ def _fits_picked(
     return few and _fits_blocks(x, *matrix, layer, bits=bits)
 
 
-def _fits_picked_sum(onto: Array, h: Array, *rest: Any, bits: int) -> bool:
-    return _fits_picked(onto, *rest, bits=bits)
+def _fits_picked_sums(
+    ontos: Sequence[Array],
+    h: Array,
+    several: Sequence[Matrix],
+    layer: Array | int,
+    picked: Array,
+    *,
+    bits: int,
+) -> bool:
+    return all(
+        _fits_picked(onto, matrix, layer, picked, bits=bits)
+        for onto, matrix in zip(ontos, several, strict=True)
+    )
 
 
 def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
@@ -277,6 +291,26 @@ def _top_k(scores: Array, *, k: int) -> tuple[Array, Array]:
     return select.through_float32(of_float32)(scores, k)
 
 
+def _set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Array]:
+    (tokens, n), groups, f32 = values.shape, scores.shape[1], jnp.float32
+    results = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((tokens, k), jnp.int32),
+            ((tokens, k * (n // groups)), f32),
+            ((tokens, n), f32),
+        )
+    ]
+    call = jax.ffi.ffi_call("hire_set_apart", results, vmap_method="sequential")
+    places, apart, others = call(values.astype(f32), scores.astype(f32))
+    return places, apart.astype(values.dtype), others.astype(values.dtype)
+
+
+def _fits_set_apart(values: Array, scores: Array, *, k: int) -> bool:
+    narrow = all(select.is_narrow_float(array.dtype) for array in (values, scores))
+    return k > 0 and narrow and usable(values)
+
+
 def _fits_top_k(scores: Array, *, k: int) -> bool:
     return k > 0 and select.fits_float32(scores.dtype) and usable(scores)
 
@@ -287,9 +321,10 @@ for _operation, _function, _supports in (
     (block_product, _block_product, _fits_blocks),
     (block_products, _block_products, _fit_blocks),
     (picked_block_products, _picked_products, _fits_picked),
-    (picked_block_sum, _picked_sum, _fits_picked_sum),
+    (picked_block_sums, _picked_sums, _fits_picked_sums),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
+    (select.set_apart, _set_apart, _fits_set_apart),
     (select.top_k_operation, _top_k, _fits_top_k),
 ):
     register_kernel(_operation, "cpu", _function, supports=_supports)

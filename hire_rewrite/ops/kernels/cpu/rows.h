@@ -105,6 +105,8 @@ struct Kernels {
   void (*round)(const float* x, int64_t tokens, int64_t block, const Blocks& rows, void* rounded);
   void (*dot_rounded)(const void* rounded, int64_t tokens, const Blocks& rows, int64_t begin,
                       int64_t end, float* out, int64_t stride);
+  // A bound that at least k of n integers reach, and fewer than k exceed. 0 < k ≤ n.
+  int32_t (*kth)(const int32_t* keys, int64_t n, int64_t k);
 };
 
 extern const Kernels kPortable;

@@ -79,6 +79,7 @@ inline Bytes Repeat(const void* p) {
 #include "rows.inc"
 #include "blocks.inc"
 #include "rounded.inc"
+#include "select.inc"
 
 }  // namespace
 }  // namespace avx2
@@ -88,6 +89,7 @@ using namespace avx2;
 const Kernels kAvx2 = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
     DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
+    Kth,
 };
 
 }  // namespace hire

@@ -68,6 +68,7 @@ inline Bytes Repeat(const void* p) {
 #include "rows.inc"
 #include "blocks.inc"
 #include "rounded.inc"
+#include "select.inc"
 
 }  // namespace
 }  // namespace portable
@@ -77,6 +78,7 @@ using namespace portable;
 const Kernels kPortable = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
     DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
+    Kth,
 };
 
 }  // namespace hire

@@ -113,6 +113,7 @@ inline auto Repeat(const void* p) {
 #include "rows.inc"
 #include "blocks.inc"
 #include "rounded.inc"
+#include "select.inc"
 
 }  // namespace
 }  // namespace vnni
@@ -122,6 +123,7 @@ using namespace vnni;
 const Kernels kVnni = {
     Dot<float>,   Dot<BFloat16>, Dot<int8_t>, Add<float>,     Add<BFloat16>,
     DotAnyBlocks, DotAnyPicked, AddAnyPicked, RoundedBytes, Round, DotAnyRounded,
+    Kth,
 };
 
 }  // namespace hire

@@ -11,6 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "rows.h"
+
 namespace hire {
 
 // Integers in the order of the values: NaN last, negative NaN first, and negative zero before zero.
@@ -41,16 +43,33 @@ inline int32_t Reach(const float* scores, int64_t n, int64_t k) {
   return sample[wanted];
 }
 
-// Most of many scores are far from the k best: one pass collects those that are not. Equal values
-// come in the order of their places.
-inline void TopK(const float* scores, int64_t n, int64_t k, float* values, int32_t* indices) {
+// Calls take(i, key) for the k greatest of n scores, in the order of their places. Of equal scores those
+// come that lie first.
+template <typename Take>
+void EachGreatest(const Kernels& kernels, const float* scores, int64_t n, int64_t k, Take take) {
+  if (k == 0) return;
+  std::vector<int32_t> keys(n);
+  for (int64_t i = 0; i < n; ++i) keys[i] = Key(scores[i]);
+  const int32_t bound = kernels.kth(keys.data(), n, k);
+  int64_t above = 0;
+  for (int64_t i = 0; i < n; ++i) above += keys[i] > bound;
+  for (int64_t i = 0, equal = k - above; i < n; ++i) {
+    if (keys[i] > bound || (keys[i] == bound && equal-- > 0)) take(i, keys[i]);
+  }
+}
+
+// Most of many scores are far from the k best: one pass collects those that are not.
+inline void TopK(const Kernels& kernels, const float* scores, int64_t n, int64_t k, float* values,
+                 int32_t* indices) {
   constexpr int64_t kTogether = 32;
   std::vector<int64_t> found;  // the greatest key first, then the lowest place
-  for (int32_t reach = Reach(scores, n, k);; reach = kLowest) {
+  const auto add = [&](int64_t i, int32_t key) { found.push_back(~key * (int64_t{1} << 32) + i); };
+  const int32_t reach = Reach(scores, n, k);
+  if (reach != kLowest) {
     const auto collect = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int32_t key = Key(scores[i]);
-        if (key >= reach) found.push_back(~key * (int64_t{1} << 32) + i);
+        if (key >= reach) add(i, key);
       }
     };
     int64_t i = 0;
@@ -60,8 +79,10 @@ inline void TopK(const float* scores, int64_t n, int64_t k, float* values, int32
       if (any) collect(i, i + kTogether);
     }
     collect(i, n);
-    if (static_cast<int64_t>(found.size()) >= k) break;
+  }
+  if (static_cast<int64_t>(found.size()) < k) {
     found.clear();
+    EachGreatest(kernels, scores, n, k, add);
   }
   if (static_cast<int64_t>(found.size()) > k) {
     std::nth_element(found.begin(), found.begin() + k, found.end());
