@@ -39,7 +39,7 @@ bench: $(VENV)/.peers
 	$(RUN) -m benchmarks.passes $(QUICK)
 	$(RUN) -m benchmarks.overhead $(QUICK)
 	$(RUN) -m benchmarks.top_k $(QUICK)
-	$(RUN) -m benchmarks.kernels $(QUICK)
+	$(RUN) -m benchmarks.products $(QUICK)
 	$(RUN) -m benchmarks.estimate $(QUICK)
 	$(RUN) -m benchmarks.ffn $(QUICK)
 	$(RUN) -m benchmarks.head $(QUICK)

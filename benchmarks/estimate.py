@@ -21,7 +21,7 @@ from jax import Array
 
 import hire_rewrite as hire
 from benchmarks import timing
-from benchmarks.kernels import block, head
+from benchmarks.alone import block, head
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.plan import table
 from hire_rewrite.rules import Rule

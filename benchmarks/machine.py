@@ -26,7 +26,7 @@ from jax import Array
 from scipy.optimize import nnls
 
 from benchmarks import timing
-from benchmarks.kernels import block, head
+from benchmarks.alone import block, head
 from hire_rewrite.api import transform
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import estimate

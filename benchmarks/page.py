@@ -41,6 +41,7 @@ def lines() -> Iterable[str]:
         "gemma3": _gemma3,
         "head": _heads,
         "ffn": _blocks,
+        "products": _products,
         "top_k": _top_k,
         "estimate": _estimate,
         "overhead": _overhead,
@@ -282,6 +283,24 @@ def _by_batch(
         yield from table([f"batch {tokens}", *header], some)
     for name, reason in result["missing"].items():
         yield f"\n{name}: {reason}."
+
+
+def _products(result: Row) -> Iterable[str]:
+    yield "\n## Products alone\n"
+    yield (
+        "Tokens times rows of random numbers, all products, with cold caches "
+        f"(kernels: {result['kernels']}). The error is that of the products, beside their size."
+    )
+    for n, d in dict.fromkeys((row["n"], row["d"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["n"], row["d"]) == (n, d)]
+        yield f"\n### {n:,} × {d:,}"
+        yield from _by_batch({"rows": rows, "missing": {}}, (*_TIMED, "error"), _of_product)
+    for name, reason in result["missing"].items():
+        yield f"\n{name}: {reason}."
+
+
+def _of_product(row: Row) -> list[str]:
+    return [f"**{row['side']}**" if row["ours"] else row["side"], *_timed(row), row["error"]]
 
 
 def _top_k(result: Row) -> Iterable[str]:

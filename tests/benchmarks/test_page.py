@@ -160,6 +160,17 @@ def test_gemma3(results):
     assert any("(Q4_K, Q6_K)" in line and "1072 MB become 350 MB" in line for line in text)
 
 
+def test_products(results):
+    about = {"n": 8, "d": 4, "tokens": 1, "error": "0.01", **TIMES}
+    rows = [{"side": side, "ours": side == "8 bits", **about} for side in ("jax", "8 bits")]
+    results("products", {"kernels": "in use", "rows": rows, "missing": {"torch int8": "no wheel"}})
+    lines = list(page.lines())
+    (own,) = (line for line in lines if "8 bits" in line)
+    assert cells(own)[:4] == ["**8 bits**", "4.00", "10%", "2.5 ×"]
+    assert cells(own)[-2:] == ["2.0", "0.01"]
+    assert any("torch int8: no wheel" in line for line in lines)
+
+
 def test_top_k_and_overhead(results):
     rows = [
         {"n": 8192, "k": 64, "side": side, "median ms": ms, "recall": share}
