@@ -129,6 +129,8 @@ def test_llama_cpp_reads_the_same_file():
         tokens = decoder.greedy(FIRST, 6)
         read = np.array([FIRST, *tokens[:-1]], np.int32)
         logits = decoder.logits(read)
+        assert decoder.answer([FIRST], 6) == tokens
+        assert decoder.answer([FIRST, *tokens[:2]], 4) == tokens[2:]
     finally:
         decoder.close()
     assert logits.argmax(-1).tolist() == tokens
