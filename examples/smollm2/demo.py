@@ -117,7 +117,7 @@ def main() -> None:
     if there:
         peer.close()
     else:
-        _say("", f"{PEER} is {peer}: to have it beside them, {GET_PEER}")
+        _say("", f"{PEER} is missing: {peer}; to have it beside them: {GET_PEER}")
 
     _heading("The graph, before and after")
     lines = str(step.diff(packed, *call[1:])).splitlines()

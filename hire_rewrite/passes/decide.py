@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hire_rewrite.cost import machine as machines
@@ -14,6 +14,7 @@ from hire_rewrite.graph.nodes import Node, source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed import PackedInfo, PackedSite
 from hire_rewrite.passes.detect import Detection
+from hire_rewrite.passes.listing import counted_once, sharing, shown_of
 from hire_rewrite.plan import Plan, Site
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import UNSHARDED
@@ -112,8 +113,8 @@ def decide(
     if not rules:
         within = [*map(decider.decide, detection.leftovers(lambda node: node in taken))]
         decisions, left = _without_loss(decisions, within, left)
-    decisions = _sharing([*decisions, *left])
-    shown = _counted_once(_shown(decisions, bool(rules)))
+    decisions = sharing([*decisions, *left])
+    shown = counted_once(shown_of(decisions, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),
@@ -272,56 +273,6 @@ def _without_loss(
                 taking += inside
         settled.append(decision)
     return settled, taking
-
-
-def _shown(decisions: Sequence[Decision], rules: bool) -> list[Decision]:
-    """The decisions that are sites of the plan.
-
-    What other kinds leave is one where a user asks for it, where it is packed, and where packing
-    looked at it and left it as it is.
-
-    Args:
-      rules: whether the user gave some.
-    """
-    taken = frozenset(node for d in decisions if d.packs for node in d.products)
-    return [
-        d
-        for d in decisions
-        if not d.site.kind.leftover
-        or d.packs
-        or (rules and d.row.rule is not None)
-        or (d.known and not d.products & taken)
-    ]
-
-
-def _counted_once(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions with the bytes of each product in one row: its own, if it has one."""
-    alone = frozenset(n for d in decisions if d.site.kind.leftover for n in d.products)
-    counted = []
-    for decision in decisions:
-        inside = decision.products & alone
-        if inside and not decision.site.kind.leftover:
-            size = dense_bytes(decision.site, without=inside)
-            reason = f"{decision.row.reason}; its layers have rows of their own, with their bytes"
-            row = dataclasses.replace(
-                decision.row, reason=reason, bytes_before=size, bytes_after=size
-            )
-            decision = dataclasses.replace(decision, row=row)
-        counted.append(decision)
-    return counted
-
-
-def _sharing(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions with one name for packed sites that are alike."""
-    first: dict[Hashable, str] = {}
-    shared = []
-    for decision in decisions:
-        if decision.packs:
-            key = (decision.site.weights, decision.op.layout, decision.op.rule)
-            name = first.setdefault(key, decision.packed_name)
-            decision = dataclasses.replace(decision, packed_name=name)
-        shared.append(decision)
-    return shared
 
 
 def _row(
