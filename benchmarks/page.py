@@ -154,6 +154,28 @@ def _whole_step(step: Row) -> Iterable[str]:
     )  # fmt: skip
     for name, reason in step.get("missing", {}).items():
         yield f"\n{name}: {reason}."
+    if "prompts" in step:
+        yield from _prompts(step["prompts"])
+
+
+def _prompts(prompts: Mapping[str, Mapping[str, Row]]) -> Iterable[str]:
+    """A table of the sides and the lengths of prompts."""
+    yield (
+        "\nReading a prompt at once, with the weights that the step was packed to; milliseconds, "
+        "times as fast as dense, and how many of the packed sites are rewritten for so many tokens "
+        "(the others multiply in dense arithmetic what they were packed to):"
+    )
+    yield ""
+    names = list(next(iter(prompts.values())))
+    yield from table(
+        ["", *(f"{length} tokens" for length in prompts)],
+        [[name, *(_prompt_cell(rows[name]) for rows in prompts.values())] for name in names],
+    )
+
+
+def _prompt_cell(row: Row) -> str:
+    sites = f", {row['rewritten']} of {row['packed']}" if row["packed"] else ""
+    return f"{row['median_ms']:.0f}, **{row['ratio']:.2f} ×**{sites}"
 
 
 _SAID = {

@@ -6,7 +6,8 @@
   one's token given the same tokens before; and the head alone on the hidden states of those
   prompts, by several predictors.
 * step: the time of a decode step and what it says on texts, dense, by all rules of SIDES, and of
-  llama.cpp on the same file.
+  llama.cpp on the same file; and the time of reading prompts at once, where more than the head is
+  narrow.
 
 `--parts step` measures one of them again. With fewer prompts, tokens or rounds, or shorter texts,
 it is a quick look, and nothing is written.
@@ -178,7 +179,7 @@ class Bench:
         return summary, jnp.concatenate(hidden)
 
     def step(self, rounds: int, length: int) -> dict[str, Any]:
-        """Time and quality of a decode step, dense and rewritten, and of llama.cpp."""
+        """Time and quality of a decode step, dense and rewritten, and of llama.cpp; prompts."""
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
         side = functools.partial(whole_step.jax_side, self.config, FIRST)
         sides = {"dense": side(*self.dense, whole)}
@@ -187,7 +188,7 @@ class Bench:
             sides[name] = side(run, packed, size)
         forward = jax.jit(functools.partial(model.forward, self.config))
         texts = {kind: rows[0, :length] for kind, rows in quality.texts(self.words)[1].items()}
-        return whole_step.measure(
+        measured = whole_step.measure(
             sides,
             texts,
             lambda tokens: forward(self.params, tokens[None])[0],
@@ -196,6 +197,14 @@ class Bench:
             path=weights.find(),
             size=int(sum(tensor.n_bytes for tensor in weights.read().tensors)),
         )
+        narrow = {
+            name: (SIDES[name], packed)
+            for name, (_, packed, _) in self.rewritten.items()
+            if len(packed.sites) > 1
+        }
+        prefill = functools.partial(model.prefill, self.config)
+        read = whole_step.prompts(prefill, self.params, narrow, self.config, self.text, rounds)
+        return {**measured, "prompts": read}
 
     def heads(self, hidden: Array) -> dict[str, Any]:
         """The head alone on hidden: f32[steps, d_model], fitted to the text."""

@@ -1,8 +1,10 @@
-"""The whole decode step of a language model at batch 1: how fast each side is, and what it says.
+"""The whole decode step of a language model at batch 1: how fast each side is, and what it says;
+and how fast it reads prompts.
 
 Time: a side decodes greedy tokens from an empty cache, a block of them a turn. Quality: the same
 step reads texts of the kinds of `benchmarks.quality`, token by token, and its logits are compared
 with those of the dense model in float32. llama.cpp reads the file that all the weights come from.
+Prompts: a side reads all tokens of one in one call, with the weights that its step was packed to.
 The model is one of `examples`, whose steps share the form of their cache.
 """
 
@@ -20,7 +22,7 @@ from jax import Array
 
 import hire_rewrite as hire
 from benchmarks import peers, timing
-from examples.layers import CacheSizes, init_cache
+from examples.layers import Cache, CacheSizes, init_cache
 from examples.smollm2 import generate
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.plan import table
@@ -31,6 +33,7 @@ LENGTH = 512  # of the text of each kind
 MAX_LEN = 512
 ROUNDS = 15
 PEER = "llama.cpp"
+PROMPTS = (128, 256, 512)  # tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,6 +160,82 @@ def measure(
         "sides": result,
         "missing": missing,
     }
+
+
+def prompts(
+    prefill: Callable[[Any, Array, Cache], tuple[Array, Cache]],
+    params: Any,
+    sides: Mapping[str, tuple[Iterable[Rule], Any]],
+    config: CacheSizes,
+    text: np.ndarray,
+    rounds: int,
+) -> dict[str, dict[str, Any]]:
+    """The time of reading a prompt at once, by its number of tokens and side.
+
+    Args:
+      prefill: the weights, tokens: i32[1, n] and an empty cache to logits and the cache.
+      params: the weights of the dense side.
+      sides: of each step the rules, and the weights packed by them.
+      text: i32[n], whose first tokens are the prompts.
+    """
+    results = {}
+    for length in PROMPTS:
+        tokens = jnp.asarray(text[None, :length])
+        readers = {"dense": _reader(prefill, params, config, tokens)}
+        counts = {"dense": (0, 0)}
+        for name, (rules, packed) in sides.items():
+            step = hire.transform(prefill, *rules)
+            readers[name] = _reader(step, packed, config, tokens)
+            plan = step.plan(packed, tokens, init_cache(config, 1, MAX_LEN))
+            rewritten = sum(site.status == "rewritten" for site in plan.sites)
+            counts[name] = rewritten, len(packed.sites)
+        timings = timing.alternate(readers, rounds, cold=True)
+        results[str(length)] = {
+            name: {
+                **summary,
+                "ratio": round(timings.ratio("dense", name), 3),
+                "rewritten": counts[name][0],
+                "packed": counts[name][1],
+            }
+            for name, summary in timings.summary().items()
+        }
+        print(f"\nReading a prompt of {length} tokens, {rounds} rounds")
+        print(_prompt_table(length, results[str(length)]), flush=True)
+    return results
+
+
+def _reader(
+    prefill: Callable[[Any, Array, Cache], tuple[Array, Cache]],
+    weights: Any,
+    config: CacheSizes,
+    tokens: Array,
+) -> Callable[[], Array]:
+    """Reads a prompt at every call, into one cache from its beginning; returns the logits."""
+    read = jax.jit(prefill, donate_argnums=2)
+    cache = init_cache(config, 1, MAX_LEN)
+
+    def again() -> Array:
+        nonlocal cache
+        logits, cache = read(weights, tokens, {**cache, "pos": jnp.int32(0)})
+        return logits
+
+    return again
+
+
+def _prompt_table(length: int, result: Mapping[str, Mapping[str, Any]]) -> str:
+    header = ["", "ms", "tokens/s", "spread", "times as fast", "rewritten"]
+    rows = [
+        [
+            name,
+            f"{row['median_ms']:.1f}",
+            f"{1e3 * length / row['median_ms']:.0f}",
+            f"{row['spread']:.0%}",
+            f"{row['ratio']:.2f}",
+            f"{row['rewritten']} of {row['packed']}",
+        ]
+        for name, row in result.items()
+    ]
+    return table([header, *rows])
 
 
 @jax.jit

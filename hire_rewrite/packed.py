@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, TypeVar
 
 import jax
 
@@ -43,18 +43,33 @@ class PackedSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExaminedSite:
+    """A site that is not packed, and what calibration, or a look at its numbers, told about it."""
+
+    kind: str
+    name: str
+    key: str
+    statistics: Hashable
+
+
+AnySite = TypeVar("AnySite", PackedSite, ExaminedSite)
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedInfo:
     """The static part of a `Packed`: it is part of its type, and decides what a call compiles to.
 
     Attributes:
       origin: what it was made from.
       sites: what was decided about each site.
+      examined: the others that packing knows something about.
       rules: a rule for each site that reads them, with its sizes written out.
       shapes: shapes and dtypes of all arrays.
     """
 
     origin: Origin
     sites: tuple[PackedSite, ...]
+    examined: tuple[ExaminedSite, ...]
     rules: tuple[Rule, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
@@ -68,10 +83,18 @@ class PackedInfo:
 
     def site(self, kind: str, name: str, key: str) -> PackedSite | None:
         """The packed site of a kind with these weights, or else of this name."""
-        sites = [site for site in self.sites if site.kind == kind]
-        same_weights = (site for site in sites if site.key == key)
-        same_name = (site for site in sites if site.name == name)
-        return next(same_weights, None) or next(same_name, None)
+        return _of(self.sites, kind, name, key)
+
+    def examined_site(self, kind: str, name: str, key: str) -> ExaminedSite | None:
+        """The same of those that are not packed."""
+        return _of(self.examined, kind, name, key)
+
+
+def _of(sites: Iterable[AnySite], kind: str, name: str, key: str) -> AnySite | None:
+    sites = [site for site in sites if site.kind == kind]
+    same_weights = (site for site in sites if site.key == key)
+    same_name = (site for site in sites if site.name == name)
+    return next(same_weights, None) or next(same_name, None)
 
 
 @functools.partial(

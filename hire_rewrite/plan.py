@@ -26,7 +26,8 @@ class Site:
       status: `"rewritten"` or `"dense"`.
       reason: why.
       bytes_before, bytes_after: weight bytes that one call reads here, dense and rewritten
-        (`bytes_after` equals `bytes_before` where it is dense).
+        (`bytes_after` equals `bytes_before` where it is dense). A layer that is a site of its own
+        is counted there, and not in the one that it is a part of.
       expected: how many times as fast as dense it is rewritten, or would be, by the estimate; None
         if no rule says what rewriting would be.
       source: file and line of its last product.
@@ -115,7 +116,7 @@ def _site_row(site: Site) -> list[str]:
     layer = f"{site.d_model} → {site.width}"
     layer += f" {site.activation}" if site.activation else ""
     layer += " gated" if site.gated else ""
-    read = f"{site.bytes_before / 1e6:.1f}"
+    read = f"{site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
     if site.bytes_after != site.bytes_before:
         read += f" → {site.bytes_after / 1e6:.1f}"
     return [

@@ -189,6 +189,7 @@ class Transformed:
         *,
         recall: float | None = None,
         kl: float | None = None,
+        seconds: float | None = None,
         **kwargs: Any,
     ) -> Tuned:
         """Choose the rules of the sites: the fastest within a budget of divergence or recall.
@@ -211,6 +212,10 @@ class Transformed:
             other text. 0.99 if neither is given.
           kl: how far the rewritten model may diverge from the dense one, in nats a token: the mean
             of KL(dense ‖ rewritten). Needs a vocabulary head outside of loops.
+          seconds: with `kl`, about how long it may take; None for as long as it takes. Time is
+            looked at between trials, and some is kept for measuring the whole. Sites that read
+            most are tried first, and each once before any a second time; when time is up the
+            fastest within `kl` of what was tried is returned, which prints that time was up.
           kwargs: the call's keyword arguments.
 
         Returns:
@@ -218,14 +223,19 @@ class Transformed:
 
         Raises:
           HireRewriteError: there are fewer than two batches, no site that a rule asks for, both
-            budgets are given, or nothing that was tried is within `kl`.
+            budgets are given, `seconds` without `kl`, or nothing that was tried is within `kl`.
         """
         if kl is None:
+            if seconds is not None:
+                raise HireRewriteError(
+                    f"{self.name}: tune has seconds= without kl=, whose trials it limits: give "
+                    "both, or no seconds="
+                )
             recall = 0.99 if recall is None else recall
             return tune(self._analyses, weights, batches, recall, kwargs)
         if recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
-        return tune_within(self._analyses, weights, batches, kl, kwargs)
+        return tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after."""

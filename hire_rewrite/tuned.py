@@ -39,11 +39,13 @@ class Tuned(tuple[Rule, ...]):
       trials: everything that was tried, in the same order of sites.
       kl: of the model with all rules from the dense one, in nats a token, on batches that nothing
         was chosen by; None where recall was asked for.
+      untried: how many trials there was no time for.
     """
 
     chosen: tuple[Trial, ...]
     trials: tuple[Trial, ...]
     kl: float | None
+    untried: int
 
     def __new__(
         cls,
@@ -51,9 +53,11 @@ class Tuned(tuple[Rule, ...]):
         chosen: Iterable[Trial] = (),
         trials: Iterable[Trial] = (),
         kl: float | None = None,
+        untried: int = 0,
     ) -> Tuned:
         tuned = super().__new__(cls, rules)
-        tuned.chosen, tuned.trials, tuned.kl = tuple(chosen), tuple(trials), kl
+        tuned.chosen, tuned.trials = tuple(chosen), tuple(trials)
+        tuned.kl, tuned.untried = kl, untried
         return tuned
 
     def __str__(self) -> str:
@@ -70,7 +74,8 @@ class Tuned(tuple[Rule, ...]):
             for trial in self.chosen
         ]  # fmt: skip
         header = ["site", "KL alone", "ms saved (estimate)", "MB read", "rule"]
-        return f"{table([header, *rows])}\nKL of all together: {self.kl:.1e} nats a token"
+        late = f"\nTime was up: {self.untried} trial(s) were not made" if self.untried else ""
+        return f"{table([header, *rows])}\nKL of all together: {self.kl:.1e} nats a token{late}"
 
     def save(self, path: str) -> None:
         """Write the rules to a JSON file, which `load_rules` reads."""

@@ -56,6 +56,10 @@ class Decoder:
         self.own.append(seconds)
         return tokens
 
+    def answer(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The likeliest tokens, one after another, behind a prompt, which is read at once."""
+        return self._ask("answer", [int(token) for token in prompt], count)
+
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits: f32[n, vocab] after each of n tokens, which are read one by one."""
         return self._ask("logits", [int(token) for token in tokens])
@@ -111,22 +115,33 @@ class _Worker:
     def greedy(self, first: int, count: int) -> tuple[list[int], float]:
         self._context.kv_cache_clear()
         self._context.reset_perf_data()
-        tokens = [first]
-        for position in range(count):
-            self._read(tokens[-1], position)
-            tokens.append(self._likeliest.sample(self._context, -1))
-        return tokens[1:], self._context.get_perf_data()["t_eval_ms"] / 1e3
+        tokens = self._answer([first], count)
+        return tokens, self._context.get_perf_data()["t_eval_ms"] / 1e3
+
+    def answer(self, prompt: list[int], count: int) -> list[int]:
+        self._context.kv_cache_clear()
+        return self._answer(prompt, count)
+
+    def _answer(self, prompt: list[int], count: int) -> list[int]:
+        read, tokens, position = prompt, list[int](), 0
+        for _ in range(count):
+            self._read(read, position)
+            position += len(read)
+            read = [self._likeliest.sample(self._context, -1)]
+            tokens += read
+        return tokens
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         self._context.kv_cache_clear()
         found = []
         for position, token in enumerate(tokens):
-            self._read(token, position)
+            self._read([token], position)
             found.append(np.array(self._context.get_logits(), np.float32))
         return np.stack(found)
 
-    def _read(self, token: int, position: int) -> None:
-        self._context.decode(native.llama_batch_get_one([token], position))
+    def _read(self, tokens: list[int], position: int) -> None:
+        """Read tokens, of which the first has that position."""
+        self._context.decode(native.llama_batch_get_one(tokens, position))
 
 
 def _serve(path: str, length: int) -> None:

@@ -1,14 +1,15 @@
 """The whole way on a real language model: `python -m examples.smollm2.demo`, or `make demo`.
 
 SmolLM2-135M decodes a few prompts as it is, and rewritten without a rule: with the same numbers in
-fewer bytes. Every figure printed is measured here or read from a value; none is written in this
-file.
+fewer bytes. Beside them llama.cpp reads the file that the weights come from, where it is installed.
+Every figure printed is measured here or read from a value; none is written in this file.
 """
 
+import dataclasses
 import functools
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import hire_rewrite as hire
-from benchmarks import timing
+from benchmarks import peers, timing
+from hire_rewrite.plan import table
 
 from . import compare, generate, model, tokenizer, weights
-from .compare import Comparison
+from .compare import Answer, Comparison
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -30,11 +32,29 @@ PROMPTS = (
     "What do I need to bake an apple pie?",
 )
 ANSWER = 40  # tokens at most
-ROUNDS = 41
+ROUNDS, BLOCK = 15, 16  # turns of each side, and the tokens that it decodes in each
+FIRST = 1  # the token that opens a chat
 MAX_LEN = 512
+PEER = "llama.cpp"
+GET_PEER = "pip install --no-deps --only-binary :all: 'cyllama>=0.2.18'"
 DIFF = Path("out/smollm2.diff")
 DIFF_LINES = 12
 WIDTH = 110
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """One way to decode.
+
+    Attributes:
+      block: decodes BLOCK tokens from an empty cache.
+      bytes: of weights that are read for a token.
+      compared: with the dense step, an answer each.
+    """
+
+    block: Callable[[], Any]
+    bytes: int
+    compared: list[Comparison] = dataclasses.field(default_factory=list)
 
 
 def main() -> None:
@@ -57,27 +77,47 @@ def main() -> None:
 
     _heading("The plan: what each layer became, and why")
     plan = step.plan(packed, *call[1:])
-    before, after = map(_mb, weight_bytes(params, plan))
-    _say(str(plan), "", f"Weights read for one token: {before} dense, {after} rewritten.")
+    before, after = weight_bytes(params, plan)
+    read = f"Weights read for one token: {_mb(before)} dense, {_mb(after)} rewritten."
+    _say(str(plan), "", read)
 
-    _heading("The same prompts, dense and rewritten: what the model says")
-    prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
     dense = (jax.jit(decode_step, donate_argnums=2), params)
     rewritten = (jax.jit(step, donate_argnums=2), packed)
+    sides = {
+        "dense": Side(_block(dense, config), before),
+        "rewritten": Side(_block(rewritten, config), after),
+    }
+    peer = peers.build("decoder", "llama_cpp", weights.find(), MAX_LEN)
+    there = not isinstance(peer, str)
+    if there:
+        size = int(sum(tensor.n_bytes for tensor in weights.read().tensors))
+        sides[PEER] = Side(functools.partial(peer.greedy, FIRST, BLOCK), size)
+
+    _heading("The same prompts: what the model says")
+    prefill = jax.jit(functools.partial(model.prefill, config), donate_argnames="cache")
     end = words.token_to_id(tokenizer.END)
-    compared = []
     for prompt in PROMPTS:
         asked = words.encode(tokenizer.chat(prompt)).ids
-        read = compare.reader(prefill, params, config, asked, end, MAX_LEN)
-        done = compare.compare(read, dense, rewritten, ANSWER, end)
-        first = jnp.array([done.first])
-        alone, _, _ = generate.greedy(*rewritten, read()[1], first, len(done.dense))
-        _show(prompt, done, np.asarray(alone[0]), words)
-        compared.append(done)
-    _summarize(compared)
+        reader = compare.reader(prefill, params, config, asked, end, MAX_LEN)
+        said = compare.answer(reader, dense, ANSWER, end)
+        first, n = jnp.array([said.first]), len(said.tokens)
+        alone, _, _ = generate.greedy(*rewritten, reader()[1], first, n)
+        answers = {"rewritten": [said.first, *np.asarray(alone[0]).tolist()]}
+        logits = {"rewritten": compare.follow(reader, rewritten, said)}
+        if there:
+            answers[PEER] = peer.answer(asked, 1 + n)
+            logits[PEER] = jnp.asarray(peer.logits([*asked, *said.read])[-n:])
+        compared = {name: compare.beside(said, given) for name, given in logits.items()}
+        _show(prompt, said, answers, compared, words)
+        for name, one in compared.items():
+            sides[name].compared.append(one)
 
-    _heading("The time for one token")
-    _time(dense, rewritten, plan, config)
+    _heading("The whole step")
+    _measure(sides)
+    if there:
+        peer.close()
+    else:
+        _say("", f"{PEER} is missing: {peer}; to have it beside them: {GET_PEER}")
 
     _heading("The graph, before and after")
     lines = str(step.diff(packed, *call[1:])).splitlines()
@@ -98,69 +138,87 @@ def weight_bytes(params: Any, plan: hire.Plan) -> tuple[int, int]:
     return dense, dense - saved
 
 
-def decoder(step: generate.Step, weights: Any, token: Any, cache: Any) -> Callable[[], Any]:
-    """Reads `token` once more at every call, into a cache that it keeps; returns the logits."""
+def _block(side: tuple[generate.Step, Any], config: model.Config) -> Callable[[], Any]:
+    """Decodes BLOCK tokens from an empty cache, which the step may donate."""
 
     def decode() -> Any:
-        nonlocal cache
-        logits, cache = step(weights, token, cache)
-        return logits
+        cache = model.init_cache(config, 1, MAX_LEN)
+        return generate.greedy(*side, cache, jnp.array([FIRST]), BLOCK)[0]
 
     return decode
 
 
-def _time(
-    dense: tuple[generate.Step, Any],
-    rewritten: tuple[generate.Step, Any],
-    plan: hire.Plan,
-    config: model.Config,
-) -> None:
-    """Time the step; both sides are given with the weights to call them with."""
-    rate, names = timing.bandwidth(), ("dense", "rewritten")
-    token, sizes = jnp.zeros(1, jnp.int32), weight_bytes(dense[1], plan)
-    steps = {
-        name: decoder(*side, token, model.init_cache(config, 1, MAX_LEN))
-        for name, side in zip(names, (dense, rewritten), strict=True)
-    }
-    timings = timing.alternate(steps, ROUNDS, cold=True)
-    times = (
-        f"{name} {1e3 * timings.median(name):.1f} ms, {1 / timings.median(name):.0f} tokens/s "
-        f"(floor {1e3 * size / rate:.1f} ms)"
-        for name, size in zip(names, sizes, strict=True)
-    )
-    _say(f"{'; '.join(times)}: {timings.ratio(*names):.2f} times as fast")
+def _measure(sides: Mapping[str, Side]) -> None:
+    """Time the sides, and print all that was measured of each in a row."""
+    rate = timing.bandwidth()
+    blocks = {name: side.block for name, side in sides.items()}
+    timings = timing.alternate(blocks, ROUNDS, cold=True)
+    header = ["", "ms a token", "tokens/s", "times dense", "MB read", "floor ms", "KL",
+              "same token", f"top {compare.TOP}"]  # fmt: skip
+    rows = []
+    for name, side in sides.items():
+        seconds = timings.median(name) / BLOCK
+        rows.append(
+            [
+                name,
+                f"{1e3 * seconds:.1f}",
+                f"{1 / seconds:.0f}",
+                f"{timings.ratio('dense', name):.2f}",
+                f"{side.bytes / 1e6:.1f}",
+                f"{1e3 * side.bytes / rate:.1f}",
+                *_quality(side.compared),
+            ]
+        )
     where = timing.machine()
     _say(
-        f"One sequence; {where['processor']}, {where['cores']} cores, jax {where['jax']}. Medians, "
-        f"of the times and of the ratio in",
-        f"each of {ROUNDS} alternating rounds with cold caches. The floor is the bytes over "
-        f"{rate / 1e9:.1f} GB/s, the fastest read.",
-    )
-
-
-def _show(prompt: str, compared: Comparison, alone: np.ndarray, words: Tokenizer) -> None:
-    """Both answers; alone: i32[n] is what the rewritten step said by itself."""
-    print(f"\n  > {prompt}")
-    for side, tokens in (("dense", compared.dense), ("rewritten", alone)):
-        said = words.decode([compared.first, *tokens.tolist()])
-        lines = [part for line in said.splitlines() for part in textwrap.wrap(line, WIDTH - 13)]
-        print(textwrap.indent("\n".join(lines), " " * 13).replace(" " * 11, f"  {side:<9}", 1))
-    n, together = len(alone), int(np.cumprod(alone == compared.dense).sum())
-    parted = f"the same for {together} of {n} tokens" if together < n else f"the same {n} tokens"
-    _say(" " * 11 + f"{parted}; given the same tokens before, {compared.same} of {n} the same")
-
-
-def _summarize(compared: list[Comparison]) -> None:
-    steps = sum(len(c.dense) for c in compared)
-    same = sum(c.same for c in compared)
-    recall = sum(float(c.recall.sum()) for c in compared) / steps
-    _say(
+        table([header, *rows]),
         "",
-        f"In {steps} steps the rewritten model chose the dense one's token {same} times "
-        f"({100 * same / steps:.1f} %),",
-        f"and of the {compare.TOP} tokens that the dense one ranks first it had "
-        f"{100 * recall:.1f} % among its own {compare.TOP}.",
+        f"Time: one sequence, {BLOCK} tokens a turn, medians of {ROUNDS} alternating turns and of",
+        f"their ratios; {where['processor']}, {where['cores']} cores, jax {where['jax']}. The "
+        f"floor is the bytes over {rate / 1e9:.1f} GB/s, the",
+        "fastest read. KL(dense ‖ side) of the next token's chances, in nats, the share of tokens "
+        "whose likeliest",
+        f"next one is the dense one's, and of the dense {compare.TOP} likeliest those among the "
+        f"side's {compare.TOP}: means over",
+        f"the {sum(len(one.dense) for one in sides['rewritten'].compared)} tokens of the dense "
+        "answers, which all sides were given.",
     )
+
+
+def _quality(compared: Sequence[Comparison]) -> list[str]:
+    """Divergence, tokens that are the same, and recall of the likeliest; nothing of nothing."""
+    if not compared:
+        return [""] * 3
+    kl, same, recall = (
+        float(np.concatenate(values).mean())
+        for values in (
+            [one.kl for one in compared],
+            [one.rewritten == one.dense for one in compared],
+            [one.recall for one in compared],
+        )
+    )
+    return [f"{kl:.1e}", f"{same:.1%}", f"{recall:.1%}"]
+
+
+def _show(
+    prompt: str,
+    said: Answer,
+    answers: Mapping[str, Sequence[int]],
+    compared: Mapping[str, Comparison],
+    words: Tokenizer,
+) -> None:
+    """The dense answer and what the others answer by themselves; all with their first token."""
+    print(f"\n  > {prompt}")
+    dense = [said.first, *said.tokens.tolist()]
+    for side, tokens in {"dense": dense, **answers}.items():
+        text = words.decode(tokens)
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH - 13)]
+        print(textwrap.indent("\n".join(lines), " " * 13).replace(" " * 11, f"  {side:<9}", 1))
+    for side, tokens in answers.items():
+        n, together = len(dense), int(np.cumprod(np.equal(tokens, dense)).sum())
+        parted = f"the same for {together} of {n}" if together < n else f"the same {n}"
+        same, steps = compared[side].same, len(said.tokens)
+        _say(f"{'':11}{side}: {parted} tokens; given the dense ones, {same} of {steps} the same")
 
 
 def _describe(params: Any, config: model.Config) -> str:

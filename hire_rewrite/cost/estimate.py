@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 from hire_rewrite.cost.machine import Machine, whole
+from hire_rewrite.graph.nodes import Node
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import Operation
@@ -42,12 +44,17 @@ class Estimate:
         return self.dense / self.rewritten
 
 
-def dense_bytes(site: MatchedSite) -> int:
-    """Bytes of the weights of a site's linear layers, read once in each run, on one device."""
+def dense_bytes(site: MatchedSite, without: Collection[Node] = ()) -> int:
+    """Bytes of the weights of a site's linear layers, read once in each run, on one device.
+
+    Args:
+      without: products that are not counted.
+    """
     devices = site.sharding.num_shards
     return site.repeats * sum(
         math.prod(linear.weight.shape) * narrow(linear.weight).dtype.itemsize // devices
         for linear in site.linears
+        if linear.node not in without
     )
 
 

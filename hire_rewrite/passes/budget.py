@@ -3,13 +3,16 @@
 Each site has rules that are worth a trial (`SiteKind.trials`). Each is measured alone: how far the
 model with nothing else rewritten diverges from the dense one on held-out batches. Divergences are
 small and about add up, so a choice is made by time gained for divergence spent, and then measured
-as a whole, on the batches that no choice was made by.
+as a whole, on the batches that no choice was made by. Where time is short, each site has a trial
+before any has a second one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from jax import Array
 
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.cost import machine as machines
-from hire_rewrite.cost.estimate import estimate
+from hire_rewrite.cost.estimate import dense_bytes, estimate
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.packed import Packed
@@ -84,28 +87,24 @@ def tune_within(
     weights: Any,
     batches: Iterable[tuple[Any, ...]],
     kl: float,
+    seconds: float | None,
     kwargs: Mapping[str, Any],
 ) -> Tuned:
     """The rules that `Transformed.tune` returns for a budget `kl`, in nats a token."""
+    clock = _Clock(seconds)
     if not isinstance(kl, int | float) or not kl > 0.0:
         raise HireRewriteError(f"tune: kl={kl!r} must be a positive number of nats a token")
+    if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0.0):
+        raise HireRewriteError(f"tune: seconds={seconds!r} must be a positive number, or None")
     checking, trying = held_out(batches)
     given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))
     step = _Step(analyses, given, kwargs, analyses.joined(given, trying[0]))
-    offers = [(site, rule) for site, own in step.sites() for rule in site.kind.trials(site, own)]
-    if not offers:
+    offers = [[(site, rule) for rule in site.kind.trials(site, own)] for site, own in step.sites()]
+    if not any(offers):
         raise HireRewriteError(
             f"tune: no site of {analyses.name} has anything to choose: look at .plan(...)"
         )
-    options: list[Option] = []
-    dense = step.dense_logits(trying)
-    with progress("tuning", "trial", len(offers)) as advance:
-        for site, rule in offers:
-            trial = step.trial(site, rule, trying, dense)
-            if trial is not None:
-                options.append(Option(site.match.nodes | site.match.shared, trial))
-            advance()
-    del dense
+    options, untried = _options(step, offers, trying, clock, len(checking) / len(trying))
     dense, budget = step.dense_logits(checking), kl
     for _ in range(_ATTEMPTS):
         chosen = choose(options, budget)
@@ -113,13 +112,65 @@ def tune_within(
         total = step.divergence(rules, checking, dense) if rules else 0.0
         if rules and total <= kl:
             trials = [option.trial for option in options]
-            return Tuned(rules, [option.trial for option in chosen], trials, total)
+            return Tuned(rules, [option.trial for option in chosen], trials, total, untried)
         budget *= 0.9 * kl / max(total, kl)
     least = min((option.kl for option in options), default=float("inf"))
+    late = f", or more than seconds={seconds}, of which {untried} trials had none"
     raise HireRewriteError(
         f"tune: nothing that was tried gains time within kl={kl}: the least divergence of a site "
-        f"alone was {least:.1e} nats a token; give a larger budget"
+        f"alone was {least:.1e} nats a token; give a larger budget{late if untried else ''}"
     )
+
+
+class _Clock:
+    """How long tuning takes, and may take."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds, self._start = seconds, time.monotonic()
+
+    def spent(self) -> float:
+        return time.monotonic() - self._start
+
+    def left(self, reserved: float) -> float:
+        """Seconds that are left beside those that are reserved."""
+        return float("inf") if self._seconds is None else self._seconds - self.spent() - reserved
+
+
+def _options(
+    step: _Step,
+    offers: Sequence[Sequence[tuple[MatchedSite, Rule]]],
+    batches: Sequence[Any],
+    clock: _Clock,
+    more: float,
+) -> tuple[list[Option], int]:
+    """What was tried and gains time, in the order of the offers, and how many were not tried.
+
+    Args:
+      offers: of each site.
+      more: how many times as many batches the whole is measured on in the end, for which some of
+        the time is kept.
+    """
+    start = clock.spent()
+    dense = step.dense_logits(batches)
+    fixed, longest = clock.spent() - start, 0.0
+    large_first = sorted(offers, key=lambda own: -dense_bytes(own[0][0]) if own else 0)
+    order = [offer for turn in itertools.zip_longest(*large_first) for offer in turn if offer]
+    found: dict[tuple[MatchedSite, Rule], Option] = {}
+    tried = 0
+    with progress("tuning", "trial", len(order)) as advance:
+        for site, rule in order:
+            start = clock.spent()
+            trial = step.trial(site, rule, batches, dense)
+            if trial is not None:
+                found[site, rule] = Option(site.match.nodes | site.match.shared, trial)
+            tried += 1
+            longest = max(longest, clock.spent() - start)
+            left = clock.left(more * (fixed + longest))
+            advance("" if left == float("inf") else f"{max(left, 0.0):.0f} s left for trials")
+            if left <= 0.0:
+                break
+    ordered = (offer for own in offers for offer in own)
+    return [found[offer] for offer in ordered if offer in found], len(order) - tried
 
 
 class _Step:

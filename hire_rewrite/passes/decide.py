@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hire_rewrite.cost import machine as machines
@@ -14,11 +14,12 @@ from hire_rewrite.graph.nodes import Node, source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed import PackedInfo, PackedSite
 from hire_rewrite.passes.detect import Detection
+from hire_rewrite.passes.listing import counted_once, sharing, shown_of
 from hire_rewrite.plan import Plan, Site
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import UNSHARDED
 from hire_rewrite.sites import MatchedSite, Operation, Unfit
-from hire_rewrite.sites.kind import Functions
+from hire_rewrite.sites.kind import Functions, StaysDense
 
 _DECODING = (1, 2, 4, 8)
 """What is packed pays for one of these numbers of tokens at least."""
@@ -33,6 +34,7 @@ class Decision:
       packs: whether the site's weights are packed: a rule asks for it, and it pays for some small
         number of tokens, if not for those of this call.
       packed_name: the name under which they are packed: the first site's with the same weights.
+      known: whether calibration, or a look at its numbers, told about it.
       cost: what it saves in this call, if its sizes are known.
       asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
         it, whether that pays or not, or it is packed.
@@ -44,6 +46,7 @@ class Decision:
     packs: bool = False
     packed_name: str = ""
     asked: bool = False
+    known: bool = False
     cost: Estimate | None = None
 
     @property
@@ -110,9 +113,8 @@ def decide(
     if not rules:
         within = [*map(decider.decide, detection.leftovers(lambda node: node in taken))]
         decisions, left = _without_loss(decisions, within, left)
-    decisions = _sharing([*decisions, *left])
-    # What is left over is a site where a user asks for it, or where it is packed.
-    shown = [d for d in decisions if not d.site.kind.leftover or d.packs or (rules and d.row.rule)]
+    decisions = sharing([*decisions, *left])
+    shown = counted_once(shown_of(decisions, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),
@@ -140,25 +142,25 @@ class _Decider:
             return Decision(site, _row(site, None, site.kind.unasked(site.match)))
         if site.unsupported is not None:
             return Decision(site, _row(site, rule, site.unsupported))
-        packed = None
-        if self.packed is not None:
-            packed = self.packed.site(site.kind.name, site.name, site.key)
+        packed, known = self._known(site)
         try:
-            operation = self._resolve(site, rule, packed)
+            operation = self._resolve(site, rule, None if isinstance(known, StaysDense) else known)
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
+        if isinstance(known, StaysDense) and operation.unexamined:
+            return Decision(site, _row(site, rule, known.reason), known=True)
         unknown = operation.undecided or operation.unexamined
         if unknown is not None:
             return Decision(site, _row(site, rule, unknown), operation)
         operation.check()
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
-        reason, rewritten = self._reason(operation, packs, now)
+        reason, rewritten = self._reason(operation, packs, now, known is not None)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)
-        return Decision(site, row, operation, packs, name, asked, now)
+        return Decision(site, row, operation, packs, name, asked, known is not None, now)
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
         kind = site.kind
@@ -170,13 +172,21 @@ class _Decider:
                 return rule
         return None
 
-    def _resolve(self, site: MatchedSite, rule: Rule, packed: PackedSite | None) -> Operation:
+    def _known(self, site: MatchedSite) -> tuple[PackedSite | None, Any]:
+        """What a site was packed to, if it was, and what was told about it."""
+        if self.packed is None:
+            return None, self.statistics.get(site.label)
+        which = site.kind.name, site.name, site.key
+        packed = self.packed.site(*which)
+        known = packed or self.packed.examined_site(*which)
+        return packed, known and known.statistics
+
+    def _resolve(self, site: MatchedSite, rule: Rule, known: Any) -> Operation:
         """The operation at a site; one that cannot be sharded, and need not be, is not.
 
         Raises:
           Unfit: the rule cannot be applied to this site.
         """
-        known = self.statistics.get(site.label) if packed is None else packed.statistics
         try:
             return site.kind.resolve(site, rule, known, self.functions)
         except Unfit:
@@ -200,21 +210,23 @@ class _Decider:
             )
         return True
 
-    def _reason(self, operation: Operation, packs: bool, now: Estimate) -> tuple[str, bool]:
+    def _reason(
+        self, operation: Operation, packs: bool, now: Estimate, known: bool
+    ) -> tuple[str, bool]:
         """Why a site is what it is, and whether it is rewritten."""
         rule, tokens = operation.rule, operation.site.tokens
-        if self.packed is not None and not packs:
+        if self.packed is not None and not packs and (now.pays or not known):
             return "the Packed does not hold it: pack with this function to rewrite it", False
         if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True
         if not rule.takes(tokens):
             reason = f"{tokens} tokens are more than max_tokens={rule.max_tokens}"
         else:
+            advice = "ask for fewer candidates or a smaller predictor, or give "
             reason = (
                 f"expected {now.ratio:.2f} times as fast as dense (would read "
                 f"{now.after / 1e6:.1f} MB instead of {now.before / 1e6:.1f}), and has to be "
-                f"{now.margin:.1f}: ask for fewer candidates or a smaller predictor, or give "
-                "force=True"
+                f"{now.margin:.1f}: {advice if operation.candidates else 'give '}force=True"
             )
         if packs:
             return f"{reason}; the same meaning in dense arithmetic", False
@@ -261,19 +273,6 @@ def _without_loss(
                 taking += inside
         settled.append(decision)
     return settled, taking
-
-
-def _sharing(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions with one name for packed sites that are alike."""
-    first: dict[Hashable, str] = {}
-    shared = []
-    for decision in decisions:
-        if decision.packs:
-            key = (decision.site.weights, decision.op.layout, decision.op.rule)
-            name = first.setdefault(key, decision.packed_name)
-            decision = dataclasses.replace(decision, packed_name=name)
-        shared.append(decision)
-    return shared
 
 
 def _row(

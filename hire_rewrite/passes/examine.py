@@ -12,14 +12,13 @@ from hire_rewrite.sites.weight_rows import WeightRows
 
 
 def examine(trace: Trace, decisions: Sequence[Decision], weights: Sequence[Any]) -> dict[str, Any]:
-    """What `Operation.examine` found out, by the label of the site; nothing where that was nothing.
+    """What `Operation.examine` found out, by the label of the site.
 
     Args:
       weights: the weight inputs of the traced function, in order.
     """
     stacker = weight_stacker(trace, weights)
-    found = {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
-    return {label: statistics for label, statistics in found.items() if statistics is not None}
+    return {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
 
 
 def weight_stacker(trace: Trace, weights: Sequence[Any]) -> Stacker:

@@ -17,7 +17,7 @@ from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract
 from hire_rewrite.graph.weights import Stacker
-from hire_rewrite.packed import Origin, Packed, PackedInfo, PackedSite
+from hire_rewrite.packed import ExaminedSite, Origin, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.examine import weight_stacker
 from hire_rewrite.passes.modes import HIRE
@@ -87,6 +87,11 @@ def pack(
                 calibration.statistics.get(d.site.label),
             )
             for d in firsts
+        ),
+        tuple(
+            ExaminedSite(d.site.kind.name, d.name, d.site.key, calibration.statistics[d.site.label])
+            for d in decisions
+            if d.site.label in calibration.statistics and not d.packs
         ),
         tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),
         tuple(map(abstract, jax.tree.leaves((kept, sites)))),

@@ -37,6 +37,13 @@ class Unfit(Exception):  # noqa: N818 (a finding, not an error: the site stays d
     """A rule that cannot be applied to a site, and why."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StaysDense:
+    """What a look at the numbers of a site told, if that is why the site stays dense."""
+
+    reason: str
+
+
 class Match(abc.ABC):
     """Where a site stands in the graph; unless a kind says more, its linear layers in a row."""
 
@@ -177,7 +184,8 @@ class SiteKind(abc.ABC):
         """The operation that a rule asks for at a site.
 
         Args:
-          statistics: what calibration told about the site (`Operation.statistics`), or None.
+          statistics: what calibration (`Operation.statistics`) or a look at its numbers
+            (`Operation.examine`) told about the site, or None.
           functions: those of other sites of the plan.
 
         Raises:

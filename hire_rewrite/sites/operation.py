@@ -98,8 +98,8 @@ class Operation(abc.ABC):
 
     def examine(self, weights: WeightRows) -> Any:
         """What packing found out about the numbers, of an `unexamined` operation: statistics for
-        `SiteKind.resolve`, or None if the site stays dense."""
-        return None
+        `SiteKind.resolve`, or `StaysDense`. Both are hashable."""
+        raise NotImplementedError
 
     def rows(self, arrays: Any) -> Sequence[Any]:
         """The copies of weights among the packed arrays, in which no number may be infinite."""

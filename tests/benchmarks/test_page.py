@@ -133,13 +133,23 @@ def test_smollm2(results):
         "dense": {"median_ms": 60.0, "ratio": 1.0, "bytes": 538e6, **times},
         "all in 8 bits": {"median_ms": 16.0, "ratio": 3.7, "bytes": 140e6, **times, **said},
     }
-    results("smollm2_step", {"sides": sides, "missing": {"llama.cpp": "not installed"}})
+    prompts = {
+        str(length): {
+            "dense": {"median_ms": 2.0 * length, "ratio": 1.0, "rewritten": 0, "packed": 0},
+            "all in 8 bits": {"median_ms": length, "ratio": 2.0, "rewritten": 7, "packed": 8},
+        }
+        for length in (128, 512)
+    }
+    missing = {"llama.cpp": "not installed"}
+    results("smollm2_step", {"sides": sides, "missing": missing, "prompts": prompts})
     text = list(page.lines())
     rows = [cells(line) for line in text if line.startswith("|")]
     assert rows[2][-3:] == ["", "", ""]
     assert rows[3] == ["all in 8 bits", "16.0", "62.5", "4%", "**3.70 ×**", "140", "15.0",
                        "0.2500", "90.0%", "12.00"]  # fmt: skip
     assert "\nllama.cpp: not installed." in text
+    assert rows[-4] == ["", "128 tokens", "512 tokens"]
+    assert rows[-1] == ["all in 8 bits", "128, **2.00 ×**, 7 of 8", "512, **2.00 ×**, 7 of 8"]
 
 
 def test_gemma3(results):

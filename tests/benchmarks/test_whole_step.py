@@ -4,9 +4,11 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hire_rewrite as hire
 from benchmarks import peers, timing, whole_step
 from examples.smollm2 import model, weights
 
@@ -63,6 +65,42 @@ def test_sides_beside_dense(monkeypatch):
     assert result["missing"] == {"llama.cpp": "not installed (no wheel)"}
 
 
+def test_prompts_are_read_by_each_side(monkeypatch):
+    """All see the same tokens in an empty cache, and say the same where nothing is lost."""
+    monkeypatch.setattr(timing, "LONG", 2**12)
+    monkeypatch.setattr(whole_step, "PROMPTS", (5, 9))
+    said = {}
+
+    def alternate(sides, rounds, cold):
+        for name, side in sides.items():
+            first, second = (np.asarray(side()) for _ in range(2))
+            np.testing.assert_array_equal(first, second)  # nothing is left in the cache
+            said.setdefault(name, []).append(first)
+        return timing.Timings({name: tuple(range(2, 2 + rounds)) for name in sides})
+
+    monkeypatch.setattr(timing, "alternate", alternate)
+    config = model.Config(vocab=40, d_model=16, d_ff=24, layers=2, heads=2, kv_heads=1,
+                          rope_base=1e4, norm_eps=1e-5)  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), small(config, rng))
+    step = hire.transform(functools.partial(model.decode_step, config))
+    packed = step.pack(params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, 512))
+    assert packed.sites
+    text = rng.integers(0, 40, 12).astype(np.int32)
+    prefill = functools.partial(model.prefill, config)
+    result = whole_step.prompts(prefill, params, {"same": ((), packed)}, config, text, 3)
+    assert list(result) == ["5", "9"]
+    for length, rows in result.items():
+        assert (rows["same"]["ratio"], rows["same"]["median_ms"]) == (1.0, 3000.0)
+        assert rows["same"]["packed"] == len(packed.sites)
+        i, expected = (
+            list(result).index(length),
+            model.forward(config, params, text[None, : int(length)]),
+        )
+        for name in ("dense", "same"):
+            np.testing.assert_allclose(said[name][i], expected[:, -1], rtol=1e-4, atol=1e-4)
+
+
 def small(config, rng):
     def matrices(*shape):
         return (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(np.float32)
@@ -91,6 +129,8 @@ def test_llama_cpp_reads_the_same_file():
         tokens = decoder.greedy(FIRST, 6)
         read = np.array([FIRST, *tokens[:-1]], np.int32)
         logits = decoder.logits(read)
+        assert decoder.answer([FIRST], 6) == tokens
+        assert decoder.answer([FIRST, *tokens[:2]], 4) == tokens[2:]
     finally:
         decoder.close()
     assert logits.argmax(-1).tolist() == tokens

@@ -91,10 +91,46 @@ def test_trials_are_measured_alone():
     assert divergence([trial.rule], BATCHES[3:]) == pytest.approx(trial.kl, rel=1e-2)
 
 
+def on_a_grid():
+    """Weights of 4 bits with a scale for each row of 64 inputs: nothing is lost where they fit."""
+    rng = np.random.default_rng(5)
+
+    def matrix(*shape):
+        integers = rng.integers(-8, 8, shape)
+        integers[..., 0, :], integers[..., 1, :] = -8, 7
+        return jnp.asarray(integers * np.float32(0.01))
+
+    layers = {"q": matrix(LAYERS, D, D), "o": matrix(LAYERS, D, D)}
+    return {"layers": layers, "embed": matrix(D, V).T}
+
+
+def test_time_that_is_up():
+    """After one trial, which may be all: what loses nothing is tried first."""
+    params, step = on_a_grid(), hire.transform(model, Linear(path="[qo]$"), ALONE[1])
+    whole = step.tune(params, BATCHES, kl=1e-3, seconds=1e6)
+    assert set(whole) == set(step.tune(params, BATCHES, kl=1e-3))
+    assert whole.untried == 0
+    short = step.tune(params, BATCHES, kl=1e-3, seconds=1e-9)
+    (trial,) = short.trials
+    assert short.untried > 1
+    assert short.kl <= 1e-3
+    assert tuple(short) == (trial.rule,)
+    assert "Time was up" in str(short)
+    assert "Time was up" not in str(whole)
+
+
+def test_time_that_is_up_before_anything_was_found():
+    step = hire.transform(model, *ALONE)
+    with pytest.raises(HireRewriteError, match="seconds=1e-09"):
+        step.tune(PARAMS, BATCHES, kl=1e-12, seconds=1e-9)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"kl": 0.0}, "kl=0"),
+        ({"kl": 1e-3, "seconds": 0}, "seconds=0"),
+        ({"recall": 0.9, "seconds": 60}, "seconds= without kl="),
         ({"kl": 1e-3, "recall": 0.9}, "one of them"),
         ({"kl": 1e-12}, "least divergence"),
     ],

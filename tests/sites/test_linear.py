@@ -1,5 +1,6 @@
 """Linear layers that are in no other site, from a compressed copy of their weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 
 import hire_rewrite as hire
 from hire_rewrite import Blocks, Float, HireRewriteError, Linear
+from hire_rewrite.cost import machine as machines
 from tests.cases import close, inputs, rand
 
 LAYERS, D, F = 3, 64, 128
@@ -151,6 +153,67 @@ def test_without_rules_other_numbers_stay_as_they_are():
     assert names(step.plan(packed, X)) == set()
     assert len(packed.weights) == 4
     np.testing.assert_array_equal(step(packed, X), jax.jit(model)(PARAMS, X))
+
+
+def mixed():
+    """Weights of which q and up are on a grid, and the others not."""
+    layers = {
+        name: (EXACT if name in ("q", "up") else PARAMS)["layers"][name]
+        for name in PARAMS["layers"]
+    }
+    return {"layers": layers}
+
+
+def test_what_fits_no_grid_is_a_site_that_says_so():
+    step, params = hire.transform(model), mixed()
+    packed = step.pack(params, X)
+    fitting = {"params/layers/q", "params/layers/up"}
+    for given in (packed, jax.tree.map(lambda array: array, packed)):
+        plan = step.plan(given, X)
+        assert names(plan) == fitting
+        assert names(plan, "dense") == ALL - fitting
+        assert plan.rejected == ()
+    reasons = {site.reason for site in plan.sites if site.name in ALL and site.rule == Linear()}
+    assert len(reasons) == 2
+    (unfit,) = {site.reason for site in plan.sites if site.name == "params/layers/gate"}
+    assert "grid" in unfit
+    asked = hire.transform(model, Linear())  # also where a rule says it
+    assert names(asked.plan(asked.pack(params, X), X), "dense") == ALL - fitting
+    close(step(packed, X), model(params, X), 1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: EXACT, lambda: PARAMS, mixed])
+@pytest.mark.parametrize("rules", [(), (Linear(),), (Linear(path="gate"),)])
+def test_each_weight_is_counted_in_one_site(make, rules):
+    """Gate, up and down are layers of a block, and each may be a site of its own."""
+    params = make()
+    step = hire.transform(model, *rules)
+    plan = step.plan(step.pack(params, X), X)
+    block = sum(params["layers"][name].nbytes for name in ("gate", "up", "down"))
+    beside = sum(s.bytes_before for s in plan.sites if s.name == "params/layers/q")
+    assert sum(site.bytes_before for site in plan.sites) == block + beside
+    dense = [site for site in plan.sites if site.status == "dense"]
+    assert all(site.bytes_after == site.bytes_before for site in dense)
+
+
+def test_what_would_fit_and_does_not_pay_is_a_site_too(monkeypatch):
+    strict = dataclasses.replace(machines.current(), name="strict", margin=1e3)
+    monkeypatch.setattr(machines, "current", lambda: strict)
+    step = hire.transform(model)
+    plan = step.plan(step.pack(mixed(), X), X)
+    sites = {site.name: site for site in plan.sites if site.kind == "linear"}
+    assert set(sites) == ALL
+    assert {name for name, site in sites.items() if site.expected is not None} == {
+        "params/layers/q",
+        "params/layers/up",
+    }
+    assert all(site.status == "dense" for site in sites.values())
+
+
+def test_shapes_and_traces_are_not_looked_at():
+    step = hire.transform(model)
+    packed = step.pack(jax.eval_shape(lambda: EXACT), X)
+    assert [site.kind for site in step.plan(packed, X).sites] == ["ffn"]
 
 
 def test_bfloat16_numbers_that_are_held_in_float32():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from hire_rewrite.cost.machine import Machine
@@ -23,7 +24,7 @@ from hire_rewrite.ops.linear.linear import (
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
-from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.kind import MatchedSite, StaysDense
 from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
@@ -88,9 +89,17 @@ class LinearOperation(Operation):
     def tuned_rule(self) -> Linear:
         return self.rule.replace(encoding=self.spec.encoding, lookups=bool(self._lookups))
 
-    def examine(self, weights: WeightRows) -> Encoding | None:
-        found = narrowest(weights.matrices(self.layer).on_host())
-        return None if found is None else found[0]
+    def examine(self, weights: WeightRows) -> Encoding | StaysDense:
+        rows = weights.matrices(self.layer).on_host()
+        found = narrowest(rows)
+        if found is not None:
+            return found[0]
+        narrower = "" if jnp.finfo(rows.dtype).bits <= 16 else " and are not bfloat16 numbers"
+        return StaysDense(
+            "its numbers fit no grid of 8 or 4 bits (a scale, and perhaps a minimum, for each row "
+            f"or for 128, 64 or 32 of its numbers){narrower}, so they stay as they are; "
+            "Linear(encoding=...) rounds them"
+        )
 
     def pack(
         self,
