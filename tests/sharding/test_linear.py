@@ -322,3 +322,24 @@ def test_weights_cut_by_the_number_of_the_device():
     packed = run.pack(w, x)
     assert [site.status for site in run.plan(packed, x).sites] == ["rewritten"]
     np.testing.assert_allclose(run(packed, x), x @ w, atol=1e-4)
+
+
+def test_experts_over_a_mesh_stay_dense_and_in_a_shard_map_do_not():
+    mesh, rule = LAYOUTS["tensor"].meshed(), Linear(encoding=Blocks(8), force=True)
+    w, x = normal(8, D, H), normal(8, TOKENS, D)
+
+    def mixture(w, x):
+        return jnp.einsum("etd,edh->eth", x, w)
+
+    spec = P("model", None, "data")
+    there, run = jax.device_put(w, NamedSharding(mesh, spec)), hire.transform(mixture, rule)
+    (site,) = run.plan(there, x).sites
+    assert site.status == "dense"
+    assert "experts are sharded over data=2 × model=4" in site.reason
+    np.testing.assert_allclose(run(there, x), mixture(w, x), atol=1e-3)
+    each = jax.shard_map(mixture, mesh=mesh, in_specs=(spec, P("model")), out_specs=spec)
+    own = hire.transform(each, rule)
+    packed = own.pack(there, x)
+    for leaf in jax.tree.leaves(packed.sites):
+        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // 8
+    np.testing.assert_allclose(own(packed, x), run(run.pack(w, x), x), atol=1e-3)

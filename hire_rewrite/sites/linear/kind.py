@@ -72,8 +72,6 @@ class LinearKind(SiteKind):
             raise NoMatch(Refusal.UNSUPPORTED, f"its weight is {weight.dtype}", node)
         if not jnp.issubdtype(linear.out.dtype, jnp.floating):
             raise NoMatch(Refusal.UNSUPPORTED, f"its result is {linear.out.dtype}", node)
-        if len(linear.batch) > 1:
-            raise NoMatch(Refusal.UNSUPPORTED, "weights side by side along several axes", node)
         return LinearMatch(linear, lookups_of(linear, context))
 
     def summary(self, match: LinearMatch) -> Mapping[str, Any]:
@@ -99,6 +97,9 @@ class LinearKind(SiteKind):
         self, site: MatchedSite, rule: Linear, statistics: Encoding | None, functions: Functions
     ) -> LinearOperation:
         layer = site.match.layer
+        if len(layer.batch) > 1:
+            sizes = [layer.weight.shape[axis] for _, axis, _ in layer.batch]
+            raise Unfit(f"its weights lie side by side along several axes, of {sizes}")
         encoding = rule.encoding or statistics
         if encoding is None:
             return LinearOperation(_fitting(site, None), rule, None)
