@@ -27,8 +27,8 @@ class Linear(Rule):
 
     Args:
       k: of each token, how many of its inputs meet their columns of the weight exactly, those of
-        greatest |x|; a fraction of the inputs (float) or a number (int). 0 for none. Where inputs are
-        sharded over a mesh each device takes its share of k, among its own inputs; inside a
+        greatest |x|; a fraction of the inputs (float) or a number (int). 0 for none. Where inputs
+        are sharded over a mesh each device takes its share of k, among its own inputs; inside a
         `shard_map` of the function an int is for each device.
       encoding: how the weight is stored (`Blocks`, `Float`, ...), whether it holds the numbers
         exactly or not; None for the narrowest that does.
