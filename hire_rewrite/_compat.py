@@ -170,6 +170,9 @@ sharding_casts = frozenset(
 )
 """What changes the sharding in an array's type, and nothing else."""
 
+varying_casts = sharding_casts - {reshard_p}
+"""Of these what says, inside `shard_map`, that an array differs from device to device."""
+
 
 def is_sharded_by_type(aval: Any) -> bool:
     """Whether an array's type says over which axes of a mesh it is sharded."""

@@ -150,6 +150,7 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         match.outputs,
         mesh,
         lambda sharding: kind.unsupported_sharding(match, sharding),
+        match.linears[0].weight_in if kind.divides_columns else (),
     )
     varying = {loop for value in match.weights for loop in trace.provenance.varies_over(value)}
     return MatchedSite(

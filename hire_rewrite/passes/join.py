@@ -24,11 +24,12 @@ def joined(replacements: Sequence[SiteReplacement]) -> list[SiteReplacement]:
 
 
 def _key(replacement: SiteReplacement) -> Hashable:
-    joint, nodes = replacement.joint, replacement.nodes
+    joint, nodes, region = replacement.joint, replacement.nodes, replacement.shards
     places = {(node.frame, _compat.annotations(node.eqn)) for node in nodes}
-    if joint is None or replacement.shards is not None or len(places) > 1:
+    if joint is None or len(places) > 1:
         return replacement  # it equals no other
-    return joint.key, replacement.inputs, replacement.loops, *places
+    shards = None if region is None else (region.scope, region.axes)
+    return joint.key, replacement.inputs, replacement.loops, shards, *places
 
 
 def _together(group: Sequence[SiteReplacement]) -> SiteReplacement:
@@ -46,5 +47,6 @@ def _together(group: Sequence[SiteReplacement]) -> SiteReplacement:
         tuple(itertools.chain.from_iterable(replacement.outputs for replacement in group)),
         run,
         [replacement.state for replacement in group],
+        shards=first.shards,
         loops=first.loops,
     )

@@ -164,7 +164,7 @@ def _packed_site(
                 )
         return arrays
 
-    arrays = site.sharding.pack(pack_rows, stacker, seen)
+    arrays = operation.encoded(site.sharding.pack(pack_rows, stacker, seen))
     for _ in range(site.layers - steps):  # devices pack all of their layers at once
         advance()
     arrays = site.sharding.put(arrays, operation.partition_specs)

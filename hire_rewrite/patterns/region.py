@@ -242,3 +242,8 @@ def from_tokens(rows: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
     others = [size for i, size in enumerate(shape) if i not in axes]
     split = rows.reshape(*others, *(shape[axis] for axis in axes))
     return jnp.moveaxis(split, range(-len(axes), 0), axes)
+
+
+def without_axis(axes: Sequence[int], gone: int | None) -> list[int]:
+    """Axes of an array as they are numbered without one of its axes (None for with all)."""
+    return [axis - (gone is not None and axis > gone) for axis in axes]

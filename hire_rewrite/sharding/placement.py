@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from jax.sharding import Mesh, NamedSharding
@@ -9,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.trace import Trace, sharding_over_mesh
+from hire_rewrite.sharding.columns import column_axes
 from hire_rewrite.sharding.manual import ManualSharding, exchanges_weights, manual_sharding
 from hire_rewrite.sharding.rows import UNSHARDED, RowSharding, Sharding, mesh_axes, num_shards
 
@@ -21,6 +23,7 @@ def sharding_of(
     outputs: Sequence[Value],
     default: Mesh | None,
     unsupported: Callable[[RowSharding], str | None],
+    contracted: Sequence[int] = (),
 ) -> tuple[Sharding, str | None, bool]:
     """How a site's weight rows lie on devices.
 
@@ -29,6 +32,8 @@ def sharding_of(
       matrices, weights: its matrices, and all of its weights.
       default: the mesh over all of whose axes rows are sharded that are not sharded by themselves.
       unsupported: why a site of this kind has to stay dense if its rows are sharded so.
+      contracted: the axes of its only matrix along which it may be sharded as it is; where there
+        are none, all of the mesh's axes are for its rows.
 
     Returns:
       The sharding; why the site has to stay dense for it, if it has to; and whether it may as well
@@ -39,6 +44,10 @@ def sharding_of(
         return region, _unsupported_region(trace, region, weights, outputs, nested=nested), False
     shardings = _shardings_of(trace, matrices)
     sharding = _row_sharding(shardings, default)
+    if sharding is not None and contracted:
+        names = column_axes(trace, matrices[0], contracted)
+        columns = tuple(axis for axis in sharding.axes if axis in names)
+        sharding = dataclasses.replace(sharding, columns=columns)
     if sharding is None:
         typed = (v.aval.sharding for v in weights if _compat.is_sharded_by_type(v.aval))
         divided = any(num_shards(sharding) > 1 for sharding in typed)

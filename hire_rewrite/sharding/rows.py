@@ -50,6 +50,10 @@ class Sharding:
         """An array with its weight rows, which lie along `axis`, on the devices that hold them."""
         return array
 
+    def shards(self, rows: Any) -> Any:
+        """Weight rows [layers, n, d] as each device's own, [devices · layers, n, d] of these."""
+        return rows
+
     def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
         """Packed arrays on the devices that hold them; `specs` are their partition specs."""
         return arrays
@@ -71,14 +75,34 @@ class RowSharding(Sharding):
     """Weight rows sharded over all of the `axes` of a mesh together, the major one first.
 
     Each device guesses, chooses and gathers among its own rows, in a `shard_map`.
+
+    Attributes:
+      columns: those of the axes over which not the rows are sharded, but their columns (of kinds of
+        sites that ask for it: see `SiteKind.divides_columns`).
     """
 
     mesh: Mesh | AbstractMesh
     axes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def num_columns(self) -> int:
+        """How many shards each row is cut into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.columns)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The axes over which rows are sharded."""
+        return tuple(axis for axis in self.axes if axis not in self.columns)
+
+    @property
+    def of_whole_rows(self) -> RowSharding:
+        """The same devices, each with some rows and all of their columns."""
+        return dataclasses.replace(self, columns=())
 
     def describe(self) -> str:
         return f", sharded over {self}"
@@ -123,6 +147,11 @@ class RowSharding(Sharding):
                         jax.shard_map(exchange, mesh=here.mesh, in_specs=before, out_specs=after)
                     )(array)
         return put(array, self.mesh, self.along(axis))
+
+    def shards(self, rows: Any) -> Any:
+        spec = PartitionSpec(None, self.rows, self.columns)
+        rows = put(rows, self.mesh, spec) if self.columns else self.put_rows(rows, 1)
+        return jax.jit(self.map(lambda shard: shard, spec, PartitionSpec(self.axes)))(rows)
 
     def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
         return jax.tree.map(lambda array, spec: put(array, self.mesh, spec), arrays, specs(arrays))

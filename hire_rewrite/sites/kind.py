@@ -160,11 +160,14 @@ class SiteKind(abc.ABC):
       name: as in `Site.kind`.
       rule: the class of the rules that ask for it.
       leftover: whether it takes the linear layers that sites of other kinds leave dense.
+      divides_columns: whether a site, of one linear layer, may be sharded along its inputs. Where
+        it is not, what is sharded so is packed with sharded rows.
     """
 
     name: str
     rule: type[Rule]
     leftover: bool = False
+    divides_columns: bool = False
 
     @abc.abstractmethod
     def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> Match:

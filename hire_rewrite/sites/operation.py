@@ -96,6 +96,11 @@ class Operation(abc.ABC):
           HireRewriteError: the rule needs calibration and there is none.
         """
 
+    def encoded(self, arrays: Any) -> Any:
+        """What is kept of what `pack` returned, where a part of packing is for the host: in a
+        manual region `pack` runs in a `shard_map`."""
+        return arrays
+
     def examine(self, weights: WeightRows) -> Any:
         """What packing found out about the numbers, of an `unexamined` operation: statistics for
         `SiteKind.resolve`, or `StaysDense`. Both are hashable."""

@@ -25,6 +25,7 @@ from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
+from hire_rewrite.sharding.rows import Sharding
 from hire_rewrite.sites.matrices import Matrices
 
 
@@ -57,7 +58,9 @@ class WeightRows:
         return rows.reshape(rows.shape[0] * experts, -1, linear.in_dim)
 
     def matrices(self, linear: Linear) -> Matrices:
-        """The same of a layer without experts, laid out as they are read."""
+        """The same, laid out as they are read; a copy where there are experts."""
+        if linear.batch:
+            return Matrices(self.linear(linear), (0, 1), 1)
         value, axes_of = _untransposed(narrow(linear.weight))
         n_axes = [axes_of[axis] for axis, _ in linear.free]
         axes = (*n_axes, *(axes_of[axis] for axis in linear.weight_in))
@@ -65,6 +68,14 @@ class WeightRows:
         stacked = bool(self._loops or whole.over)
         array = self._stacker.stack(value, self._loops) if stacked else whole.array
         return Matrices(array, axes, len(n_axes), stacked)
+
+    def shards(self, linear: Linear, sharding: Sharding) -> jax.Array:
+        """`linear` of each device's own rows and columns, [devices · layers, n, d]."""
+
+        def rows(stacker: Stacker, _: Any) -> jax.Array:
+            return WeightRows(stacker, self._loops).linear(linear)
+
+        return sharding.shards(sharding.pack(rows, self._stacker, None))
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""

@@ -49,7 +49,8 @@ def searches(mesh: Mesh) -> dict[str, bool]:
 
 
 def model(mesh: Mesh) -> dict[str, bool]:
-    """Whether a rewritten step computes what it does on one device: its tokens, its logits."""
+    """Whether a rewritten step computes what it does on one device: its tokens, its logits, and
+    those of linear layers alone."""
 
     def step(params, token):
         x = params["embed"][token]
@@ -84,7 +85,15 @@ def model(mesh: Mesh) -> dict[str, bool]:
     own = [(shard.index, np.asarray(shard.data)) for shard in logits.addressable_shards]
     near = [np.allclose(data, np.asarray(wanted[1])[index], atol=0.2) for index, data in own]
     tokens = np.asarray(best.addressable_data(0))
+    every = hire.transform(step, hire.Linear(encoding=hire.Blocks(4), force=True))
+    wanted_of_all = np.asarray(every(every.pack(params, token), token)[1])
+    of_all = jax.jit(every)(every.pack(spread, where), where)[1]
+    differs = [
+        np.abs(np.asarray(shard.data) - wanted_of_all[shard.index]).max()
+        for shard in of_all.addressable_shards
+    ]
     return {
+        "linear": bool(max(differs) < 1e-5),
         "tokens": bool((tokens == np.asarray(wanted[0])).all()),
         "logits": all(near) and len(own) == 4,
         "spread": logits.sharding.spec == P(None, both),

@@ -396,3 +396,87 @@ def test_an_encoding_that_does_not_fit_leaves_the_layer_dense():
     plan = hire.inspect(model, PARAMS, X, rules=[Linear(encoding=Blocks(8, 48), force=True)])
     assert names(plan) == set()
     assert all("48" in site.reason for site in plan.sites if site.kind == "linear")
+
+
+EXPERTS = 4
+
+
+def mixture(params, x):
+    """Layers of experts that all see as many tokens: each its own, in several layouts of axes."""
+
+    def layer(x, w):
+        h = jnp.tanh(jnp.einsum("etd,edf->etf", x, w["in"]))
+        h = h * jnp.tanh(jnp.einsum("edf,etd->eft", w["in"], x)).swapaxes(1, 2)
+        return x + jnp.tanh(jnp.einsum("etf,efd->etd", h, w["out"])), None
+
+    x, _ = lax.scan(layer, x, params["layers"])
+    return jnp.einsum("etd,dev->tev", x, params["head"])
+
+
+def mixture_weights(make):
+    layers = {"in": make(LAYERS, EXPERTS, D, F, seed=0), "out": make(LAYERS, EXPERTS, F, D, seed=1)}
+    return {"layers": layers, "head": make(EXPERTS, D, F, seed=2).swapaxes(0, 1)}
+
+
+MIXTURE = mixture_weights(lambda *shape, seed: rand(*shape, seed=seed) / shape[-2] ** 0.5)
+MIXED = inputs(EXPERTS, 2, D)
+
+
+def test_weights_of_experts():
+    step = hire.transform(mixture, Linear(encoding=Blocks(8), force=True))
+    sites = [site for site in step.plan(MIXTURE, MIXED).sites if site.kind == "linear"]
+    assert [(s.status, s.experts, s.tokens) for s in sites] == [("rewritten", EXPERTS, 2)] * 4
+    packed = step.pack(MIXTURE, MIXED)
+    assert set(packed.weights) == set()
+    want = mixture(MIXTURE, MIXED)
+    assert 0 < np.abs(step(packed, MIXED) - want).max() < 0.02 * np.abs(want).max()
+    for site in sites:
+        assert site.bytes_after / site.bytes_before == pytest.approx((32 + 2) / (32 * 4))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("k", [1.0, 0.1])
+def test_experts_with_exact_inputs(k, tokens):
+    x = inputs(EXPERTS, tokens, D)
+    step = hire.transform(mixture, Linear(k=k, encoding=Blocks(4), force=True))
+    got, want = step(step.pack(MIXTURE, MIXED), x), mixture(MIXTURE, x)
+    if k == 1.0 or tokens == 40:
+        close(got, want, 1e-5)
+    else:  # each expert has the greatest inputs of its own tokens
+        w, x = MIXTURE["layers"]["in"][0], inputs(EXPERTS, tokens, D)
+
+        def product(w, x):
+            return jnp.einsum("etd,edf->etf", x, w)
+
+        one = hire.transform(lambda w, x: x @ w, Linear(k=k, encoding=Blocks(4), force=True))
+        each = [one(one.pack(w[e], x[e]), x[e]) for e in range(EXPERTS)]
+        step = hire.transform(product, Linear(k=k, encoding=Blocks(4), force=True))
+        close(step(step.pack(w, x), x), jnp.stack(each), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+def test_experts_without_loss(mode):
+    params = mixture_weights(on_grid)
+    packed = hire.transform(mixture).pack(params, MIXED)
+    assert set(packed.weights) == set()
+    run = jax.jit(hire.transform(mixture, mode=mode))
+    close(run(packed, MIXED), mixture(params, MIXED), 1e-4)
+
+
+def test_experts_are_measured():
+    step = hire.transform(mixture, Linear(encoding=Blocks(4), force=True))
+    report = step.evaluate(step.pack(MIXTURE, MIXED), [(MIXED,)] * 2, weights=MIXTURE)
+    assert len(report.sites) == 4
+    assert all(0.01 < site.error < 0.2 and site.tokens == 4 for site in report.sites)
+    dense = hire.transform(mixture, FULL)
+    report = dense.evaluate(dense.pack(MIXTURE, MIXED), [(MIXED,)])
+    assert all(site.error < 1e-5 for site in report.sites)
+
+
+def test_weights_side_by_side_along_two_axes():
+    w, x = rand(2, 3, D, F), inputs(2, 3, 1, D)
+    step = hire.transform(lambda w, x: x @ w, Linear(encoding=Blocks(8), force=True))
+    (site,) = step.plan(w, x).sites
+    assert site.status == "dense"
+    assert "several axes, of [2, 3]" in site.reason
+    close(step(step.pack(w, x), x), x @ w)

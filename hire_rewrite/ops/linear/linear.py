@@ -46,6 +46,10 @@ class LinearSpec:
         """Whether so many tokens may ask for all d columns: then these alone are read."""
         return self.columns is not None and tokens * self.k >= d
 
+    def of_columns(self, shards: int) -> LinearSpec:
+        """That of one of so many devices, each of which has as many of the inputs."""
+        return dataclasses.replace(self, k=-(-self.k // shards))
+
 
 class LinearState(NamedTuple):
     """The arrays of a linear layer, with a leading axis of layers.

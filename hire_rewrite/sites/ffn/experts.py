@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_rewrite.patterns.region import from_tokens, to_tokens
+from hire_rewrite.patterns.region import from_tokens, to_tokens, without_axis
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.kind import Functions
 from hire_rewrite.sites.replacement import Run
@@ -59,9 +59,9 @@ def side_by_side(
                 tokens = lax.dynamic_index_in_dim(split, expert, place, keepdims=False)
                 return tokens.reshape(-1, hidden.shape[-1])
 
-            tokens = to_tokens(x, _without(match.x_axes, x_axis))
+            tokens = to_tokens(x, without_axis(match.x_axes, x_axis))
             y, report = block(tokens, state, layer * experts + expert, activation=activation)
-            return from_tokens(y, y_shape, _without(down.out_axes, y_axis)), report
+            return from_tokens(y, y_shape, without_axis(down.out_axes, y_axis)), report
 
         return jax.vmap(of_expert, (0, x_axis), (y_axis, 0))(jnp.arange(experts), x)
 
@@ -74,8 +74,3 @@ def side_by_side(
         return [y], report
 
     return run
-
-
-def _without(axes: Sequence[int], gone: int | None) -> list[int]:
-    """Axes of an array as they are numbered without one of its axes."""
-    return [axis - (gone is not None and axis > gone) for axis in axes]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.nodes import Node
@@ -21,15 +22,22 @@ from hire_rewrite.ops.linear.linear import (
     hire_linear,
     hire_linears,
 )
+from hire_rewrite.ops.linear.sharded import sharded_linears, sharded_lookup
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
+from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.kind import MatchedSite, StaysDense
+from hire_rewrite.sites.linear.experts import on_tokens
 from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
-from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting, silent
+from hire_rewrite.sites.linear.shards import narrowest_of_shards, shard_size, stored_shards
+from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import Joint, SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
+
+Run = Callable[..., Sequence[Array]]
+"""(x: [tokens, d], states, layer, spec) to [tokens, n] of each state."""
 
 
 class LinearOperation(Operation):
@@ -59,21 +67,23 @@ class LinearOperation(Operation):
 
     @property
     def layout(self) -> Hashable:
-        return "linear", self.scored, self.spec.encoding, self.spec.columns
+        shards = self.site.sharding.num_shards
+        return "linear", self.scored, shards, self.spec.encoding, self.spec.columns
 
     @property
     def scored(self) -> tuple[int, int]:
-        return self.layer.out_dim, self.layer.in_dim
+        """Of one device."""
+        return shard_size(self.layer, self.site.sharding)
 
     def describe(self) -> str:
-        spec = self.spec
+        spec, where = self.spec, self.site.sharding.describe()
         if self.rule.encoding is None:
-            return f"the same numbers as {spec.encoding}"
+            return f"the same numbers as {spec.encoding}{where}"
         exact = f", {spec.k} of {self.layer.in_dim} inputs exactly" if spec.k else ""
-        return f"as {spec.encoding}{exact}"
+        return f"as {spec.encoding}{exact}{where}"
 
     def reads(self, tokens: int) -> Sequence[Read]:
-        spec, (n, d) = self.spec, self.scored
+        spec, (n, d) = self._device_spec, self.scored
         if spec.columns is not None and spec.takes_all(tokens, d):
             return spec.columns.reads(d, n, tokens)
         reads = [*spec.encoding.reads(n, d, tokens)]
@@ -90,11 +100,15 @@ class LinearOperation(Operation):
         return self.rule.replace(encoding=self.spec.encoding, lookups=bool(self._lookups))
 
     def examine(self, weights: WeightRows) -> Encoding | StaysDense:
-        rows = weights.matrices(self.layer).on_host()
-        found = narrowest(rows)
+        dtype = self.site.linears[0].weight.dtype
+        if self._sharded:
+            found = narrowest_of_shards(weights, self.layer, self.site.sharding)
+        else:
+            stored = narrowest(weights.matrices(self.layer).on_host())
+            found = None if stored is None else stored[0]
         if found is not None:
-            return found[0]
-        narrower = "" if jnp.finfo(rows.dtype).bits <= 16 else " and are not bfloat16 numbers"
+            return found
+        narrower = "" if jnp.finfo(dtype).bits <= 16 else " and are not bfloat16 numbers"
         return StaysDense(
             "its numbers fit no grid of 8 or 4 bits (a scale, and perhaps a minimum, for each row "
             f"or for 128, 64 or 32 of its numbers){narrower}, so they stay as they are; "
@@ -107,9 +121,23 @@ class LinearOperation(Operation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> LinearState:
+        if self._sharded:  # see `encoded`
+            return LinearState({"rows": weights.linear(self.layer)}, {})
         spec, matrices = self.spec, weights.matrices(self.layer)
         columns = {} if spec.columns is None else matrices.transposed.stored(spec.columns)
         return LinearState(matrices.stored(spec.encoding), columns)
+
+    def encoded(self, arrays: LinearState) -> LinearState:
+        spec, sharding = self.spec, self.site.sharding
+        if not self._sharded:
+            return arrays
+        shards, columns = sharding.shards(arrays.rows["rows"]), {}
+        if spec.columns is not None:
+            columns = stored_shards(shards, spec.columns, sharding, transposed=True)
+        return LinearState(stored_shards(shards, spec.encoding, sharding), columns)
+
+    def partition_specs(self, arrays: LinearState) -> Any:
+        return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     @property
     def holds_weights(self) -> bool:
@@ -118,34 +146,65 @@ class LinearOperation(Operation):
         return rule.encoding is None or (rule.k != 0 and rule.exact is None)
 
     def with_weights(self, arrays: LinearState, weights: WeightRows) -> LinearState:
-        return arrays._replace(dense=weights.linear(self.layer))
+        return arrays._replace(dense=weights.shards(self.layer, self.site.sharding))
 
     def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
         return [self._hired(arrays), *self._looking_up(arrays)]
 
     def exact(self, arrays: LinearState) -> list[SiteReplacement]:
-        return [self._replacement(silent(_exact), arrays), *self._looking_up(arrays)]
+        def alone(x: Array, state: LinearState, layer: Any) -> tuple[Array, None]:
+            return self._products(_exact_each, x, [state], layer)[0], None
+
+        return [self._replacement(alone, arrays), *self._looking_up(arrays)]
 
     dense = exact
 
     def measured(self, arrays: LinearState, *, follow_exact: bool) -> list[SiteReplacement]:
         def both(x: Array, state: LinearState, layer: Any) -> Measured:
-            exact, rewritten = (run(x, state, layer, spec=self.spec) for run in (_exact, _hire))
+            runs = _exact_each, _hire_each
+            exact, rewritten = (self._products(run, x, [state], layer)[0] for run in runs)
             return Measured(exact, rewritten, Comparison(exact, exact, rewritten))
 
         run = reporting(both, follow_exact)
         return [self._replacement(run, arrays, reports=True), *self._looking_up(arrays)]
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether devices have shards of the weight: over a mesh, or in a manual region."""
+        return self.site.sharding.mesh is not None
+
+    @property
+    def _device_spec(self) -> LinearSpec:
+        """What one device computes."""
+        sharding = self.site.sharding
+        columns = sharding.num_columns if isinstance(sharding, RowSharding) else 1
+        return self.spec.of_columns(columns)
+
+    def _products(
+        self, run: Run, x: Array, states: Sequence[LinearState], layer: Any
+    ) -> Sequence[Array]:
+        """[tokens, n] of each of several weights for x: [tokens, d]."""
+        sharding = self.site.sharding
+        if isinstance(sharding, RowSharding):
+            return sharded_linears(run, x, states, layer, spec=self.spec, sharding=sharding)
+        return run(x, states, layer, spec=self.spec)
+
     def _looking_up(self, arrays: LinearState) -> list[SiteReplacement]:
         """What takes the place of the lookups of rows."""
-        site, encoding = self.site, self.spec.encoding
+        site, encoding, n = self.site, self.spec.encoding, self.layer.out_dim
+
+        def of_device(state: LinearState, layer: Any, places: Array) -> Array:
+            if state.dense is not None:
+                return gather_rows(state.dense, layer, places)
+            return encoding.decode_rows(state.rows, layer, places)
 
         def replacement(node: Node) -> SiteReplacement:
             def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
                 def decode(places: Array) -> Array:
-                    if state.dense is not None:
-                        return gather_rows(state.dense, layer, places)
-                    return encoding.decode_rows(state.rows, layer, places)
+                    if isinstance(site.sharding, RowSharding):
+                        where = {"n": n, "sharding": site.sharding}
+                        return sharded_lookup(of_device, state, layer, places, **where)
+                    return of_device(state, layer, places)
 
                 return [looked_up(node, ins[0], decode)], None
 
@@ -156,29 +215,36 @@ class LinearOperation(Operation):
 
     def _hired(self, arrays: LinearState) -> SiteReplacement:
         """The layer from its copy, together with others of the same input."""
-        layer, spec = self.layer, self.spec
+        layer, sharding = self.layer, self.site.sharding
 
         def start(ins: Sequence[Any], index: Any, states: Sequence[LinearState]) -> Sequence[Array]:
             x = to_tokens(ins[0], layer.x_axes)
-            if len(states) == 1:
-                return [_hire(x, states[0], index, spec=spec)]
-            return _hire_several(x, states, index, spec=spec)
+            return self._products(_hire_each, x, states, index)
 
         def finish(y: Array) -> Sequence[Array]:
             return [from_tokens(y.astype(layer.out.dtype), layer.out.shape, layer.out_axes)]
 
-        joint = Joint((spec, layer.x_axes), start, finish)
+        if layer.batch:
+            return self._replacement(
+                lambda x, state, index: (self._products(_hire_each, x, [state], index)[0], None),
+                arrays,
+            )
+        over = sharding if isinstance(sharding, RowSharding) else None
+        joint = Joint((self.spec, layer.x_axes, over), start, finish)
         return dataclasses.replace(self.replacement(joint.run, arrays), joint=joint)
 
     def _replacement(
         self, function: Callable[..., Any], arrays: LinearState, *, reports: bool = False
     ) -> SiteReplacement:
-        linear, settings = self.layer, {} if reports else {"spec": self.spec}
+        """The layer by (x: [tokens, d], arrays, layer) to [tokens, n] and a report."""
+        linear = self.layer
 
         def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
-            y, report = function(to_tokens(ins[0], linear.x_axes), state, layer, **settings)
-            y = y.astype(linear.out.dtype)
-            return [from_tokens(y, linear.out.shape, linear.out_axes)], report
+            def of_tokens(x: Array, layer: Any) -> tuple[Sequence[Array], Any]:
+                y, report = function(x, state, layer)
+                return [y.astype(linear.out.dtype)], report
+
+            return on_tokens(linear, of_tokens, ins[0], layer)
 
         return self.replacement(run, arrays, reports=reports)
 
@@ -187,3 +253,18 @@ _hire = jax.jit(hire_linear, static_argnames="spec")
 _hire_several = jax.jit(hire_linears, static_argnames="spec")
 _exact = jax.jit(exact_linear, static_argnames="spec")
 """In a jaxpr and a profile each is one call with a name."""
+
+
+def _hire_each(
+    x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
+) -> Sequence[Array]:
+    if len(states) == 1:
+        return [_hire(x, states[0], layer, spec=spec)]
+    several: Sequence[Array] = _hire_several(x, states, layer, spec=spec)
+    return several
+
+
+def _exact_each(
+    x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
+) -> Sequence[Array]:
+    return [_exact(x, state, layer, spec=spec) for state in states]

@@ -17,6 +17,9 @@ class Linear(Rule):
     bfloat16 checkpoint held in float32, or what was widened from a file of 4 or 8 bits), packing
     finds that and stores them so. This is also what is done without rules.
 
+    Of a weight that is sharded over a mesh, by its outputs, its inputs or both, each device encodes
+    and reads its own part. Experts are layers side by side, each with the k of its own inputs.
+
     Example:
       >>> import hire_rewrite as hire
       >>> hire.Linear(k=0.02, encoding=hire.Blocks(8))
@@ -24,7 +27,9 @@ class Linear(Rule):
 
     Args:
       k: of each token, how many of its inputs meet their columns of the weight exactly, those of
-        greatest |x|; a fraction of the inputs (float) or a number (int). 0 for none.
+        greatest |x|; a fraction of the inputs (float) or a number (int). 0 for none. Where inputs
+        are sharded over a mesh each device takes its share of k, among its own inputs; inside a
+        `shard_map` of the function an int is for each device.
       encoding: how the weight is stored (`Blocks`, `Float`, ...), whether it holds the numbers
         exactly or not; None for the narrowest that does.
       exact: how the columns for `k` are stored; None for as the model has them.
