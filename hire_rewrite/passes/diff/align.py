@@ -1,0 +1,441 @@
+"""Pair the equations of two jaxprs: by what they compute and what they read.
+
+Forward, equations that compute the same from equal values are paired. Backward from the results,
+equations that compute the same for paired readers are, and where they do not, the new value stands
+for the old one. What is left between pairs is aligned in order.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+from jax.extend import core as jex_core
+
+from hire_rewrite.passes.diff.code import (
+    Code,
+    Inner,
+    Line,
+    Reader,
+    constant_key,
+    literal_key,
+    type_of,
+)
+
+_LARGEST_TABLE = 250_000
+"""Entries of a table that aligns a gap; larger gaps are aligned by counting equal equations."""
+_ALIKE, _ALIKE_NAMED = 0.5, 0.2
+"""The share of equations that two calls have in common, to be called the same one changed; and if
+they have one name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alignment:
+    """Two aligned jaxprs.
+
+    Attributes:
+      pairs: numbers of equations, before → after.
+      equal: the numbers before of those that read equal values, or are calls that changed inside.
+      stands: variables after → the one before whose place they take.
+      nested: by the number before of a call that changed inside, its jaxprs: labels, the lengths
+        of loops, and the alignments.
+      classes: for each variable before, and after, what is equal for equal values.
+    """
+
+    before: Code
+    after: Code
+    pairs: dict[int, int]
+    equal: frozenset[int]
+    stands: dict[Any, Any]
+    nested: dict[int, tuple[tuple[Inner, Inner, Alignment], ...]]
+    result_pairs: tuple[tuple[int, int], ...]
+    classes: tuple[dict[Any, Hashable], dict[Any, Hashable]]
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything differs."""
+        if len(self.equal) < max(len(self.before.lines), len(self.after.lines)):
+            return True
+        inside = (a for parts in self.nested.values() for _, _, a in parts)
+        return self.results_changed or any(a.changed for a in inside)
+
+    @property
+    def results_changed(self) -> bool:
+        """Whether it returns other values than before, all equations being as they are."""
+        return bool(self.different_results) or len(self.before.results) != len(self.after.results)
+
+    @property
+    def different_results(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of results that are other values."""
+        return tuple(
+            (i, j)
+            for i, j in self.result_pairs
+            if _class(self.before.results[i], self.classes[0])
+            != _class(self.after.results[j], self.classes[1])
+        )
+
+
+def align(
+    reader: Reader,
+    before: Code,
+    after: Code,
+    inputs: tuple[Sequence[Hashable], Sequence[Hashable]],
+    results: Sequence[tuple[int, int]],
+) -> Alignment:
+    """Align two jaxprs.
+
+    Args:
+      reader: has read both.
+      inputs: for each input of both, what is equal for those that hold equal values.
+      results: pairs of numbers of results that mean the same.
+    """
+    aligner = _Aligner(reader, before, after, results)
+    aligner.solve(inputs)
+    return aligner.finish()
+
+
+class _Aligner:
+    def __init__(
+        self, reader: Reader, old: Code, new: Code, results: Sequence[tuple[int, int]]
+    ) -> None:
+        self.reader, self.old, self.new, self.results = reader, old, new, tuple(results)
+        self.old_classes: dict[Any, Hashable] = {}
+        self.new_classes: dict[Any, Hashable] = {}
+        self.old_signs: list[int] = []
+        self.forced: dict[int, int] = {}
+        self.stands: dict[Any, Any] = {}
+        self.pairs: dict[int, int] = {}
+        self.by_new: dict[int, int] = {}
+        self.old_place = _places(old)
+        self.new_place = _places(new)
+
+    def solve(self, inputs: tuple[Sequence[Hashable], Sequence[Hashable]]) -> None:
+        sides = (self.old, self.old_classes), (self.new, self.new_classes)
+        for (code, classes), given in zip(sides, inputs, strict=True):
+            classes.update(zip(code.inputs, given, strict=True))
+            classes.update((v, ("const", constant_key(c))) for v, c in code.constants.items())
+        self.old_signs = [
+            self._number(line, effect, self.old_classes) for line, effect in _effects(self.old)
+        ]
+        self._forward()
+        while self._backward() or self._gaps():
+            self._forward()
+
+    # Forward.
+
+    def _number(self, line: Line, effect: int | None, classes: dict[Any, Hashable]) -> int:
+        """A number for what the equation computes; its results get it as their class."""
+        sign = self.reader.number((line.key, effect, *(_class(v, classes) for v in line.ins)))
+        classes.update((var, (sign, k)) for k, var in enumerate(line.outs))
+        return sign
+
+    def _same(self, v: Any, w: Any) -> bool:
+        """Whether a value before and one after are equal."""
+        return _class(v, self.old_classes) == _class(w, self.new_classes)
+
+    def _forward(self) -> None:
+        waiting: dict[int, collections.deque[int]] = collections.defaultdict(collections.deque)
+        fixed = set(self.forced.values())
+        for i, sign in enumerate(self.old_signs):
+            if i not in fixed:
+                waiting[sign].append(i)
+        self.by_new = dict(self.forced)
+        for j, (line, effect) in enumerate(_effects(self.new)):
+            sign = self._number(line, effect, self.new_classes)
+            if j in self.forced:
+                was = self.old.lines[self.forced[j]]
+                for k, m in _greedy(was.outs, line.outs):
+                    self.new_classes[line.outs[m]] = self.old_classes[was.outs[k]]
+            elif waiting[sign]:
+                self.by_new[j] = waiting[sign].popleft()
+            for var in line.outs:
+                if var in self.stands:
+                    self.new_classes[var] = self.old_classes[self.stands[var]]
+        self.pairs = {i: j for j, i in self.by_new.items()}
+
+    # Backward.
+
+    def _backward(self) -> bool:
+        """Pair what paired readers read; whether anything was found."""
+        work = [(self.old.results[i], self.new.results[j]) for i, j in reversed(self.results)]
+        for i, j in sorted(self.pairs.items(), reverse=True):
+            work += self._reads(i, j)
+        found = False
+        taken = {self.new_classes[v] for line in self.new.lines for v in line.outs}
+        targets = set(self.stands.values())
+        while work:
+            v, w = work.pop()
+            if any(isinstance(atom, jex_core.Literal) for atom in (v, w)):
+                continue
+            if self._same(v, w) or type_of(v) != type_of(w):
+                continue
+            (i, k), (j, m) = self.old_place.get(v, (-1, 0)), self.new_place.get(w, (-1, 0))
+            if min(i, j) < 0 or i in self.pairs or j in self.by_new:
+                continue
+            unused = w not in self.stands and v not in targets
+            if k == m and self._alike(i, j):
+                self._pair(i, j)
+                work += self._reads(i, j)
+                found = True
+            elif unused and _class(v, self.old_classes) not in taken:
+                self.stands[w] = v
+                targets.add(v)
+                found = True
+        return found
+
+    def _alike(self, i: int, j: int) -> bool:
+        return bool(_likeness(self.old.lines[i], self.new.lines[j]))
+
+    def _pair(self, i: int, j: int) -> None:
+        self.forced[j] = i
+        self.pairs[i], self.by_new[j] = j, i
+
+    def _reads(self, i: int, j: int) -> Iterator[tuple[Any, Any]]:
+        a, b = self.old.lines[i], self.new.lines[j]
+        if a.key == b.key:
+            yield from zip(a.ins, b.ins, strict=True)
+            return
+        for old, new in zip(a.inner, b.inner, strict=False):
+            olds, news = _holds(a, old, self.old_classes), _holds(b, new, self.new_classes)
+            for n, m in _fed(old, new, olds, news):
+                places = old.roles[n][1], new.roles[m][1]
+                if places[0] is not None and places[1] is not None:
+                    yield a.ins[places[0]], b.ins[places[1]]
+
+    # In order.
+
+    def _gaps(self) -> bool:
+        """Pair what stands between pairs, in order; whether anything was found."""
+        found = False
+        for olds, news in self._between():
+            for i, j in self._aligned(olds, news):
+                self._pair(i, j)
+                found = True
+        return found
+
+    def _between(self) -> list[tuple[list[int], list[int]]]:
+        fixed = _increasing(sorted(self.pairs.items()))
+        ends = [(-1, -1), *fixed, (len(self.old.lines), len(self.new.lines))]
+        gaps = []
+        for (i1, j1), (i2, j2) in itertools.pairwise(ends):
+            olds = [i for i in range(i1 + 1, i2) if i not in self.pairs]
+            news = [j for j in range(j1 + 1, j2) if j not in self.by_new]
+            if olds and news:
+                gaps.append((olds, news))
+        return gaps
+
+    def _score(self, i: int, j: int) -> float:
+        a, b = self.old.lines[i], self.new.lines[j]
+        score = _likeness(a, b)
+        if score and a.key == b.key:
+            same = sum(self._same(v, w) for v, w in self._reads(i, j))
+            score += 2.0 * same / max(len(a.ins), 1)
+        return score + 0.5 * (a.source == b.source) if score else 0.0
+
+    def _aligned(self, olds: list[int], news: list[int]) -> list[tuple[int, int]]:
+        if len(olds) * len(news) > _LARGEST_TABLE:
+            return self._counted(olds, news)
+        rows, columns = len(olds), len(news)
+        best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
+        scores = [[self._score(i, j) for j in news] for i in olds]
+        for r in range(rows - 1, -1, -1):
+            for c in range(columns - 1, -1, -1):
+                skip = max(best[r + 1][c], best[r][c + 1])
+                both = scores[r][c]
+                best[r][c] = max(skip, best[r + 1][c + 1] + both) if both else skip
+        pairs, r, c = [], 0, 0
+        while r < rows and c < columns:
+            both = scores[r][c]
+            if both and best[r][c] == best[r + 1][c + 1] + both:
+                pairs.append((olds[r], news[c]))
+                r, c = r + 1, c + 1
+            elif best[r][c] == best[r + 1][c]:
+                r += 1
+            else:
+                c += 1
+        return pairs
+
+    def _counted(self, olds: list[int], news: list[int]) -> list[tuple[int, int]]:
+        """The n-th of each kind of equation with the n-th, as far as they are in order."""
+        waiting: dict[Hashable, collections.deque[int]]
+        waiting = collections.defaultdict(collections.deque)
+        for i in olds:
+            waiting[self.old.lines[i].key].append(i)
+        pairs = []
+        for j in news:
+            if waiting[self.new.lines[j].key]:
+                pairs.append((waiting[self.new.lines[j].key].popleft(), j))
+        return _increasing(sorted(pairs))
+
+    # The end.
+
+    def finish(self) -> Alignment:
+        equal: set[int] = set()
+        nested: dict[int, tuple[tuple[Inner, Inner, Alignment], ...]] = {}
+        for i, j in self.pairs.items():
+            a, b = self.old.lines[i], self.new.lines[j]
+            if a.key == b.key and all(self._same(v, w) for v, w in self._reads(i, j)):
+                equal.add(i)
+            elif a.inner:
+                nested[i] = tuple(self._nested(a, b))
+                equal.add(i)
+        return Alignment(
+            self.old, self.new, self.pairs, frozenset(equal), self.stands, nested, self.results,
+            (self.old_classes, self.new_classes),
+        )  # fmt: skip
+
+    def _nested(self, a: Line, b: Line) -> Iterator[tuple[Inner, Inner, Alignment]]:
+        for old, new in zip(a.inner, b.inner, strict=False):
+            olds, news = _holds(a, old, self.old_classes), _holds(b, new, self.new_classes)
+            for n, m in _carried(old, new, olds, news):
+                olds[n] = news[m] = ("carry", self.reader.number(("carry", id(a), n)))
+            yield old, new, align(
+                self.reader, old.code, new.code, (olds, news), _result_pairs(old, new, olds, news)
+            )  # fmt: skip
+
+
+def _holds(line: Line, inner: Inner, classes: dict[Any, Hashable]) -> list[Hashable]:
+    """What each input of a jaxpr inside an equation holds."""
+    held: list[Hashable] = []
+    for n, (role, operand) in enumerate(inner.roles):
+        if operand is None:
+            held.append(("input", n, type_of(inner.code.inputs[n])))
+            continue
+        outer = _class(line.ins[operand], classes)
+        held.append(outer if role == "const" else (role, outer))
+    return held
+
+
+def _class(atom: Any, classes: dict[Any, Hashable]) -> Hashable:
+    if isinstance(atom, jex_core.Literal):
+        return literal_key(atom)
+    return classes.get(atom, ("unknown", id(atom)))
+
+
+def _carried(
+    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
+) -> list[tuple[int, int]]:
+    """Pairs of carries: all in order if they are of the same types, or else those that begin alike
+    first, then those of one type."""
+    ours, theirs = _inputs(old, "carry"), _inputs(new, "carry")
+    if [_type(old, n) for n in ours] == [_type(new, m) for m in theirs]:
+        return list(zip(ours, theirs, strict=True))
+    return _matched(old, new, ours, theirs, olds, news)
+
+
+def _fed(
+    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
+) -> list[tuple[int, int]]:
+    """Pairs of inputs that are likely to hold the same, of each role."""
+    pairs = _carried(old, new, olds, news)
+    for role in dict.fromkeys(role for role, _ in old.roles if role != "carry"):
+        pairs += _matched(old, new, _inputs(old, role), _inputs(new, role), olds, news)
+    return pairs
+
+
+def _matched(
+    old: Inner,
+    new: Inner,
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    olds: Sequence[Hashable],
+    news: Sequence[Hashable],
+) -> list[tuple[int, int]]:
+    """Pairs of inputs that hold equal values, then of those of one type, in order."""
+    pairs: list[tuple[int, int]] = []
+    left, taken = list(theirs), set()
+    for alike in (True, False):
+        for n in ours:
+            same = (m for m in left if _type(old, n) == _type(new, m))
+            m = next((m for m in same if olds[n] == news[m] or not alike), None)
+            if n not in taken and m is not None:
+                pairs.append((n, m))
+                left.remove(m)
+                taken.add(n)
+    return pairs
+
+
+def _inputs(inner: Inner, role: str) -> list[int]:
+    return [n for n, (its, _) in enumerate(inner.roles) if its == role]
+
+
+def _type(inner: Inner, number: int) -> str:
+    return type_of(inner.code.inputs[number])
+
+
+def _result_pairs(
+    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
+) -> list[tuple[int, int]]:
+    """Pairs of results: those that feed paired carries, and the others in order."""
+    carry_of = {news[m]: r for r, (_, feeds) in enumerate(new.outputs) for m in feeds}
+    pairs = []
+    for r, (_, feeds) in enumerate(old.outputs):
+        pairs += [(r, carry_of[olds[n]]) for n in feeds if olds[n] in carry_of]
+    left = [[r for r, (_, feeds) in enumerate(inner.outputs) if not feeds] for inner in (old, new)]
+    kinds = [
+        [inner.code.results[r] for r in rest]
+        for inner, rest in zip((old, new), left, strict=True)
+    ]  # fmt: skip
+    pairs += [(left[0][k], left[1][m]) for k, m in _greedy(*kinds)]
+    return sorted(set(pairs))
+
+
+def _greedy(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
+    """Positions of variables of one type, the first with the first."""
+    pairs, left = [], list(range(len(new)))
+    for k, v in enumerate(old):
+        same = next((m for m in left if type_of(new[m]) == type_of(v)), None)
+        if same is not None:
+            pairs.append((k, same))
+            left.remove(same)
+    return pairs
+
+
+def _likeness(a: Line, b: Line) -> float:
+    """How alike two equations are; 0 if they are not the same one in any sense."""
+    if a.key == b.key:
+        return 4.0
+    if a.primitive != b.primitive or not a.inner or len(a.inner) != len(b.inner):
+        return 0.0
+    named = a.name == b.name
+    if not named and (a.name.startswith("hire_") or b.name.startswith("hire_")):
+        return 0.0
+    common = sum((a.primitives & b.primitives).values()) - 1
+    share = common / max(a.primitives.total() - 1, b.primitives.total() - 1, 1)
+    return 1.0 + share if share >= (_ALIKE_NAMED if named else _ALIKE) else 0.0
+
+
+def _places(code: Code) -> dict[Any, tuple[int, int]]:
+    """The equation that defines each variable, and which of its results it is."""
+    return {v: (i, k) for i, line in enumerate(code.lines) for k, v in enumerate(line.outs)}
+
+
+def _effects(code: Code) -> Iterator[tuple[Line, int | None]]:
+    """Equations, with the order of those that do anything but compute."""
+    count = itertools.count()
+    return ((line, next(count) if line.eqn.effects else None) for line in code.lines)
+
+
+def _increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The most of the pairs, sorted by the first, whose seconds increase too."""
+    ends: list[int] = []
+    last: list[int] = []
+    before: list[int] = []
+    for n, (_, j) in enumerate(pairs):
+        place = bisect.bisect_left(ends, j)
+        if place == len(ends):
+            ends.append(j)
+            last.append(n)
+        else:
+            ends[place], last[place] = j, n
+        before.append(last[place - 1] if place else -1)
+    chain: list[tuple[int, int]] = []
+    n = last[-1] if last else -1
+    while n >= 0:
+        chain.append(pairs[n])
+        n = before[n]
+    return chain[::-1]
