@@ -16,21 +16,19 @@ from typing import Any
 
 from jax.extend import core as jex_core
 
-from hire_rewrite.passes.diff.code import (
-    Code,
-    Inner,
-    Line,
-    Reader,
-    constant_key,
-    literal_key,
-    type_of,
+from hire_rewrite.passes.diff.code import Code, Inner, Line, Reader, constant_key, type_of
+from hire_rewrite.passes.diff.links import (
+    carried,
+    class_of,
+    fed,
+    holds,
+    likeness,
+    result_pairs,
+    same_types,
 )
 
 _LARGEST_TABLE = 250_000
 """Entries of a table that aligns a gap; larger gaps are aligned by counting equal equations."""
-_ALIKE, _ALIKE_NAMED = 0.5, 0.2
-"""The share of equations that two calls have in common, to be called the same one changed; and if
-they have one name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,8 +72,8 @@ class Alignment:
         return tuple(
             (i, j)
             for i, j in self.result_pairs
-            if _class(self.before.results[i], self.classes[0])
-            != _class(self.after.results[j], self.classes[1])
+            if class_of(self.before.results[i], self.classes[0])
+            != class_of(self.after.results[j], self.classes[1])
         )
 
 
@@ -129,13 +127,13 @@ class _Aligner:
 
     def _number(self, line: Line, effect: int | None, classes: dict[Any, Hashable]) -> int:
         """A number for what the equation computes; its results get it as their class."""
-        sign = self.reader.number((line.key, effect, *(_class(v, classes) for v in line.ins)))
+        sign = self.reader.number((line.key, effect, *(class_of(v, classes) for v in line.ins)))
         classes.update((var, (sign, k)) for k, var in enumerate(line.outs))
         return sign
 
     def _same(self, v: Any, w: Any) -> bool:
         """Whether a value before and one after are equal."""
-        return _class(v, self.old_classes) == _class(w, self.new_classes)
+        return class_of(v, self.old_classes) == class_of(w, self.new_classes)
 
     def _forward(self) -> None:
         waiting: dict[int, collections.deque[int]] = collections.defaultdict(collections.deque)
@@ -148,7 +146,7 @@ class _Aligner:
             sign = self._number(line, effect, self.new_classes)
             if j in self.forced:
                 was = self.old.lines[self.forced[j]]
-                for k, m in _greedy(was.outs, line.outs):
+                for k, m in same_types(was.outs, line.outs):
                     self.new_classes[line.outs[m]] = self.old_classes[was.outs[k]]
             elif waiting[sign]:
                 self.by_new[j] = waiting[sign].popleft()
@@ -181,14 +179,14 @@ class _Aligner:
                 self._pair(i, j)
                 work += self._reads(i, j)
                 found = True
-            elif unused and _class(v, self.old_classes) not in taken:
+            elif unused and class_of(v, self.old_classes) not in taken:
                 self.stands[w] = v
                 targets.add(v)
                 found = True
         return found
 
     def _alike(self, i: int, j: int) -> bool:
-        return bool(_likeness(self.old.lines[i], self.new.lines[j]))
+        return bool(likeness(self.old.lines[i], self.new.lines[j]))
 
     def _pair(self, i: int, j: int) -> None:
         self.forced[j] = i
@@ -200,8 +198,8 @@ class _Aligner:
             yield from zip(a.ins, b.ins, strict=True)
             return
         for old, new in zip(a.inner, b.inner, strict=False):
-            olds, news = _holds(a, old, self.old_classes), _holds(b, new, self.new_classes)
-            for n, m in _fed(old, new, olds, news):
+            olds, news = holds(a, old, self.old_classes), holds(b, new, self.new_classes)
+            for n, m in fed(old, new, olds, news):
                 places = old.roles[n][1], new.roles[m][1]
                 if places[0] is not None and places[1] is not None:
                     yield a.ins[places[0]], b.ins[places[1]]
@@ -230,7 +228,7 @@ class _Aligner:
 
     def _score(self, i: int, j: int) -> float:
         a, b = self.old.lines[i], self.new.lines[j]
-        score = _likeness(a, b)
+        score = likeness(a, b)
         if score and a.key == b.key:
             same = sum(self._same(v, w) for v, w in self._reads(i, j))
             score += 2.0 * same / max(len(a.ins), 1)
@@ -290,123 +288,12 @@ class _Aligner:
 
     def _nested(self, a: Line, b: Line) -> Iterator[tuple[Inner, Inner, Alignment]]:
         for old, new in zip(a.inner, b.inner, strict=False):
-            olds, news = _holds(a, old, self.old_classes), _holds(b, new, self.new_classes)
-            for n, m in _carried(old, new, olds, news):
+            olds, news = holds(a, old, self.old_classes), holds(b, new, self.new_classes)
+            for n, m in carried(old, new, olds, news):
                 olds[n] = news[m] = ("carry", self.reader.number(("carry", id(a), n)))
             yield old, new, align(
-                self.reader, old.code, new.code, (olds, news), _result_pairs(old, new, olds, news)
+                self.reader, old.code, new.code, (olds, news), result_pairs(old, new, olds, news)
             )  # fmt: skip
-
-
-def _holds(line: Line, inner: Inner, classes: dict[Any, Hashable]) -> list[Hashable]:
-    """What each input of a jaxpr inside an equation holds."""
-    held: list[Hashable] = []
-    for n, (role, operand) in enumerate(inner.roles):
-        if operand is None:
-            held.append(("input", n, type_of(inner.code.inputs[n])))
-            continue
-        outer = _class(line.ins[operand], classes)
-        held.append(outer if role == "const" else (role, outer))
-    return held
-
-
-def _class(atom: Any, classes: dict[Any, Hashable]) -> Hashable:
-    if isinstance(atom, jex_core.Literal):
-        return literal_key(atom)
-    return classes.get(atom, ("unknown", id(atom)))
-
-
-def _carried(
-    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
-) -> list[tuple[int, int]]:
-    """Pairs of carries: all in order if they are of the same types, or else those that begin alike
-    first, then those of one type."""
-    ours, theirs = _inputs(old, "carry"), _inputs(new, "carry")
-    if [_type(old, n) for n in ours] == [_type(new, m) for m in theirs]:
-        return list(zip(ours, theirs, strict=True))
-    return _matched(old, new, ours, theirs, olds, news)
-
-
-def _fed(
-    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
-) -> list[tuple[int, int]]:
-    """Pairs of inputs that are likely to hold the same, of each role."""
-    pairs = _carried(old, new, olds, news)
-    for role in dict.fromkeys(role for role, _ in old.roles if role != "carry"):
-        pairs += _matched(old, new, _inputs(old, role), _inputs(new, role), olds, news)
-    return pairs
-
-
-def _matched(
-    old: Inner,
-    new: Inner,
-    ours: Sequence[int],
-    theirs: Sequence[int],
-    olds: Sequence[Hashable],
-    news: Sequence[Hashable],
-) -> list[tuple[int, int]]:
-    """Pairs of inputs that hold equal values, then of those of one type, in order."""
-    pairs: list[tuple[int, int]] = []
-    left, taken = list(theirs), set()
-    for alike in (True, False):
-        for n in ours:
-            same = (m for m in left if _type(old, n) == _type(new, m))
-            m = next((m for m in same if olds[n] == news[m] or not alike), None)
-            if n not in taken and m is not None:
-                pairs.append((n, m))
-                left.remove(m)
-                taken.add(n)
-    return pairs
-
-
-def _inputs(inner: Inner, role: str) -> list[int]:
-    return [n for n, (its, _) in enumerate(inner.roles) if its == role]
-
-
-def _type(inner: Inner, number: int) -> str:
-    return type_of(inner.code.inputs[number])
-
-
-def _result_pairs(
-    old: Inner, new: Inner, olds: Sequence[Hashable], news: Sequence[Hashable]
-) -> list[tuple[int, int]]:
-    """Pairs of results: those that feed paired carries, and the others in order."""
-    carry_of = {news[m]: r for r, (_, feeds) in enumerate(new.outputs) for m in feeds}
-    pairs = []
-    for r, (_, feeds) in enumerate(old.outputs):
-        pairs += [(r, carry_of[olds[n]]) for n in feeds if olds[n] in carry_of]
-    left = [[r for r, (_, feeds) in enumerate(inner.outputs) if not feeds] for inner in (old, new)]
-    kinds = [
-        [inner.code.results[r] for r in rest]
-        for inner, rest in zip((old, new), left, strict=True)
-    ]  # fmt: skip
-    pairs += [(left[0][k], left[1][m]) for k, m in _greedy(*kinds)]
-    return sorted(set(pairs))
-
-
-def _greedy(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
-    """Positions of variables of one type, the first with the first."""
-    pairs, left = [], list(range(len(new)))
-    for k, v in enumerate(old):
-        same = next((m for m in left if type_of(new[m]) == type_of(v)), None)
-        if same is not None:
-            pairs.append((k, same))
-            left.remove(same)
-    return pairs
-
-
-def _likeness(a: Line, b: Line) -> float:
-    """How alike two equations are; 0 if they are not the same one in any sense."""
-    if a.key == b.key:
-        return 4.0
-    if a.primitive != b.primitive or not a.inner or len(a.inner) != len(b.inner):
-        return 0.0
-    named = a.name == b.name
-    if not named and (a.name.startswith("hire_") or b.name.startswith("hire_")):
-        return 0.0
-    common = sum((a.primitives & b.primitives).values()) - 1
-    share = common / max(a.primitives.total() - 1, b.primitives.total() - 1, 1)
-    return 1.0 + share if share >= (_ALIKE_NAMED if named else _ALIKE) else 0.0
 
 
 def _places(code: Code) -> dict[Any, tuple[int, int]]:

@@ -77,13 +77,11 @@ class Builder:
             items.append(((start, number), self._region(aligned, olds, news, old, new, around)))
         items.sort(key=lambda item: item[0])
         rows = [row for _, row in items]
+        results = _read(aligned.before.results, old), _read(aligned.after.results, new)
         if aligned.results_changed:
-            sides = ((aligned.before, old), (aligned.after, new))
-            ends = [
-                Equation((), "return", reads=_read(code.results, names)) for code, names in sides
-            ]
+            ends = [Equation((), "return", reads=names) for names in results]
             rows.append(Region((ends[0],), (ends[1],), around.inside, around.runs))
-        return Block(label, tuple(rows), length)
+        return Block(label, tuple(rows), length, results)
 
     # Names.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import jax
@@ -15,8 +17,12 @@ from hire_rewrite.graph.trace import Trace, trace
 from hire_rewrite.passes.diff.align import align
 from hire_rewrite.passes.diff.build import Builder
 from hire_rewrite.passes.diff.code import Code, Reader, type_of
+from hire_rewrite.passes.diff.graph import to_dot, to_model_explorer
 from hire_rewrite.passes.diff.notes import Notes
+from hire_rewrite.passes.diff.page import to_html, to_notebook
 from hire_rewrite.passes.diff.reads import size_of
+from hire_rewrite.passes.diff.record import to_json
+from hire_rewrite.passes.diff.text import in_color, text
 from hire_rewrite.passes.diff.value import Argument, Block, Region
 from hire_rewrite.plan import Plan
 
@@ -77,9 +83,7 @@ class Diff:
 
     def __str__(self) -> str:
         """Plain text: what changed, with the site, the rule and the bytes of each region; layers
-        that changed alike are shown once, with their number."""
-        from hire_rewrite.passes.diff.text import text
-
+        that changed alike are shown once, with their number. Empty if nothing changed."""
         return text(self)
 
     def __repr__(self) -> str:
@@ -89,12 +93,58 @@ class Diff:
         regions = f"{count} region{'s' * (count != 1)}"
         return f"Diff({regions}, {gone} equation{'s' * (gone != 1)} → {new}, of {self.sizes[0]})"
 
+    def _repr_html_(self) -> str:
+        return to_notebook(self)
+
     def show(self, file: TextIO | None = None) -> None:
         """Print it, in color if `file` (standard output) is a terminal and `NO_COLOR` is unset."""
-        from hire_rewrite.passes.diff.text import in_color, text
-
         file = sys.stdout if file is None else file
         print(text(self, color=in_color(file)), file=file)
+
+    def to_html(self) -> str:
+        """One HTML document that loads nothing: both sides beside each other, with links to the
+        lines of code, a search field and a map of the changes."""
+        return to_html(self)
+
+    def to_json(self, path: str | None = None) -> str:
+        """The diff as JSON, equal wherever it is made; written to `path` if it is given.
+
+        Example:
+          >>> import json, jax.numpy as jnp, hire_rewrite as hire
+          >>> changes = hire.diff(jnp.sin, jnp.cos, jnp.ones(3))
+          >>> json.loads(changes.to_json())["regions"][0]["bytes"]
+          [12, 12]
+        """
+        written = to_json(self)
+        if path is not None:
+            Path(path).write_text(written + "\n", encoding="utf-8")
+        return written
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, in the form that the name's ending says: `.html`, `.json`, `.dot`,
+        or text.
+
+        Example:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> import pathlib, tempfile
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     file = pathlib.Path(folder, "step.html")
+          ...     hire.diff(jnp.sin, jnp.cos, jnp.ones(3)).save(file)
+          ...     file.read_text(encoding="utf-8")[:15]
+          '<!doctype html>'
+        """
+        forms = {".html": to_html, ".htm": to_html, ".json": to_json, ".dot": to_dot}
+        form = forms.get(Path(path).suffix.lower(), text)
+        Path(path).write_text(form(self) + "\n", encoding="utf-8")
+
+    def to_dot(self) -> str:
+        """Both graphs in the language of Graphviz, what is in both once: red went, green came."""
+        return to_dot(self)
+
+    def to_model_explorer(self) -> str:
+        """Both graphs in the JSON format of Google's model-explorer, with what each equation reads
+        and what the plan says of it."""
+        return to_model_explorer(self)
 
 
 def compare(

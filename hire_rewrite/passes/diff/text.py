@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from hire_rewrite.passes.diff.value import (
-    Block,
-    Call,
-    Equation,
-    Note,
-    Region,
-    Row,
-    Same,
-    common_name,
-    megabytes,
+from hire_rewrite.passes.diff.fold import (
+    Calls,
+    Regions,
+    Stretch,
+    as_before,
+    called,
+    headline,
+    parts_of,
+    remarks,
+    summary,
 )
+from hire_rewrite.passes.diff.value import Block, Call, Equation, Region, megabytes
 
 WIDTH = 110
 _SHOWN = 4
 """Equations of one side of a region that are shown; of more the first and the last ones are."""
-_STAYS = ("dense", "rejected")
 _COLORS = {"-": "31", "+": "32", "@": "36;1", "!": "33", "#": "2", "=": "1"}
 
 
@@ -52,123 +51,39 @@ def _colored(line: str) -> str:
 def _header(diff: Any) -> Iterator[str]:
     yield f"--- {diff.names[0]}: {diff.sizes[0]} equations"
     yield f"+++ {diff.names[1]}: {diff.sizes[1]} equations"
-    parts = []
-    if diff.plan is not None:
-        rewritten = sum(site.status == "rewritten" for site in diff.plan.sites)
-        parts.append(f"{rewritten} of {len(diff.plan.sites)} sites rewritten")
-    gone = [a for a in diff.arguments if a.after is None]
-    new = [a for a in diff.arguments if a.before is None]
-    if gone or new:
-        kept = len(diff.arguments) - len(gone) - len(new)
-        parts.append(
-            f"arguments: {kept} kept, {len(gone)} gone ({megabytes(sum(a.bytes for a in gone))}), "
-            f"{len(new)} new ({megabytes(sum(a.bytes for a in new))})"
-        )
-    retyped = [a for a in diff.arguments if a.before and a.after and a.before != a.after]
-    parts += [f"{a.path} was {a.before}, is {a.after}" for a in retyped]
-    if parts:
-        yield "=== " + "; ".join(parts)
-    estimated = ", by the estimate" if diff.milliseconds is not None else ""
-    yield f"=== read where it changed: {gain(diff.bytes, diff.milliseconds)}{estimated}"
-
-
-def gain(sizes: tuple[int, int], milliseconds: tuple[float, float] | None) -> str:
-    """What is read before and after, and how long that takes by the estimate."""
-    words = f"{megabytes(sizes[0])} → {megabytes(sizes[1])}"
-    if milliseconds is not None and milliseconds[1] > 0:
-        slow, fast = milliseconds
-        words += f", {slow:.2f} → {fast:.2f} ms ({slow / fast:.2f} ×)"
-    return words
+    yield from (f"=== {line}" for line in summary(diff))
 
 
 # Blocks.
 
 
-@dataclasses.dataclass
-class _Alike:
-    """Rows that differ in names alone."""
-
-    rows: list[Row]
-
-
 def _blocks(alike: Sequence[Block], depth: int) -> Iterator[str]:
     """Blocks that differ in names alone, as one."""
-    unchanged = 0
-    for group in _grouped(list(zip(*(block.rows for block in alike), strict=True))):
-        if group is None:
-            unchanged += 1
-            continue
-        if unchanged:
-            yield _indent(depth) + _same(unchanged)
-        unchanged = 0
-        first = group.rows[0]
-        if isinstance(first, Region):
-            yield from _region(first, [r for r in group.rows if isinstance(r, Region)], depth)
-        elif isinstance(first, Call):
-            yield from _call([r for r in group.rows if isinstance(r, Call)], depth)
+    for part in parts_of(alike):
+        if isinstance(part, Stretch):
+            yield _indent(depth) + f"  {as_before(part)}"
+        elif isinstance(part, Regions):
+            yield from _region(part.rows, depth)
+        elif isinstance(part, Calls):
+            yield from _call(part.rows, depth)
         else:
-            yield from _noted(group.rows, depth)
-    if unchanged:
-        yield _indent(depth) + _same(unchanged)
-
-
-def _grouped(columns: Sequence[Sequence[Row]]) -> list[_Alike | None]:
-    """Rows to show, alike ones at the place of the first; None for each equation not shown.
-
-    Args:
-      columns: for each row of a block, that row of all blocks like it.
-    """
-    known: dict[Hashable, _Alike] = {}
-    groups: list[_Alike | None] = []
-    for column in columns:
-        row = column[0]
-        if isinstance(row, Same) and not _worth(row):
-            groups.append(None)
-            continue
-        key: Hashable = row.shape
-        if isinstance(row, Same):
-            key = "noted", tuple((note.kind, note.reason) for note in row.equation.notes)
-        if key in known:
-            known[key].rows.extend(column)
-        else:
-            known[key] = _Alike(list(column))
-            groups.append(known[key])
-    return groups
-
-
-def _worth(row: Same) -> bool:
-    return any(note.kind in _STAYS for note in row.equation.notes)
-
-
-def _same(count: int) -> str:
-    return f"  … {count} equation{'s' * (count != 1)} as before"
+            yield from (f"{_indent(depth)}! {remark}" for remark in part.remarks)
 
 
 def _call(alike: Sequence[Call], depth: int) -> Iterator[str]:
-    call = alike[0]
-    many = f"   (× {len(alike)} alike)" if len(alike) > 1 else ""
-    for number, block in enumerate(call.blocks):
-        if not block.changed:
-            continue
-        name = f":{call.before.name}" if call.before.name else ""
-        label = f" {block.label}" if len(call.blocks) > 1 else ""
-        times = f" × {block.length}" if block.length not in (1, None) else ""
-        what = f"{call.before.primitive}{name}{label}{times}{many}"
-        yield f"{_indent(depth)}  {what} {_place(call.before)}".rstrip()
-        yield from _blocks([each.blocks[number] for each in alike], depth + 1)
+    for number, block in enumerate(alike[0].blocks):
+        if block.changed:
+            yield f"{_indent(depth)}  {called(alike, number)}"
+            yield from _blocks([each.blocks[number] for each in alike], depth + 1)
 
 
-def _place(equation: Equation) -> str:
-    return f"· {equation.place}" if equation.place else ""
-
-
-def _region(first: Region, alike: Sequence[Region], depth: int) -> Iterator[str]:
-    heading, reasons = _heading(first, alike)
+def _region(alike: Sequence[Region], depth: int) -> Iterator[str]:
+    first = alike[0]
+    heading, reasons = headline(alike)
     joined = " · ".join([heading, *reasons])
     fits = len(joined) + 2 * depth + 3 <= WIDTH
     yield f"{_indent(depth)}@@ {joined if fits else heading}"
-    stays = [f"{n.name} ({_kind(n)}): {n.reason}" for n in first.notes if n.kind in _STAYS]
-    for remark in [*([] if fits else reasons), *stays]:
+    for remark in [*([] if fits else reasons), *remarks(alike)]:
         yield f"{_indent(depth)}  # {remark}"
     for sign, side in (("-", first.before), ("+", first.after)):
         for line in _shortened(side):
@@ -176,40 +91,6 @@ def _region(first: Region, alike: Sequence[Region], depth: int) -> Iterator[str]
                 yield f"{sign} {_indent(depth)}{line}"
             else:
                 yield _with_cost(f"{sign} {_indent(depth)}{line}", line)
-
-
-def _heading(first: Region, alike: Sequence[Region]) -> tuple[str, list[str]]:
-    """What a region is, and the rules and reasons of the plan."""
-    columns = zip(*([site.name for site in region.sites] for region in alike), strict=False)
-    names = common_name([name for column in columns for name in column])
-    times = [region.milliseconds for region in alike]
-    known = [time for time in times if time is not None]
-    total = (sum(b for b, _ in known), sum(a for _, a in known)) if known else None
-    sizes = [region.bytes for region in alike]
-    size = sum(b for b, _ in sizes), sum(a for _, a in sizes)
-    parts = [f"× {len(alike)}"] if len(alike) > 1 else []
-    if names:
-        parts.append(names)
-    elif not (first.before and first.after):
-        parts.append("removed" if first.before else "added")
-    parts += [gain(size, total)] if any(size) else []
-    parts.append(next((e.place for e in (*first.before, *first.after) if e.place), ""))
-    reasons = [f"{type(site.rule).__name__}: {site.reason}" for site in first.sites]
-    return " · ".join(filter(None, parts)), list(dict.fromkeys(reasons))
-
-
-def _kind(note: Note) -> str:
-    return note.site.kind if note.site is not None else "in no site"
-
-
-def _noted(rows: Sequence[Row], depth: int) -> Iterator[str]:
-    """Sites that stay, and layers in no site, with the reason."""
-    equations = [row.equation for row in rows if isinstance(row, Same)]
-    kept = ([n for n in equation.notes if n.kind in _STAYS] for equation in equations)
-    for notes in zip(*kept, strict=False):
-        many = f"× {len(notes)} " if len(notes) > 1 else ""
-        name = common_name([note.name for note in notes])
-        yield f"{_indent(depth)}! {many}{name} ({_kind(notes[0])}) stays: {notes[0].reason}"
 
 
 def _shortened(side: Sequence[Equation]) -> list[Equation | str]:

@@ -199,11 +199,13 @@ class Block:
     Attributes:
       label: what the jaxpr is to its equation; empty for the whole function.
       length: how often it runs in each run of the equation; None if that is not known.
+      results: the names of its results, before and after.
     """
 
     label: str
     rows: tuple[Row, ...]
     length: int | None = 1
+    results: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @functools.cached_property
     def shape(self) -> Hashable:
