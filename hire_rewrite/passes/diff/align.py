@@ -41,6 +41,7 @@ class Alignment:
       stands: variables after → the one before whose place they take.
       nested: by the number before of a call that changed inside, its jaxprs: labels, the lengths
         of loops, and the alignments.
+      inner: whether they are inside of a call, whose results may be more or fewer.
       classes: for each variable before, and after, what is equal for equal values.
     """
 
@@ -52,6 +53,7 @@ class Alignment:
     nested: dict[int, tuple[tuple[Inner, Inner, Alignment], ...]]
     result_pairs: tuple[tuple[int, int], ...]
     classes: tuple[dict[Any, Hashable], dict[Any, Hashable]]
+    inner: bool = False
 
     @property
     def changed(self) -> bool:
@@ -64,7 +66,8 @@ class Alignment:
     @property
     def results_changed(self) -> bool:
         """Whether it returns other values than before, all equations being as they are."""
-        return bool(self.different_results) or len(self.before.results) != len(self.after.results)
+        more = len(self.before.results) != len(self.after.results)
+        return bool(self.different_results) or (more and not self.inner)
 
     @property
     def different_results(self) -> tuple[tuple[int, int], ...]:
@@ -83,6 +86,8 @@ def align(
     after: Code,
     inputs: tuple[Sequence[Hashable], Sequence[Hashable]],
     results: Sequence[tuple[int, int]],
+    *,
+    inner: bool = False,
 ) -> Alignment:
     """Align two jaxprs.
 
@@ -90,10 +95,11 @@ def align(
       reader: has read both.
       inputs: for each input of both, what is equal for those that hold equal values.
       results: pairs of numbers of results that mean the same.
+      inner: whether they are inside of a call.
     """
     aligner = _Aligner(reader, before, after, results)
     aligner.solve(inputs)
-    return aligner.finish()
+    return dataclasses.replace(aligner.finish(), inner=inner)
 
 
 class _Aligner:
@@ -291,9 +297,9 @@ class _Aligner:
             olds, news = holds(a, old, self.old_classes), holds(b, new, self.new_classes)
             for n, m in carried(old, new, olds, news):
                 olds[n] = news[m] = ("carry", self.reader.number(("carry", id(a), n)))
-            yield old, new, align(
-                self.reader, old.code, new.code, (olds, news), result_pairs(old, new, olds, news)
-            )  # fmt: skip
+            ends = result_pairs(old, new, olds, news)
+            inside = align(self.reader, old.code, new.code, (olds, news), ends, inner=True)
+            yield old, new, inside
 
 
 def _places(code: Code) -> dict[Any, tuple[int, int]]:

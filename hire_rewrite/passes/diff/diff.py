@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -166,6 +167,7 @@ def compare(
     """
     reader = Reader()
     before, after = (reader.read(each) for each in closed)
+    paths = _distinct(paths[0]), _distinct(paths[1])
     inputs = [
         [(path, type_of(var)) for path, var in zip(those, code.inputs, strict=True)]
         for those, code in zip(paths, (before, after), strict=True)
@@ -226,6 +228,16 @@ def _unwrapped(closed: Any) -> Any:
         if str(eqn.primitive) not in ("jit", "pjit") or not whole:
             return closed
         closed = eqn.params["jaxpr"]
+
+
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Paths, numbered where keys with a slash in them make two of them one."""
+    seen: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for path in paths:
+        seen[path] += 1
+        distinct.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
+    return distinct
 
 
 def _arguments(
