@@ -41,6 +41,7 @@ class Alignment:
       stands: variables after → the one before whose place they take.
       nested: by the number before of a call that changed inside, its jaxprs: labels, the lengths
         of loops, and the alignments.
+      starts: the numbers before of those of them that begin with other values.
       inner: whether they are inside of a call, whose results may be more or fewer.
       classes: for each variable before, and after, what is equal for equal values.
     """
@@ -51,17 +52,10 @@ class Alignment:
     equal: frozenset[int]
     stands: dict[Any, Any]
     nested: dict[int, tuple[tuple[Inner, Inner, Alignment], ...]]
+    starts: frozenset[int]
     result_pairs: tuple[tuple[int, int], ...]
     classes: tuple[dict[Any, Hashable], dict[Any, Hashable]]
     inner: bool = False
-
-    @property
-    def changed(self) -> bool:
-        """Whether anything differs."""
-        if len(self.equal) < max(len(self.before.lines), len(self.after.lines)):
-            return True
-        inside = (a for parts in self.nested.values() for _, _, a in parts)
-        return self.results_changed or any(a.changed for a in inside)
 
     @property
     def results_changed(self) -> bool:
@@ -95,6 +89,7 @@ def align(
       reader: has read both.
       inputs: for each input of both, what is equal for those that hold equal values.
       results: pairs of numbers of results that mean the same.
+      starts: the numbers before of those of them that begin with other values.
       inner: whether they are inside of a call.
     """
     aligner = _Aligner(reader, before, after, results)
@@ -284,13 +279,23 @@ class _Aligner:
             a, b = self.old.lines[i], self.new.lines[j]
             if a.key == b.key and all(self._same(v, w) for v, w in self._reads(i, j)):
                 equal.add(i)
-            elif a.inner:
+            elif a.key != b.key:
                 nested[i] = tuple(self._nested(a, b))
                 equal.add(i)
+        other = (i for i in nested if not self._begins_alike(i, self.pairs[i]))
         return Alignment(
-            self.old, self.new, self.pairs, frozenset(equal), self.stands, nested, self.results,
-            (self.old_classes, self.new_classes),
+            self.old, self.new, self.pairs, frozenset(equal), self.stands, nested,
+            frozenset(other), self.results, (self.old_classes, self.new_classes),
         )  # fmt: skip
+
+    def _begins_alike(self, i: int, j: int) -> bool:
+        """Whether two loops carry equal values into their first iteration."""
+        a, b = self.old.lines[i], self.new.lines[j]
+        for old, new in zip(a.inner, b.inner, strict=False):
+            olds, news = holds(a, old, self.old_classes), holds(b, new, self.new_classes)
+            if any(olds[n] != news[m] for n, m in carried(old, new, olds, news)):
+                return False
+        return True
 
     def _nested(self, a: Line, b: Line) -> Iterator[tuple[Inner, Inner, Alignment]]:
         for old, new in zip(a.inner, b.inner, strict=False):

@@ -68,6 +68,13 @@ class Builder:
             place = j + 0.5
             if i in aligned.nested:
                 after = aligned.after.lines[j]
+                if i in aligned.starts:
+                    sides = [
+                        self._equation(each, names, around, notes=False, inner=False)
+                        for each, names in ((line, old), (after, new))
+                    ]
+                    row = Region((sides[0],), (sides[1],), around.inside, around.runs)
+                    items.append(((float(j), -2), row))
                 row = self._call(line, after, aligned.nested[i], old, new, around)
             else:
                 row = Same(self._equation(line, old, around))

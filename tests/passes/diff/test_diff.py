@@ -203,6 +203,20 @@ def test_a_loop_with_more_carries_is_the_same_loop():
         assert set(primitives(region.after)) <= {"add"}
 
 
+def test_a_loop_that_begins_with_another_value():
+    def fn(op, swapped):
+        def run(x, y):
+            a, b = (y, x) if swapped else (x, y)
+            return lax.scan(lambda c, _: (op(c), None), a, None, length=3)[0] + b
+
+        return run
+
+    for op in (jnp.sin, jnp.cos):
+        regions = hire.diff(fn(jnp.sin, False), fn(op, True), X, X).regions
+        sides = [(primitives(r.before), primitives(r.after)) for r in regions]
+        assert any("scan" in before and "scan" in after for before, after in sides)
+
+
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
 def test_a_change_inside_of_a_call(wrap):
     def fn(op):
@@ -237,6 +251,24 @@ def test_custom_derivatives():
         (["sin"], ["cos"])
     ]
     assert "0x" not in difference.to_json()
+
+
+def test_a_layer_less():
+    """What stands before and after it is as it was, but for what reads its result."""
+
+    def fn(skipped):
+        def run(weights, x):
+            for i, w in enumerate(weights):
+                if i != skipped:
+                    x = x + jnp.tanh(x @ w) @ w.T
+            return x
+
+        return run
+
+    weights = [jnp.ones((4, 4))] * 8
+    (region,) = hire.diff(fn(None), fn(3), weights, X).regions
+    assert len(region.before) - len(region.after) == 5
+    assert len(region.after) == 2  # the product and the sum of the next layer
 
 
 # A transformed function.
