@@ -73,15 +73,15 @@ class Builder:
                         self._equation(each, names, around, notes=False, inner=False)
                         for each, names in ((line, old), (after, new))
                     ]
-                    row = Region((sides[0],), (sides[1],), around.inside, around.runs)
-                    items.append(((float(j), -2), row))
-                row = self._call(line, after, aligned.nested[i], old, new, around)
+                    start = Region((sides[0],), (sides[1],), around.inside, around.runs)
+                    items.append(((float(j), -2), start))
+                row: Row = self._call(line, after, aligned.nested[i], old, new, around)
             else:
                 row = Same(self._equation(line, old, around))
             items.append(((float(j), -1), row))
         for number, (olds, news) in enumerate(_regions(aligned)):
-            start = float(min(news)) if news else gone[min(olds)]
-            items.append(((start, number), self._region(aligned, olds, news, old, new, around)))
+            first = float(min(news)) if news else gone[min(olds)]
+            items.append(((first, number), self._region(aligned, olds, news, old, new, around)))
         items.sort(key=lambda item: item[0])
         rows = [row for _, row in items]
         results = _read(aligned.before.results, old), _read(aligned.after.results, new)
@@ -272,7 +272,7 @@ class _Groups:
 
 def _costs(after: Sequence[Equation], notes: Sequence[Note]) -> list[Equation]:
     """Equations after, those that run a site with what the plan says that it reads and takes."""
-    calls = [e for e in after if e.name.startswith("hire_")]
+    calls = [e for e in after if e.is_site]
     costed = []
     for equation in after:
         own = [note for note in notes if any(_of_site(read, note) for read in equation.reads)]

@@ -82,6 +82,11 @@ class Line:
         return str(self.eqn.params.get("name") or "")
 
     @property
+    def is_site(self) -> bool:
+        """Whether it is the call of a rewritten site."""
+        return self.name.startswith("hire_")
+
+    @property
     def ins(self) -> Sequence[Any]:
         return self.eqn.invars
 
@@ -100,9 +105,9 @@ class Line:
 
     @functools.cached_property
     def primitives(self) -> collections.Counter[str]:
-        """How often each primitive stands in it, at any depth."""
+        """How often each primitive stands in it, at any depth outside of rewritten sites."""
         total = collections.Counter([self.primitive])
-        for inner in self.inner:
+        for inner in () if self.is_site else self.inner:
             for line in inner.code.lines:
                 total.update(line.primitives)
         return total

@@ -11,7 +11,7 @@ from hire_rewrite.passes.diff.code import Inner, Line, literal_key, type_of
 
 _ALIKE, _ALIKE_NAMED = 0.5, 0.2
 """The share of equations that two calls have in common, to be called the same one changed; and if
-they have one name."""
+they have one name, of those of the shorter."""
 
 
 def class_of(atom: Any, classes: dict[Any, Hashable]) -> Hashable:
@@ -118,8 +118,9 @@ def likeness(a: Line, b: Line) -> float:
     if a.primitive != b.primitive or not a.inner or len(a.inner) != len(b.inner):
         return 0.0
     named = a.name == b.name
-    if not named and (a.name.startswith("hire_") or b.name.startswith("hire_")):
+    if not named and (a.is_site or b.is_site):
         return 0.0
     common = sum((a.primitives & b.primitives).values()) - 1
-    share = common / max(a.primitives.total() - 1, b.primitives.total() - 1, 1)
+    totals = a.primitives.total() - 1, b.primitives.total() - 1
+    share = common / max(min(totals) if named else max(totals), 1)
     return 1.0 + share if share >= (_ALIKE_NAMED if named else _ALIKE) else 0.0

@@ -1,11 +1,14 @@
 """The style and the script of the HTML form."""
 
-STYLE = """
-:root{color-scheme:light dark;--bg:light-dark(#fff,#16181d);--fg:light-dark(#1c2128,#d7dae0);
---dim:light-dark(#667,#8b93a1);--line:light-dark(#d8dee4,#30363d);--old:light-dark(#fdecea,#3b1d1f);
---new:light-dark(#e6f6ea,#14331f);--head:light-dark(#eef3fb,#1f2733);--hit:light-dark(#ffe58a,#6b5300);
---stay:light-dark(#fff6dd,#3a3113)}
-:root.light{color-scheme:light}:root.dark{color-scheme:dark}
+_LIGHT = """
+--bg:#fff;--fg:#1c2128;--dim:#667085;--line:#d8dee4;--old:#fdecea;--new:#e6f6ea;--head:#eef3fb;
+--hit:#ffe58a;--stay:#fff6dd;color-scheme:light
+""".strip()
+_DARK = """
+--bg:#16181d;--fg:#d7dae0;--dim:#8b93a1;--line:#30363d;--old:#3b1d1f;--new:#14331f;--head:#1f2733;
+--hit:#6b5300;--stay:#3a3113;color-scheme:dark
+""".strip()
+_LAYOUT = """
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);
 font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 header{position:sticky;top:0;z-index:2;background:var(--bg);border-bottom:1px solid var(--line);
@@ -31,6 +34,11 @@ b{font-weight:600;color:var(--dim)}a,s{text-decoration:none}a:hover{text-decorat
 #map a.y{background:#d9a400}
 @media(max-width:800px){.two{grid-template-columns:1fr}}
 """.strip()
+
+STYLE = (
+    f":root{{{_LIGHT}}}:root.dark{{{_DARK}}}"
+    f"@media(prefers-color-scheme:dark){{:root:not(.light){{{_DARK}}}}}\n{_LAYOUT}"
+)
 
 SCRIPT = """
 const $=id=>document.getElementById(id),all=q=>[...document.querySelectorAll(q)];

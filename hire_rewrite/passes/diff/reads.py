@@ -32,7 +32,7 @@ def bytes_read(line: Line) -> int:
         return sum(map(_size, line.outs))
     if line.primitive in _UPDATES:
         return sum(map(_size, line.ins[1:]))
-    if line.inner and not line.name.startswith("hire_"):
+    if line.inner and not line.is_site:
         return sum(
             (inner.length or 1) * sum(map(bytes_read, inner.code.lines)) for inner in line.inner
         )

@@ -21,7 +21,8 @@ from hire_rewrite.passes.diff.value import Block, Call, Equation, Region, megaby
 
 WIDTH = 110
 _SHOWN = 4
-"""Equations of one side of a region that are shown; of more the first and the last ones are."""
+"""Equations of one side of a region that are shown; and of more rewritten sites in it, so many."""
+_MOST_SITES = 12
 _COLORS = {"-": "31", "+": "32", "@": "36;1", "!": "33", "#": "2", "=": "1"}
 
 
@@ -94,12 +95,15 @@ def _region(alike: Sequence[Region], depth: int) -> Iterator[str]:
 
 
 def _shortened(side: Sequence[Equation]) -> list[Equation | str]:
-    """The equations, or those that read most, of which the last gives the result."""
+    """The equations, or sites, those that read most, and the last, which gives the result."""
     if len(side) <= _SHOWN + 1:
         return list(side)
-    most = sorted(range(len(side) - 1), key=lambda i: (-side[i].bytes, i))[: _SHOWN - 1]
-    shown = [side[i] for i in (*sorted(most), len(side) - 1)]
-    return [*shown, f"… and {len(side) - _SHOWN} more equations"]
+    end = len(side) - 1
+    order = sorted(range(end), key=lambda i: (not side[i].is_site, -side[i].bytes, i))
+    sites = sum(equation.is_site for equation in side[:end])
+    most = order[: max(_SHOWN - 1, min(sites, _MOST_SITES))]
+    shown = [side[i] for i in (*sorted(most), end)]
+    return [*shown, f"… and {len(side) - len(shown)} more equations"]
 
 
 def _with_cost(line: str, equation: Equation) -> str:

@@ -88,6 +88,11 @@ class Equation:
         return f"{bound} = {text}" if bound else text
 
     @property
+    def is_site(self) -> bool:
+        """Whether it is the call of a rewritten site."""
+        return self.name.startswith("hire_")
+
+    @property
     def place(self) -> str:
         """The file's name and the line, as `model.py:12`."""
         return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
