@@ -7,7 +7,6 @@ for the old one. What is left between pairs is aligned in order.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import itertools
@@ -17,6 +16,7 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from hire_rewrite.passes.diff.code import Code, Inner, Line, Reader, constant_key, type_of
+from hire_rewrite.passes.diff.gaps import in_order, increasing
 from hire_rewrite.passes.diff.links import (
     carried,
     class_of,
@@ -26,9 +26,6 @@ from hire_rewrite.passes.diff.links import (
     result_pairs,
     same_types,
 )
-
-_LARGEST_TABLE = 250_000
-"""Entries of a table that aligns a gap; larger gaps are aligned by counting equal equations."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +106,7 @@ class _Aligner:
         self.stands: dict[Any, Any] = {}
         self.pairs: dict[int, int] = {}
         self.by_new: dict[int, int] = {}
+        self._keys = tuple([line.key for line in code.lines] for code in (old, new))
         self.old_place = _places(old)
         self.new_place = _places(new)
 
@@ -211,13 +209,13 @@ class _Aligner:
         """Pair what stands between pairs, in order; whether anything was found."""
         found = False
         for olds, news in self._between():
-            for i, j in self._aligned(olds, news):
+            for i, j in in_order(olds, news, self._score, self._keys):
                 self._pair(i, j)
                 found = True
         return found
 
     def _between(self) -> list[tuple[list[int], list[int]]]:
-        fixed = _increasing(sorted(self.pairs.items()))
+        fixed = increasing(sorted(self.pairs.items()))
         ends = [(-1, -1), *fixed, (len(self.old.lines), len(self.new.lines))]
         gaps = []
         for (i1, j1), (i2, j2) in itertools.pairwise(ends):
@@ -234,41 +232,6 @@ class _Aligner:
             same = sum(self._same(v, w) for v, w in self._reads(i, j))
             score += 2.0 * same / max(len(a.ins), 1)
         return score + 0.5 * (a.source == b.source) if score else 0.0
-
-    def _aligned(self, olds: list[int], news: list[int]) -> list[tuple[int, int]]:
-        if len(olds) * len(news) > _LARGEST_TABLE:
-            return self._counted(olds, news)
-        rows, columns = len(olds), len(news)
-        best = [[0.0] * (columns + 1) for _ in range(rows + 1)]
-        scores = [[self._score(i, j) for j in news] for i in olds]
-        for r in range(rows - 1, -1, -1):
-            for c in range(columns - 1, -1, -1):
-                skip = max(best[r + 1][c], best[r][c + 1])
-                both = scores[r][c]
-                best[r][c] = max(skip, best[r + 1][c + 1] + both) if both else skip
-        pairs, r, c = [], 0, 0
-        while r < rows and c < columns:
-            both = scores[r][c]
-            if both and best[r][c] == best[r + 1][c + 1] + both:
-                pairs.append((olds[r], news[c]))
-                r, c = r + 1, c + 1
-            elif best[r][c] == best[r + 1][c]:
-                r += 1
-            else:
-                c += 1
-        return pairs
-
-    def _counted(self, olds: list[int], news: list[int]) -> list[tuple[int, int]]:
-        """The n-th of each kind of equation with the n-th, as far as they are in order."""
-        waiting: dict[Hashable, collections.deque[int]]
-        waiting = collections.defaultdict(collections.deque)
-        for i in olds:
-            waiting[self.old.lines[i].key].append(i)
-        pairs = []
-        for j in news:
-            if waiting[self.new.lines[j].key]:
-                pairs.append((waiting[self.new.lines[j].key].popleft(), j))
-        return _increasing(sorted(pairs))
 
     # The end.
 
@@ -316,24 +279,3 @@ def _effects(code: Code) -> Iterator[tuple[Line, int | None]]:
     """Equations, with the order of those that do anything but compute."""
     count = itertools.count()
     return ((line, next(count) if line.eqn.effects else None) for line in code.lines)
-
-
-def _increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The most of the pairs, sorted by the first, whose seconds increase too."""
-    ends: list[int] = []
-    last: list[int] = []
-    before: list[int] = []
-    for n, (_, j) in enumerate(pairs):
-        place = bisect.bisect_left(ends, j)
-        if place == len(ends):
-            ends.append(j)
-            last.append(n)
-        else:
-            ends[place], last[place] = j, n
-        before.append(last[place - 1] if place else -1)
-    chain: list[tuple[int, int]] = []
-    n = last[-1] if last else -1
-    while n >= 0:
-        chain.append(pairs[n])
-        n = before[n]
-    return chain[::-1]

@@ -14,6 +14,7 @@ from hire_rewrite.passes.diff.align import Alignment
 from hire_rewrite.passes.diff.code import Code, Inner, Line, type_of
 from hire_rewrite.passes.diff.notes import Notes, Path
 from hire_rewrite.passes.diff.reads import bytes_read
+from hire_rewrite.passes.diff.regions import regions_of
 from hire_rewrite.passes.diff.value import Block, Call, Equation, Listing, Note, Region, Row, Same
 
 Names = dict[Any, str]
@@ -79,7 +80,7 @@ class Builder:
             else:
                 row = Same(self._equation(line, old, around))
             items.append(((float(j), -1), row))
-        for number, (olds, news) in enumerate(_regions(aligned)):
+        for number, (olds, news) in enumerate(regions_of(aligned)):
             first = float(min(news)) if news else gone[min(olds)]
             items.append(((first, number), self._region(aligned, olds, news, old, new, around)))
         items.sort(key=lambda item: item[0])
@@ -218,56 +219,6 @@ def _inside(around: _Around, line: Line, inner: Inner, word: str) -> _Around:
     times = f" ×{inner.length}" if inner.length not in (1, None) else ""
     label = f"{word} {inner.label}" if len(line.inner) > 1 else word
     return _Around((*around.path, id(line.eqn)), (*around.inside, label + times), runs)
-
-
-def _regions(aligned: Alignment) -> list[tuple[list[int], list[int]]]:
-    """The equations that are not in both, in groups that hang together."""
-    olds = [i for i in range(len(aligned.before.lines)) if i not in aligned.equal]
-    kept = {aligned.pairs[i] for i in aligned.equal}
-    news = [j for j in range(len(aligned.after.lines)) if j not in kept]
-    groups = _Groups([*((0, i) for i in olds), *((1, j) for j in news)])
-    sides = ((aligned.before, olds), (aligned.after, news))
-    makers: list[dict[Any, int]] = [
-        {var: n for n in numbers for var in code.lines[n].outs} for code, numbers in sides
-    ]
-    for i in olds:
-        if i in aligned.pairs:
-            groups.join((0, i), (1, aligned.pairs[i]))
-    for w, v in aligned.stands.items():
-        if v in makers[0] and w in makers[1]:
-            groups.join((0, makers[0][v]), (1, makers[1][w]))
-    for side, (code, numbers) in enumerate(sides):
-        for n in numbers:
-            for var in code.lines[n].ins:
-                if not isinstance(var, jex_core.Literal) and var in makers[side]:
-                    groups.join((side, n), (side, makers[side][var]))
-    return [
-        ([n for side, n in group if side == 0], [n for side, n in group if side == 1])
-        for group in groups.all()
-    ]
-
-
-class _Groups:
-    """Disjoint sets."""
-
-    def __init__(self, items: Sequence[tuple[int, int]]) -> None:
-        self._above = {item: item for item in items}
-
-    def _top(self, item: tuple[int, int]) -> tuple[int, int]:
-        while self._above[item] != item:
-            self._above[item] = self._above[self._above[item]]
-            item = self._above[item]
-        return item
-
-    def join(self, a: tuple[int, int], b: tuple[int, int]) -> None:
-        a, b = sorted((self._top(a), self._top(b)))
-        self._above[b] = a
-
-    def all(self) -> list[list[tuple[int, int]]]:
-        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for item in self._above:
-            groups.setdefault(self._top(item), []).append(item)
-        return list(groups.values())
 
 
 def _costs(after: Sequence[Equation], notes: Sequence[Note]) -> list[Equation]:

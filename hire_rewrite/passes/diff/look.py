@@ -59,5 +59,6 @@ $('theme').onclick=()=>{const r=document.documentElement,
 d=r.classList.contains('dark')||(!r.classList.contains('light')&&
 matchMedia('(prefers-color-scheme: dark)').matches);
 r.classList.toggle('light',d);r.classList.toggle('dark',!d)};
-addEventListener('toggle',map,true);addEventListener('resize',map);map();
+let frame;const later=()=>{cancelAnimationFrame(frame);frame=requestAnimationFrame(map)};
+addEventListener('toggle',later,true);addEventListener('resize',later);map();
 """.strip()
