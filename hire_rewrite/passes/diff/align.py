@@ -15,8 +15,9 @@ from typing import Any
 
 from jax.extend import core as jex_core
 
-from hire_rewrite.passes.diff.code import Code, Inner, Line, Reader, constant_key, type_of
+from hire_rewrite.passes.diff.code import Code, Inner, Line, Reader
 from hire_rewrite.passes.diff.gaps import in_order, increasing
+from hire_rewrite.passes.diff.keys import constant_key, type_of
 from hire_rewrite.passes.diff.links import (
     carried,
     class_of,

@@ -11,7 +11,8 @@ from typing import Any
 from jax.extend import core as jex_core
 
 from hire_rewrite.passes.diff.align import Alignment
-from hire_rewrite.passes.diff.code import Code, Inner, Line, type_of
+from hire_rewrite.passes.diff.code import Code, Inner, Line
+from hire_rewrite.passes.diff.keys import type_of
 from hire_rewrite.passes.diff.notes import Notes, Path
 from hire_rewrite.passes.diff.reads import bytes_read
 from hire_rewrite.passes.diff.regions import regions_of

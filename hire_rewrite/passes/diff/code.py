@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import functools
 import re
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 
+import hire_rewrite
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls import structured_calls
+from hire_rewrite.passes.diff.keys import (
+    constant_key,
+    literal_key,
+    plain_text,
+    shown_params,
+    type_of,
+)
 
-_UNSAID = frozenset({
-    "inline", "keep_unused", "ctx_mesh", "ft_in", "ft_out", "num_consts", "num_carry", "linear",
-    "donated_invars", "jaxpr", "unique_indices", "indices_are_sorted", "fill_value", "unroll",
-    "cond_nconsts", "body_nconsts", "accuracy", "platforms", "branches_platforms",
-    "symbolic_zeros",
-})  # fmt: skip
-"""Parameters that are compared but not shown: they say nothing to a reader."""
-_IN_THE_TYPE = frozenset({
-    "new_sizes", "shape", "new_dtype", "dtype", "preferred_element_type", "sharding",
-})  # fmt: skip
-"""Parameters that the type of the result shows already."""
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
-_LARGEST_CONSTANT = 4096
-"""Numbers in a closed-over array that is compared by its values; larger ones by identity."""
+_PACKAGE = Path(hire_rewrite.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +91,7 @@ class Line:
         """File, line and function of the user's code; empty if JAX does not know."""
         place, _, function = source_info_util.summarize(self.eqn.source_info).partition(" (")
         found = re.match(r"(.*?):(\d+)", place)
-        if found is None:
+        if found is None or _PACKAGE in Path(found[1]).parents:
             return "", 0, ""
         return found[1], int(found[2]), function.rstrip(")")
 
@@ -173,17 +165,8 @@ class Reader:
     def _line(self, eqn: Any) -> Line:
         inner, keys = self._inner(eqn)
         params = _compat.call_params(eqn)
-        plain = {name: _plain(param) for name, param in params.items() if not _has_jaxpr(param)}
-        if str(eqn.primitive) == "dot_general":
-            plain["contract"] = _contracted(params["dimension_numbers"])
-        said = tuple(
-            (name, text)
-            for name, text in sorted(plain.items())
-            if name not in _UNSAID | _IN_THE_TYPE
-            and text
-            and not ("contract" in plain and name == "dimension_numbers")
-            and not _unset(params.get(name, text))
-        )
+        plain = {name: plain_text(param) for name, param in params.items() if not _has_jaxpr(param)}
+        said = shown_params(eqn, plain)
         types = tuple(map(type_of, (*eqn.invars, None, *eqn.outvars)))
         key = self.number((str(eqn.primitive), tuple(sorted(plain.items())), keys, types))
         return Line(eqn, key, said, inner)
@@ -224,76 +207,6 @@ class Reader:
         return tuple(found), tuple(keys)
 
 
-def type_of(var: Any) -> str:
-    """The type of a variable, as `f32[1,576]`."""
-    if var is None:
-        return ""
-    aval = var.aval
-    try:
-        return str(aval.str_short(short_dtypes=True))
-    except (AttributeError, TypeError):
-        return str(aval)
-
-
-def literal_key(atom: Any) -> Hashable:
-    """Equal for literals of the same value and type."""
-    return ("literal", type_of(atom), constant_key(atom.val))
-
-
-def constant_key(array: Any) -> Hashable:
-    """Equal for arrays of the same values, if they are small, or else for the same array."""
-    if isinstance(array, jax.core.Tracer) or not hasattr(array, "dtype"):
-        if isinstance(array, bool | int | float | complex | str):
-            return repr(array)
-        return ("array", id(array))
-    small = getattr(array, "size", 0) <= _LARGEST_CONSTANT
-    if not small or jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return ("array", id(array))
-    values = np.asarray(array)
-    return ("values", values.shape, str(values.dtype), values.tobytes())
-
-
 def _has_jaxpr(param: Any) -> bool:
     items = param if isinstance(param, tuple | list) else (param,)
     return any(_compat.is_jaxpr(i) or isinstance(i, jax.stages.Traced) for i in items)
-
-
-def _plain(param: Any) -> str:
-    """A parameter as text that is equal wherever the parameter is; what it is called, if it is a
-    function or some other thing of JAX's."""
-    if param is None or isinstance(param, bool | int | float | complex | str | np.generic):
-        return str(param)
-    if isinstance(param, np.dtype) or (isinstance(param, type) and issubclass(param, np.generic)):
-        return np.dtype(param).name
-    if isinstance(param, enum.Enum):
-        return param.name
-    if isinstance(param, tuple) and hasattr(param, "_fields"):
-        return " ".join(f"{k}={_plain(v)}" for k, v in zip(param._fields, param, strict=True))
-    if isinstance(param, tuple | list):
-        return "(" + ", ".join(map(_plain, param)) + ("," if len(param) == 1 else "") + ")"
-    if isinstance(param, dict):
-        return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in param.items()) + "}"
-    if isinstance(param, np.ndarray | jax.Array):
-        return f"array {zlib.crc32(repr(constant_key(param)).encode()):08x}"
-    if isinstance(param, jax.sharding.Sharding | jax.sharding.PartitionSpec):
-        return _ADDRESS.sub("", str(param))
-    if isinstance(param, set | frozenset):
-        return "{" + ", ".join(sorted(map(_plain, param))) + "}"
-    if dataclasses.is_dataclass(param):
-        return _ADDRESS.sub("", repr(param))
-    return str(getattr(param, "__name__", type(param).__name__))
-
-
-def _contracted(numbers: Any) -> str:
-    """The dimensions of a product, as `2·0`, and those of its batch."""
-    (left, right), (batch, _) = numbers
-    words = " ".join(f"{a}·{b}" for a, b in zip(left, right, strict=True))
-    return f"{words} batch {','.join(map(str, batch))}" if batch else words
-
-
-def _unset(param: Any) -> bool:
-    """Whether a parameter says nothing: unset, off, or a function."""
-    if isinstance(param, tuple | list):
-        return all(map(_unset, param))
-    unset = param is None or param is False or type(param).__name__ == "UnspecifiedValue"
-    return unset or callable(param) or type(param).__name__ == "WrappedFun"

@@ -17,8 +17,9 @@ from hire_rewrite import _compat
 from hire_rewrite.graph.trace import Trace, trace
 from hire_rewrite.passes.diff.align import align
 from hire_rewrite.passes.diff.build import Builder
-from hire_rewrite.passes.diff.code import Code, Reader, type_of
+from hire_rewrite.passes.diff.code import Code, Reader
 from hire_rewrite.passes.diff.graph import to_dot, to_model_explorer
+from hire_rewrite.passes.diff.keys import type_of
 from hire_rewrite.passes.diff.notes import Notes
 from hire_rewrite.passes.diff.page import to_html, to_notebook
 from hire_rewrite.passes.diff.reads import size_of

@@ -7,7 +7,8 @@ from typing import Any
 
 from jax.extend import core as jex_core
 
-from hire_rewrite.passes.diff.code import Inner, Line, literal_key, type_of
+from hire_rewrite.passes.diff.code import Inner, Line
+from hire_rewrite.passes.diff.keys import literal_key, type_of
 
 _ALIKE, _ALIKE_NAMED = 0.5, 0.2
 """The share of equations that two calls have in common, to be called the same one changed; and if

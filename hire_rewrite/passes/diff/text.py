@@ -50,8 +50,8 @@ def _colored(line: str) -> str:
 
 
 def _header(diff: Any) -> Iterator[str]:
-    yield f"--- {diff.names[0]}: {diff.sizes[0]} equations"
-    yield f"+++ {diff.names[1]}: {diff.sizes[1]} equations"
+    for sign, name, size in zip(("---", "+++"), diff.names, diff.sizes, strict=True):
+        yield f"{sign} {name}: {size} equation{'s' * (size != 1)}"
     yield from (f"=== {line}" for line in summary(diff))
 
 

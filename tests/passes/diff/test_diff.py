@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -416,3 +417,62 @@ def test_one_operation_more_is_the_least(steps, data):
 
     regions = hire.diff(program(steps), more, X, X).regions
     assert not [e for r in regions for e in r.before if e.primitive != "return"]
+
+
+def test_long_functions_that_have_nothing_in_common():
+    def chain(ops, length):
+        def fn(x):
+            for i in range(length):
+                x = ops[i % len(ops)](x)
+            return x
+
+        return fn
+
+    f = chain([jnp.sin, jnp.tanh, lambda x: x * 2], 900)
+    g = chain([jnp.tanh, jnp.cos, lambda x: x * 2, jnp.exp], 1000)
+    found = hire.diff(f, g, X)
+    assert found.changed
+    gone = sum(len(region.before) for region in found.regions)
+    new = sum(len(region.after) for region in found.regions)
+    assert found.sizes[0] - gone == found.sizes[1] - new
+
+
+@jax.custom_vjp
+def thrice(x):
+    return x * 3
+
+
+thrice.defvjp(lambda x: (x * 3, None), lambda _, g: (g * 3,))
+
+
+def mutating(x):
+    ref = jax.new_ref(x)
+    ref[0] = jnp.ones(4)
+    return ref[...] * 2
+
+
+def calling_back(x):
+    return jax.pure_callback(lambda a: a, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+ODD = {
+    "mutates": mutating,
+    "calls back": calling_back,
+    "has a derivative": thrice,
+    "is a gradient": lambda x: jax.grad(lambda a: jax.checkpoint(jnp.sin)(thrice(a)).sum())(x),
+    "draws": lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
+    "is batched": jax.vmap(lambda a: lax.cond(a.sum() > 0, jnp.sin, jnp.cos, a)),
+    "sorts": jnp.sort,
+    "returns nothing": lambda x: (),
+    "returns its argument": lambda x: x,
+    "returns a number": lambda x: 1.0,
+}
+
+
+@pytest.mark.parametrize("first", ODD)
+def test_odd_functions(first):
+    for second, g in ODD.items():
+        found = hire.diff(ODD[first], g, X)
+        assert found.changed == (first != second)
+        assert not re.search(r"0x[0-9a-f]{6}", found.to_json())
+        assert found.to_html()
