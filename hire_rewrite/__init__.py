@@ -16,6 +16,7 @@ from hire_rewrite.ops.encodings import Blocks, Float
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
+from hire_rewrite.passes.diff import Diff
 from hire_rewrite.plan import Plan, Rejection, Site
 from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.saved import load_rules, save_rules
@@ -30,6 +31,7 @@ __all__ = [
     "FFN",
     "Blocks",
     "Cascade",
+    "Diff",
     "Float",
     "Head",
     "HireRewriteError",

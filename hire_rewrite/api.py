@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.passes.diff import Diff
+from hire_rewrite.passes.diff import Diff, compare_functions
 from hire_rewrite.passes.modes import MODES
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
@@ -123,5 +124,37 @@ def diff(
     weights: int | Sequence[int] = 0,
     **kwargs: Any,
 ) -> Diff:
-    """The function's jaxpr before and after rewriting; arguments as in `inspect`."""
+    """What differs between two functions, or a function before and after rewriting.
+
+    `diff(f, g, *args)` compares any two functions of the same arguments, by what their equations
+    compute and what they read. `diff(f, *args)` compares `f` with what `transform` makes of it;
+    rules may stand before the arguments too: `diff(f, Head(k=64), *args)`.
+
+    Example:
+      >>> import jax.numpy as jnp, hire_rewrite as hire
+      >>> changes = hire.diff(jnp.sin, lambda x: jnp.sin(x) + 1, jnp.ones(3))
+      >>> [equation.primitive for equation in changes.regions[0].after]
+      ['add']
+      >>> hire.diff(jnp.sin, jnp.sin, jnp.ones(3)).changed
+      False
+
+    Args:
+      args: the second function, if there is one: a callable that is not a pytree of arrays; then
+        a call's arguments, as in `inspect`.
+      rules, weights: as in `transform`; not for two functions.
+      kwargs: the call's keyword arguments.
+
+    Raises:
+      HireRewriteError: rules are given for two functions, or one of them cannot be traced.
+    """
+    rules = tuple(rules)
+    while args and isinstance(args[0], Rule):
+        rules, args = (*rules, args[0]), args[1:]
+    if args and callable(args[0]) and jax.tree.leaves(args[0]) == [args[0]]:
+        if rules:
+            raise HireRewriteError(
+                "diff: rules are for one function: give diff(fn, *args, rules=...), or compare "
+                "with transform(fn, *rules)"
+            )
+        return compare_functions(fn, args[0], args[1:], kwargs)
     return transform(fn, *rules, weights=weights).diff(*args, **kwargs)

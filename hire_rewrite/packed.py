@@ -129,6 +129,17 @@ class Packed:
         `transform(fn, *rules)` packs shapes to what it is restored to."""
         return self.info.rules
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """A name for each array: a weight's path, or, as `params/embed:rows/scale`, its site's name
+        and what it is there."""
+        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
+        names = [
+            (path[1].key, jax.tree_util.keystr(path[2:], simple=True, separator="/"))
+            for path, _ in leaves
+        ]
+        return tuple(f"{name}:{rest}" if rest else name for name, rest in names)
+
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
         leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))

@@ -21,7 +21,7 @@ from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.diff import Diff
+from hire_rewrite.passes.diff import Diff, compare, notes_of
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.rewrite import rewrite
@@ -238,14 +238,31 @@ class Transformed:
         return tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
-        """The jaxpr of a call with these arguments (arrays or shapes), before and after."""
+        """The jaxpr of a call with these arguments (arrays or shapes), before and after.
+
+        Example:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> fn = lambda params, x: x @ params["vocabulary"]
+          >>> step = hire.transform(fn, hire.Head(k=4, candidates=8, min_width=1, force=True))
+          >>> params = {"vocabulary": jnp.sin(jnp.arange(1024.0)).reshape(16, 64)}
+          >>> changes = step.diff(params, jnp.ones((1, 16)))
+          >>> [site.name for region in changes.regions for site in region.sites]
+          ['params/vocabulary']
+        """
         packed, args = self._split(args)
         analysis = self._analyses.of(packed, args, kwargs)
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(args, packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        return Diff(analysis.trace.closed, jax.make_jaxpr(self._run)(*specs))
+        before, after = analysis.trace.closed, jax.make_jaxpr(self._run)(*specs)
+        paths = analysis.trace.paths
+        others = [path for i, path in enumerate(paths) if i not in analysis.trace.weights]
+        given = paths if packed is None else (*packed.paths, *others)
+        results = [(i, i) for i in range(analysis.trace.out_tree.num_leaves)]
+        notes = notes_of(analysis.plan, analysis.decisions, analysis.detection)
+        names = self.name, f"{self.name}, rewritten"
+        return compare(names, (before, after), (paths, given), results, analysis.plan, notes)
 
     # How it runs.
 

@@ -37,8 +37,7 @@ FIRST = 1  # the token that opens a chat
 MAX_LEN = 512
 PEER = "llama.cpp"
 GET_PEER = "pip install --no-deps --only-binary :all: 'cyllama>=0.2.18'"
-DIFF = Path("out/smollm2.diff")
-DIFF_LINES = 12
+DIFF = Path("out/smollm2.html")
 WIDTH = 110
 
 
@@ -120,11 +119,11 @@ def main() -> None:
         _say("", f"{PEER} is missing: {peer}; to have it beside them: {GET_PEER}")
 
     _heading("The graph, before and after")
-    lines = str(step.diff(packed, *call[1:])).splitlines()
+    changes = step.diff(packed, *call[1:])
     DIFF.parent.mkdir(exist_ok=True)
-    DIFF.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _say(*(line if len(line) < WIDTH else line[: WIDTH - 2] + " …" for line in lines[:DIFF_LINES]))
-    _say(f"({len(lines)} lines, in full in {DIFF})")
+    changes.save(DIFF)
+    changes.show()
+    _say(f"(both sides beside each other, with links to the code: {DIFF})")
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -69,20 +69,21 @@ def estimate(operation: Operation, tokens: Any, machine: Machine) -> Estimate:
     return Estimate(
         dense_bytes(site),
         site.repeats * site.experts * sum(read.memory for read in reads),
-        site.repeats * _dense_time(site, tokens, machine),
+        sum(dense_times(site, tokens, machine)),
         site.repeats * time,
         machine.margin,
     )
 
 
-def _dense_time(site: MatchedSite, tokens: int, machine: Machine) -> float:
-    """Nanoseconds of the products of one run."""
-    total = 0.0
+def dense_times(site: MatchedSite, tokens: Any, machine: Machine) -> list[float]:
+    """Nanoseconds of the dense products of a site's linear layers in one call, loops included."""
+    tokens = tokens if isinstance(tokens, int) else 1
+    times = []
     for linear in site.linears:
         size = math.prod(linear.weight.shape) // site.sharding.num_shards
         # A matrix that is widened first takes the longer of both times, or, where the compiler
         # does that while reading, the shorter: which, is not known here.
         dtypes = {narrow(linear.weight).dtype, linear.weight.dtype}
-        total += min(machine.time(whole(size, dtype, tokens)) for dtype in dtypes)
-        total += machine.product
-    return total
+        read = min(machine.time(whole(size, dtype, tokens)) for dtype in dtypes)
+        times.append(site.repeats * (read + machine.product))
+    return times

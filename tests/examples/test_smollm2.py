@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hire_rewrite as hire
 from examples.smollm2 import calibration, chat, generate, model, text, tokenizer, weights
 from tests.cases import optimized
 
@@ -196,6 +197,24 @@ def test_steps_compile_once_and_donate_the_cache(params, config):
     assert given["v"].is_deleted()
     assert {name: cache[name].unsafe_buffer_pointer() for name in where} == where
     assert traces == [(1,)]
+
+
+def test_the_diff_of_a_step_fits_a_screen(params, config):
+    """Packed without rules: every site is shown with what it reads."""
+    step = hire.transform(functools.partial(model.decode_step, config))
+    call = (params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, 64))
+    packed = step.pack(*call)
+    found = step.diff(packed, *call[1:])
+    sites = [site for site in found.plan.sites if site.status == "rewritten"]
+    assert len(sites) == 8
+    assert {site for region in found.regions for site in region.sites} == set(sites)
+    lookup = found.bytes[0] - sum(site.bytes_before for site in sites)
+    assert 0 < lookup < 1e5
+    lines = str(found).splitlines()
+    assert len(lines) <= 60
+    assert all(site.name.rpartition("/")[2] in str(found) for site in sites)
+    assert all(region.before for region in found.regions if region.sites)
+    assert len(found.to_html()) < 2_000_000
 
 
 def test_bfloat16(params, config, tokens, forward):
