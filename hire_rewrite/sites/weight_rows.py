@@ -59,12 +59,14 @@ class WeightRows:
     def matrices(self, linear: Linear) -> Matrices:
         """The same of a layer without experts, laid out as they are read."""
         value, axes_of = _untransposed(narrow(linear.weight))
-        n_axes = [axes_of[axis] for axis, _ in linear.free]
-        axes = (*n_axes, *(axes_of[axis] for axis in linear.weight_in))
+        free = [axis for axis, _ in linear.free]
+        inside = {*free, *linear.weight_in}
+        unit = [axis for axis in range(len(linear.weight.shape)) if axis not in inside]
+        axes = tuple(axes_of[axis] for axis in (*free, *unit, *linear.weight_in))
         whole = self._stacker(value)
         stacked = bool(self._loops or whole.over)
         array = self._stacker.stack(value, self._loops) if stacked else whole.array
-        return Matrices(array, axes, len(n_axes), stacked)
+        return Matrices(array, axes, len(free) + len(unit), stacked)
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""
