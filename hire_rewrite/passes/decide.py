@@ -106,9 +106,11 @@ def decide(
     packing = [decision for decision in decisions if decision.packs]
     taken = frozenset(node for decision in packing for node in decision.nodes)
     names = [decision.name for decision in packing]
-    left = [*map(decider.decide, detection.leftovers(lambda node: node not in taken, names))]
+    leftovers, refused = detection.leftovers(lambda node: node not in taken, names)
+    left = [*map(decider.decide, leftovers)]
     if not rules:
-        within = [*map(decider.decide, detection.leftovers(lambda node: node in taken))]
+        inner, _ = detection.leftovers(lambda node: node in taken)
+        within = [*map(decider.decide, inner)]
         decisions, left = _without_loss(decisions, within, left)
     decisions = _sharing([*decisions, *left])
     # What is left over is a site where a user asks for it, or where it is packed.
@@ -116,7 +118,7 @@ def decide(
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),
-        tuple(r for node, r in detection.rejected.items() if node not in nodes),
+        tuple(r for node, r in detection.rejections(refused) if node not in nodes),
         detection.opaque,
         tuple(rule for rule in rules if id(rule) not in decider.used),
         kernels.cpu.status(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -60,7 +61,9 @@ class LinearKind(SiteKind):
         if not jnp.issubdtype(linear.out.dtype, jnp.floating):
             raise NoMatch(Refusal.UNSUPPORTED, f"its result is {linear.out.dtype}", node)
         if linear.batch:
-            raise NoMatch(Refusal.UNSUPPORTED, "a weight of its own for each input", node)
+            inputs = math.prod(weight.shape[axis] for _, axis, _ in linear.batch)
+            reason = f"{inputs} inputs side by side have a weight each (vmap, blocks on a diagonal)"
+            raise NoMatch(Refusal.UNSUPPORTED, reason, node)
         return LinearMatch(linear, lookups_of(linear, context))
 
     def default_rule(self, match: LinearMatch) -> Linear:
@@ -80,6 +83,11 @@ class LinearKind(SiteKind):
         self, site: MatchedSite, rule: Linear, statistics: Encoding | None, functions: Functions
     ) -> LinearOperation:
         layer = site.match.layer
+        if layer.out.dtype == jnp.float64 and (rule.encoding is None or (rule.k and not rule.exact)):
+            raise Unfit(
+                "it computes in float64, and stored numbers are multiplied in float32; for fewer "
+                'bits give an encoding and, with k, exact=Float("float32")'
+            )
         encoding = rule.encoding or statistics
         if encoding is None:
             return LinearOperation(site, rule, None)
