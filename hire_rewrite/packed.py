@@ -66,12 +66,9 @@ class PackedInfo:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
 
-    def site(self, kind: str, name: str, key: str) -> PackedSite | None:
-        """The packed site of a kind with these weights, or else of this name."""
-        sites = [site for site in self.sites if site.kind == kind]
-        same_weights = (site for site in sites if site.key == key)
-        same_name = (site for site in sites if site.name == name)
-        return next(same_weights, None) or next(same_name, None)
+    def sites_of(self, kind: str, key: str) -> list[PackedSite]:
+        """The packed sites of a kind with these weights, each in a layout of its own."""
+        return [site for site in self.sites if (site.kind, site.key) == (kind, key)]
 
 
 @functools.partial(

@@ -142,11 +142,8 @@ class _Decider:
             return Decision(site, _row(site, None, site.kind.unasked(site.match)))
         if site.unsupported is not None:
             return Decision(site, _row(site, rule, site.unsupported))
-        packed = None
-        if self.packed is not None:
-            packed = self.packed.site(site.kind.name, site.name, site.key)
         try:
-            operation = self._resolve(site, rule, packed)
+            operation, packed = self._packed_operation(site, rule)
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
@@ -171,6 +168,26 @@ class _Decider:
                 self.used.add(id(rule))
                 return rule
         return None
+
+    def _packed_operation(
+        self, site: MatchedSite, rule: Rule
+    ) -> tuple[Operation, PackedSite | None]:
+        """The operation at a site, and what the site is packed to: of several the one that the
+        rule asks for, if it is there.
+
+        Raises:
+          Unfit: the rule cannot be applied to this site.
+        """
+        if self.packed is None:
+            return self._resolve(site, rule, None), None
+        known = self.packed.sites_of(site.kind.name, site.key)
+        for packed in known if len(known) > 1 else ():
+            operation = self._resolve(site, rule, packed)
+            unknown = operation.undecided or operation.unexamined
+            if unknown is None and repr(operation.layout) == packed.layout:
+                return operation, packed
+        first = known[0] if known else None
+        return self._resolve(site, rule, first), first
 
     def _resolve(self, site: MatchedSite, rule: Rule, packed: PackedSite | None) -> Operation:
         """The operation at a site; one that cannot be sharded, and need not be, is not.

@@ -161,15 +161,16 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         lambda sharding: kind.unsupported_sharding(match, sharding),
     )
     varying = {loop for value in match.weights for loop in trace.provenance.varies_over(value)}
+    loops = loops_of(match.linears[0].node.scope, varying)
     return MatchedSite(
         kind,
         name,
         match,
-        weights_identity(trace, kind, match),
+        weights_identity(trace, kind, match, loops),
         sharding,
         unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
         optional,
-        loops_of(match.linears[0].node.scope, varying),
+        loops,
     )
 
 

@@ -83,7 +83,9 @@ class LinearKind(SiteKind):
         self, site: MatchedSite, rule: Linear, statistics: Encoding | None, functions: Functions
     ) -> LinearOperation:
         layer = site.match.layer
-        if layer.out.dtype == jnp.float64 and (rule.encoding is None or (rule.k and not rule.exact)):
+        if layer.out.dtype == jnp.float64 and (
+            rule.encoding is None or (rule.k and not rule.exact)
+        ):
             raise Unfit(
                 "it computes in float64, and stored numbers are multiplied in float32; for fewer "
                 'bits give an encoding and, with k, exact=Float("float32")'
