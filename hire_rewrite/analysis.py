@@ -112,8 +112,7 @@ class Analysis:
 
     def serves(self, packed: Packed) -> bool:
         """Whether a `Packed` that was made for another kind of call has all that this one packs."""
-        sites = (d.site for d in self.packing)
-        return all(packed.info.site(s.kind.name, s.name, s.key) is not None for s in sites)
+        return all(packed.info.sites_of(d.site.kind.name, d.site.key) for d in self.packing)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]

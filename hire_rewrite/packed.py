@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Hashable
+from typing import Any
 
 import jax
 
@@ -52,9 +52,6 @@ class ExaminedSite:
     statistics: Hashable
 
 
-AnySite = TypeVar("AnySite", PackedSite, ExaminedSite)
-
-
 @dataclasses.dataclass(frozen=True)
 class PackedInfo:
     """The static part of a `Packed`: it is part of its type, and decides what a call compiles to.
@@ -81,20 +78,13 @@ class PackedInfo:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
 
-    def site(self, kind: str, name: str, key: str) -> PackedSite | None:
-        """The packed site of a kind with these weights, or else of this name."""
-        return _of(self.sites, kind, name, key)
+    def sites_of(self, kind: str, key: str) -> list[PackedSite]:
+        """The packed sites of a kind with these weights, each in a layout of its own."""
+        return [site for site in self.sites if (site.kind, site.key) == (kind, key)]
 
-    def examined_site(self, kind: str, name: str, key: str) -> ExaminedSite | None:
-        """The same of those that are not packed."""
-        return _of(self.examined, kind, name, key)
-
-
-def _of(sites: Iterable[AnySite], kind: str, name: str, key: str) -> AnySite | None:
-    sites = [site for site in sites if site.kind == kind]
-    same_weights = (site for site in sites if site.key == key)
-    same_name = (site for site in sites if site.name == name)
-    return next(same_weights, None) or next(same_name, None)
+    def examined_site(self, kind: str, key: str) -> ExaminedSite | None:
+        """What is known of a site of a kind with these weights that is not packed."""
+        return next((site for site in self.examined if (site.kind, site.key) == (kind, key)), None)
 
 
 @functools.partial(

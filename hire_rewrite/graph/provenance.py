@@ -31,7 +31,7 @@ class Provenance:
         self._paths = dict(zip(root.inputs, paths or (), strict=False))
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._varies: dict[Value, frozenset[Scope]] = {}
-        self._identities: dict[Value, Hashable] = {}
+        self._identities: dict[tuple[Value, tuple[Scope, ...]], Hashable] = {}
         self._visit(root)
 
     def is_weight(self, value: Value) -> bool:
@@ -51,29 +51,37 @@ class Provenance:
             if source.const is not None or (source.is_input and source.scope.parent is outermost)
         ]
 
-    def identity(self, value: Value) -> Hashable:
-        """Equal for weights that are computed alike from the same arrays, wherever they stand."""
-        if value not in self._identities:
+    def identity(self, value: Value, loops: Sequence[Scope] | None = None) -> Hashable:
+        """Equal for weights that are computed alike from the same arrays, wherever they stand.
+
+        Args:
+          loops: the scans over which the weight may vary, outermost first, which stand in it by
+            their numbers; None for those over which it does. Other loops around it do not matter.
+        """
+        if loops is None:
+            varying = self.varies_over(value)
+            loops = [scope for scope in value.scope.ancestors() if scope in varying][::-1]
+        key = value, tuple(loops)
+        if key not in self._identities:
             place: Hashable = self._paths.get(value, id(value))
             found: Hashable = ("array", place if value.const is None else id(value.const))
             if value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
             elif value.node is not None:
                 node = value.node
-                ins = tuple(map(self.identity, node.ins))
+                ins = tuple(self.identity(operand, loops) for operand in node.ins)
                 found = (node.primitive, str(node.params), node.outs.index(value), ins)
             elif value.is_input and value.scope.parent is not None:
                 body, i = body_of(value)
-                found = self.identity(body.inputs[i].outer)
+                found = self.identity(body.inputs[i].outer, loops)
                 if body.inputs[i].role == "shard":
                     found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
                 if value.scope in self.varies_over(value):
                     step = counter(body, i) if body.inputs[i].role == "carry" else None
                     order = step and (step, value.scope.parent.params.get("reverse"))
-                    depth = len(list(value.scope.ancestors()))
-                    found = (value.scope.length, depth, order, found)
-            self._identities[value] = found
-        return self._identities[value]
+                    found = (value.scope.length, loops.index(value.scope), order, found)
+            self._identities[key] = found
+        return self._identities[key]
 
     def varies_over(self, value: Value) -> frozenset[Scope]:
         """The scans around a weight from one iteration of which to the next it changes."""

@@ -190,7 +190,7 @@ class _Step:
         """Those that the function's rules ask for, with these; all if it has none."""
         rules = self.analyses.rules
         detection = self.analyses.of(None, self.args, self.kwargs).detection
-        sites = [*detection.sites, *detection.leftovers(lambda _: True)]
+        sites = [*detection.sites, *detection.leftovers(lambda _: True)[0]]
         if not rules:
             return [(site, None) for site in sites]
         first = {

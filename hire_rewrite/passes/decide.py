@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from hire_rewrite.cost import machine as machines
@@ -109,16 +109,18 @@ def decide(
     packing = [decision for decision in decisions if decision.packs]
     taken = frozenset(node for decision in packing for node in decision.nodes)
     names = [decision.name for decision in packing]
-    left = [*map(decider.decide, detection.leftovers(lambda node: node not in taken, names))]
+    leftovers, refused = detection.leftovers(lambda node: node not in taken, names)
+    left = [*map(decider.decide, leftovers)]
     if not rules:
-        within = [*map(decider.decide, detection.leftovers(lambda node: node in taken))]
+        inner, _ = detection.leftovers(lambda node: node in taken)
+        within = [*map(decider.decide, inner)]
         decisions, left = _without_loss(decisions, within, left)
     decisions = sharing([*decisions, *left])
     shown = counted_once(shown_of(decisions, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
     plan = Plan(
         tuple(decision.row for decision in shown),
-        tuple(r for node, r in detection.rejected.items() if node not in nodes),
+        tuple(r for node, r in detection.rejections(refused) if node not in nodes),
         detection.opaque,
         tuple(rule for rule in rules if id(rule) not in decider.used),
         kernels.cpu.status(),
@@ -142,9 +144,8 @@ class _Decider:
             return Decision(site, _row(site, None, site.kind.unasked(site.match)))
         if site.unsupported is not None:
             return Decision(site, _row(site, rule, site.unsupported))
-        packed, known = self._known(site)
         try:
-            operation = self._resolve(site, rule, None if isinstance(known, StaysDense) else known)
+            operation, packed, known = self._resolved(site, rule)
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
@@ -172,14 +173,31 @@ class _Decider:
                 return rule
         return None
 
-    def _known(self, site: MatchedSite) -> tuple[PackedSite | None, Any]:
-        """What a site was packed to, if it was, and what was told about it."""
+    def _resolved(
+        self, site: MatchedSite, rule: Rule
+    ) -> tuple[Operation, PackedSite | None, Hashable]:
+        """The operation at a site, what the site is packed to (of several the one that the rule
+        asks for, if it is there), and what was told about it.
+
+        Raises:
+          Unfit: the rule cannot be applied to this site.
+        """
         if self.packed is None:
-            return None, self.statistics.get(site.label)
-        which = site.kind.name, site.name, site.key
-        packed = self.packed.site(*which)
-        known = packed or self.packed.examined_site(*which)
-        return packed, known and known.statistics
+            known = self.statistics.get(site.label)
+            return self._resolve(site, rule, known), None, known
+        which = site.kind.name, site.key
+        sites = self.packed.sites_of(*which)
+        for packed in sites if len(sites) > 1 else ():
+            operation = self._resolve(site, rule, packed.statistics)
+            unknown = operation.undecided or operation.unexamined
+            if unknown is None and repr(operation.layout) == packed.layout:
+                return operation, packed, packed.statistics
+        if sites:
+            told = sites[0].statistics
+            return self._resolve(site, rule, told), sites[0], told
+        examined = self.packed.examined_site(*which)
+        told = examined and examined.statistics
+        return self._resolve(site, rule, told), None, told
 
     def _resolve(self, site: MatchedSite, rule: Rule, known: Any) -> Operation:
         """The operation at a site; one that cannot be sharded, and need not be, is not.
@@ -187,6 +205,7 @@ class _Decider:
         Raises:
           Unfit: the rule cannot be applied to this site.
         """
+        known = None if isinstance(known, StaysDense) else known
         try:
             return site.kind.resolve(site, rule, known, self.functions)
         except Unfit:

@@ -49,8 +49,8 @@ class Detection:
 
     def leftovers(
         self, among: Callable[[Node], bool], names: Sequence[str] = ()
-    ) -> tuple[MatchedSite, ...]:
-        """The sites of kinds that take what others leave.
+    ) -> tuple[tuple[MatchedSite, ...], Mapping[Node, NoMatch]]:
+        """The sites of kinds that take what others leave, and why they do not take the rest.
 
         Args:
           among: whether a product is left.
@@ -59,7 +59,16 @@ class Detection:
         matches = _Matches(self.trace, self.rules, leftover=True)
         for linears in self.linears:
             matches.search({n: linear for n, linear in linears.items() if among(n)})
-        return matches.sites(self.mesh, names)
+        return matches.sites(self.mesh, names), matches.refused
+
+    def rejections(self, refused: Mapping[Node, NoMatch]) -> list[tuple[Node, Rejection]]:
+        """`rejected`, with what kinds that take what others leave say besides."""
+        return [
+            (node, dataclasses.replace(r, reason=f"{r.reason}; and {refused[node].reason}"))
+            if node in refused
+            else (node, r)
+            for node, r in self.rejected.items()
+        ]
 
 
 @dataclasses.dataclass
@@ -153,15 +162,16 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         match.linears[0].weight_in if kind.divides_columns else (),
     )
     varying = {loop for value in match.weights for loop in trace.provenance.varies_over(value)}
+    loops = loops_of(match.linears[0].node.scope, varying)
     return MatchedSite(
         kind,
         name,
         match,
-        weights_identity(trace, kind, match),
+        weights_identity(trace, kind, match, loops),
         sharding,
         unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
         optional,
-        loops_of(match.linears[0].node.scope, varying),
+        loops,
     )
 
 

@@ -54,6 +54,12 @@ class Linear:
         return tuple(axis for _, axis in self.free)
 
     @property
+    def weight_layout(self) -> tuple[tuple[int, ...], ...]:
+        """The axes of the weight by what they are: of its rows, of a row, and of experts."""
+        rows = tuple(axis for axis, _ in self.free)
+        return rows, self.weight_in, tuple(axis for _, axis, _ in self.batch)
+
+    @property
     def tokens(self) -> int:
         """Rows that are multiplied with the weight, or with each expert's."""
         fixed = {*self.out_axes, *(axis for *_, axis in self.batch)}

@@ -234,11 +234,18 @@ class SiteKind(abc.ABC):
         return None
 
 
-def weights_identity(trace: Trace, kind: SiteKind, match: Match) -> Hashable:
-    """Equal for sites that can share one packed copy, in any trace that computes them alike."""
+def weights_identity(
+    trace: Trace, kind: SiteKind, match: Match, loops: tuple[Scope, ...]
+) -> Hashable:
+    """Equal for sites that can share one packed copy, in any trace that computes them alike.
+
+    Args:
+      loops: as in `MatchedSite`.
+    """
     return (
         kind.name,
-        tuple(map(trace.provenance.identity, match.weights)),
+        tuple(trace.provenance.identity(weight, loops) for weight in match.weights),
+        tuple(linear.weight_layout for linear in match.linears),
         kind.identity(match),
     )
 

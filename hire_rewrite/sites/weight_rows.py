@@ -62,12 +62,14 @@ class WeightRows:
         if linear.batch:
             return Matrices(self.linear(linear), (0, 1), 1)
         value, axes_of = _untransposed(narrow(linear.weight))
-        n_axes = [axes_of[axis] for axis, _ in linear.free]
-        axes = (*n_axes, *(axes_of[axis] for axis in linear.weight_in))
+        free = [axis for axis, _ in linear.free]
+        inside = {*free, *linear.weight_in}
+        unit = [axis for axis in range(len(linear.weight.shape)) if axis not in inside]
+        axes = tuple(axes_of[axis] for axis in (*free, *unit, *linear.weight_in))
         whole = self._stacker(value)
         stacked = bool(self._loops or whole.over)
         array = self._stacker.stack(value, self._loops) if stacked else whole.array
-        return Matrices(array, axes, len(n_axes), stacked)
+        return Matrices(array, axes, len(free) + len(unit), stacked)
 
     def shards(self, linear: Linear, sharding: Sharding) -> jax.Array:
         """`linear` of each device's own rows and columns, [devices · layers, n, d]."""

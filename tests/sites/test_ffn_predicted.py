@@ -257,6 +257,20 @@ def test_saved_and_left_alone_by_tune(tmp_path):
     close(run(fn, packed, X), run(hire.transform(step, *packed.info.rules), packed, X), 1e-6)
 
 
+def test_sums_in_float64_are_not_exact_in_float32_unasked():
+    with jax.enable_x64(True):
+        params = {"up": rand(D, F), "down": rand(F, D)}
+
+        def block(p, x):
+            h = jax.nn.relu(jnp.matmul(x, p["up"], preferred_element_type=jnp.float64))
+            return jnp.matmul(h.astype(x.dtype), p["down"], preferred_element_type=jnp.float64)
+
+        (site,) = hire.inspect(block, params, X, rules=(predicted(1.0),)).sites
+        assert site.status == "dense"
+        step = hire.transform(block, predicted(1.0, exact=Float("float32")))
+        close(run(step, packed(step, params, X), X), block(params, X), 1e-5)
+
+
 def test_a_site_that_does_not_pay():
     """All neurons exactly read more than the model does: without `force` nothing is packed."""
     (site,) = hire.inspect(model, PARAMS, X[:1], rules=(predicted(0.9, force=False),)).sites

@@ -12,7 +12,7 @@ from jax import lax
 import hire_rewrite as hire
 from hire_rewrite import Blocks, Float, HireRewriteError, Linear
 from hire_rewrite.cost import machine as machines
-from tests.cases import close, inputs, rand
+from tests.cases import close, inputs, rand, run
 
 LAYERS, D, F = 3, 64, 128
 
@@ -390,6 +390,57 @@ def test_settings_that_do_not_fit_each_other(settings, reason):
 def test_more_exact_inputs_than_there_are():
     with pytest.raises(HireRewriteError, match=r"k=65 .*64"):
         hire.inspect(model, PARAMS, X, rules=[Linear(k=65, encoding=Blocks())])
+
+
+@pytest.mark.parametrize("layout", [("NWC", "WIO", "NWC"), ("NCW", "OIW", "NCW")])
+def test_a_convolution_over_one_position(layout):
+    def layer(w, x):
+        return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=layout)
+
+    half = rand(D, F).astype(jnp.bfloat16).astype(jnp.float32)
+    w = half[None] if layout[0] == "NWC" else half.T[..., None]
+    x = inputs(2, 5, D) if layout[0] == "NWC" else inputs(2, D, 5)
+    for rules in ((FULL,), (Linear(encoding=Blocks(4), k=1, force=True),), ()):
+        step = hire.transform(layer, *rules)
+        packed = step.pack(w, x)
+        assert names(step.plan(packed, x)) == {"w"}
+        close(run(step, packed, x), layer(w, x), 0.2 if rules and rules[0].k == 1 else 1e-5)
+
+
+def test_products_in_float64_are_not_computed_in_float32_unasked():
+    with jax.enable_x64(True):
+        w, x = (jnp.asarray(a, jnp.float64) for a in (rand(D, F), inputs(2, D)))
+        half = w.astype(jnp.bfloat16)
+        asked = Linear(k=1.0, encoding=Blocks(8), force=True)
+        for weight, rules in ((half.astype(w.dtype), ()), (half, (asked,)), (w, (asked,))):
+            step = hire.transform(lambda w, x: x @ w.astype(jnp.float64), *rules)
+            packed = step.pack(weight, x)
+            assert names(step.plan(packed, x)) == set()
+            np.testing.assert_allclose(step(packed, x), x @ weight.astype(w.dtype), rtol=1e-12)
+        step = hire.transform(lambda w, x: x @ w, asked.replace(exact=Float("float32")))
+        packed = step.pack(w, x)
+        assert names(step.plan(packed, x)) == {"w"}
+        close(step(packed, x), x @ w, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda w, x: lax.dot(x, jnp.rint(9 * w).astype(jnp.int8)), "int8"),
+        (lambda w, x: x @ (w + 1j * w), "complex64"),
+        (lambda w, x: x.astype(jnp.complex64) @ w, "complex64"),
+    ],
+)
+def test_a_layer_that_is_not_a_site_says_why(fn, reason):
+    w, x = rand(D, D), inputs(2, D)
+    for rules in ((FULL,), ()):
+        step = hire.transform(fn, *rules)
+        packed = step.pack(w, x)
+        plan = step.plan(packed, x)
+        assert not plan.sites
+        (rejection,) = plan.rejected
+        assert reason in rejection.reason
+        np.testing.assert_allclose(run(step, packed, x), run(fn, w, x), rtol=1e-5, atol=1e-5)
 
 
 def test_an_encoding_that_does_not_fit_leaves_the_layer_dense():

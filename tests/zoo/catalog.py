@@ -17,8 +17,10 @@ from tests.zoo import (
     penzai,
     plain,
     plain_heads,
+    plain_loops,
     plain_moe,
     plain_other,
+    plain_products,
 )
 from tests.zoo.model import Model
 
@@ -41,4 +43,6 @@ MODELS: list[Model] = [
     *plain_heads.MODELS,
     *plain_other.MODELS,
     *plain_moe.MODELS,
+    *plain_products.MODELS,
+    *plain_loops.MODELS,
 ]

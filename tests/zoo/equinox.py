@@ -268,19 +268,19 @@ MODELS = [
     Model("Equinox", "GPT", "forward", batched(GPT), (
         *(ffn(f"{_MLP}:params/blocks/{i}/mlp/layers/1/weight", D, F, "gelu_tanh") for i in (0, 1)),
         head(_GPT, D, V),
-    )),
+    ), linears=8),
     Model("Equinox", "GPT", "generate", _generate, (
         *(ffn(f"{_MLP}:params/blocks/{i}/mlp/layers/1/weight", D, F, "gelu_tanh", repeats=3)
           for i in (0, 1)),
         head(_GPT, D, V, repeats=3),
-    ), discrete=True),
+    ), discrete=True, linears=8),
     Model("Equinox", "Llama, layers under lax.scan", "forward", batched(Llama), (
         ffn("eqx.nn.Linear:params/blocks/w2/weight", D, GATED, "silu", gated=True, repeats=3),
         head("eqx.nn.Linear:params/output/weight", D, V),
-    )),
+    ), linears=4),
     Model("Equinox", "BERT with its masked-token head", "forward", _bert, (
         *(ffn(f"eqx.nn.Linear:params/layers/{i}/ff_block/output/weight", D, F, "gelu_tanh")
           for i in (0, 1)),
         head("params/token_embedder/weight", D, V),
-    )),
+    ), linears=9),
 ]  # fmt: skip

@@ -95,6 +95,6 @@ MODELS = [
     Model("Equinox", "MLP-Mixer", "forward", batched(Mixer, 1, 8, 8), (
         *_mixers("patch_mixer", 16, 64), *_mixers("hidden_mixer", D, F),
     )),
-    Model("Equinox", "CNN", "forward", batched(_cnn, 1, 8, 8)),
-    Model("Equinox", "GRU", "forward", batched(RNN, 5, D)),
+    Model("Equinox", "CNN", "forward", batched(_cnn, 1, 8, 8), linears=2),
+    Model("Equinox", "GRU", "forward", batched(RNN, 5, D), linears=3),
 ]  # fmt: skip

@@ -241,22 +241,22 @@ MODELS = [
         ffn("language_model/sequential:params/language_model/linear_1/w", D, F, "gelu_tanh"),
         ffn("language_model/sequential_1:params/language_model/linear_3/w", D, F, "gelu_tanh"),
         head("language_model/linear_4:params/language_model/linear_4/w", D, V),
-    )),
+    ), linears=8),
     Model("Haiku", "GPT-J", "forward", _gptj_forward, (
         *_blocks("layer_{}:params/layer_{}/dense_proj_o/w", D, F, "gelu_tanh"),
         head("proj:params/proj/w", D, V),
-    )),
+    ), linears=9),
     Model("Haiku", "GPT-J", "decode", _gptj_decode, (
         *_blocks("layer_{}:params/layer_{}/dense_proj_o/w", D, F, "gelu_tanh"),
         head("proj:params/proj/w", D, V),
-    )),
+    ), linears=9),
     # Its experts' results are summed up in their last product.
     Model("Haiku", "Grok", "decode", _grok, (
         head("params/in_out_embed/embeddings", D, V),
-    )),
+    ), linears=16),
     Model("Haiku", "LSTM LM", "forward", lambda dtype: built(lstm, dtype, TOKENS.T), (
         head("linear:params/linear/w", D, V),
-    )),
-    Model("Haiku", "VAE", "forward", _image(vae, (1, 16, 16), (1, 8))),
-    Model("Haiku", "MLP classifier", "forward", _image(classifier, (1, 16, 16))),
+    ), linears=2),
+    Model("Haiku", "VAE", "forward", _image(vae, (1, 16, 16), (1, 8)), linears=5),
+    Model("Haiku", "MLP classifier", "forward", _image(classifier, (1, 16, 16)), linears=3),
 ]  # fmt: skip

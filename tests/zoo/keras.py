@@ -203,14 +203,14 @@ MODELS = [
     Model("Keras", "GPT", "forward", _build(_gpt, TOKENS), (
         *(ffn(f"block_{i}/ffn:trainable/{12 + 16 * i}", D, F, "relu") for i in range(2)),
         head("logits:trainable/34", D, V),
-    )),
+    ), linears=8),
     Model("Keras", "BERT classifier", "forward", _build(_bert, TOKENS), (
         *(ffn(f"block_{i}/ffn:trainable/{12 + 16 * i}", D, F, "gelu") for i in range(2)),
-    )),
+    ), linears=10),
     Model("Keras", "Gemma", "decode", _build(Gemma, TOKENS[:, :1], _STATES, jnp.int32(4)), (
         *(ffn(f"decoder_block_{i}:trainable/{9 + 9 * i}", D, G, "gelu_tanh", gated=True)
           for i in range(2)),
         head("token_embedding:trainable/0", D, V),
-    )),
-    Model("Keras", "convnet", "forward", _build(_convnet, IMAGE)),
+    ), linears=8),
+    Model("Keras", "convnet", "forward", _build(_convnet, IMAGE), linears=1),
 ]  # fmt: skip

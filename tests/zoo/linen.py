@@ -256,28 +256,28 @@ def _gpt2_sites(which: str = "") -> tuple[Any, ...]:
 
 
 MODELS = [
-    Model("Linen", "GPT-2", "forward", forward(GPT2, TOKENS, POSITIONS), _gpt2_sites()),
-    Model("Linen", "GPT-2", "decode", _decode(GPT2), _gpt2_sites()),
+    Model("Linen", "GPT-2", "forward", forward(GPT2, TOKENS, POSITIONS), _gpt2_sites(), linears=4),
+    Model("Linen", "GPT-2", "decode", _decode(GPT2), _gpt2_sites(), linears=4),
     Model(
         "Linen", "GPT-2", "generate", _gpt2_generate,
-        (*_gpt2_sites("#1"), *_gpt2_sites("#2")), discrete=True,
+        (*_gpt2_sites("#1"), *_gpt2_sites("#2")), discrete=True, linears=8,
     ),
     Model("Linen", "OPT", "decode", _decode(OPT), (
         *(ffn(f"OPT/layers_{i}:params/layers_{i}/fc2/kernel", D, F, "relu") for i in range(2)),
         head("OPT/lm_head:params/embed_tokens/embedding", D, V),
-    )),
+    ), linears=8),
     Model("Linen", "Llama (scanned layers)", "forward", forward(ScannedLlama, TOKENS, POSITIONS), (
         ffn("ScannedLlama/layers/mlp:params/layers/mlp", D, G, "silu", gated=True, repeats=3),
         head("ScannedLlama/lm_head:params/lm_head/kernel", D, V),
-    )),
+    ), linears=4),
     Model("Linen", "Llama", "decode", _decode(Llama), (
         *(ffn(f"Llama/layers_{i}/mlp:params/layers_{i}/mlp", D, G, "silu", gated=True)
           for i in range(2)),
         head("Llama/lm_head:params/lm_head/kernel", D, V),
-    )),
+    ), linears=8),
     Model("Linen", "Llama (scanned layers)", "generate", _llama_generate, (
         ffn("ScannedLlama/layers/mlp:params/layers/mlp", D, G, "silu", gated=True,
             repeats=3 * STEPS),
         head("ScannedLlama/lm_head:params/lm_head/kernel", D, V, repeats=STEPS),
-    ), discrete=True),
+    ), discrete=True, linears=4),
 ]  # fmt: skip

@@ -141,7 +141,8 @@ def _gemma_sites(model: str) -> tuple[Any, ...]:
 
 
 MODELS = [
-    Model("Linen", "Gemma", "forward", forward(Gemma, TOKENS, POSITIONS), _gemma_sites("Gemma")),
+    Model("Linen", "Gemma", "forward", forward(Gemma, TOKENS, POSITIONS), _gemma_sites("Gemma"),
+          linears=6),
     Model("Linen", "Gemma (transposed gate)", "decode", _gemma_decode,
-          _gemma_sites("GemmaTransposed")),
+          _gemma_sites("GemmaTransposed"), linears=6),
 ]  # fmt: skip

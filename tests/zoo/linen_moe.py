@@ -148,7 +148,7 @@ def _moe(name: str, block: type[nn.Module], weights: str, *fields: Any, **more: 
         *(ffn(f"{stack}:params/layers_{{}}/mlp{weights}".format(i, i), D, G, *fields,
               experts=EXPERTS, **more) for i in range(2)),
         head("Decoder/logits_dense:params/logits_dense/kernel", D, V),
-    ))  # fmt: skip
+    ), linears=10)  # fmt: skip
 
 
 MODELS = [
@@ -159,5 +159,5 @@ MODELS = [
           forward(functools.partial(Decoder, block=FusedMlp, scanned=True), TOKENS, POSITIONS), (
         ffn("Decoder/layers/mlp:params/layers/mlp", D, G, "silu", gated=True, repeats=3),
         head("Decoder/logits_dense:params/logits_dense/kernel", D, V),
-    )),
+    ), linears=4),
 ]  # fmt: skip

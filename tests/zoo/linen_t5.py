@@ -279,19 +279,19 @@ MODELS = [
         _t5_ffn("T5", "encoder/block_0", F, "relu"),
         _t5_ffn("T5/T5.decode", "decoder/block_0", F, "relu"),
         head("T5/T5.decode/shared.attend:params/shared/embedding", D, V),
-    )),
+    ), linears=12),
     Model("Linen", "T5 1.1 (gated gelu)", "decode", _t5_decode, (
         *(_t5_ffn("T5v11.decode", f"decoder/block_{i}", G, "gelu_tanh", gated=True)
           for i in range(2)),
         head("T5v11.decode/lm_head:params/lm_head/kernel", D, V),
-    )),
+    ), linears=16),
     Model("Linen", "T5X (scanned axis 1, remat)", "forward", forward(T5X, TOKENS), (
         ffn("T5X/decoder/mlp:params/decoder/mlp", D, F, "relu", repeats=3),
         head("T5X/token_embedder.attend:params/token_embedder/embedding", D, V),
-    )),
+    ), linears=4),
     Model("Linen", "BERT (masked language model)", "forward",
           forward(Bert, TOKENS, POSITIONS, jnp.ones_like(TOKENS, jnp.float32)), (
         *(ffn(f"Bert/layer_{i}:params/layer_{i}/output/kernel", D, F, "gelu") for i in range(2)),
         head("Bert/Dense:params/word_embeddings/embedding", D, V),
-    )),
+    ), linears=9),
 ]  # fmt: skip

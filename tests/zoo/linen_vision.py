@@ -133,13 +133,13 @@ MODELS = [
     Model("Linen", "ViT", "forward", forward(ViT, IMAGE), (
         *(ffn(f"ViT/encoderblock_{i}/MlpBlock_0:params/encoderblock_{i}/MlpBlock_0/Dense_1/kernel",
               D, F, "gelu_tanh") for i in range(2)),
-    )),
+    ), linears=10),
     Model("Linen", "MLP-Mixer", "forward", forward(MlpMixer, IMAGE), tuple(
         ffn(f"MlpMixer/MixerBlock_{i}/{name}:params/MixerBlock_{i}/{name}/Dense_1/kernel",
             d, width, "gelu_tanh")
         for i in range(2)
         for name, d, width in (("token_mixing", PATCHES, 64), ("channel_mixing", D, F))
-    )),
-    Model("Linen", "ResNet", "forward", forward(ResNet, IMAGE)),
-    Model("Linen", "VAE", "forward", forward(VAE, IMAGE, jnp.ones((1, 8)))),
+    ), linears=1),
+    Model("Linen", "ResNet", "forward", forward(ResNet, IMAGE), linears=6),
+    Model("Linen", "VAE", "forward", forward(VAE, IMAGE, jnp.ones((1, 8))), linears=5),
 ]  # fmt: skip

@@ -56,6 +56,10 @@ class Model:
       form: `"forward"`, `"decode"` (one step with a cache) or `"generate"` (a loop of steps).
       build: the function and its arrays, with floating-point weights of a dtype.
       sites: those expected, in any order; empty for a model that must be left alone.
+      linears: how many linear layers in no other site a `Linear` rule rewrites; one under a `scan`
+        is one.
+      predicted: whether `FFN(tail="predicted")` takes its FFNs: not those that select neurons
+        themselves, and not those that are sharded.
       discrete: whether the results are token ids alone, which rounding may change: then bf16 is
         compared where they agree in f32 only.
       mapped: whether `jax.vmap` knows all operations of the model (it does not know `ragged_dot`).
@@ -66,6 +70,8 @@ class Model:
     form: str
     build: Callable[[Any], Built]
     sites: tuple[Expected, ...] = ()
+    linears: int = 0
+    predicted: bool = True
     discrete: bool = False
     mapped: bool = True
 

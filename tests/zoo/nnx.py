@@ -217,15 +217,16 @@ HEAD = head(_LM_HEAD, D, V)
 _FFNS = tuple(ffn(f"feed_forward:state/layers/{i}/mlp", D, F, "silu", gated=True) for i in (0, 1))
 
 MODELS = [
-    Model("NNX", "Qwen3", "forward", qwen3, (*_FFNS, HEAD)),
-    Model("NNX", "Qwen3", "decode", lambda dtype: qwen3(dtype, "decode"), (*_FFNS, HEAD)),
+    Model("NNX", "Qwen3", "forward", qwen3, (*_FFNS, HEAD), linears=8),
+    Model("NNX", "Qwen3", "decode", lambda dtype: qwen3(dtype, "decode"), (*_FFNS, HEAD),
+          linears=8),
     Model("NNX", "Qwen3", "generate", lambda dtype: qwen3(dtype, "generate"), (
         *(ffn(f"feed_forward:state/layers/{i}/mlp#{n}", D, F, "silu", gated=True, repeats=r)
           for i in (0, 1) for n, r in ((1, 1), (2, 3))),
         *(head(f"{_LM_HEAD}#{n}", D, V, repeats=r) for n, r in ((1, 1), (2, 3))),
-    ), discrete=True),
+    ), discrete=True, linears=16),
     Model("NNX", "Gemma 3", "forward", _gemma3, (
         *(ffn(f"feed_forward:state/layers/{i}/mlp", D, F, "gelu_tanh", gated=True) for i in (0, 1)),
         head("embedder_decode:state/embedder/input_embedding/value", D, V),
-    )),
+    ), linears=8),
 ]  # fmt: skip

@@ -94,14 +94,15 @@ MODELS = [
     Model("NNX", "layers under nnx.scan", "forward", lambda dtype: _stacked(dtype, False), (
         ffn("feed_forward:state/layers/mlp", D, F, "silu", gated=True, repeats=3),
         head("state/embed/embedding/value", D, V),
-    )),
+    ), linears=4),
     Model("NNX", "layers under lax.scan", "forward", lambda dtype: _stacked(dtype, True), (
         ffn("feed_forward:state/layers/mlp", D, F, "silu", gated=True, repeats=3),
         head("state/embed/embedding/value", D, V),
-    )),
+    ), linears=4),
     # A sum of two products feeds the activation: no single weight stands for it.
-    Model("NNX", "Qwen3 with LoRA", "forward", lambda dtype: qwen3(dtype, mlp=_lora), (HEAD,)),
+    Model("NNX", "Qwen3 with LoRA", "forward", lambda dtype: qwen3(dtype, mlp=_lora), (HEAD,),
+          linears=26),
     # Which rows of `ragged_dot` meet which expert is known at run time.
     Model("NNX", "Qwen3-MoE", "forward", lambda dtype: qwen3(dtype, mlp=_experts), (HEAD,),
-          mapped=False),
+          mapped=False, linears=10),
 ]  # fmt: skip

@@ -125,17 +125,17 @@ _PYTHIA = tuple(
 MODELS = [
     Model("Penzai", "Llama", "forward", lambda dtype: _forward(_llama(dtype), dtype), (
         *_blocks(1, "silu"), _untied(4),
-    )),
-    Model("Penzai", "Llama", "decode", _decode, (*_blocks(1, "silu"), _untied(4))),
+    ), linears=8),
+    Model("Penzai", "Llama", "decode", _decode, (*_blocks(1, "silu"), _untied(4)), linears=8),
     Model("Penzai", "Llama, a stack of layers", "forward",
           lambda dtype: _forward(_llama(dtype, **_STACK), dtype), (
         ffn("1/1/1:weights/transformer/blocks/mlp", D, F, "silu", gated=True, repeats=3),
         _untied(3),
-    )),
+    ), linears=4),
     Model("Penzai", "Gemma 2", "forward", lambda dtype: _forward(_gemma2(dtype), dtype), (
         *_blocks(2, "gelu_tanh"), head("5:weights/transformer/embedder.embeddings", D, V),
-    )),
+    ), linears=8),
     Model("Penzai", "Pythia", "forward", lambda dtype: _forward(_pythia(dtype), dtype), (
         *_PYTHIA, _untied(4),
-    )),
+    ), linears=8),
 ]  # fmt: skip

@@ -211,19 +211,19 @@ _FFN = _SCANNED("params/layers/w_down", repeats=3)
 _HEAD = head("params/lm_head", D, V)
 
 MODELS = [
-    Model("JAX", "Llama, layers scanned", "decode", _decode, (_FFN, _HEAD)),
+    Model("JAX", "Llama, layers scanned", "decode", _decode, (_FFN, _HEAD), linears=4),
     Model("JAX", "Llama, layers scanned", "generate", _generate, (
         _SCANNED("params/layers/w_down#1", repeats=3),
         _SCANNED("params/layers/w_down#2", repeats=3),
         head("params/lm_head#1", D, V), head("params/lm_head#2", D, V),
-    ), discrete=True),
+    ), discrete=True, linears=8),
     Model("JAX", "beam search", "generate", _beams, (
         _SCANNED("params/layers/w_down#1", repeats=3),
         _SCANNED("params/layers/w_down#2", repeats=9),
         head("params/lm_head#1", D, V), head("params/lm_head#2", D, V, repeats=3),
-    ), discrete=True),
+    ), discrete=True, linears=8),
     Model("JAX", "PaLM", "forward", _palm, (
         *(ffn(f"params/layers/{i}/ff_wo", D, G, "silu", gated=True) for i in (0, 1)),
         head("params/embed", D, V),
-    )),
+    ), linears=2),
 ]  # fmt: skip

@@ -98,15 +98,15 @@ _FFN = ffn("params/layers/w_down", D, G, "silu", gated=True, repeats=3)
 _HEAD = head("params/lm_head", D, V)
 
 MODELS = [
-    Model("JAX", "padded vocabulary", "forward", _padded, (_FFN, _HEAD)),
+    Model("JAX", "padded vocabulary", "forward", _padded, (_FFN, _HEAD), linears=4),
     Model("JAX", "Medusa", "forward", _several_tokens, (
         _FFN, _HEAD, *(head(f"params/medusa/{i}/lm_head", D, V) for i in (0, 1)),
-    )),
+    ), linears=6),
     Model("JAX", "translator with two heads", "forward", _translator, (
         ffn("params/encoder/w_down", D, F, "relu", repeats=3),
         ffn("params/decoder/w_down", D, F, "relu"),
         head("params/target", D, V), head("params/ctc/w", D, V),
-    )),
-    Model("JAX", "cross-entropy", "forward", _evaluation, (_FFN, _HEAD)),
-    Model("JAX", "training step", "forward", _training),
+    ), linears=12),
+    Model("JAX", "cross-entropy", "forward", _evaluation, (_FFN, _HEAD), linears=4),
+    Model("JAX", "training step", "forward", _training, linears=16),
 ]  # fmt: skip

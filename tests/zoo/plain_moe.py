@@ -148,18 +148,18 @@ _FFNS = tuple(
 MODELS = [
     # Which rows of `ragged_dot` meet which expert is known at run time.
     Model("JAX", "Mixtral by ragged_dot", "forward", lambda dtype: _mixture(dtype, _ragged),
-          (_HEAD,), mapped=False),
+          (_HEAD,), mapped=False, linears=5),
     # A scan over the experts is a repeated FFN, each with its own weights.
     Model("JAX", "Mixtral by a scan", "forward", lambda dtype: _mixture(dtype, _scanned), (
         ffn("params/layers/w_down", D, G, "silu", gated=True, repeats=3 * EXPERTS), _HEAD,
-    )),
+    ), linears=5),
     Model("JAX", "Mixtral by batched products", "forward", lambda dtype: _mixture(dtype, _batched),
-          (ffn("params/layers/w_down", D, G, "silu", **_EXPERTS), _HEAD)),
+          (ffn("params/layers/w_down", D, G, "silu", **_EXPERTS), _HEAD), linears=5),
     # What one device does: half of the width.
     Model("JAX", "FFN under shard_map", "forward", _tensor_parallel, (
         *(ffn(f"params/layers/{i}/w_down", D, G // 2, "silu", gated=True) for i in (0, 1)), _HEAD,
-    )),
+    ), linears=14, predicted=False),
     Model("JAX", "explicit shardings", "forward", _explicit, (
         *_FFNS, head("params/lm_head", D, V),
-    )),
+    ), linears=14, predicted=False),
 ]  # fmt: skip

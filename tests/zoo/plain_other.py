@@ -210,25 +210,25 @@ _INT8 = head("params/lm_head/q", D, V)
 MODELS = [
     # Its gate sees all neurons at once, yet the sparsity is what this package is for.
     Model("JAX", "Gemma 3n", "forward", _statistical, (
-        *_ffns("statistical_topk", gated=True), _HEAD)),
+        *_ffns("statistical_topk", gated=True), _HEAD), linears=14, predicted=False),
     Model("JAX", "FFN trained with a top-k", "forward", _explicit, (
-        *_ffns("topk", F), _HEAD)),
+        *_ffns("topk", F), _HEAD), linears=12, predicted=False),
     Model("JAX", "int8 weights, dequantized", "forward",
-          lambda dtype: _quantized(dtype, _dequantized), (*_SILU, _INT8)),
+          lambda dtype: _quantized(dtype, _dequantized), (*_SILU, _INT8), linears=8),
     Model("JAX", "int8 weights, scaled after", "forward",
           lambda dtype: _quantized(dtype, _scaled_after), (
         *(ffn(f"params/layers/{i}/w_down/q", D, G, "silu", gated=True)
           for i in (0, 1)),
         head("params/lm_head/q", D, V),
-    )),
+    ), linears=8),
     # Rounding to 8 bits is part of what happens to each neuron.
     Model("JAX", "int8 by int8, static ranges", "forward",
           lambda dtype: _quantized(dtype, _static),
-          (*_ffns("custom", name="w_down/q", gated=True), _INT8)),
+          (*_ffns("custom", name="w_down/q", gated=True), _INT8), linears=8),
     # The range of the hidden activations is that of the greatest.
     Model("JAX", "int8 by int8, dynamic ranges", "forward",
-          lambda dtype: _quantized(dtype, _dynamic), (_INT8,)),
-    Model("JAX", "RWKV", "forward", _rwkv, (*_ffns("relu2", F), _HEAD)),
-    Model("JAX", "Mamba", "forward", _mamba, (_HEAD,)),
-    Model("JAX", "gMLP", "forward", _gmlp, (_HEAD,)),
+          lambda dtype: _quantized(dtype, _dynamic), (_INT8,), linears=8),
+    Model("JAX", "RWKV", "forward", _rwkv, (*_ffns("relu2", F), _HEAD), linears=10),
+    Model("JAX", "Mamba", "forward", _mamba, (_HEAD,), linears=6),
+    Model("JAX", "gMLP", "forward", _gmlp, (_HEAD,), linears=6),
 ]  # fmt: skip

@@ -78,9 +78,12 @@ def predicted_operation(
 
 def _as_the_model(site: MatchedSite) -> Float:
     """The encoding that holds the rows of a block as the model has them."""
+    if any(linear.out.dtype == jnp.float64 for linear in site.linears):
+        raise Unfit(
+            "it computes in float64, and stored numbers are multiplied in float32; for fewer bits "
+            'give exact=Float("float32")'
+        )
     dtypes = {jnp.dtype(narrow(linear.weight).dtype) for linear in site.linears}
-    if jnp.dtype("float64") in dtypes:
-        raise Unfit('its weights are float64; give exact=Float("float32") for rows in fewer bits')
     return Float("bfloat16" if dtypes == {jnp.dtype("bfloat16")} else "float32")
 
 

@@ -100,6 +100,13 @@ class LinearKind(SiteKind):
         if len(layer.batch) > 1:
             sizes = [layer.weight.shape[axis] for _, axis, _ in layer.batch]
             raise Unfit(f"its weights lie side by side along several axes, of {sizes}")
+        if layer.out.dtype == jnp.float64 and (
+            rule.encoding is None or (rule.k and not rule.exact)
+        ):
+            raise Unfit(
+                "it computes in float64, and stored numbers are multiplied in float32; for fewer "
+                'bits give an encoding and, with k, exact=Float("float32")'
+            )
         encoding = rule.encoding or statistics
         if encoding is None:
             return LinearOperation(_fitting(site, None), rule, None)

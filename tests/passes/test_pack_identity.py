@@ -1,0 +1,101 @@
+"""Which sites share one packed copy, and which call is served by which."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from hire_rewrite import Blocks, Float, HireRewriteError, Linear
+from tests.cases import Oracle, close, inputs, packed, rand, run
+
+D = 32
+X = inputs(2, D)
+W = rand(D, D)
+COPY = Linear(encoding=Float("float32"), force=True)
+NEURONS = hire.FFN(k=1.0, candidates=1.0, predictor=Oracle(), force=True)
+COPIED = hire.FFN(k=0, tail="predicted", encoding=Float("float32"), force=True)
+LOGITS = hire.Head(k=1.0, candidates=1.0, min_width=D, predictor=Oracle(), force=True)
+
+
+def layer(w, x, turned):
+    return jnp.einsum("bi,oi->bo" if turned else "bi,io->bo", x, w)
+
+
+def block(w, x, turned):
+    return jax.nn.relu(layer(w, x, turned)) @ w[::-1]
+
+
+@pytest.mark.parametrize(
+    ("fn", "rule"), [(layer, COPY), (layer, LOGITS), (block, NEURONS), (block, COPIED)]
+)
+def test_a_weight_that_is_read_along_both_axes_has_two_copies(fn, rule):
+    def both(w, x):
+        return fn(w, x, False), fn(w, x, True)
+
+    step = hire.transform(both, rule)
+    held = packed(step, W, X)
+    assert len(held.sites) == 2
+    close(run(step, held, X), both(W, X), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "rules"),
+    [(layer, (COPY,)), (layer, (LOGITS,)), (layer, ()), (block, (NEURONS,)), (block, (COPIED,))],
+)
+def test_weights_that_a_call_computes_in_another_way_are_not_those_of_the_same_name(fn, rules):
+    """A weight's path alone does not say what of it was packed."""
+
+    def either(w, x):
+        return fn(w if len(x) > 1 else 2 * w, x, False)
+
+    step, half = hire.transform(either, *rules), W.astype(jnp.bfloat16).astype(jnp.float32)
+    held = packed(step, half, X)
+    assert held.sites
+    close(run(step, held, X), either(half, X), 1e-5)
+    with pytest.raises(HireRewriteError, match="pack for a call like this one"):
+        step(held, X[:1])
+
+
+def test_a_further_loop_around_the_layers_does_not_matter():
+    def layers(stack, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    def fn(stack, x):
+        return layers(stack, x) if x.ndim == 2 else lax.map(lambda x: layers(stack, x), x)
+
+    stack, many = rand(3, D, D), inputs(4, 2, D)
+    step = hire.transform(fn, COPY)
+    held = step.pack(stack, X)
+    close(run(step, held, many), fn(stack, many), 1e-5)
+
+
+def test_the_order_of_loops_does():
+    """Two weights, each of which varies over one of two nested loops of one length."""
+
+    def nested(outer, inner, x):
+        def around(x, a):
+            return lax.scan(lambda x, b: (jnp.tanh(x @ (a @ b)), None), x, inner)
+
+        return lax.scan(around, x, outer)[0]
+
+    def fn(w, x):
+        return nested(w["a"], w["b"], x), nested(w["b"], w["a"], x)
+
+    weights = {"a": rand(2, D, D, seed=1), "b": rand(2, D, D, seed=2)}
+    step = hire.transform(fn, COPY)
+    close(run(step, step.pack(weights, X), X), fn(weights, X), 1e-5)
+
+
+def test_one_weight_under_two_rules_has_a_copy_of_each():
+    def fn(w, x):
+        return x @ w, jnp.tanh(x) @ w, jnp.sin(x) @ w
+
+    step = hire.transform(fn, Linear(encoding=Blocks(8), path="#1", force=True), COPY)
+    held = step.pack(W, X)
+    assert len(held.sites) == 2
+    rounded, *exact = step(held, X)
+    first, *others = fn(W, X)
+    close(exact, others, 1e-5)
+    assert 1e-4 < np.abs(rounded - first).max() < 0.1
