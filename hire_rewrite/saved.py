@@ -47,9 +47,9 @@ def _plain(item: Any) -> Any:
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     name = type(item).__name__
-    if _types().get(name) is not type(item):
+    if rule_types().get(name) is not type(item):
         raise HireRewriteError(
-            f"save_rules: {item!r} is none of {', '.join(_types())}: register its class with "
+            f"save_rules: {item!r} is none of {', '.join(rule_types())}: register its class with "
             "register_predictor or register_encoding, or its kind of site with register_kind"
         )
     fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
@@ -60,16 +60,16 @@ def _built(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     fields = {name: _built(value) for name, value in item.items() if name != "type"}
-    if item["type"] not in _types():
+    if item["type"] not in rule_types():
         raise HireRewriteError(
-            f"load_rules: there is no {item['type']}, only {', '.join(_types())}: register its "
+            f"load_rules: there is no {item['type']}, only {', '.join(rule_types())}: register its "
             "class with register_predictor or register_encoding, or its kind of site with "
             "register_kind"
         )
-    return _types()[item["type"]](**fields)
+    return rule_types()[item["type"]](**fields)
 
 
-def _types() -> Mapping[str, type]:
-    """The classes that a file may name."""
+def rule_types() -> Mapping[str, type]:
+    """The classes that a file of rules may name, by their names."""
     rules = {kind.rule.__name__: kind.rule for kind in site_kinds()}
     return {**encoding_types(), **predictor_types(), **rules}

@@ -1,0 +1,19 @@
+"""`python -m hire_rewrite`, and the command `hire-rewrite`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    try:
+        from hire_rewrite.command import group
+    except ModuleNotFoundError as missing:
+        sys.exit(
+            f"hire-rewrite: the command line needs {missing.name}: pip install 'hire-rewrite[cli]'"
+        )
+    group(prog_name="hire-rewrite")
+
+
+if __name__ == "__main__":
+    main()

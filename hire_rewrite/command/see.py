@@ -1,0 +1,98 @@
+"""`inspect` and `diff`: what would be rewritten, and how the graph would look."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from hire_rewrite.command.target import Target, command, fail_if_missed, print_json
+from hire_rewrite.plan import Plan
+
+
+def _shown(plan: Plan) -> None:
+    """Print in colors what `str(plan)` has, each reason below what it is for."""
+    console = Console(highlight=False)
+    for site in plan.sites:
+        read = f"{site.bytes_before / 1e6:.1f}"
+        if site.bytes_after != site.bytes_before:
+            read += f" → {site.bytes_after / 1e6:.1f}"
+        runs = f" × {site.repeats}" if site.repeats > 1 else ""
+        about = f"{site.d_model} → {site.width} {site.activation}".strip()
+        expected = "" if site.expected is None else f", expected {site.expected:.2f} × as fast"
+        style = "bold green" if site.status == "rewritten" else "bold yellow"
+        console.print(
+            Text.assemble(
+                (f"{site.name}{runs}", style), f"  {site.kind} {about}, {read} MB{expected}"
+            )
+        )
+        console.print(Padding(Text(f"{site.status}: {site.reason}"), (0, 0, 0, 4)))
+    for item in plan.rejected:
+        shape = " × ".join(map(str, item.shape))
+        console.print(Text.assemble((item.name, "bold"), f"  in no site, {shape}, {item.source}"))
+        console.print(Padding(Text(item.reason), (0, 0, 0, 4)))
+    for name in plan.opaque:
+        console.print(Text(f"not looked into, though products are inside: {name}"))
+    for rule in plan.unused_rules:
+        console.print(Text(f"unused rule: {rule}", "bold red"))
+
+
+@command
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
+@click.option("--fail-on-miss", is_flag=True, help="Exit with 3 if a rule, or no site, is used.")
+def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
+    """Which layers would be rewritten, and why others would not.
+
+    \b
+    Example:
+      hire-rewrite inspect hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
+    """
+    plan = target.step.plan(*target.args)
+    if as_json:
+        print_json(plan_as_json(plan))
+    elif sys.stdout.isatty():
+        _shown(plan)
+    else:
+        click.echo(str(plan))
+    if fail_on_miss:
+        fail_if_missed(plan)
+
+
+@command
+@click.option("--json", "as_json", is_flag=True, help="The diff as JSON.")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write it as a page of its own.")
+def diff(target: Target, as_json: bool, html: str | None) -> None:
+    """The jaxpr before and after.
+
+    \b
+    Example:
+      hire-rewrite diff hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
+    """
+    found = target.step.diff(*target.args)
+    if html is not None:
+        found.save(html)
+        click.echo(f"wrote {html}", err=True)
+    if as_json:
+        click.echo(found.to_json())
+    elif html is None:
+        click.echo(str(found))
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON has it; rules are as they print."""
+    return dataclasses.asdict(
+        dataclasses.replace(
+            plan,
+            sites=tuple(dataclasses.replace(s, rule=_text(s.rule)) for s in plan.sites),
+            unused_rules=tuple(map(_text, plan.unused_rules)),
+        )
+    )
+
+
+def _text(rule: Any) -> Any:
+    return None if rule is None else str(rule)

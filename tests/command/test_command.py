@@ -1,0 +1,117 @@
+"""The command line, on the model of its demo and on one of this file."""
+
+import json
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import pytest
+from click.testing import CliRunner
+
+import hire_rewrite as hire
+from hire_rewrite import command
+from hire_rewrite.command.target import parsed_rule
+
+HERE, DEMO = "tests.command.test_command", "hire_rewrite.command.demo:model"
+HEAD = ("--rule", "Head(k=64, force=True)")
+NAMES = sorted(command.group.commands)
+
+
+def spread():
+    """Two arguments with weights, after one without."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    x, up, embed = jnp.ones((1, 64)), *(jax.random.normal(key, (9000, 64)) for key in keys)
+    return lambda x, up, embed: (x @ up.T, x @ embed.T), (x, up, embed)
+
+
+def no_pair():
+    return 3
+
+
+def broken():
+    raise RuntimeError("broken by itself")
+
+
+def run(*args):
+    result = CliRunner().invoke(command.group, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_inspect():
+    shown = run("inspect", DEMO, *HEAD).output
+    assert "params/embed" in shown
+    plan = json.loads(run("inspect", DEMO, *HEAD, "--json").output)
+    by_kind = {site["kind"]: site for site in plan["sites"]}
+    assert by_kind["head"]["status"] == "rewritten"
+    assert parsed_rule(by_kind["head"]["rule"]) == hire.Head(k=64, force=True)
+    assert by_kind["ffn"]["status"] == "dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (HEAD, 0),
+        ((*HEAD, "--rule", "FFN(k=8, path='nowhere')"), 3),
+        (("--rule", "Head(path='nowhere')"), 3),
+        (("--rule", "Head(k=1000000, force=True)"), 1),  # more than there are
+        (("--rule", "Hed(k=3)"), 2),
+        (("--rule", "Head(k=__import__('os'))"), 2),
+        (("--rule", "Head(**{'k': 3})"), 2),
+        (("--rule", "Quantized(4)"), 2),
+        (("--rule", "Head(k=(3"), 2),
+        (("--weights", "one"), 2),
+    ],
+)
+def test_exit_codes(options, code):
+    assert run("inspect", DEMO, "--fail-on-miss", *options).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nowhere:fn", "nowhere"),
+        (f"{HERE}:nothing", "nothing"),
+        ("tests", "package.module:name"),
+        (f"{HERE}:no_pair", "(fn, args)"),
+    ],
+)
+def test_targets_that_are_none(target, said):
+    result = run("inspect", target)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_an_error_of_the_factory_is_its_own():
+    with pytest.raises(RuntimeError, match="broken by itself"):
+        run("inspect", f"{HERE}:broken")
+
+
+def test_several_arguments_with_weights():
+    result = run("bench", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--rounds", "1", "--json")
+    found = json.loads(result.output)
+    assert found["rounds"] == 1
+    assert set(found["median_ms"]) == {"dense", "rewritten"}
+    report = run("evaluate", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--json")
+    assert len(json.loads(report.output)["sites"]) == 2
+
+
+def test_rules_are_read_from_a_file(tmp_path):
+    path = tmp_path / "rules.json"
+    hire.save_rules([hire.Head(k=7, force=True)], str(path))
+    plan = json.loads(run("inspect", DEMO, "--rules", str(path), "--json").output)
+    assert "Head(k=7, force=True)" in [site["rule"] for site in plan["sites"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_its_help_works(name, tmp_path, monkeypatch):
+    text = run(name, "--help").output.replace("\\\n", " ")
+    (example,) = re.findall(r"^\s*hire-rewrite (.*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    result = run(*shlex.split(example))
+    assert result.exit_code == 0, result.output
+    assert result.output
+    if name == "tune":
+        assert hire.load_rules("rules.json")
