@@ -85,7 +85,8 @@ def set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Ar
     (tokens, n), groups = values.shape, scores.shape[1]
     places = top_k(scores, k)[1]
     by_group = values.reshape(tokens, groups, n // groups)
-    apart = jnp.take_along_axis(by_group, places[..., None], axis=1).reshape(tokens, -1)
+    apart = jnp.take_along_axis(by_group, places[..., None], axis=1)
+    apart = apart.reshape(tokens, k * (n // groups))
     others = jnp.where(marked(places, groups)[..., None], jnp.zeros_like(by_group), by_group)
     return places, apart, others.reshape(tokens, n)
 
