@@ -21,7 +21,7 @@ help:
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
-	@echo "make docs      the generated pages of docs/"
+	@echo "make docs      the generated pages of docs/, and the site in out/site"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
 
@@ -76,9 +76,10 @@ gpu: $(VENV)/.test
 	  XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -n 4 $(GPU_TESTS)
 	$(RUN) -m benchmarks.gpu
 
-docs: $(VENV)/.test
+docs: $(VENV)/.test $(VENV)/.docs
 	$(RUN) -m tests.zoo.coverage docs/coverage.md
 	$(RUN) -m benchmarks.da_top_k
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
