@@ -43,7 +43,7 @@ def run(*args):
 def test_inspect():
     shown = run("inspect", DEMO, *HEAD).output
     assert "params/embed" in shown
-    plan = json.loads(run("inspect", DEMO, *HEAD, "--json").output)
+    plan = json.loads(run("inspect", DEMO, *HEAD, "--json").stdout)
     by_kind = {site["kind"]: site for site in plan["sites"]}
     assert by_kind["head"]["status"] == "rewritten"
     assert parsed_rule(by_kind["head"]["rule"]) == hire.Head(k=64, force=True)
@@ -91,17 +91,17 @@ def test_an_error_of_the_factory_is_its_own():
 
 def test_several_arguments_with_weights():
     result = run("bench", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--rounds", "1", "--json")
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert found["rounds"] == 1
     assert set(found["median_ms"]) == {"dense", "rewritten"}
     report = run("evaluate", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--json")
-    assert len(json.loads(report.output)["sites"]) == 2
+    assert len(json.loads(report.stdout)["sites"]) == 2
 
 
 def test_rules_are_read_from_a_file(tmp_path):
     path = tmp_path / "rules.json"
     hire.save_rules([hire.Head(k=7, force=True)], str(path))
-    plan = json.loads(run("inspect", DEMO, "--rules", str(path), "--json").output)
+    plan = json.loads(run("inspect", DEMO, "--rules", str(path), "--json").stdout)
     assert "Head(k=7, force=True)" in [site["rule"] for site in plan["sites"]]
 
 
