@@ -287,6 +287,12 @@ class _Walk:
         reason = (
             f"{node.primitive} is not known to treat the positions of its input axis separately"
         )
+        if has(node.primitive, Trait.RANDOM):
+            reason = (
+                f"{node.primitive} draws random numbers for its hidden positions, as an active "
+                "dropout does: trace the model for inference (deterministic=True, model.eval(), "
+                "eqx.nn.inference_mode)"
+            )
         return self._refuse(Refusal.UNKNOWN_OPERATION, reason, node)
 
     def _is_weight(self, node: Node) -> bool:
