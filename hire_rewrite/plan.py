@@ -75,8 +75,8 @@ class Rejection:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Sites, near misses (closest first), opaque equations with products inside, unused rules,
-    whether the kernels for CPU are in use (see `ops.kernels`), and the machine by whose times
-    sites were judged (see `hire_rewrite.cost.machine`)."""
+    whether the kernels for CPU are in use (see `ops.kernels`), the machine by whose times sites were
+    judged (see `hire_rewrite.cost.machine`), and hints at what may have been forgotten."""
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
@@ -84,6 +84,7 @@ class Plan:
     unused_rules: tuple[Rule, ...] = ()
     kernels: str = ""
     machine: str = ""
+    hints: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rewritten = sum(site.status == "rewritten" for site in self.sites)
@@ -105,6 +106,7 @@ class Plan:
         if self.opaque:
             parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
         parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
+        parts.extend(self.hints)
         if self.machine and any(site.expected is not None for site in self.sites):
             parts.append(f"expected on: {self.machine}")
         if self.kernels and rewritten:

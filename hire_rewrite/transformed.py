@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.errors import HireRewriteError, warn
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
@@ -58,9 +57,11 @@ class Transformed:
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
-        self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
+        self._analyses = Analyses(
+            fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
+        )
         self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
-        self._warned: set[str] = set()
+        self._warned: set[Hashable] = set()
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.cache(
@@ -78,7 +79,7 @@ class Transformed:
         return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         if packed is None and self.mode.packs_on_sight:
             packed = self._packed_on_sight(args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
@@ -91,7 +92,7 @@ class Transformed:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
@@ -118,7 +119,7 @@ class Transformed:
           HireRewriteError: a calibration batch has another structure than the call, or holds a
             NaN or an infinity; a weight does; or a rule needs calibration and there is none.
         """
-        self._split(args)
+        self._split(args, kwargs)
         leaves = self._weight_leaves(args)
         shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         if shapes and (calibration is not None or len(shapes) < len(leaves)):
@@ -249,7 +250,7 @@ class Transformed:
           >>> [site.name for region in changes.regions for site in region.sites]
           ['params/vocabulary']
         """
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         analysis = self._analyses.of(packed, args, kwargs)
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
@@ -337,14 +338,17 @@ class Transformed:
             self._seen = leaves, [*(known if same else ()), *new]
         return new[0] if new else None
 
-    def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:
+    def _split(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Packed | None, tuple[Any, ...]]:
         """The `Packed` among the arguments, if there is one, and the arguments."""
         for position in self.weights:
             if position >= len(args):
+                named = f" (and {', '.join(kwargs)} by keyword)" if kwargs else ""
                 raise HireRewriteError(
                     f"{self.name}: weights={position} but the call has {len(args)} positional "
-                    "argument(s): give transform the position of the weights, or () if they are "
-                    "closed over"
+                    f"argument(s){named}: give weights by position, and transform their position, "
+                    "or () if they are closed over"
                 )
         first = args[self.weights[0]] if self.weights else None
         return (first, args) if isinstance(first, Packed) else (None, args)
@@ -352,10 +356,12 @@ class Transformed:
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"{self.name}: {message}", stacklevel=3)
+    def _warn(self, message: str, key: Hashable = None) -> None:
+        """Warn once of what has this key, by default the message."""
+        key = key or message
+        if key not in self._warned:
+            self._warned.add(key)
+            warn(f"{self.name}: {message}")
 
 
 def _traced(leaves: Iterable[Any]) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from hire_rewrite import api
 from hire_rewrite.command.target import Target, command, fail_if_missed, print_json
 from hire_rewrite.plan import Plan
 
@@ -52,7 +53,7 @@ def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
     Example:
       hire-rewrite inspect hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
-    plan = target.step.plan(*target.args)
+    plan = api.inspect(target.fn, *target.args, rules=target.rules, weights=target.weights)
     if as_json:
         print_json(plan_as_json(plan))
     elif sys.stdout.isatty():
