@@ -74,9 +74,17 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sites, near misses (closest first), opaque equations with products inside, unused rules,
-    whether the kernels for CPU are in use (see `ops.kernels`), the machine by whose times sites were
-    judged (see `hire_rewrite.cost.machine`), and hints at what may have been forgotten."""
+    """What was found in a function, and what is done about it.
+
+    Attributes:
+      sites: in order.
+      rejected: linear layers in no site, the closest to one first.
+      opaque: equations that are not looked into, though products are inside.
+      unused_rules: those that fit no site.
+      kernels: whether the kernels for CPU are in use (see `hire_rewrite.ops.kernels`).
+      machine: by whose times sites were judged (see `hire_rewrite.cost.machine`).
+      hints: what may have been forgotten.
+    """
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
