@@ -42,6 +42,11 @@ class Analysis:
     def packing(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.packs]
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether a site is rewritten in this call."""
+        return any(decision.rewritten for decision in self.decisions)
+
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:
         """What takes the place of sites on raw weights in mode "exact"."""

@@ -20,6 +20,7 @@ from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
+from hire_rewrite.gradient import announcing
 from hire_rewrite.passes.diff import Diff, compare, notes_of
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
@@ -62,6 +63,7 @@ class Transformed:
         )
         self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
         self._warned: set[Hashable] = set()
+        self._for_inference = announcing(self._warn_of_gradient)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.cache(
@@ -256,7 +258,8 @@ class Transformed:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(args, packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        before, after = analysis.trace.closed, jax.make_jaxpr(self._run)(*specs)
+        unmarked = functools.partial(self._run, marked=False)
+        before, after = analysis.trace.closed, jax.make_jaxpr(unmarked)(*specs)
         paths = analysis.trace.paths
         others = [path for i, path in enumerate(paths) if i not in analysis.trace.weights]
         given = paths if packed is None else (*packed.paths, *others)
@@ -273,8 +276,14 @@ class Transformed:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         analysis: Analysis | None = None,
+        *,
+        marked: bool = True,
     ) -> Any:
-        """The function on a `Packed` (`args` have None for the weights) or on raw weights."""
+        """The function on a `Packed` (`args` have None for the weights) or on raw weights.
+
+        Args:
+          marked: whether to say so where it is differentiated and should not be.
+        """
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
         analysis = analysis or self._analyses.of(packed, args, kwargs)
@@ -294,6 +303,8 @@ class Transformed:
                 "outside the packed sites: pack for a call like this one"
             )
         results, _ = rewritten(inputs)
+        if packed is not None and not self.mode.differentiable and analysis.rewrites and marked:
+            results = self._for_inference(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
     def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
@@ -355,6 +366,13 @@ class Transformed:
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
+
+    def _warn_of_gradient(self) -> None:
+        self._warn(
+            'a gradient is taken in mode "hire", whose gradient is not the model\'s: what is not '
+            "chosen and what is rounded has none, and a Packed is not what you train. Give "
+            'transform(..., mode="exact") to differentiate, with the weights as they are'
+        )
 
     def _warn(self, message: str, key: Hashable = None) -> None:
         """Warn once of what has this key, by default the message."""

@@ -67,7 +67,7 @@ def idle_rules(
     if plan.sites:
         site = max(plan.sites, key=lambda site: site.bytes_before)
         text = f"nothing is rewritten: {site.name}: {site.reason}"
-        return [("idle", f"{text}; rules ask for more, as Linear(encoding=Blocks(8)): see .plan")]
+        return [("idle", f"{text}; see .plan(...)")]
     if plan.rejected:
         layer = plan.rejected[0]
         return [("idle", f"nothing is rewritten: {layer.name}: {layer.reason} ({layer.source})")]
