@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError, warn
+from hire_rewrite.gradient import announcing
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.gradient import announcing
 from hire_rewrite.passes.diff import Diff, compare, notes_of
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
