@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -362,6 +363,20 @@ class Transformed:
                     "or () if they are closed over"
                 )
         first = args[self.weights[0]] if self.weights else None
+        if isinstance(first, Mapping) and {"weights", "sites"} <= set(first) <= _PACKED:
+            raise HireRewriteError(
+                f"{self.name}: argument {self.weights[0]} is a {type(first).__name__} of `weights` "
+                "and `sites`, which a Packed is restored to without a target: give the restoring "
+                "call a target, pack(...) of jax.ShapeDtypeStructs in place of the weights"
+            )
+        misplaced = [
+            i for i, arg in enumerate(args) if isinstance(arg, Packed) and arg is not first
+        ]
+        if misplaced:
+            raise HireRewriteError(
+                f"{self.name}: argument {misplaced[0]} is a Packed, but weights={self.weights}: it "
+                "stands where the first of the weights stood"
+            )
         return (first, args) if isinstance(first, Packed) else (None, args)
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
@@ -380,6 +395,9 @@ class Transformed:
         if key not in self._warned:
             self._warned.add(key)
             warn(f"{self.name}: {message}")
+
+
+_PACKED = {field.name for field in dataclasses.fields(Packed)}
 
 
 def _traced(leaves: Iterable[Any]) -> bool:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import hire_rewrite as hire
 from hire_rewrite.names import grouped, groups
-from hire_rewrite.plan import grouped_sites
 from hire_rewrite.patterns.refusal import Refusal
+from hire_rewrite.plan import grouped_sites
 
 HEAD = hire.Site(
     name="params/embed", kind="head", d_model=64, width=40_000, gated=False, activation="",

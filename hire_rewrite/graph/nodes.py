@@ -184,6 +184,14 @@ class Uses(Protocol):
 
 
 def source_of(node: Node) -> str:
-    """`file.py:line (function)` of the user's code that made the equation."""
-    place = user_place(node.eqn.source_info)
-    return "unknown" if place is None else f"{os.path.basename(place[0])}:{place[1]} ({place[2]})"
+    """`file.py:line (function)` of the user's code that made the equation, or the call or the loop
+    that it is in (JAX knows no line of what its own functions do)."""
+    here: Node | None = node
+    while here is not None:
+        calls = (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
+        for eqn in (here.eqn, *calls):
+            place = user_place(eqn.source_info)
+            if place is not None:
+                return f"{os.path.basename(place[0])}:{place[1]} ({place[2]})"
+        here = here.scope.parent
+    return "unknown"

@@ -88,7 +88,7 @@ def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     if len(every) < 2:
         raise HireRewriteError(
             f"tune: {len(every)} batch(es): give at least 2, since a part is held out to measure "
-            "recall"
+            "(and a generator that has run once has none left)"
         )
     out = [i for i in range(len(every)) if i % 4 == 3] or [len(every) - 1]
     return [b for i, b in enumerate(every) if i not in out], [every[i] for i in out]
