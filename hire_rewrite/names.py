@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_Choices = tuple[tuple[str, ...], ...]
+"""For each part of a name what may stand there."""
+
 _NUMBER = re.compile(r"\d+")
 _DIVIDERS = re.compile(r"([/:])")
+
+
+def site_pattern(name: str, others: Iterable[str] = ()) -> str:
+    """A regular expression for the name of one site, whatever the argument that holds its weights
+    is called, and whatever scopes its layer stands in.
+
+    Args:
+      others: names of sites that it must not fit; where they leave no choice it is the whole name.
+
+    Example:
+      >>> site_pattern("eqx.nn.Linear:model/layers/0/q")
+      '^(.*:)?[^/:]+/layers/0/q$'
+      >>> site_pattern("a/q", ["b/q"])
+      '^a/q$'
+    """
+    path = name.rpartition(":")[2]
+    argument, _, rest = path.partition("/")
+    pattern = f"[^/:]+/{re.escape(rest)}" if rest else re.escape(argument)
+    pattern = f"^(.*:)?{pattern}$"
+    if any(re.search(pattern, other) for other in others if other != name):
+        return f"^{re.escape(name)}$"
+    return pattern
 
 
 def grouped(names: Sequence[str]) -> list[str]:
@@ -31,13 +56,14 @@ def groups(
     in the places where they differ, is the name of one of them.
     """
     first = {id(item): i for i, item in enumerate(items)}
+    open_groups: list[tuple[_Choices, list[Item]]]
     open_groups = [(tuple((part,) for part in _parts(name(item))), [item]) for item in items]
     merged = True
     while merged:
         merged = False
         places = range(max((len(parts) for parts, _ in open_groups), default=0))
         for place in reversed(places):
-            buckets: dict[Hashable, list[tuple[tuple[tuple[str, ...], ...], list[Item]]]] = {}
+            buckets: dict[Hashable, list[tuple[_Choices, list[Item]]]] = {}
             for parts, members in open_groups:
                 here = parts[:place] + parts[place + 1 :] if place < len(parts) else parts
                 key = (len(parts), place < len(parts), here, alike(members[0]))

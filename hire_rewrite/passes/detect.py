@@ -208,11 +208,10 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Reject
             behind = weights[refusal.node][1], refused[refusal.node].reason
             reason += "; and {} behind it does not end an FFN: {}".format(*behind)
         if refusal.refusal is Refusal.TOO_NARROW and refusal.intended:
-            behind = _layer_behind(trace, node, refused)
-            if behind is not None:
-                reason = (
-                    f"{weights[behind][1]} behind it does not end an FFN: {refused[behind].reason}"
-                )
+            last = _layer_behind(trace, node, refused)
+            if last is not None:
+                name_of_last, why = weights[last][1], refused[last].reason
+                reason = f"{name_of_last} behind it does not end an FFN: {why}"
         source = source_of(refusal.node)
         rejection = Rejection(name, weight.shape, reason, refusal.matched, source, refusal.refusal)
         rejections.append(((-refusal.matched, not refusal.intended), node, rejection))
