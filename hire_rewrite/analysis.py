@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.examine import examine, weight_stacker
+from hire_rewrite.passes.misses import idle_rules, unlisted_weights, unused_rules
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
@@ -40,6 +41,11 @@ class Analysis:
     @property
     def packing(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.packs]
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a site is rewritten in this call."""
+        return any(decision.rewritten for decision in self.decisions)
 
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:
@@ -143,7 +149,9 @@ class Analyses:
     Attributes:
       weights: the positions of the arguments that hold weights.
       mesh: where to shard the rows of sites whose weights are not sharded.
-      on_miss, warn: what to do when a rule fits no site, and how.
+      on_miss, warn: what to do when a rule rewrites nothing, and how: `warn` is given a message and
+        what it is told apart by.
+      exact: whether sites on raw weights have their exact form, whether that pays or not.
     """
 
     fn: Callable[..., Any]
@@ -152,7 +160,8 @@ class Analyses:
     weights: tuple[int, ...]
     mesh: Mesh | None
     on_miss: str
-    warn: Callable[[str], None]
+    warn: Callable[[str, Hashable], None]
+    exact: bool = False
     _known: dict[Any, Analysis] = dataclasses.field(default_factory=dict, init=False)
     _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
         default_factory=dict, init=False
@@ -230,7 +239,13 @@ class Analyses:
         graph, detection = self._detections[traced]
         info = None if packed is None else packed.info
         plan, decisions = decide(detection, self.rules, statistics, info)
-        self._check_unused(plan)
+        if packed is None and not any(decision.packs for decision in decisions):
+            hint = unlisted_weights(graph, self.weights)
+            plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
+        misses = unused_rules(plan, decisions)
+        if packed is None and not plan.hints:
+            misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
+        self._report(misses, plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
         origin = Origin(tree, tuple(graph.paths[i] for i in graph.weights), tuple(leaves))
         return Analysis(graph, detection, plan, decisions, origin, statistics)
@@ -250,17 +265,15 @@ class Analyses:
             ) from error
         return graph, detect(graph, self.rules, self.mesh)
 
-    def _check_unused(self, plan: Plan) -> None:
-        if not plan.unused_rules or self.on_miss == "ignore":
+    def _report(self, misses: Sequence[tuple[Hashable, str]], plan: Plan) -> None:
+        """Say what is missed, as `on_miss` asks for."""
+        if self.on_miss == "ignore":
             return
-        unused = ", ".join(map(str, plan.unused_rules))
-        message = (
-            f"no site of {self.name} fits {unused}: look at .plan(...), which says why "
-            "each linear layer is what it is, and change the rule's path or sizes"
-        )
-        if self.on_miss == "raise":
-            raise HireRewriteError(message)
-        self.warn(message)
+        misses = [*misses, *((("hint", hint), hint) for hint in plan.hints)]
+        if misses and self.on_miss == "raise":
+            raise HireRewriteError(f"{self.name}: " + "; ".join(text for _, text in misses))
+        for key, text in misses:
+            self.warn(f'{text} (on_miss="ignore" is silent about it)', key)
 
     def weight_arguments(self, weights: Any) -> tuple[Any, ...]:
         """The arguments that hold weights, in order: one, or a tuple of several."""

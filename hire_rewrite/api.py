@@ -26,7 +26,7 @@ def transform(
     weights: int | Sequence[int] = 0,
     mesh: Mesh | None = None,
     mode: str = "hire",
-    on_miss: str = "ignore",
+    on_miss: str = "warn",
 ) -> Any:
     """Rewrite the FFN blocks and vocabulary heads of a JAX function.
 
@@ -46,7 +46,8 @@ def transform(
       mode: `"hire"` predicts and gathers; `"exact"` has the same meaning (the same top-k) in dense
         arithmetic on the weights as they are, and is differentiable (inside a `jit` of your own
         nobody knows how weights lie on a mesh: give `FFN(parts=...)`); `"dense"` is the original.
-      on_miss: what to do when a rule fits no site: `"ignore"`, `"warn"` or `"raise"`.
+      on_miss: what to do when a rule fits no site or rewrites none of its sites, or without rules
+        nothing is rewritten: `"warn"` (once, a `HireRewriteWarning`), `"raise"` or `"ignore"`.
 
     Returns:
       A `Transformed`, called like `fn` with a `Packed` in place of the weights.
@@ -114,7 +115,7 @@ def inspect(
       args, kwargs: a call's arguments: arrays, or `jax.ShapeDtypeStruct`s (nothing is computed).
       rules, weights: as in `transform`.
     """
-    return transform(fn, *rules, weights=weights).plan(*args, **kwargs)
+    return transform(fn, *rules, weights=weights, on_miss="ignore").plan(*args, **kwargs)
 
 
 def diff(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from collections.abc import Hashable, Sequence
+from typing import Any
 
+from hire_rewrite.names import grouped, groups
 from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
 
@@ -74,9 +79,17 @@ class Rejection:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sites, near misses (closest first), opaque equations with products inside, unused rules,
-    whether the kernels for CPU are in use (see `ops.kernels`), and the machine by whose times
-    sites were judged (see `hire_rewrite.cost.machine`)."""
+    """What was found in a function, and what is done about it.
+
+    Attributes:
+      sites: in order.
+      rejected: linear layers in no site, the closest to one first.
+      opaque: equations that are not looked into, though products are inside.
+      unused_rules: those that fit no site.
+      kernels: whether the kernels for CPU are in use (see `hire_rewrite.ops.kernels`).
+      machine: by whose times sites were judged (see `hire_rewrite.cost.machine`).
+      hints: what may have been forgotten.
+    """
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
@@ -84,44 +97,116 @@ class Plan:
     unused_rules: tuple[Rule, ...] = ()
     kernels: str = ""
     machine: str = ""
+    hints: tuple[str, ...] = ()
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        """The sites that are rewritten."""
+        return tuple(site for site in self.sites if site.status == "rewritten")
+
+    def __getitem__(self, what: str) -> Any:
+        """The sites of a kind (`plan["head"]`, a tuple), or the site of a name, a `Site`.
+
+        Raises:
+          KeyError: there is neither.
+        """
+        named = [site for site in self.sites if site.name == what]
+        if named:
+            return named[0]
+        kinds = dict.fromkeys(site.kind for site in self.sites)
+        if what in kinds or what in _known_kinds():
+            return tuple(site for site in self.sites if site.kind == what)
+        names = ", ".join(grouped([site.name for site in self.sites]))
+        raise KeyError(f"{what!r} is not a kind of site, and not a name of one: {names or 'none'}")
+
+    def to_json(self, path: str | None = None) -> str:
+        """The plan as JSON, with rules as they print; written to `path` if it is given."""
+        text = json.dumps(_plain(self), indent=1)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+        return text
 
     def __str__(self) -> str:
-        rewritten = sum(site.status == "rewritten" for site in self.sites)
-        parts = [f"{len(self.sites)} site(s), {rewritten} rewritten"]
+        """Sites and layers that are alike in all but their names share a row; MB are of all."""
+        parts = [f"{len(self.sites)} site(s), {len(self.rewritten)} rewritten"]
         if self.sites:
             header = [
                 "site", "kind", "layer", "runs", "tokens", "MB read", "expected", "status",
                 "reason",
             ]  # fmt: skip
-            parts.append(table([header, *map(_site_row, self.sites)]))
+            rows = [_site_row(name, sites) for name, sites in grouped_sites(self.sites)]
+            parts.append(table([header, *rows]))
         if self.rejected:
             parts.append(f"{len(self.rejected)} linear layer(s) in no site")
-            header = ["weight", "shape", "matched", "reason", "source"]
+            header = ["weight", "shape", "reason", "source"]
             rows = [
-                [r.name, "×".join(map(str, r.shape)), str(r.matched), r.reason, r.source]
-                for r in self.rejected
+                [name, "×".join(map(str, r.shape)), r.reason, r.source]
+                for name, (r, *_) in grouped_rejections(self.rejected)
             ]
             parts.append(table([header, *rows]))
         if self.opaque:
             parts.append("not looked into, though products are inside: " + ", ".join(self.opaque))
         parts.extend(f"unused rule: {rule}" for rule in self.unused_rules)
+        parts.extend(self.hints)
         if self.machine and any(site.expected is not None for site in self.sites):
             parts.append(f"expected on: {self.machine}")
-        if self.kernels and rewritten:
+        if self.kernels and self.rewritten:
             parts.append(f"kernels for CPU: {self.kernels}")
         return "\n".join(parts)
 
 
-def _site_row(site: Site) -> list[str]:
+def grouped_sites(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    """Sites that are alike in all but their names and lines, with one name for each group."""
+    return groups(sites, _name, lambda site: dataclasses.replace(site, name="", source=""))
+
+
+def grouped_rejections(rejected: Sequence[Rejection]) -> list[tuple[str, list[Rejection]]]:
+    """Layers that are alike in shape and reason, with one name for each group."""
+
+    def alike(item: Rejection) -> Hashable:
+        numbers = re.findall(r"\d+", item.name)
+        # The reason may name the next layer, under the same number.
+        reason = re.sub(r"\d+", lambda n: "" if n[0] in numbers else n[0], item.reason)
+        return item.shape, reason, item.refusal
+
+    return groups(rejected, _name, alike)
+
+
+def _name(item: Site | Rejection) -> str:
+    return item.name
+
+
+def _known_kinds() -> list[str]:
+    from hire_rewrite.sites import site_kinds  # they are described in terms of plans
+
+    return [kind.name for kind in site_kinds()]
+
+
+def _plain(value: Any) -> Any:
+    """A plan, or a part of one, as JSON has it."""
+    if isinstance(value, Plan | Site | Rejection):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Refusal):
+        return value.name.lower()
+    return str(value) if isinstance(value, Rule) else value
+
+
+def _site_row(name: str, sites: Sequence[Site]) -> list[str]:
+    site, number = sites[0], len(sites)
     layer = f"{site.d_model} → {site.width}"
     layer += f" {site.activation}" if site.activation else ""
     layer += " gated" if site.gated else ""
-    read = f"{site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
+    read = f"{number * site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
     if site.bytes_after != site.bytes_before:
-        read += f" → {site.bytes_after / 1e6:.1f}"
+        read += f" → {number * site.bytes_after / 1e6:.1f}"
     return [
-        site.name, site.kind, layer, str(site.repeats), str(site.tokens), read,
-        "" if site.expected is None else f"{site.expected:.2f} ×", site.status, site.reason,
+        f"{name} ({number})" if number > 1 else name, site.kind, layer, str(site.repeats),
+        str(site.tokens), read, "" if site.expected is None else f"{site.expected:.2f} ×",
+        site.status, site.reason,
     ]  # fmt: skip
 
 

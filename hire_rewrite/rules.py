@@ -11,9 +11,11 @@ import dataclasses
 import math
 import numbers
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.names import site_pattern
 from hire_rewrite.ops.predictors import Predictor, written
 
 Self = TypeVar("Self", bound="Rule")
@@ -50,6 +52,14 @@ class Rule:
     def for_site(self: Self, site: str, **settings: Any) -> Self:
         """This rule with other settings, for the site of that name alone."""
         return self.replace(path=f"^{re.escape(site)}$", **settings)
+
+    def for_layer(self: Self, site: str, others: Iterable[str], **settings: Any) -> Self:
+        """`for_site`, also in a function whose arguments and scopes have other names.
+
+        Args:
+          others: the names of all sites of this function.
+        """
+        return self.replace(path=site_pattern(site, others), **settings)
 
     def replace(self: Self, **settings: Any) -> Self:
         """This rule with other settings."""

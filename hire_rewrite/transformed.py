@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.errors import HireRewriteError, warn
+from hire_rewrite.gradient import announcing
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
@@ -58,9 +59,12 @@ class Transformed:
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
-        self._analyses = Analyses(fn, self.name, rules, weights, mesh, on_miss, self._warn)
+        self._analyses = Analyses(
+            fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
+        )
         self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
-        self._warned: set[str] = set()
+        self._warned: set[Hashable] = set()
+        self._for_inference = announcing(self._warn_of_gradient)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.cache(
@@ -78,7 +82,7 @@ class Transformed:
         return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         if packed is None and self.mode.packs_on_sight:
             packed = self._packed_on_sight(args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
@@ -91,7 +95,7 @@ class Transformed:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
@@ -118,7 +122,7 @@ class Transformed:
           HireRewriteError: a calibration batch has another structure than the call, or holds a
             NaN or an infinity; a weight does; or a rule needs calibration and there is none.
         """
-        self._split(args)
+        self._split(args, kwargs)
         leaves = self._weight_leaves(args)
         shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         if shapes and (calibration is not None or len(shapes) < len(leaves)):
@@ -249,13 +253,14 @@ class Transformed:
           >>> [site.name for region in changes.regions for site in region.sites]
           ['params/vocabulary']
         """
-        packed, args = self._split(args)
+        packed, args = self._split(args, kwargs)
         analysis = self._analyses.of(packed, args, kwargs)
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(args, packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        before, after = analysis.trace.closed, jax.make_jaxpr(self._run)(*specs)
+        unmarked = functools.partial(self._run, marked=False)
+        before, after = analysis.trace.closed, jax.make_jaxpr(unmarked)(*specs)
         paths = analysis.trace.paths
         others = [path for i, path in enumerate(paths) if i not in analysis.trace.weights]
         given = paths if packed is None else (*packed.paths, *others)
@@ -272,8 +277,14 @@ class Transformed:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         analysis: Analysis | None = None,
+        *,
+        marked: bool = True,
     ) -> Any:
-        """The function on a `Packed` (`args` have None for the weights) or on raw weights."""
+        """The function on a `Packed` (`args` have None for the weights) or on raw weights.
+
+        Args:
+          marked: whether to say so where it is differentiated and should not be.
+        """
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
         analysis = analysis or self._analyses.of(packed, args, kwargs)
@@ -293,6 +304,8 @@ class Transformed:
                 "outside the packed sites: pack for a call like this one"
             )
         results, _ = rewritten(inputs)
+        if packed is not None and not self.mode.differentiable and analysis.rewrites and marked:
+            results = self._for_inference(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
     def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
@@ -337,25 +350,54 @@ class Transformed:
             self._seen = leaves, [*(known if same else ()), *new]
         return new[0] if new else None
 
-    def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:
+    def _split(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Packed | None, tuple[Any, ...]]:
         """The `Packed` among the arguments, if there is one, and the arguments."""
         for position in self.weights:
             if position >= len(args):
+                named = f" (and {', '.join(kwargs)} by keyword)" if kwargs else ""
                 raise HireRewriteError(
                     f"{self.name}: weights={position} but the call has {len(args)} positional "
-                    "argument(s): give transform the position of the weights, or () if they are "
-                    "closed over"
+                    f"argument(s){named}: give weights by position, and transform their position, "
+                    "or () if they are closed over"
                 )
         first = args[self.weights[0]] if self.weights else None
+        if isinstance(first, Mapping) and {"weights", "sites"} <= set(first) <= _PACKED:
+            raise HireRewriteError(
+                f"{self.name}: argument {self.weights[0]} is a {type(first).__name__} of `weights` "
+                "and `sites`, which a Packed is restored to without a target: give the restoring "
+                "call a target, pack(...) of jax.ShapeDtypeStructs in place of the weights"
+            )
+        misplaced = [
+            i for i, arg in enumerate(args) if isinstance(arg, Packed) and arg is not first
+        ]
+        if misplaced:
+            raise HireRewriteError(
+                f"{self.name}: argument {misplaced[0]} is a Packed, but weights={self.weights}: it "
+                "stands where the first of the weights stood"
+            )
         return (first, args) if isinstance(first, Packed) else (None, args)
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"{self.name}: {message}", stacklevel=3)
+    def _warn_of_gradient(self) -> None:
+        self._warn(
+            'a gradient is taken in mode "hire", whose gradient is not the model\'s: what is not '
+            "chosen and what is rounded has none, and a Packed is not what you train. Give "
+            'transform(..., mode="exact") to differentiate, with the weights as they are'
+        )
+
+    def _warn(self, message: str, key: Hashable = None) -> None:
+        """Warn once of what has this key, by default the message."""
+        key = key or message
+        if key not in self._warned:
+            self._warned.add(key)
+            warn(f"{self.name}: {message}")
+
+
+_PACKED = {field.name for field in dataclasses.fields(Packed)}
 
 
 def _traced(leaves: Iterable[Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hire_rewrite.plan import table
 from hire_rewrite.rules import Rule
@@ -29,6 +29,17 @@ class Trial:
     recall: float | None = None
     kl: float | None = None
     gain: float = 0.0
+
+
+def portable(trials: Iterable[Trial], names: Sequence[str]) -> list[Trial]:
+    """Trials with rules that fit in functions whose arguments have other names too.
+
+    Args:
+      names: of all sites of the function.
+    """
+    return [
+        dataclasses.replace(trial, rule=trial.rule.for_layer(trial.name, names)) for trial in trials
+    ]
 
 
 class Tuned(tuple[Rule, ...]):

@@ -1,7 +1,18 @@
-"""How a plan is printed."""
+"""What a plan holds, and how it is printed."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hire_rewrite as hire
+from hire_rewrite.names import grouped, groups
 from hire_rewrite.patterns.refusal import Refusal
+from hire_rewrite.plan import grouped_sites
 
 HEAD = hire.Site(
     name="params/embed", kind="head", d_model=64, width=40_000, gated=False, activation="",
@@ -36,9 +47,73 @@ def test_a_plan():
         "  params/embed  head  64 → 40000           1     1       10.2 → 2.8  2.71 ×    rewritten"
         "  top 64\n"
         "1 linear layer(s) in no site\n"
-        "  weight     shape  matched  reason           source\n"
-        "  params/wo  64×64  2        nothing follows  model.py:3\n"
+        "  weight     shape  reason           source\n"
+        "  params/wo  64×64  nothing follows  model.py:3\n"
         "unused rule: FFN(k=1)\n"
         "expected on: slow\n"
         "kernels for CPU: in use"
     )
+
+
+def layers(names, **settings):
+    return tuple(dataclasses.replace(FFN, name=name, **settings) for name in names)
+
+
+def test_sites_that_are_alike_share_a_row():
+    names = [f"params/layers/{i}/{part}" for i in range(12) for part in "qkv"]
+    plan = hire.Plan((*layers(names), *layers(["params/layers/0/o"], width=128), HEAD))
+    assert len(plan.sites) == 38
+    assert [name for name, _ in grouped_sites(plan.sites)] == [
+        "params/layers/{0..11}/{q,k,v}",
+        "params/layers/0/o",
+        "params/embed",
+    ]
+    assert len(str(plan).splitlines()) == 5
+    assert "7.2" in str(plan)  # MB of all 36
+
+
+def test_names_are_grouped_only_where_all_are_there():
+    assert grouped(["p/0/q", "p/0/k", "p/1/q"]) == ["p/0/{q,k}", "p/1/q"]
+    assert grouped(["l_0/w", "l_2/w", "l_3/w"]) == ["l_{0,2,3}/w"]
+    assert grouped(["a/b", "a/b/c", "a"]) == ["a/b", "a/b/c", "a"]
+
+
+@given(st.lists(st.from_regex(r"[ab]{1,2}(/[0-2cd]{1,2}){0,3}", fullmatch=True), unique=True))
+def test_each_name_is_in_one_group(names):
+    found = groups(names, lambda name: name, len)
+    assert sorted(name for _, members in found for name in members) == sorted(names)
+
+
+def test_what_a_plan_holds():
+    plan = hire.Plan((FFN, HEAD))
+    assert plan.rewritten == (HEAD,)
+    assert plan["head"] == (HEAD,)
+    assert plan["linear"] == ()
+    assert plan["params/mlp"] is FFN
+    with pytest.raises(KeyError, match="embed"):
+        plan["nothing"]
+
+
+def test_a_plan_as_json(tmp_path):
+    refused = hire.Rejection("w", (2, 3), "why", 1, "model.py:3", Refusal.LOW_RANK)
+    plan = hire.Plan((HEAD,), (refused,), unused_rules=(hire.FFN(k=1),))
+    read = json.loads(plan.to_json(str(tmp_path / "plan.json")))
+    assert read == json.loads((tmp_path / "plan.json").read_text())
+    assert read["sites"][0]["rule"] == "Head(k=64)"
+    assert read["sites"][0]["bytes_after"] == 2_800_000
+    assert read["rejected"][0]["shape"] == [2, 3]
+    assert read["unused_rules"] == ["FFN(k=1)"]
+
+
+def test_lines_are_the_users():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(8, 32, rngs=nnx.Rngs(0))
+            self.down = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.down(nnx.relu(self.up(x)))
+
+    graph, state = nnx.split(Model())
+    plan = hire.inspect(lambda state, x: nnx.merge(graph, state)(x), state, jnp.ones((1, 8)))
+    assert plan["ffn"][0].source.startswith("test_plan.py:")

@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,3 +115,30 @@ def test_rules_print_what_was_asked_for():
     assert repr(rule) == "Head(k=8, predictor=LowRank(rank=16), path='embed')"
     assert eval(repr(rule), vars(hire)) == rule
     assert repr(hire.FFN(k=0.05)) == "FFN(k=0.05)"
+
+
+def test_rules_for_one_layer_fit_under_other_names():
+    names = ["eqx.nn.Linear:model/layers/0/q", "eqx.nn.Linear:model/layers/10/q", "model/q"]
+    rules = [hire.FFN(k=1).for_layer(name, names) for name in names]
+    for scope in ("", "Attention/Linear:"):
+        others = [f"{scope}{argument}" for argument in ("p/layers/0/q", "p/layers/10/q", "p/q")]
+        assert [[rule.names(name) for name in others] for rule in rules] == np.eye(3).tolist()
+    two = ["a/w", "b/w", "w", "x:c/v", "y:c/v"]  # nothing but these parts tells them apart
+    rules = [hire.FFN(k=1).for_layer(name, two) for name in two]
+    assert [[rule.names(name) for name in two] for rule in rules] == np.eye(5).tolist()
+
+
+def test_the_rules_of_a_packed_fit_a_function_with_other_names():
+    def here(params, x):
+        return jax.nn.relu(x @ params["mlp"]["up"]) @ params["mlp"]["down"]
+
+    def there(model, x):
+        with jax.named_scope("Block"):
+            return here(model, x)
+
+    keys = jax.random.split(jax.random.key(0))
+    up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(8, 64), (64, 8)], strict=True))
+    params, x = {"mlp": {"up": up, "down": down}}, jnp.ones((1, 8))
+    packed = hire.transform(here, hire.FFN(k=8, force=True)).pack(params, x)
+    (site,) = hire.inspect(there, params, x, rules=packed.rules).rewritten
+    assert site.name == "Block:model/mlp"

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from hire_rewrite.command.target import Target, command, fail_if_missed, print_json
-from hire_rewrite.plan import Plan
+from hire_rewrite import api
+from hire_rewrite.command.target import Target, command, fail_if_missed
+from hire_rewrite.plan import Plan, grouped_rejections, grouped_sites
 
 
 def _shown(plan: Plan) -> None:
     """Print in colors what `str(plan)` has, each reason below what it is for."""
     console = Console(highlight=False)
-    for site in plan.sites:
-        read = f"{site.bytes_before / 1e6:.1f}"
+    for name, (site, *others) in grouped_sites(plan.sites):
+        number = 1 + len(others)
+        read = f"{number * site.bytes_before / 1e6:.1f}"
         if site.bytes_after != site.bytes_before:
-            read += f" → {site.bytes_after / 1e6:.1f}"
-        runs = f" × {site.repeats}" if site.repeats > 1 else ""
+            read += f" → {number * site.bytes_after / 1e6:.1f}"
+        runs = f" × {number * site.repeats}" if number * site.repeats > 1 else ""
         about = f"{site.d_model} → {site.width} {site.activation}".strip()
         expected = "" if site.expected is None else f", expected {site.expected:.2f} × as fast"
         style = "bold green" if site.status == "rewritten" else "bold yellow"
         console.print(
-            Text.assemble(
-                (f"{site.name}{runs}", style), f"  {site.kind} {about}, {read} MB{expected}"
-            )
+            Text.assemble((f"{name}{runs}", style), f"  {site.kind} {about}, {read} MB{expected}")
         )
         console.print(Padding(Text(f"{site.status}: {site.reason}"), (0, 0, 0, 4)))
-    for item in plan.rejected:
+    for name, (item, *_) in grouped_rejections(plan.rejected):
         shape = " × ".join(map(str, item.shape))
-        console.print(Text.assemble((item.name, "bold"), f"  in no site, {shape}, {item.source}"))
+        console.print(Text.assemble((name, "bold"), f"  in no site, {shape}, {item.source}"))
         console.print(Padding(Text(item.reason), (0, 0, 0, 4)))
     for name in plan.opaque:
         console.print(Text(f"not looked into, though products are inside: {name}"))
+    for hint in plan.hints:
+        console.print(Text(hint, "bold red"))
     for rule in plan.unused_rules:
         console.print(Text(f"unused rule: {rule}", "bold red"))
 
@@ -52,9 +52,9 @@ def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
     Example:
       hire-rewrite inspect hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
-    plan = target.step.plan(*target.args)
+    plan = api.inspect(target.fn, *target.args, rules=target.rules, weights=target.weights)
     if as_json:
-        print_json(plan_as_json(plan))
+        click.echo(plan.to_json())
     elif sys.stdout.isatty():
         _shown(plan)
     else:
@@ -81,18 +81,3 @@ def diff(target: Target, as_json: bool, html: str | None) -> None:
         click.echo(found.to_json())
     elif html is None:
         click.echo(str(found))
-
-
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON has it; rules are as they print."""
-    return dataclasses.asdict(
-        dataclasses.replace(
-            plan,
-            sites=tuple(dataclasses.replace(s, rule=_text(s.rule)) for s in plan.sites),
-            unused_rules=tuple(map(_text, plan.unused_rules)),
-        )
-    )
-
-
-def _text(rule: Any) -> Any:
-    return None if rule is None else str(rule)

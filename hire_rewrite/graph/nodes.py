@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from jax.extend import source_info_util
+from hire_rewrite.graph.source import user_place
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -184,10 +184,14 @@ class Uses(Protocol):
 
 
 def source_of(node: Node) -> str:
-    """`file.py:line (function)` of the user's code that made the equation."""
-    summary = source_info_util.summarize(node.eqn.source_info)
-    place, _, function = summary.partition(" (")
-    path, _, rest = place.partition(":")
-    line = rest.partition(":")[0]
-    name = f"{os.path.basename(path)}:{line}" if line else os.path.basename(path)
-    return f"{name} ({function}" if function else name
+    """`file.py:line (function)` of the user's code that made the equation, or the call or the loop
+    that it is in (JAX knows no line of what its own functions do)."""
+    here: Node | None = node
+    while here is not None:
+        calls = (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
+        for eqn in (here.eqn, *calls):
+            place = user_place(eqn.source_info)
+            if place is not None:
+                return f"{os.path.basename(place[0])}:{place[1]} ({place[2]})"
+        here = here.scope.parent
+    return "unknown"

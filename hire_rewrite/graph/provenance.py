@@ -3,6 +3,9 @@
 A *weight* is a value that depends on weight arguments, closed-over arrays and numbers alone,
 whatever was done to it on the way: transposed, cast, dequantized, sliced by a `scan` or indexed by
 a loop's counter. It is computed once, when the weights are packed.
+
+Random numbers are no weights, even if their key is in one (dropout in training): another is to have
+others. Those of a seed that is written in the program are the same for ever, and are constants.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Body, Scope, Value
+from hire_rewrite.graph.traits import Trait, has
 
 
 class Provenance:
@@ -30,6 +34,7 @@ class Provenance:
     ) -> None:
         self._paths = dict(zip(root.inputs, paths or (), strict=False))
         self._weights: set[Value] = {root.inputs[i] for i in weights}
+        self._constant: set[Value] = set()
         self._varies: dict[Value, frozenset[Scope]] = {}
         self._identities: dict[tuple[Value, tuple[Scope, ...]], Hashable] = {}
         self._visit(root)
@@ -105,14 +110,25 @@ class Provenance:
             for body in node.bodies:
                 self._enter(body)
                 self._visit(body.scope)
-            if not _compat.has_effects(node.eqn) and all(map(self.is_weight, node.ins)):
+            if _compat.has_effects(node.eqn) or not all(map(self.is_weight, node.ins)):
+                continue
+            constant = all(map(self._is_constant, node.ins))
+            if constant or not has(node.primitive, Trait.RANDOM):
                 self._weights.update(node.outs)
+            if constant:
+                self._constant.update(node.outs)
+
+    def _is_constant(self, value: Value) -> bool:
+        """Whether the value depends on constants alone."""
+        return value.is_constant or value in self._constant
 
     def _enter(self, body: Body) -> None:
         for i, (value, link) in enumerate(zip(body.scope.inputs, body.inputs, strict=True)):
             varying = link.role == "carry" and not carried_unchanged(body, i)
             if self.is_weight(link.outer) and (not varying or counter(body, i) is not None):
                 self._weights.add(value)
+                if self._is_constant(link.outer):
+                    self._constant.add(value)
 
 
 def body_of(value: Value) -> tuple[Body, int]:

@@ -21,6 +21,14 @@ from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.varying import VaryingAxes
 
 
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument of a call, by its name; `position` is None where it was given by keyword."""
+
+    name: str
+    position: int | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
     """A function traced at some shapes.
@@ -30,6 +38,7 @@ class Trace:
       scope: the same, flattened.
       weights: numbers of the inputs that hold weights.
       paths: the path of each input, as `params/layers/w_up`.
+      arguments: the argument that each input is of.
       out_tree: the structure of its results.
       shardings: of the inputs that are weights and sharded over a mesh.
     """
@@ -38,6 +47,7 @@ class Trace:
     scope: Scope
     weights: tuple[int, ...]
     paths: tuple[str, ...]
+    arguments: tuple[Argument, ...]
     out_tree: Any
     provenance: Provenance
     differences: VaryingAxes
@@ -64,12 +74,13 @@ def trace(
     """
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
     names = _argument_names(fn, len(args))
-    paths, holds_weights = [], []
+    paths, holds_weights, arguments = [], [], []
     for number, (path, leaf) in enumerate(leaves):
         positional = path[0].idx == 0
         head = names[path[1].idx] if positional else str(path[1].key)
         rest = jax.tree_util.keystr(path[2:], simple=True, separator="/")
         paths.append(f"{head}/{rest}" if rest else head)
+        arguments.append(Argument(head, path[1].idx if positional else None))
         if positional and path[1].idx in weights:
             holds_weights.append(number)
         _check_leaf(paths[-1], leaf)
@@ -92,6 +103,7 @@ def trace(
         scope=scope,
         weights=tuple(holds_weights),
         paths=tuple(paths),
+        arguments=tuple(arguments),
         out_tree=jax.tree_util.tree_structure(shapes),
         provenance=Provenance(scope, holds_weights, paths),
         differences=VaryingAxes(scope),

@@ -38,6 +38,7 @@ class Trait(enum.Flag):
     SEARCHES = enum.auto()  # returns where the greatest numbers along an axis are
     SCATTERS = enum.auto()  # writes to places that an operand says
     MULTIPLIES = enum.auto()  # a product of matrices
+    RANDOM = enum.auto()  # makes random numbers of a key
     MERGES = enum.auto()  # makes one array, number by number, of those of several devices
     COLLECTS = enum.auto()  # joins the arrays of several devices
 
@@ -121,6 +122,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
      p.scatter_min_p),
     (Trait.MULTIPLIES, ".", p.dot_general_p, p.conv_general_dilated_p,
      _compat.ragged_dot_general_p),
+    (Trait.RANDOM, ".", p.random_bits_p, p.random_gamma_p, p.rng_bit_generator_p, p.rng_uniform_p,
+     p.threefry2x32_p),
     (Trait.MERGES, ".", *_compat.reductions),
     (Trait.COLLECTS, ".", p.all_gather_p),
 )  # fmt: skip

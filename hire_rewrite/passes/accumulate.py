@@ -46,10 +46,15 @@ def accumulate(
             )
         example = batch if example is None else example
         _check(f"{what} {number}", batch, example)
-        kind, operands = prepare(batch)
-        if kind not in compiled:
-            compiled[kind] = jax.jit(build(kind))
-        report = jax.tree.map(_in_context, compiled[kind](operands))
+        try:
+            kind, operands = prepare(batch)
+            if kind not in compiled:
+                compiled[kind] = jax.jit(build(kind))
+            report = jax.tree.map(_in_context, compiled[kind](operands))
+        except (TypeError, ValueError) as error:
+            shapes = ", ".join(jax.typeof(leaf).str_short() for leaf in jax.tree.leaves(batch))
+            error.add_note(f"This was {what} {number}, of {shapes}.")
+            raise
         # One batch at a time: programs that run ahead hold their batches, and on host devices their
         # collectives wait for each other's threads.
         total = jax.block_until_ready(report if total is None else _merge(total, report))
@@ -87,13 +92,19 @@ def _in_context(leaf: Any) -> Any:
 
 
 def _check(what: str, batch: Any, example: Sequence[Any]) -> None:
-    got: Any = jax.tree.structure(batch)
-    want: Any = jax.tree.structure(tuple(example))
-    if got != want:
+    if len(batch) != len(example):
         raise HireRewriteError(
-            f"{what} has the structure {got}, but the call has {want} after "
-            "the weights: give batches structured as in a call"
+            f"{what} has {len(batch)} argument(s), but a call has {len(example)} after the "
+            "weights: give those alone, without weights"
         )
+    for i, (given, wanted) in enumerate(zip(batch, example, strict=True)):
+        got: Any = jax.tree.structure(given)
+        want: Any = jax.tree.structure(wanted)
+        if got != want:
+            raise HireRewriteError(
+                f"{what} has the structure {got} where the call has {want}, in argument {i} after "
+                "the weights: give batches structured as in a call"
+            )
     for a, b in zip(
         map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True
     ):

@@ -34,7 +34,7 @@ from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import held_out
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import MatchedSite
-from hire_rewrite.tuned import Trial, Tuned
+from hire_rewrite.tuned import Trial, Tuned, portable
 
 _ATTEMPTS = 5
 """How often the budget is made smaller, where divergences together are more than their sum."""
@@ -111,8 +111,9 @@ def tune_within(
         rules = [option.trial.rule for option in chosen]
         total = step.divergence(rules, checking, dense) if rules else 0.0
         if rules and total <= kl:
-            trials = [option.trial for option in options]
-            return Tuned(rules, [option.trial for option in chosen], trials, total, untried)
+            trials = portable((option.trial for option in options), step.names)
+            best = portable((option.trial for option in chosen), step.names)
+            return Tuned([trial.rule for trial in best], best, trials, total, untried)
         budget *= 0.9 * kl / max(total, kl)
     least = min((option.kl for option in options), default=float("inf"))
     late = f", or more than seconds={seconds}, of which {untried} trials had none"
@@ -186,11 +187,19 @@ class _Step:
         self.analyses, self.given, self.kwargs, self.args = analyses, given, kwargs, args
         self.leaves = jax.tree.leaves([args[i] for i in analyses.weights])
 
+    @functools.cached_property
+    def _all_sites(self) -> list[MatchedSite]:
+        detection = self.analyses.of(None, self.args, self.kwargs).detection
+        return [*detection.sites, *detection.leftovers(lambda _: True)[0]]
+
+    @property
+    def names(self) -> list[str]:
+        """Those of all sites."""
+        return [site.name for site in self._all_sites]
+
     def sites(self) -> list[tuple[MatchedSite, Rule | None]]:
         """Those that the function's rules ask for, with these; all if it has none."""
-        rules = self.analyses.rules
-        detection = self.analyses.of(None, self.args, self.kwargs).detection
-        sites = [*detection.sites, *detection.leftovers(lambda _: True)[0]]
+        rules, sites = self.analyses.rules, self._all_sites
         if not rules:
             return [(site, None) for site in sites]
         first = {

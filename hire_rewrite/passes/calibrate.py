@@ -78,6 +78,11 @@ def _watch(
         return lambda inputs: tapped(analysis)(inputs)[1]
 
     reports = accumulate("calibration batch", batches, example, prepare, build)
+    if decisions and reports is None:
+        raise HireRewriteError(
+            f"{analyses.name}: there is no calibration batch: give a list (a generator that has "
+            "run once has none left)"
+        )
     return _conclude(decisions, reports or {})
 
 

@@ -222,10 +222,13 @@ class _Decider:
         if packed is None:
             return False
         if packed.layout != repr(operation.layout):
+            rules = (r for r in self.packed.rules if isinstance(r, type(operation.rule)))
+            before = next((rule for rule in rules if rule.names(packed.name)), None)
+            mine, asked = _differences(before, operation.tuned_rule())
             raise HireRewriteError(
-                f"{operation.site.name}: the Packed has it as {packed.layout}, but this function's "
-                f"rules ask for {operation.layout!r}: pack again with this function, or call the "
-                "one that it was packed with"
+                f"{operation.site.name}: the Packed has it with {mine}, but this function's rules "
+                f"ask for {asked}: pack again with this function, or give transform the rules that "
+                "it was packed with (Packed.rules)"
             )
         return True
 
@@ -263,6 +266,19 @@ class _Decider:
             if tokens >= operation.site.tokens and not pays:
                 return f"; from {tokens} tokens on it is no faster than dense"
         return f"; for up to {sizes[-1]} tokens it is faster than dense"
+
+
+def _differences(before: Rule | None, now: Rule) -> tuple[str, str]:
+    """The settings of a rule that differ from those of the one before, of both."""
+    fields = [field.name for field in dataclasses.fields(now)]  # type: ignore[arg-type]
+    fields = [name for name in fields if name not in ("path", "force", "max_tokens")]
+    if before is not None and type(before) is type(now):
+        fields = [name for name in fields if getattr(before, name) != getattr(now, name)] or fields
+    texts = [
+        ", ".join(f"{name}={getattr(rule, name, None)!r}" for name in fields)
+        for rule in (before, now)
+    ]
+    return texts[0], texts[1]
 
 
 def _without_loss(

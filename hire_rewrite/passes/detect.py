@@ -16,6 +16,7 @@ from hire_rewrite.graph.effects import unsupported_reason
 from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
+from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.graph.weights import loops_of
 from hire_rewrite.patterns.linear import Linear, MatchContext, as_linear, chosen_from
 from hire_rewrite.patterns.refusal import NoMatch, Refusal, closer
@@ -24,6 +25,9 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.placement import sharding_of
 from hire_rewrite.sites import Match, MatchedSite, SiteKind, site_kinds
 from hire_rewrite.sites.kind import weights_identity
+
+_NEAR = 64
+"""Operations that may stand between two layers of a block."""
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
@@ -203,11 +207,34 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Reject
         if refusal.refusal is Refusal.CONTRACTED and refusal.node in refused:
             behind = weights[refusal.node][1], refused[refusal.node].reason
             reason += "; and {} behind it does not end an FFN: {}".format(*behind)
+        if refusal.refusal is Refusal.TOO_NARROW and refusal.intended:
+            last = _layer_behind(trace, node, refused)
+            if last is not None:
+                name_of_last, why = weights[last][1], refused[last].reason
+                reason = f"{name_of_last} behind it does not end an FFN: {why}"
         source = source_of(refusal.node)
         rejection = Rejection(name, weight.shape, reason, refusal.matched, source, refusal.refusal)
         rejections.append(((-refusal.matched, not refusal.intended), node, rejection))
     rejections.sort(key=lambda item: item[0])
     return {node: rejection for _, node, rejection in rejections}
+
+
+def _layer_behind(trace: Trace, node: Node, refused: Mapping[Node, NoMatch]) -> Node | None:
+    """The refused layer that contracts what a layer returns, where nothing but other operations
+    stands between."""
+    first = as_linear(node, trace.provenance)
+    queue, seen = [node], {node}
+    while first is not None and queue and len(seen) < _NEAR:
+        for result in queue.pop(0).outs:
+            for user, _ in trace.live.users(result):
+                if user in refused and user not in seen:
+                    second = as_linear(user, trace.provenance)
+                    if second is not None and second.in_dim == first.out_dim:
+                        return user
+                elif user not in seen and not has(user.primitive, Trait.MULTIPLIES):
+                    queue.append(user)
+                seen.add(user)
+    return None
 
 
 def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:

@@ -80,7 +80,10 @@ def evaluate(
     build = functools.partial(_sums, sites_only=sites_only)
     total = accumulate("evaluation batch", batches, None, prepare, build)
     if total is None:
-        raise HireRewriteError(f"{analyses.name}: no batches to evaluate on: give at least one")
+        raise HireRewriteError(
+            f"{analyses.name}: no batches to evaluate on: give at least one (a "
+            "generator that has run once has none left)"
+        )
     return summarize(kinds[0].packing, total)
 
 

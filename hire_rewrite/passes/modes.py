@@ -19,11 +19,13 @@ class Mode:
 
     Attributes:
       packed: what takes the place of a packed site.
+      differentiable: whether its gradient is that of what it computes.
       packs_on_sight: whether raw weights are packed at the first call.
       exact_form: whether sites on raw weights have their exact form, instead of the model's own.
     """
 
     packed: Packing
+    differentiable: bool = True
     packs_on_sight: bool = False
     exact_form: bool = False
 
@@ -33,7 +35,7 @@ def _hire(decision: Decision, arrays: Any) -> list[SiteReplacement]:
     return operation.rewritten(arrays) if decision.rewritten else operation.exact(arrays)
 
 
-HIRE = Mode(_hire, packs_on_sight=True)
+HIRE = Mode(_hire, differentiable=False, packs_on_sight=True)
 EXACT = Mode(lambda decision, arrays: decision.op.exact(arrays), exact_form=True)
 DENSE = Mode(lambda decision, arrays: decision.op.dense(arrays))
 

@@ -76,6 +76,7 @@ def pack(
     meshes = [d.site.sharding for d in packing if isinstance(d.site.sharding, RowSharding)]
     if meshes:  # all on the same devices
         kept, sites = jax.tree.map(lambda array: on_mesh(array, meshes[0]), (kept, sites))
+    names = [decision.name for decision in decisions]
     info = PackedInfo(
         origin,
         tuple(
@@ -93,7 +94,7 @@ def pack(
             for d in decisions
             if d.site.label in calibration.statistics and not d.packs
         ),
-        tuple(d.op.tuned_rule().for_site(d.name, force=True) for d in packing),
+        tuple(d.op.tuned_rule().for_layer(d.name, names, force=True) for d in packing),
         tuple(map(abstract, jax.tree.leaves((kept, sites)))),
     )
     return Packed(kept, sites, info)

@@ -16,7 +16,7 @@ from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.report import SiteReport
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import Operation
-from hire_rewrite.tuned import Trial, Tuned
+from hire_rewrite.tuned import Trial, Tuned, portable
 
 _MARGIN = 0.5
 """The part of the misses allowed that may be used up on the held-out batches. The rest is left for
@@ -88,7 +88,7 @@ def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     if len(every) < 2:
         raise HireRewriteError(
             f"tune: {len(every)} batch(es): give at least 2, since a part is held out to measure "
-            "recall"
+            "(and a generator that has run once has none left)"
         )
     out = [i for i in range(len(every)) if i % 4 == 3] or [len(every) - 1]
     return [b for i, b in enumerate(every) if i not in out], [every[i] for i in out]
@@ -125,6 +125,7 @@ def tune(
         packed = analysis.pack(leaves, calibration)
         return evaluate(again, packed, other, leaves, None, kwargs, sites_only=True).sites
 
-    chosen, trials = choose(sites, recall, tokens, measure)
+    names = [decision.name for decision in decisions]
+    chosen, trials = (portable(some, names) for some in choose(sites, recall, tokens, measure))
     # Default rules spare blocks that are not sparse; written out they would not.
     return Tuned((*(trial.rule for trial in chosen), *analyses.rules), chosen, trials)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.provenance import Provenance
+from hire_rewrite.graph.provenance import Provenance, body_of
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import Window, origin
@@ -185,6 +185,19 @@ def is_one_hot(value: Value) -> bool:
             return False
         value = inner[0]
     return value.node is not None and value.node.primitive is p.eq_p
+
+
+def outer_value(value: Value) -> Value:
+    """What a value is, looking through casts and moves, and out of the loops that it is read in."""
+    while True:
+        inner = origin(value, Trait.MOVES | Trait.KEEPS | Trait.CASTS)
+        if inner.is_input and inner.scope.parent is not None:
+            body, i = body_of(inner)
+            if body.inputs[i].role in ("const", "slice"):
+                inner = body.inputs[i].outer
+        if inner is value:
+            return value
+        value = inner
 
 
 def free_axes(product: Node, position: int) -> dict[int, int]:

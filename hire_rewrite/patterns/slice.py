@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import (
     Blocked,
@@ -26,7 +26,7 @@ from hire_rewrite.patterns.axes import (
     ordered_axis,
 )
 from hire_rewrite.patterns.layout import fixed_starts
-from hire_rewrite.patterns.linear import MatchContext, is_one_hot
+from hire_rewrite.patterns.linear import MatchContext, free_axes, is_one_hot, outer_value
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Projection, Region, Vector
 
@@ -151,7 +151,7 @@ class _Walk:
         try:
             inners = operand_windows(node, window, output)
         except Blocked as blocked:
-            reason = f"its input axis {blocked}"
+            reason = self._of_an_argument(node, window) or f"its input axis {blocked}"
             raise self._refuse(Refusal.MIXES_POSITIONS, reason, node) from None
         for operand, inner in zip(node.ins, inners, strict=True):
             if operand.literal is not None:
@@ -263,8 +263,9 @@ class _Walk:
             return self._read_by(next(iter(self._selection)))
         return self._refuse(
             Refusal.MIXES_POSITIONS,
-            f"{node.primitive} changes each position by what {reducing.primitive} finds in all of "
-            "them (a normalization, say)",
+            f"between its two layers stands a normalization over the hidden axis, or the like, at "
+            f"{source_of(reducing)}: {node.primitive} changes each position by what "
+            f"{reducing.primitive} finds in all of them",
             reducing,
         )
 
@@ -283,10 +284,35 @@ class _Walk:
         reason = f"its input is also read by {user.primitive}"
         return self._refuse(Refusal.READ_ELSEWHERE, reason, user)
 
+    def _of_an_argument(self, node: Node, window: Window) -> str | None:
+        """Why a product with an argument that is not a weight is not a linear layer; None if it is
+        a product of others."""
+        if node.primitive is not p.dot_general_p:
+            return None
+        sides = [i for i in (0, 1) if window.axis in free_axes(node, i).values()]
+        root = outer_value(node.ins[sides[0]]) if sides else None
+        if root is None or not root.is_input or root.scope.parent is not None:
+            return None
+        trace = self.context.trace
+        argument = trace.arguments[trace.scope.inputs.index(root)]
+        where = "a keyword argument: give it by position, and"
+        if argument.position is not None:
+            where = f"argument {argument.position}:"
+        return (
+            f"its input axis comes from a product with {trace.path(root)}, which is not a weight "
+            f"but in {where} add it to weights= if it holds weights"
+        )
+
     def _unknown(self, node: Node) -> NoMatch:
         reason = (
             f"{node.primitive} is not known to treat the positions of its input axis separately"
         )
+        if has(node.primitive, Trait.RANDOM):
+            reason = (
+                f"{node.primitive} draws random numbers for its hidden positions, as an active "
+                "dropout does: trace the model for inference (deterministic=True, model.eval(), "
+                "eqx.nn.inference_mode)"
+            )
         return self._refuse(Refusal.UNKNOWN_OPERATION, reason, node)
 
     def _is_weight(self, node: Node) -> bool:

@@ -195,7 +195,9 @@ def test_what_several_tokens_share():
 
 BAD = {
     "no tuple": ([X], "tuple"),
-    "another structure": ([(X, X)], "structure"),
+    "the weights too": ([(X,), (PLAIN, X)], "batch 1 has 2 argument"),
+    "another structure": ([([X],)], "structure"),
+    "another size": ([(X,), (X[:, :-1],)], "calibration batch 1"),
     "another dtype": ([(X.astype(jnp.bfloat16),)], "bfloat16"),
     "another rank": ([(X[0],)], "leading sizes"),
     "none": ([], "no calibration batch"),
@@ -207,8 +209,17 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_batches(name):
     batches, word = BAD[name]
-    with pytest.raises(hire.HireRewriteError, match=word):
+    with pytest.raises((hire.HireRewriteError, TypeError)) as caught:
         seen(plain(), PLAIN, X, batches=batches)
+    assert word in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+
+
+def test_batches_of_a_generator_that_has_run():
+    batches = (batch for batch in [(X,), (X,)])
+    step = hire.transform(plain(), hire.FFN(k=8, predictor=hire.LowRank(4), force=True))
+    step.pack(PLAIN, X, calibration=batches)
+    with pytest.raises(hire.HireRewriteError, match="generator"):
+        step.pack(PLAIN, X, calibration=batches)
 
 
 def test_a_site_that_no_batch_reaches():

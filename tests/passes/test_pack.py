@@ -149,7 +149,7 @@ def test_a_packed_serves_rules_that_leave_its_arrays_as_they_are():
         fresh = pack(plain(), PLAIN, X, rules=(rule.replace(**other),))
         np.testing.assert_array_equal(run(step, result, X), run(step, fresh, X))
     for other in ({"group": 4}, {"predictor": hire.Quantized()}, {"criterion": "output"}):
-        with pytest.raises(hire.HireRewriteError, match="p: the Packed has it as"):
+        with pytest.raises(hire.HireRewriteError, match=next(iter(other))):
             hire.transform(plain(), rule.replace(**other)).plan(result, X)
     narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), result)
     with pytest.raises(hire.HireRewriteError, match="pack again"):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.extend import core as jex_core
-from jax.extend import source_info_util
 
-import hire_rewrite
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls import structured_calls
+from hire_rewrite.graph.source import PACKAGE, user_place
 from hire_rewrite.passes.diff.keys import (
     constant_key,
     literal_key,
@@ -24,8 +22,6 @@ from hire_rewrite.passes.diff.keys import (
     shown_params,
     type_of,
 )
-
-_PACKAGE = Path(hire_rewrite.__file__).parent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,11 +85,10 @@ class Line:
     @functools.cached_property
     def source(self) -> tuple[str, int, str]:
         """File, line and function of the user's code; empty if JAX does not know."""
-        place, _, function = source_info_util.summarize(self.eqn.source_info).partition(" (")
-        found = re.match(r"(.*?):(\d+)", place)
-        if found is None or _PACKAGE in Path(found[1]).parents:
+        place = user_place(self.eqn.source_info)
+        if place is None or PACKAGE in Path(place[0]).parents:
             return "", 0, ""
-        return found[1], int(found[2]), function.rstrip(")")
+        return place
 
     @functools.cached_property
     def primitives(self) -> collections.Counter[str]:

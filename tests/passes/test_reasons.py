@@ -1,0 +1,74 @@
+"""Reasons name what a user can change."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hire_rewrite as hire
+
+D, F = 64, 256
+X = jnp.ones((1, D))
+KEYS = jax.random.split(jax.random.key(0), 3)
+PARAMS = {"up": jax.random.normal(KEYS[0], (D, F)), "down": jax.random.normal(KEYS[1], (F, D))}
+RULE = hire.FFN(k=8, force=True)
+
+
+def reasons(fn, *args):
+    plan = hire.inspect(fn, *args, rules=[RULE])
+    assert not plan.sites
+    return {rejection.name: rejection.reason for rejection in plan.rejected}
+
+
+def test_a_normalization_between_two_layers():
+    def fn(params, x):
+        h = jax.nn.relu(x @ params["up"])
+        h = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+        return h @ params["down"]
+
+    found = reasons(fn, PARAMS, X)
+    assert "normalization" in found["params/down"]
+    assert "test_reasons.py:" in found["params/down"]
+    assert "normalization" in found["params/up"]  # it is not only too narrow for a vocabulary
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_layer_that_is_an_argument_of_its_own(looped):
+    def fn(params, x, delta):
+        h = jax.lax.fori_loop(0, 3, lambda _, x: x, x) @ delta if looped else x @ delta
+        return jax.nn.relu(h) @ params["down"]
+
+    found = reasons(fn, PARAMS, X, PARAMS["up"])
+    assert "delta" in found["params/down"]
+    assert "argument 2" in found["params/down"]
+
+
+def test_an_adapter_of_a_scan():
+    def fn(params, x, delta):
+        def layer(x, w):
+            return jax.nn.relu(x @ w[0]) @ w[1], None
+
+        return jax.lax.scan(layer, x, (delta, params["down"]))[0]
+
+    stacked = {"down": jnp.stack([PARAMS["down"]] * 2)}
+    found = reasons(fn, stacked, X, jnp.stack([PARAMS["up"]] * 2))
+    assert "argument 2" in found["params/down"]
+
+
+def block(params, x):
+    return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+
+def test_a_packed_that_was_restored_to_a_dict():
+    step = hire.transform(block, RULE)
+    packed = step.pack(PARAMS, X)
+    with pytest.raises(hire.HireRewriteError, match="target"):
+        step({"weights": packed.weights, "sites": packed.sites}, X)
+    with pytest.raises(hire.HireRewriteError, match="argument 1 is a Packed"):
+        step(PARAMS, packed)
+
+
+def test_rules_that_a_packed_was_not_made_for():
+    packed = hire.transform(block, RULE).pack(PARAMS, X)
+    other = hire.transform(block, RULE.replace(group=16, k=16))
+    with pytest.raises(hire.HireRewriteError, match=r"group=8.*group=16"):
+        other(packed, X)
