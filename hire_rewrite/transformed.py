@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import abstract, placed
+from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
@@ -86,13 +88,13 @@ class Transformed:
         if _tracing() and _traced(jax.tree.leaves(operands)):
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
-            return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
+            return self._compiled_for(self._analyzed(None, args, kwargs))(*operands)
         return self._compiled(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
         packed, args = self._split(args)
-        return self._analyses.of(packed, args, kwargs).plan
+        return self._analyzed(packed, args, kwargs).plan
 
     def pack(
         self,
@@ -127,9 +129,11 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis, seen = self._analyses.of(None, args, kwargs), None
+        analysis, seen = self._analyzed(None, args, kwargs), None
         if calibration is not None:
-            analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
+            with timed(self.name, "calibrate") as found:
+                analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
+                found("%d site(s)", len(seen.sites))
         else:
             analysis.check_decided()
         if seen is None and not shapes and analysis.wants_calibration:
@@ -138,7 +142,9 @@ class Transformed:
                 "will recall badly; give pack(..., calibration=batches)"
             )
         analysis = self._analyses.examined(analysis, args, kwargs, leaves)
-        packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
+        with timed(self.name, "pack") as found:
+            packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
+            found("%r", packed)
         if not self.weights and not shapes:
             self._seen = (), [packed]
         return packed
@@ -180,7 +186,10 @@ class Transformed:
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
-        return evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
+        with timed(self.name, "evaluate") as found:
+            report = evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
+            found("%d site(s)", len(report.sites))
+        return report
 
     def tune(
         self,
@@ -232,10 +241,16 @@ class Transformed:
                     "both, or no seconds="
                 )
             recall = 0.99 if recall is None else recall
-            return tune(self._analyses, weights, batches, recall, kwargs)
+            with timed(self.name, "tune") as found:
+                tuned = tune(self._analyses, weights, batches, recall, kwargs)
+                found("%d rule(s)", len(tuned))
+            return tuned
         if recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
-        return tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+        with timed(self.name, "tune") as found:
+            tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+            found("%d rule(s)", len(tuned))
+        return tuned
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after.
@@ -250,19 +265,33 @@ class Transformed:
           ['params/vocabulary']
         """
         packed, args = self._split(args)
-        analysis = self._analyses.of(packed, args, kwargs)
+        analysis = self._analyzed(packed, args, kwargs)
+        with timed(self.name, "diff") as found:
+            changes = self._diff(analysis, packed, args, kwargs)
+            found("%r", changes)
+        return changes
+
+    def _diff(
+        self,
+        analysis: Analysis,
+        packed: Packed | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Diff:
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
-        rest = self._analyses.without_weights(args, packed)
+        rest = self._analyses.without_weights(tuple(args), packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        before, after = analysis.trace.closed, jax.make_jaxpr(self._run)(*specs)
+        # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
+        after = jax.make_jaxpr(lambda *operands: self._run(*operands))(*specs)
         paths = analysis.trace.paths
         others = [path for i, path in enumerate(paths) if i not in analysis.trace.weights]
         given = paths if packed is None else (*packed.paths, *others)
         results = [(i, i) for i in range(analysis.trace.out_tree.num_leaves)]
         notes = notes_of(analysis.plan, analysis.decisions, analysis.detection)
         names = self.name, f"{self.name}, rewritten"
-        return compare(names, (before, after), (paths, given), results, analysis.plan, notes)
+        closed = analysis.trace.closed, after
+        return compare(names, closed, (paths, given), results, analysis.plan, notes)
 
     # How it runs.
 
@@ -276,7 +305,7 @@ class Transformed:
         """The function on a `Packed` (`args` have None for the weights) or on raw weights."""
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
-        analysis = analysis or self._analyses.of(packed, args, kwargs)
+        analysis = analysis or self._analyzed(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
@@ -292,7 +321,9 @@ class Transformed:
                 f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
                 "outside the packed sites: pack for a call like this one"
             )
-        results, _ = rewritten(inputs)
+        with timed(self.name, "rewrite") as found:
+            results, _ = rewritten(inputs)
+            found("%d replacement(s)", len(set(rewritten.units.values())))
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
     def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
@@ -336,6 +367,18 @@ class Transformed:
         if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
             self._seen = leaves, [*(known if same else ()), *new]
         return new[0] if new else None
+
+    def _analyzed(
+        self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Analysis:
+        """The analysis of a call, in files too if `HIRE_DUMP_TO` asks for that."""
+        analysis = self._analyses.of(packed, args, kwargs)
+        if folder := os.environ.get("HIRE_DUMP_TO"):
+            from hire_rewrite.dump import dump
+
+            diff = functools.partial(self._diff, analysis, packed, args, kwargs)
+            dump(folder, self.name, analysis, diff)
+        return analysis
 
     def _split(self, args: tuple[Any, ...]) -> tuple[Packed | None, tuple[Any, ...]]:
         """The `Packed` among the arguments, if there is one, and the arguments."""
