@@ -79,6 +79,7 @@ gpu: $(VENV)/.test
 docs: $(VENV)/.test
 	$(RUN) -m tests.zoo.coverage docs/coverage.md
 	$(RUN) -m benchmarks.da_top_k
+	$(RUN) -m hire_rewrite draw examples.smollm2.target:step --pack -o docs/smollm2.svg
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

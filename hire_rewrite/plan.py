@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
@@ -73,10 +74,38 @@ class Rejection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """A site, or a linear layer in no site, at its place in the program.
+
+    Attributes:
+      name: of the site, or the path of the weight.
+      kind: of the site; empty for a layer in no site.
+      status: `"rewritten"`, `"dense"` or `"in no site"`.
+      about: its sizes, as text.
+      repeats: times that it runs in one call.
+      bytes_before, bytes_after: weight bytes that one call reads here.
+      expected: how many times as fast as dense, as the site has it.
+      reads: places in `Plan.layers` of the nearest layers whose results it reads, with anything but
+        layers in between.
+    """
+
+    name: str
+    kind: str
+    status: str
+    about: str
+    repeats: int
+    bytes_before: int
+    bytes_after: int
+    expected: float | None = None
+    reads: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Sites, near misses (closest first), opaque equations with products inside, unused rules,
-    whether the kernels for CPU are in use (see `ops.kernels`), and the machine by whose times
-    sites were judged (see `hire_rewrite.cost.machine`)."""
+    whether the kernels for CPU are in use (see `ops.kernels`), the machine by whose times
+    sites were judged (see `hire_rewrite.cost.machine`), and the sites and near misses in the order
+    of the program."""
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejection, ...] = ()
@@ -84,6 +113,30 @@ class Plan:
     unused_rules: tuple[Rule, ...] = ()
     kernels: str = ""
     machine: str = ""
+    layers: tuple[Layer, ...] = ()
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the flow of data through the layers, as SVG or PNG; with matplotlib.
+
+        A box for each layer, with the bytes that one call reads, before and after; layers that are
+        alike are one box with their number. What stays as it is is pale.
+
+        Args:
+          path: a file whose name ends in `.svg` or `.png`.
+
+        Raises:
+          HireRewriteError: it has another ending, or matplotlib is missing.
+
+        Example:
+          >>> import jax.numpy as jnp, pathlib, tempfile, hire_rewrite as hire
+          >>> fn = lambda params, x: x @ params["vocabulary"]
+          >>> plan = hire.inspect(fn, {"vocabulary": jnp.ones((64, 9000))}, jnp.ones((1, 64)))
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     plan.draw(pathlib.Path(folder, "plan.svg"))
+        """
+        from hire_rewrite.passes.draw import draw
+
+        draw(self, path)
 
     def __str__(self) -> str:
         rewritten = sum(site.status == "rewritten" for site in self.sites)
@@ -112,15 +165,26 @@ class Plan:
         return "\n".join(parts)
 
 
+def layer_of(site: Site) -> Layer:
+    """A site as a layer, without what it reads."""
+    return Layer(
+        site.name, site.kind, site.status, _about(site), site.repeats, site.bytes_before,
+        site.bytes_after, site.expected,
+    )  # fmt: skip
+
+
+def _about(site: Site) -> str:
+    about = f"{site.d_model} → {site.width}"
+    about += f" {site.activation}" if site.activation else ""
+    return about + (" gated" if site.gated else "")
+
+
 def _site_row(site: Site) -> list[str]:
-    layer = f"{site.d_model} → {site.width}"
-    layer += f" {site.activation}" if site.activation else ""
-    layer += " gated" if site.gated else ""
     read = f"{site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
     if site.bytes_after != site.bytes_before:
         read += f" → {site.bytes_after / 1e6:.1f}"
     return [
-        site.name, site.kind, layer, str(site.repeats), str(site.tokens), read,
+        site.name, site.kind, _about(site), str(site.repeats), str(site.tokens), read,
         "" if site.expected is None else f"{site.expected:.2f} ×", site.status, site.reason,
     ]  # fmt: skip
 
