@@ -155,7 +155,7 @@ class _Drawing:
             size += f" → {megabytes(box.bytes_after)}"
         self._text(x + _PAD, y + 59, size, 8, ink)
         if rewritten and box.layer.expected is not None:
-            fast = f"{box.layer.expected:.2f} × as fast"
+            fast = f"expected {box.layer.expected:.2f} ×"
             self._text(right, y + 59, fast, 7.5, LIGHT.faint, right=True)
 
     def _bar(self, x: float, y: float, width: float, height: float, color: str) -> None:
