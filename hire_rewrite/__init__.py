@@ -17,7 +17,7 @@ from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.diff import Diff
-from hire_rewrite.plan import Plan, Rejection, Site
+from hire_rewrite.plan import Layer, Plan, Rejection, Site
 from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.saved import load_rules, save_rules
 from hire_rewrite.sites.ffn.rule import FFN
@@ -36,6 +36,7 @@ __all__ = [
     "Head",
     "HireRewriteError",
     "HireRewriteWarning",
+    "Layer",
     "Linear",
     "LowRank",
     "ModelReport",

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
+from hire_rewrite.log import timed
 from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
@@ -210,7 +211,9 @@ class Analyses:
         self, analysis: Analysis, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Any
     ) -> Analysis:
         """An analysis of raw weights that knows what their numbers tell."""
-        told = analysis.examined(weights)
+        with timed(self.name, "examine") as found:
+            told = analysis.examined(weights)
+            found("looked at the numbers of %d site(s)", len(told))
         if not told:
             return analysis
         return self.of(None, args, kwargs, {**analysis.statistics, **told})
@@ -238,7 +241,10 @@ class Analyses:
             self._detections[traced] = self._detect(args, kwargs, packed)
         graph, detection = self._detections[traced]
         info = None if packed is None else packed.info
-        plan, decisions = decide(detection, self.rules, statistics, info)
+        with timed(self.name, "decide") as found:
+            plan, decisions = decide(detection, self.rules, statistics, info)
+            rewritten = ", ".join(site.name for site in plan.rewritten)
+            found("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
         if packed is None and not any(decision.packs for decision in decisions):
             hint = unlisted_weights(graph, self.weights)
             plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
@@ -254,7 +260,9 @@ class Analyses:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
     ) -> tuple[Trace, Detection]:
         try:
-            graph = trace(self.fn, args, kwargs, self.weights)
+            with timed(self.name, "trace") as found:
+                graph = trace(self.fn, args, kwargs, self.weights)
+                found("%d weight array(s) of %d inputs", len(graph.weights), len(graph.paths))
         except (TypeError, ValueError) as error:
             if packed is None or isinstance(error, HireRewriteError):
                 raise
@@ -263,7 +271,13 @@ class Analyses:
                 f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
                 "arguments are right, pack again from this function's weights"
             ) from error
-        return graph, detect(graph, self.rules, self.mesh)
+        with timed(self.name, "detect") as found:
+            detection = detect(graph, self.rules, self.mesh)
+            found(
+                "%d site(s), %d linear layer(s) in none", len(detection.sites),
+                len(detection.rejected),
+            )  # fmt: skip
+        return graph, detection
 
     def _report(self, misses: Sequence[tuple[Hashable, str]], plan: Plan) -> None:
         """Say what is missed, as `on_miss` asks for."""

@@ -8,6 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+GRADIENT = (
+    'a gradient is taken in mode "hire", whose gradient is not the model\'s: what is not chosen '
+    "and what is rounded has none, and a Packed is not what you train. Give transform(..., "
+    'mode="exact") to differentiate, with the weights as they are'
+)
+"""What a user is told of it."""
+
 
 def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterable[Any]], list[Any]]:
     """A function that returns arrays as they are, and calls `announce` where they are

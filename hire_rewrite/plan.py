@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -78,6 +79,33 @@ class Rejection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """A site, or a linear layer in no site, at its place in the program.
+
+    Attributes:
+      name: of the site, or the path of the weight.
+      kind: of the site; empty for a layer in no site.
+      status: `"rewritten"`, `"dense"` or `"in no site"`.
+      about: its sizes, as text.
+      repeats: times that it runs in one call.
+      bytes_before, bytes_after: weight bytes that one call reads here.
+      expected: how many times as fast as dense, as the site has it.
+      reads: places in `Plan.layers` of the nearest layers whose results it reads, with anything but
+        layers in between.
+    """
+
+    name: str
+    kind: str
+    status: str
+    about: str
+    repeats: int
+    bytes_before: int
+    bytes_after: int
+    expected: float | None = None
+    reads: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What was found in a function, and what is done about it.
 
@@ -89,6 +117,7 @@ class Plan:
       kernels: whether the kernels for CPU are in use (see `hire_rewrite.ops.kernels`).
       machine: by whose times sites were judged (see `hire_rewrite.cost.machine`).
       hints: what may have been forgotten.
+      layers: sites and linear layers in none, in the order of the program.
     """
 
     sites: tuple[Site, ...]
@@ -98,6 +127,7 @@ class Plan:
     kernels: str = ""
     machine: str = ""
     hints: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -126,6 +156,29 @@ class Plan:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
         return text
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the flow of data through the layers, as SVG or PNG; with matplotlib.
+
+        A box for each layer, with the bytes that one call reads, before and after; layers that are
+        alike are one box with their number. What stays as it is is pale.
+
+        Args:
+          path: a file whose name ends in `.svg` or `.png`.
+
+        Raises:
+          HireRewriteError: it has another ending, or matplotlib is missing.
+
+        Example:
+          >>> import jax.numpy as jnp, pathlib, tempfile, hire_rewrite as hire
+          >>> fn = lambda params, x: x @ params["vocabulary"]
+          >>> plan = hire.inspect(fn, {"vocabulary": jnp.ones((64, 9000))}, jnp.ones((1, 64)))
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     plan.draw(pathlib.Path(folder, "plan.svg"))
+        """
+        from hire_rewrite.passes.draw import draw
+
+        draw(self, path)
 
     def __str__(self) -> str:
         """Sites and layers that are alike in all but their names share a row; MB are of all."""
@@ -185,7 +238,7 @@ def _known_kinds() -> list[str]:
 
 def _plain(value: Any) -> Any:
     """A plan, or a part of one, as JSON has it."""
-    if isinstance(value, Plan | Site | Rejection):
+    if isinstance(value, Plan | Site | Rejection | Layer):
         fields = dataclasses.fields(value)
         return {field.name: _plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, tuple):
@@ -195,16 +248,27 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Rule) else value
 
 
+def layer_of(site: Site) -> Layer:
+    """A site as a layer, without what it reads."""
+    return Layer(
+        site.name, site.kind, site.status, _about(site), site.repeats, site.bytes_before,
+        site.bytes_after, site.expected,
+    )  # fmt: skip
+
+
+def _about(site: Site) -> str:
+    about = f"{site.d_model} → {site.width}"
+    about += f" {site.activation}" if site.activation else ""
+    return about + (" gated" if site.gated else "")
+
+
 def _site_row(name: str, sites: Sequence[Site]) -> list[str]:
     site, number = sites[0], len(sites)
-    layer = f"{site.d_model} → {site.width}"
-    layer += f" {site.activation}" if site.activation else ""
-    layer += " gated" if site.gated else ""
     read = f"{number * site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
     if site.bytes_after != site.bytes_before:
         read += f" → {number * site.bytes_after / 1e6:.1f}"
     return [
-        f"{name} ({number})" if number > 1 else name, site.kind, layer, str(site.repeats),
+        f"{name} ({number})" if number > 1 else name, site.kind, _about(site), str(site.repeats),
         str(site.tokens), read, "" if site.expected is None else f"{site.expected:.2f} ×",
         site.status, site.reason,
     ]  # fmt: skip

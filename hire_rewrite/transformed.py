@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import operator
+import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
-from hire_rewrite import _compat
 from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.arguments import packed_among
+from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, warn
-from hire_rewrite.gradient import announcing
+from hire_rewrite.gradient import GRADIENT, announcing
 from hire_rewrite.graph.trace import abstract, placed
+from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.diff import Diff, compare, notes_of
+from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.rewrite import rewrite
@@ -30,6 +28,7 @@ from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
+from hire_rewrite.sight import OnSight, traced, tracing
 from hire_rewrite.tuned import Tuned
 
 
@@ -62,9 +61,9 @@ class Transformed:
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
         )
-        self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
         self._warned: set[Hashable] = set()
-        self._for_inference = announcing(self._warn_of_gradient)
+        self._for_inference = announcing(lambda: self._warn(GRADIENT))
+        self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.cache(
@@ -84,19 +83,19 @@ class Transformed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         packed, args = self._split(args, kwargs)
         if packed is None and self.mode.packs_on_sight:
-            packed = self._packed_on_sight(args, kwargs)
+            packed = self._sight.pack(tuple(self._weight_leaves(args)), args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
-        if _tracing() and _traced(jax.tree.leaves(operands)):
+        if tracing() and traced(jax.tree.leaves(operands)):
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
-            return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
+            return self._compiled_for(self._analyzed(None, args, kwargs))(*operands)
         return self._compiled(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
         packed, args = self._split(args, kwargs)
-        return self._analyses.of(packed, args, kwargs).plan
+        return self._analyzed(packed, args, kwargs).plan
 
     def pack(
         self,
@@ -131,9 +130,11 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis, seen = self._analyses.of(None, args, kwargs), None
+        analysis, seen = self._analyzed(None, args, kwargs), None
         if calibration is not None:
-            analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
+            with timed(self.name, "calibrate") as found:
+                analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
+                found("%d site(s)", len(seen.sites))
         else:
             analysis.check_decided()
         if seen is None and not shapes and analysis.wants_calibration:
@@ -142,9 +143,11 @@ class Transformed:
                 "will recall badly; give pack(..., calibration=batches)"
             )
         analysis = self._analyses.examined(analysis, args, kwargs, leaves)
-        packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
+        with timed(self.name, "pack") as found:
+            packed = analysis.pack([placed(leaf) for leaf in leaves] if shapes else leaves, seen)
+            found("%r", packed)
         if not self.weights and not shapes:
-            self._seen = (), [packed]
+            self._sight.keep(packed)
         return packed
 
     def evaluate(
@@ -184,7 +187,10 @@ class Transformed:
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
-        return evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
+        with timed(self.name, "evaluate") as found:
+            report = evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
+            found("%d site(s)", len(report.sites))
+        return report
 
     def tune(
         self,
@@ -236,10 +242,16 @@ class Transformed:
                     "both, or no seconds="
                 )
             recall = 0.99 if recall is None else recall
-            return tune(self._analyses, weights, batches, recall, kwargs)
+            with timed(self.name, "tune") as found:
+                tuned = tune(self._analyses, weights, batches, recall, kwargs)
+                found("%d rule(s)", len(tuned))
+            return tuned
         if recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
-        return tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+        with timed(self.name, "tune") as found:
+            tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+            found("%d rule(s)", len(tuned))
+        return tuned
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after.
@@ -254,20 +266,26 @@ class Transformed:
           ['params/vocabulary']
         """
         packed, args = self._split(args, kwargs)
-        analysis = self._analyses.of(packed, args, kwargs)
+        analysis = self._analyzed(packed, args, kwargs)
+        with timed(self.name, "diff") as found:
+            changes = self._diff(analysis, packed, args, kwargs)
+            found("%r", changes)
+        return changes
+
+    def _diff(
+        self,
+        analysis: Analysis,
+        packed: Packed | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Diff:
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
-        rest = self._analyses.without_weights(args, packed)
+        rest = self._analyses.without_weights(tuple(args), packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        unmarked = functools.partial(self._run, marked=False)
-        before, after = analysis.trace.closed, jax.make_jaxpr(unmarked)(*specs)
-        paths = analysis.trace.paths
-        others = [path for i, path in enumerate(paths) if i not in analysis.trace.weights]
-        given = paths if packed is None else (*packed.paths, *others)
-        results = [(i, i) for i in range(analysis.trace.out_tree.num_leaves)]
-        notes = notes_of(analysis.plan, analysis.decisions, analysis.detection)
-        names = self.name, f"{self.name}, rewritten"
-        return compare(names, (before, after), (paths, given), results, analysis.plan, notes)
+        # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
+        after = jax.make_jaxpr(lambda *operands: self._run(*operands, marked=False))(*specs)
+        return compared(analysis, self.name, packed, after)
 
     # How it runs.
 
@@ -287,7 +305,7 @@ class Transformed:
         """
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
-        analysis = analysis or self._analyses.of(packed, args, kwargs)
+        analysis = analysis or self._analyzed(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
@@ -303,91 +321,33 @@ class Transformed:
                 f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
                 "outside the packed sites: pack for a call like this one"
             )
-        results, _ = rewritten(inputs)
+        with timed(self.name, "rewrite") as found:
+            results, _ = rewritten(inputs)
+            found("%d replacement(s)", len(set(rewritten.units.values())))
         if packed is not None and not self.mode.differentiable and analysis.rewrites and marked:
             results = self._for_inference(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
-    def _packed_on_sight(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Packed | None:
-        """A `Packed` made of the raw weights in `args`; None if no site asks for one."""
-        leaves = tuple(self._weight_leaves(args))
-        seen, known = self._seen
-        same = len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
-        if not self.weights and known:
-            return known[0]
-        analysis = self._analyses.of(None, args, kwargs)
-        analysis.check_decided()
-        if not analysis.packing and (same or _traced(leaves) or not analysis.unexamined):
-            return None
-        for packed in known if same else ():
-            if analysis.serves(packed):
-                return packed
-        if _traced(leaves):
-            if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
-                raise HireRewriteError(
-                    f"{self.name}: raw weights whose types say how they are sharded, inside an "
-                    "outer trace: pack ahead with .pack(...) and pass the Packed in their place"
-                )
-            self._warn(
-                "raw weights inside an outer trace: the rows and predictors are computed in the "
-                "graph at every call, which is slow; pack ahead with .pack(...) and pass the "
-                "Packed in place of the weights"
-            )
-            return analysis.pack(leaves)
-        new: list[Packed] = []
-        traced = isinstance(jnp.zeros(()), jax.core.Tracer)
-        with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-            analysis = self._analyses.examined(analysis, args, kwargs, leaves)
-            if analysis.packing:
-                hint = ", without calibration, so LowRank predictors will recall badly"
-                hint = hint if analysis.wants_calibration else ""
-                self._warn(
-                    f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and "
-                    "pass the Packed in place of the weights"
-                )
-                new = [analysis.pack(leaves)]
-        if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
-            self._seen = leaves, [*(known if same else ()), *new]
-        return new[0] if new else None
+    def _analyzed(
+        self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Analysis:
+        """The analysis of a call, in files too if `HIRE_DUMP_TO` asks for that."""
+        analysis = self._analyses.of(packed, args, kwargs)
+        if folder := os.environ.get("HIRE_DUMP_TO"):
+            from hire_rewrite.dump import dump
+
+            diff = functools.partial(self._diff, analysis, packed, args, kwargs)
+            dump(folder, self.name, analysis, diff)
+        return analysis
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Packed | None, tuple[Any, ...]]:
         """The `Packed` among the arguments, if there is one, and the arguments."""
-        for position in self.weights:
-            if position >= len(args):
-                named = f" (and {', '.join(kwargs)} by keyword)" if kwargs else ""
-                raise HireRewriteError(
-                    f"{self.name}: weights={position} but the call has {len(args)} positional "
-                    f"argument(s){named}: give weights by position, and transform their position, "
-                    "or () if they are closed over"
-                )
-        first = args[self.weights[0]] if self.weights else None
-        if isinstance(first, Mapping) and {"weights", "sites"} <= set(first) <= _PACKED:
-            raise HireRewriteError(
-                f"{self.name}: argument {self.weights[0]} is a {type(first).__name__} of `weights` "
-                "and `sites`, which a Packed is restored to without a target: give the restoring "
-                "call a target, pack(...) of jax.ShapeDtypeStructs in place of the weights"
-            )
-        misplaced = [
-            i for i, arg in enumerate(args) if isinstance(arg, Packed) and arg is not first
-        ]
-        if misplaced:
-            raise HireRewriteError(
-                f"{self.name}: argument {misplaced[0]} is a Packed, but weights={self.weights}: it "
-                "stands where the first of the weights stood"
-            )
-        return (first, args) if isinstance(first, Packed) else (None, args)
+        return packed_among(self.name, self.weights, args, kwargs), args
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
-
-    def _warn_of_gradient(self) -> None:
-        self._warn(
-            'a gradient is taken in mode "hire", whose gradient is not the model\'s: what is not '
-            "chosen and what is rounded has none, and a Packed is not what you train. Give "
-            'transform(..., mode="exact") to differentiate, with the weights as they are'
-        )
 
     def _warn(self, message: str, key: Hashable = None) -> None:
         """Warn once of what has this key, by default the message."""
@@ -395,19 +355,3 @@ class Transformed:
         if key not in self._warned:
             self._warned.add(key)
             warn(f"{self.name}: {message}")
-
-
-_PACKED = {field.name for field in dataclasses.fields(Packed)}
-
-
-def _traced(leaves: Iterable[Any]) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-
-
-def _tracing() -> bool:
-    """Whether there is a trace around, without which nothing is traced: a quick answer."""
-    return get_opaque_trace_state() != _NO_TRACE
-
-
-with jax.core.eval_context():
-    _NO_TRACE = get_opaque_trace_state()

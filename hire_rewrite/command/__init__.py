@@ -1,4 +1,4 @@
-"""The command line: `hire-rewrite inspect`, `diff`, `tune`, `evaluate`, `bench` and `demo`.
+"""The command line: `hire-rewrite inspect`, `diff`, `draw`, `tune`, `evaluate`, `bench` and `demo`.
 
 Its own libraries (click for arguments, rich for tables) come with the extra `cli`; nothing else in
 the package imports this one.
@@ -11,7 +11,7 @@ import click
 from hire_rewrite.command.bench import bench
 from hire_rewrite.command.demo import demo
 from hire_rewrite.command.measure import evaluate, tune
-from hire_rewrite.command.see import diff, inspect
+from hire_rewrite.command.see import diff, draw, inspect
 
 __all__ = ["group"]
 
@@ -36,5 +36,5 @@ def group() -> None:
     pass
 
 
-for _command in (inspect, diff, tune, evaluate, bench, demo):
+for _command in (inspect, diff, draw, tune, evaluate, bench, demo):
     group.add_command(_command)

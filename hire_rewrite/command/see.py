@@ -1,4 +1,4 @@
-"""`inspect` and `diff`: what would be rewritten, and how the graph would look."""
+"""`inspect`, `diff` and `draw`: what would be rewritten, and how the graph would look."""
 
 from __future__ import annotations
 
@@ -81,3 +81,29 @@ def diff(target: Target, as_json: bool, html: str | None) -> None:
         click.echo(found.to_json())
     elif html is None:
         click.echo(str(found))
+
+
+@command
+@click.option(
+    "--pack", is_flag=True, help="Look at the numbers first, as packing does: for no rules."
+)
+@click.option(
+    "--output", "-o", default="plan.svg", show_default=True, type=click.Path(dir_okay=False),
+    help="A file that ends in .svg or .png.",
+)  # fmt: skip
+def draw(target: Target, pack: bool, output: str) -> None:
+    """A drawing of the plan: the layers, and what each reads before and after.
+
+    It needs matplotlib: pip install 'hire-rewrite[plot]'.
+
+    \b
+    Example:
+      hire-rewrite draw hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' -o plan.svg
+    """
+    step, args = target.step, list(target.args)
+    if pack:
+        packed = step.pack(*args)
+        for place, position in enumerate(target.weights):
+            args[position] = packed if place == 0 else None
+    step.plan(*args).draw(output)
+    click.echo(f"wrote {output}")

@@ -5,5 +5,6 @@ what is known of its values: which are weights (`provenance`), which anybody nee
 and along which mesh axes they vary (`varying`). `calls` sees through the primitives that hold
 jaxprs and writes them again; `opaque` names those that nobody looks into. `traits` is the one
 table of what primitives do, `evaluate` the one place where an equation becomes code; `effects`
-says what must keep its order. `weights` computes weights outside of loops.
+says what must keep its order. `weights` computes weights outside of loops, and `feeds`
+says which products read which.
 """

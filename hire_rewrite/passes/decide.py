@@ -14,6 +14,7 @@ from hire_rewrite.graph.nodes import Node, source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed import PackedInfo, PackedSite
 from hire_rewrite.passes.detect import Detection
+from hire_rewrite.passes.flow import layers_of
 from hire_rewrite.passes.listing import counted_once, sharing, shown_of
 from hire_rewrite.plan import Plan, Site
 from hire_rewrite.rules import Rule
@@ -118,13 +119,15 @@ def decide(
     decisions = sharing([*decisions, *left])
     shown = counted_once(shown_of(decisions, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
+    rejected = [(n, r) for n, r in detection.rejections(refused) if n not in nodes]
     plan = Plan(
         tuple(decision.row for decision in shown),
-        tuple(r for node, r in detection.rejections(refused) if node not in nodes),
+        tuple(r for _, r in rejected),
         detection.opaque,
         tuple(rule for rule in rules if id(rule) not in decider.used),
         kernels.cpu.status(),
         decider.machine.name,
+        layers=layers_of(detection, shown, rejected),
     )
     return plan, tuple(decisions)
 

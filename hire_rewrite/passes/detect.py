@@ -197,7 +197,7 @@ def _name_stack(node: Node) -> str:
 
 def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Rejection]:
     """Refusals, closest first; of those that are as close, what was meant to be a site."""
-    weights = {node: _weight_of(trace, node) for node in refused}
+    weights = {node: weight_of(trace, node) for node in refused}
     rejections = []
     for node, refusal in refused.items():
         weight, name = weights[node]
@@ -237,7 +237,7 @@ def _layer_behind(trace: Trace, node: Node, refused: Mapping[Node, NoMatch]) -> 
     return None
 
 
-def _weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
+def weight_of(trace: Trace, node: Node) -> tuple[Value, str]:
     """The weight of a product, and the path of what it was made of."""
     origins = ((v, origin) for v in node.ins for origin in (v, chosen_from(v, trace.provenance)))
     return next(

@@ -113,5 +113,7 @@ def test_the_example_of_its_help_works(name, tmp_path, monkeypatch):
     result = run(*shlex.split(example))
     assert result.exit_code == 0, result.output
     assert result.output
+    if name == "draw":
+        assert "<svg" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
     if name == "tune":
         assert hire.load_rules("rules.json")

@@ -148,6 +148,8 @@ class Builder:
         if not any(block.changed for block in blocks):
             return Same(self._equation(a, old, around))
         after = self._equation(b, new, around, inner=False)
+        # A site in a loop is given all layers, and reads what the plan says.
+        after = dataclasses.replace(after, bytes=sum(map(_bytes_after, blocks)))
         return Call(before, after, tuple(blocks))
 
     def _carry_names(self, aligned: Alignment, names: tuple[Names, Names]) -> None:
@@ -220,6 +222,17 @@ def _inside(around: _Around, line: Line, inner: Inner, word: str) -> _Around:
     times = f" ×{inner.length}" if inner.length not in (1, None) else ""
     label = f"{word} {inner.label}" if len(line.inner) > 1 else word
     return _Around((*around.path, id(line.eqn)), (*around.inside, label + times), runs)
+
+
+def _bytes_after(block: Block) -> int:
+    """What the equations of a block read in one call, after."""
+    size = 0
+    for row in block.rows:
+        if isinstance(row, Region):
+            size += sum(equation.bytes for equation in row.after)
+        else:
+            size += (row.after if isinstance(row, Call) else row.equation).bytes
+    return size
 
 
 def _costs(after: Sequence[Equation], notes: Sequence[Note]) -> list[Equation]:

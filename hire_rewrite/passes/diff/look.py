@@ -14,25 +14,27 @@ font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 header{position:sticky;top:0;z-index:2;background:var(--bg);border-bottom:1px solid var(--line);
 padding:8px 34px 8px 14px}h1{font-size:15px;margin:0 0 4px}h1 small,a,s,i{color:var(--dim)}
 header p{margin:0}.bar{display:flex;gap:8px;margin-top:6px;align-items:center}
-#find{flex:0 1 340px;font:inherit;padding:3px 6px}button{font:inherit;cursor:pointer}
+#find,button{font:inherit;padding:3px 8px;color:inherit;background:var(--bg);
+border:1px solid var(--line);border-radius:6px}#find{flex:0 1 340px;min-width:0}
+button{cursor:pointer;white-space:nowrap}button:hover{background:var(--head)}
 main{padding:8px 34px 60px 14px}details{margin:2px 0}details>details,.in{margin-left:16px}
 summary{cursor:pointer;color:var(--dim)}.eq>summary{color:inherit}
 .call{border-left:2px solid var(--line);padding-left:12px}
 .call>summary{color:inherit;font-weight:600}
 .region{border:1px solid var(--line);border-radius:6px;margin:8px 0;overflow:hidden}
 h2,h3{font:inherit;font-weight:600;margin:0;padding:4px 8px;background:var(--head)}
-.region>p{margin:0;padding:2px 8px;color:var(--dim)}
+.region>p{margin:0;padding:2px 8px 2px calc(8px + 2ch);color:var(--dim)}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:1px}.two>div{padding:3px 8px;min-width:0}
 .old:not(:empty){background:var(--old)}.new:not(:empty){background:var(--new)}
 .call>.two>div{background:none;color:var(--dim)}
 .l{overflow-wrap:anywhere;padding-left:2ch;text-indent:-2ch}.two.l{text-indent:0;padding:0}
 h2.l,h3.l{padding-left:calc(8px + 2ch)}.stays{background:var(--stay)}
 b{font-weight:600;color:var(--dim)}a,s{text-decoration:none}a:hover{text-decoration:underline}
-.hit{background:var(--hit)}
-#map{position:fixed;right:4px;top:110px;bottom:8px;width:18px;border:1px solid var(--line)}
+.hit,.two.hit>div:not(:empty){background:var(--hit)}.two.hit{background:none}
+#map{position:fixed;right:4px;bottom:8px;width:18px;border:1px solid var(--line)}
 #map a{position:absolute;left:1px;right:1px;min-height:4px;background:#3b82f6;border-radius:2px}
 #map a.y{background:#d9a400}
-@media(max-width:800px){.two{grid-template-columns:1fr}}
+@media(max-width:800px){.two{grid-template-columns:1fr}.two>div:empty{display:none}}
 """.strip()
 
 STYLE = (
@@ -43,6 +45,8 @@ STYLE = (
 SCRIPT = """
 const $=id=>document.getElementById(id),all=q=>[...document.querySelectorAll(q)];
 function map(){const m=$('map'),h=document.documentElement.scrollHeight;m.replaceChildren();
+m.style.top=document.querySelector('header').offsetHeight+6+'px';
+$('open').textContent=all('details').some(e=>!e.open)?'unfold all':'fold all';
 for(const e of all('.region,.stays')){const b=e.getBoundingClientRect();if(!b.height)continue;
 const a=document.createElement('a');a.href='#';a.title=e.firstChild.textContent;
 a.style.top=100*(b.top+scrollY)/h+'%';a.style.height=100*b.height/h+'%';

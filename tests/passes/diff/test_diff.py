@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import hire_rewrite as hire
+from hire_rewrite.passes.diff.value import Call
 from tests.cases import packed
 
 X = jnp.ones((2, 4))
@@ -476,3 +477,19 @@ def test_odd_functions(first):
         assert found.changed == (first != second)
         assert not re.search(r"0x[0-9a-f]{6}", found.to_json())
         assert found.to_html()
+
+
+def test_a_loop_reads_what_its_sites_read():
+    """They are given the packed rows of all layers, and read one layer in each iteration."""
+    layers, d = 12, 64
+
+    def step(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
+
+    weights = jax.ShapeDtypeStruct((layers, d, d), jnp.float32)
+    rule = hire.Linear(encoding=hire.Blocks(8), force=True)
+    changes = hire.transform(step, rule).diff(weights, jax.ShapeDtypeStruct((1, d), jnp.float32))
+    (loop,) = (row for row in changes.block.rows if isinstance(row, Call))
+    (site,) = changes.plan.sites
+    assert site.bytes_before <= loop.before.bytes < site.bytes_before + layers * 20 * d
+    assert site.bytes_after <= loop.after.bytes < site.bytes_after + layers * 20 * d

@@ -1,0 +1,92 @@
+"""Raw weights where a `Packed` belongs: they are packed on first sight, and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
+
+from hire_rewrite import _compat
+from hire_rewrite.analysis import Analyses
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.packed import Packed
+
+__all__ = ["OnSight", "traced", "tracing"]
+
+
+class OnSight:
+    """The last weights that were seen, and what was packed of them."""
+
+    def __init__(self, analyses: Analyses, warn: Callable[[str], None]) -> None:
+        self._analyses, self._warn = analyses, warn
+        self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
+
+    def keep(self, packed: Packed) -> None:
+        """Have a `Packed` stand for weights that are closed over."""
+        self._seen = (), [packed]
+
+    def pack(
+        self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Packed | None:
+        """A `Packed` made of the raw weights in a call's arguments; None if no site asks for one.
+
+        Args:
+          leaves: the weights among `args`.
+        """
+        seen, known = self._seen
+        same = len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
+        if not self._analyses.weights and known:
+            return known[0]
+        analysis = self._analyses.of(None, args, kwargs)
+        analysis.check_decided()
+        if not analysis.packing and (same or traced(leaves) or not analysis.unexamined):
+            return None
+        for packed in known if same else ():
+            if analysis.serves(packed):
+                return packed
+        if traced(leaves):
+            if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
+                raise HireRewriteError(
+                    f"{self._analyses.name}: raw weights whose types say how they are sharded, inside an "
+                    "outer trace: pack ahead with .pack(...) and pass the Packed in their place"
+                )
+            self._warn(
+                "raw weights inside an outer trace: the rows and predictors are computed in the "
+                "graph at every call, which is slow; pack ahead with .pack(...) and pass the "
+                "Packed in place of the weights"
+            )
+            return analysis.pack(leaves)
+        new: list[Packed] = []
+        inside = isinstance(jnp.zeros(()), jax.core.Tracer)
+        with jax.ensure_compile_time_eval() if inside else contextlib.nullcontext():
+            analysis = self._analyses.examined(analysis, args, kwargs, leaves)
+            if analysis.packing:
+                hint = ", without calibration, so LowRank predictors will recall badly"
+                hint = hint if analysis.wants_calibration else ""
+                self._warn(
+                    f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and "
+                    "pass the Packed in place of the weights"
+                )
+                new = [analysis.pack(leaves)]
+        if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
+            self._seen = leaves, [*(known if same else ()), *new]
+        return new[0] if new else None
+
+
+def traced(leaves: Iterable[Any]) -> bool:
+    """Whether there is a tracer among them."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def tracing() -> bool:
+    """Whether there is a trace around, without which nothing is traced: a quick answer."""
+    return get_opaque_trace_state() != _NO_TRACE
+
+
+with jax.core.eval_context():
+    _NO_TRACE = get_opaque_trace_state()
