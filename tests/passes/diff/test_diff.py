@@ -493,3 +493,18 @@ def test_a_loop_reads_what_its_sites_read():
     (site,) = changes.plan.sites
     assert site.bytes_before <= loop.before.bytes < site.bytes_before + layers * 20 * d
     assert site.bytes_after <= loop.after.bytes < site.bytes_after + layers * 20 * d
+
+
+def test_a_closed_over_ref_is_itself_alone():
+    refs = jax.new_ref(jnp.zeros(3)), jax.new_ref(jnp.zeros(3))
+
+    def adds_to(ref):
+        def fn(x):
+            ref[...] += x
+            return x * 2
+
+        return fn
+
+    x = jnp.ones(3)
+    assert not hire.diff(adds_to(refs[0]), adds_to(refs[0]), x).changed
+    assert hire.diff(adds_to(refs[0]), adds_to(refs[1]), x).changed
