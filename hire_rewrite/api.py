@@ -134,8 +134,8 @@ def diff(
     Example:
       >>> import jax.numpy as jnp, hire_rewrite as hire
       >>> changes = hire.diff(jnp.sin, lambda x: jnp.sin(x) + 1, jnp.ones(3))
-      >>> [equation.primitive for equation in changes.regions[0].after]
-      ['add']
+      >>> changes.regions[0].after[0].primitive
+      'add'
       >>> hire.diff(jnp.sin, jnp.sin, jnp.ones(3)).changed
       False
 

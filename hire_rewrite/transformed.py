@@ -180,10 +180,8 @@ class Transformed:
             the weights are needed.
         """
         if not isinstance(packed, Packed):
-            raise HireRewriteError(
-                f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}: make it with "
-                ".pack(...)"
-            )
+            what = f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}"
+            raise HireRewriteError(f"{what}: make it with .pack(...)")
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
@@ -262,30 +260,25 @@ class Transformed:
           >>> step = hire.transform(fn, hire.Head(k=4, candidates=8, min_width=1, force=True))
           >>> params = {"vocabulary": jnp.sin(jnp.arange(1024.0)).reshape(16, 64)}
           >>> changes = step.diff(params, jnp.ones((1, 16)))
-          >>> [site.name for region in changes.regions for site in region.sites]
-          ['params/vocabulary']
+          >>> changes.regions[0].sites[0].name
+          'params/vocabulary'
         """
         packed, args = self._split(args, kwargs)
-        analysis = self._analyzed(packed, args, kwargs)
-        with timed(self.name, "diff") as found:
-            changes = self._diff(analysis, packed, args, kwargs)
-            found("%r", changes)
-        return changes
+        return self._diff(self._analyzed(packed, args, kwargs), packed, args, kwargs)
 
     def _diff(
-        self,
-        analysis: Analysis,
-        packed: Packed | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        self, analysis: Analysis, packed: Packed | None, args: Sequence[Any], kwargs: Any
     ) -> Diff:
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(tuple(args), packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
-        after = jax.make_jaxpr(lambda *operands: self._run(*operands, marked=False))(*specs)
-        return compared(analysis, self.name, packed, after)
+        with timed(self.name, "diff") as found:
+            after = jax.make_jaxpr(lambda *operands: self._run(*operands, marked=False))(*specs)
+            changes = compared(analysis, self.name, packed, after)
+            found("%r", changes)
+        return changes
 
     # How it runs.
 
