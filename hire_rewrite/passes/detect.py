@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import posixpath
@@ -222,13 +223,19 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Reject
 def _layer_behind(trace: Trace, node: Node, refused: Mapping[Node, NoMatch]) -> Node | None:
     """The refused layer that contracts what a layer returns, where nothing but other operations
     stands between."""
-    first = as_linear(node, trace.provenance)
+
+    def layer(node: Node) -> Linear | None:
+        with contextlib.suppress(NoMatch):
+            return as_linear(node, trace.provenance)
+        return None
+
+    first = layer(node)
     queue, seen = [node], {node}
     while first is not None and queue and len(seen) < _NEAR:
         for result in queue.pop(0).outs:
             for user, _ in trace.live.users(result):
                 if user in refused and user not in seen:
-                    second = as_linear(user, trace.provenance)
+                    second = layer(user)
                     if second is not None and second.in_dim == first.out_dim:
                         return user
                 elif user not in seen and not has(user.primitive, Trait.MULTIPLIES):

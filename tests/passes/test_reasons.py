@@ -11,6 +11,7 @@ X = jnp.ones((1, D))
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {"up": jax.random.normal(KEYS[0], (D, F)), "down": jax.random.normal(KEYS[1], (F, D))}
 RULE = hire.FFN(k=8, force=True)
+NWC = ("NWC", "WIO", "NWC")
 
 
 def reasons(fn, *args):
@@ -72,3 +73,14 @@ def test_rules_that_a_packed_was_not_made_for():
     other = hire.transform(block, RULE.replace(group=16, k=16))
     with pytest.raises(hire.HireRewriteError, match=r"group=8.*group=16"):
         other(packed, X)
+
+
+def test_a_convolution_behind_a_layer():
+    def fn(params, x):
+        h = jax.nn.relu(x @ params["up"])
+        return jax.lax.conv_general_dilated(h, params["kernel"], (1,), "SAME", None, None, NWC)
+
+    params = {"up": PARAMS["up"], "kernel": jnp.ones((3, F, D))}
+    found = reasons(fn, params, jnp.ones((1, 8, D)))
+    assert "convolution" in found["params/kernel"]
+    assert "params/up" in found
