@@ -53,7 +53,8 @@ class OnSight:
             if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
                 raise HireRewriteError(
                     f"{self._analyses.name}: raw weights whose types say how they are sharded, "
-                    "inside an outer trace: pack ahead with .pack(...) and pass the Packed in their place"
+                    "inside an outer trace: pack ahead with .pack(...) and pass the Packed in "
+                    "their place"
                 )
             self._warn(
                 "raw weights inside an outer trace: the rows and predictors are computed in the "
