@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 
-__all__ = ["packed_among"]
+__all__ = ["packed_among", "with_packed", "without_weights"]
 
 _PACKED = {field.name for field in dataclasses.fields(Packed)}
 
@@ -48,3 +48,17 @@ def packed_among(
             "stands where the first of the weights stood"
         )
     return first if isinstance(first, Packed) else None
+
+
+def with_packed(args: Sequence[Any], weights: Sequence[int], packed: Packed) -> list[Any]:
+    """The arguments of a call on raw weights with a `Packed` in their place: it stands for the
+    first, and None for the others."""
+    held = list(args)
+    for place, position in enumerate(weights):
+        held[position] = packed if place == 0 else None
+    return held
+
+
+def without_weights(args: Sequence[Any], weights: Sequence[int]) -> tuple[Any, ...]:
+    """The arguments of a call that hold no weights, in order: what a batch is."""
+    return tuple(arg for i, arg in enumerate(args) if i not in weights)

@@ -251,25 +251,32 @@ def _plain(value: Any) -> Any:
 def layer_of(site: Site) -> Layer:
     """A site as a layer, without what it reads."""
     return Layer(
-        site.name, site.kind, site.status, _about(site), site.repeats, site.bytes_before,
+        site.name, site.kind, site.status, sizes_of(site), site.repeats, site.bytes_before,
         site.bytes_after, site.expected,
     )  # fmt: skip
 
 
-def _about(site: Site) -> str:
+def sizes_of(site: Site) -> str:
+    """What a site is, as `576 → 1536 silu gated`."""
     about = f"{site.d_model} → {site.width}"
     about += f" {site.activation}" if site.activation else ""
     return about + (" gated" if site.gated else "")
 
 
-def _site_row(name: str, sites: Sequence[Site]) -> list[str]:
-    site, number = sites[0], len(sites)
+def megabytes_read(site: Site, number: int) -> str:
+    """Weights that one call reads at so many sites like this one, dense and rewritten, in MB."""
     read = f"{number * site.bytes_before / 1e6:.1f}" if site.bytes_before else ""
     if site.bytes_after != site.bytes_before:
         read += f" → {number * site.bytes_after / 1e6:.1f}"
+    return read
+
+
+def _site_row(name: str, sites: Sequence[Site]) -> list[str]:
+    site, number = sites[0], len(sites)
     return [
-        f"{name} ({number})" if number > 1 else name, site.kind, _about(site), str(site.repeats),
-        str(site.tokens), read, "" if site.expected is None else f"{site.expected:.2f} ×",
+        f"{name} ({number})" if number > 1 else name, site.kind, sizes_of(site), str(site.repeats),
+        str(site.tokens), megabytes_read(site, number),
+        "" if site.expected is None else f"{site.expected:.2f} ×",
         site.status, site.reason,
     ]  # fmt: skip
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite.api import transform
+from hire_rewrite.arguments import with_packed, without_weights
 from hire_rewrite.ops.encodings import Float
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.packed import Packed
@@ -109,11 +110,8 @@ def assert_same_at_full_budget(
     plan = step.plan(*args)
     if not any(site.status == "rewritten" for site in plan.sites):
         raise AssertionError(f"nothing is rewritten:\n{plan}")
-    batch = tuple(a for i, a in enumerate(args) if i not in positions)
-    packed = step.pack(*args, calibration=[batch])
-    held: list[Any] = list(args)
-    for place, position in enumerate(positions):
-        held[position] = packed if place == 0 else None
+    packed = step.pack(*args, calibration=[without_weights(args, positions)])
+    held = with_packed(args, positions, packed)
     _assert_close(jax.jit(step)(*held), jax.jit(fn)(*args), tolerance, str(plan))
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hire_rewrite.command.target import Target, command, load, print_json
+from hire_rewrite.arguments import with_packed
+from hire_rewrite.command.target import Target, command, packed_by, print_json
 
 _WARM_UP = 2
 
@@ -35,11 +36,7 @@ def bench(target: Target, rounds: int, calibration: str | None, as_json: bool) -
       hire-rewrite bench hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
     step = target.step
-    fitted = None if calibration is None else load("--calibration", calibration)()
-    packed = step.pack(*target.args, calibration=fitted)
-    held: list[Any] = list(target.args)
-    for place, position in enumerate(target.weights):
-        held[position] = packed if place == 0 else None
+    held = with_packed(target.args, target.weights, packed_by(step, target, calibration))
     sides = {
         "dense": functools.partial(jax.jit(target.fn), *target.args),
         "rewritten": functools.partial(jax.jit(step), *held),

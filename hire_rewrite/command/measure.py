@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hire_rewrite.command.target import Target, batches_of, command, load
+from hire_rewrite.command.target import Target, batches_of, command, packed_by
 
 _BATCHES = click.option(
     "--batches",
@@ -56,7 +56,6 @@ def evaluate(target: Target, batches: str | None, calibration: str | None, as_js
         --batches hire_rewrite.command.demo:batches
     """
     step = target.step
-    fitted = None if calibration is None else load("--calibration", calibration)()
-    packed = step.pack(*target.args, calibration=fitted)
+    packed = packed_by(step, target, calibration)
     report = step.evaluate(packed, batches_of(batches, target), weights=target.params)
     click.echo(report.to_json() if as_json else str(report))

@@ -10,8 +10,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hire_rewrite import api
+from hire_rewrite.arguments import with_packed
 from hire_rewrite.command.target import Target, command, fail_if_missed
-from hire_rewrite.plan import Plan, grouped_rejections, grouped_sites
+from hire_rewrite.plan import (
+    Plan,
+    grouped_rejections,
+    grouped_sites,
+    megabytes_read,
+    sizes_of,
+)
 
 
 def _shown(plan: Plan) -> None:
@@ -19,15 +26,15 @@ def _shown(plan: Plan) -> None:
     console = Console(highlight=False)
     for name, (site, *others) in grouped_sites(plan.sites):
         number = 1 + len(others)
-        read = f"{number * site.bytes_before / 1e6:.1f}"
-        if site.bytes_after != site.bytes_before:
-            read += f" → {number * site.bytes_after / 1e6:.1f}"
+        read = megabytes_read(site, number) or "0.0"
         runs = f" × {number * site.repeats}" if number * site.repeats > 1 else ""
-        about = f"{site.d_model} → {site.width} {site.activation}".strip()
         expected = "" if site.expected is None else f", expected {site.expected:.2f} × as fast"
         style = "bold green" if site.status == "rewritten" else "bold yellow"
         console.print(
-            Text.assemble((f"{name}{runs}", style), f"  {site.kind} {about}, {read} MB{expected}")
+            Text.assemble(
+                (f"{name}{runs}", style),
+                f"  {site.kind} {sizes_of(site)}, {read} MB{expected}",
+            )
         )
         console.print(Padding(Text(f"{site.status}: {site.reason}"), (0, 0, 0, 4)))
     for name, (item, *_) in grouped_rejections(plan.rejected):
@@ -102,8 +109,6 @@ def draw(target: Target, pack: bool, output: str) -> None:
     """
     step, args = target.step, list(target.args)
     if pack:
-        packed = step.pack(*args)
-        for place, position in enumerate(target.weights):
-            args[position] = packed if place == 0 else None
+        args = with_packed(args, target.weights, step.pack(*args))
     step.plan(*args).draw(output)
     click.echo(f"wrote {output}")

@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from hire_rewrite.api import transform
+from hire_rewrite.arguments import without_weights
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.packed import Packed
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.saved import load_rules, rule_types
@@ -117,9 +119,14 @@ def parsed_rule(text: str) -> Rule:
 def batches_of(name: str | None, target: Target) -> Iterable[tuple[Any, ...]]:
     """The batches of `--batches`, tuples of the arguments after the weights; or else the call's."""
     if name is None:
-        rest = (a for i, a in enumerate(target.args) if i not in target.weights)
-        return [tuple(rest)]
+        return [without_weights(target.args, target.weights)]
     return load("--batches", name)()
+
+
+def packed_by(step: Transformed, target: Target, calibration: str | None) -> Packed:
+    """The target's weights, fitted to the batches of `--calibration` if it is given."""
+    fitted = None if calibration is None else load("--calibration", calibration)()
+    return step.pack(*target.args, calibration=fitted)
 
 
 def fail_if_missed(plan: Plan) -> None:
