@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from hire_rewrite.names import common_name
 from hire_rewrite.passes.diff.value import (
     Block,
     Call,
@@ -13,7 +14,6 @@ from hire_rewrite.passes.diff.value import (
     Note,
     Region,
     Same,
-    common_name,
     megabytes,
 )
 

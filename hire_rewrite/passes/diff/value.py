@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -254,29 +253,6 @@ def folded(names: Sequence[str]) -> list[str]:
 def _site_folder(name: str) -> str:
     """The site of a packed array."""
     return name.rpartition(":")[0] if "[" not in name.rpartition(":")[2] else ""
-
-
-def common_name(names: Sequence[str]) -> str:
-    """Names that differ in numbers as one, of one folder in short: `layers/{0…95}/up, down`."""
-    alike: dict[tuple[str, ...], list[list[str]]] = {}
-    for name in dict.fromkeys(names):
-        parts = re.split(r"(\d+)", name)
-        alike.setdefault(tuple(parts[::2]), []).append(parts)
-    merged = ["".join(map(_numbers, zip(*group, strict=True))) for group in alike.values()]
-    shown = merged[:1]
-    for previous, name in itertools.pairwise(merged):
-        folder = previous.rpartition("/")[0]
-        shown.append(name.removeprefix(folder + "/") if folder else name)
-    return ", ".join(shown)
-
-
-def _numbers(column: Sequence[str]) -> str:
-    kinds = list(dict.fromkeys(column))
-    if len(kinds) == 1:
-        return kinds[0]
-    numbers = sorted(map(int, kinds))
-    run = numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2
-    return f"{{{numbers[0]}…{numbers[-1]}}}" if run else f"{{{', '.join(map(str, numbers))}}}"
 
 
 def megabytes(size: float) -> str:

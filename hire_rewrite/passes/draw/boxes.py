@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from hire_rewrite.passes.diff.value import common_name
+from hire_rewrite.names import common_name
 
 if TYPE_CHECKING:
     from hire_rewrite.plan import Layer
