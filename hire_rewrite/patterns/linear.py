@@ -235,3 +235,27 @@ class MatchContext:
     def uses(self) -> Uses:
         """Who reads a value, as far as anybody needs it."""
         return self.trace.live
+
+
+def product_with_argument(context: MatchContext, node: Node, axis: int | None) -> str | None:
+    """Why a product with an argument that is not a weight is not a linear layer; None if it is
+    a product of others.
+
+    Args:
+      axis: of its result, along which it would have to be linear in a weight.
+    """
+    if node.primitive is not p.dot_general_p:
+        return None
+    sides = [i for i in (0, 1) if axis in free_axes(node, i).values()]
+    root = outer_value(node.ins[sides[0]]) if sides else None
+    if root is None or not root.is_input or root.scope.parent is not None:
+        return None
+    trace = context.trace
+    argument = trace.arguments[trace.scope.inputs.index(root)]
+    where = "a keyword argument: give it by position, and"
+    if argument.position is not None:
+        where = f"argument {argument.position}:"
+    return (
+        f"its input axis comes from a product with {trace.path(root)}, which is not a weight "
+        f"but in {where} add it to weights= if it holds weights"
+    )

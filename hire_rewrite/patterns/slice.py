@@ -26,7 +26,7 @@ from hire_rewrite.patterns.axes import (
     ordered_axis,
 )
 from hire_rewrite.patterns.layout import fixed_starts
-from hire_rewrite.patterns.linear import MatchContext, free_axes, is_one_hot, outer_value
+from hire_rewrite.patterns.linear import MatchContext, is_one_hot, product_with_argument
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Projection, Region, Vector
 
@@ -151,7 +151,10 @@ class _Walk:
         try:
             inners = operand_windows(node, window, output)
         except Blocked as blocked:
-            reason = self._of_an_argument(node, window) or f"its input axis {blocked}"
+            reason = (
+                product_with_argument(self.context, node, window.axis)
+                or f"its input axis {blocked}"
+            )
             raise self._refuse(Refusal.MIXES_POSITIONS, reason, node) from None
         for operand, inner in zip(node.ins, inners, strict=True):
             if operand.literal is not None:
@@ -283,25 +286,6 @@ class _Walk:
             )
         reason = f"its input is also read by {user.primitive}"
         return self._refuse(Refusal.READ_ELSEWHERE, reason, user)
-
-    def _of_an_argument(self, node: Node, window: Window) -> str | None:
-        """Why a product with an argument that is not a weight is not a linear layer; None if it is
-        a product of others."""
-        if node.primitive is not p.dot_general_p:
-            return None
-        sides = [i for i in (0, 1) if window.axis in free_axes(node, i).values()]
-        root = outer_value(node.ins[sides[0]]) if sides else None
-        if root is None or not root.is_input or root.scope.parent is not None:
-            return None
-        trace = self.context.trace
-        argument = trace.arguments[trace.scope.inputs.index(root)]
-        where = "a keyword argument: give it by position, and"
-        if argument.position is not None:
-            where = f"argument {argument.position}:"
-        return (
-            f"its input axis comes from a product with {trace.path(root)}, which is not a weight "
-            f"but in {where} add it to weights= if it holds weights"
-        )
 
     def _unknown(self, node: Node) -> NoMatch:
         reason = (

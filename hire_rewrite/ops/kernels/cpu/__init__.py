@@ -232,18 +232,10 @@ def _fits_picked(
 
 
 def _fits_picked_sums(
-    ontos: Sequence[Array],
-    h: Array,
-    several: Sequence[Matrix],
-    layer: Array | int,
-    picked: Array,
-    *,
-    bits: int,
+    ontos: Sequence[Array], h: Array, several: Sequence[Matrix], *rest: Any, bits: int
 ) -> bool:
-    return all(
-        _fits_picked(onto, matrix, layer, picked, bits=bits)
-        for onto, matrix in zip(ontos, several, strict=True)
-    )
+    pairs = zip(ontos, several, strict=True)
+    return all(_fits_picked(onto, matrix, *rest, bits=bits) for onto, matrix in pairs)
 
 
 def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
