@@ -74,7 +74,7 @@ class Analysis:
     @property
     def unexamined(self) -> list[Decision]:
         """Sites that packing has to look at first."""
-        return [d for d in self.decisions if d.operation is not None and d.operation.unexamined]
+        return [d for d in self.decisions if d.operation is not None and d.operation.examines]
 
     def examined(self, weights: Sequence[Any]) -> dict[str, Any]:
         """What the numbers of weights tell about `unexamined` sites, by label; nothing in a trace

@@ -72,8 +72,9 @@ class Rule:
           HireRewriteError: one is out of its range.
         """
         rule = type(self).__name__
-        guesses = "predictor" in (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        if guesses and not isinstance(self.predictor, Predictor):
+        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        given = "predictor" in fields and self.predictor != fields["predictor"].default
+        if given and not isinstance(self.predictor, Predictor):
             raise HireRewriteError(
                 f"{rule}: predictor={self.predictor!r} is not a predictor: give LowRank(...) or "
                 "Quantized(...)"

@@ -101,8 +101,13 @@ class Operation(abc.ABC):
         manual region `pack` runs in a `shard_map`."""
         return arrays
 
+    @property
+    def examines(self) -> bool:
+        """Whether packing has to look at its numbers (see `examine`)."""
+        return self.unexamined is not None
+
     def examine(self, weights: WeightRows) -> Any:
-        """What packing found out about the numbers, of an `unexamined` operation: statistics for
+        """What packing found out about the numbers, of an operation that `examines`: statistics for
         `SiteKind.resolve`, or `StaysDense`. Both are hashable."""
         raise NotImplementedError
 

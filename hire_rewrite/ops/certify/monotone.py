@@ -18,6 +18,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.traits import Trait, has, is_widening, slope
+from hire_rewrite.ops.certify.bodies import body_of
 
 __all__ = ["Chain", "examine"]
 
@@ -70,7 +71,7 @@ class _Seen:
             ins = [taint_of(atom) for atom in eqn.invars]
             if not any(ins) or not eqn.outvars:
                 continue
-            body = _body(eqn)
+            body = body_of(eqn)
             if body is None:
                 outs = [self._step(eqn, ins)] * len(eqn.outvars)
             else:
@@ -105,15 +106,3 @@ class _Seen:
         if not plain:
             mantissa = jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.floating) else 0
             self.unit = max(self.unit, 2.0 ** -(int(mantissa) + 1))
-
-
-def _body(eqn: Any) -> Any:
-    """The jaxpr of a call that passes its operands on as they are."""
-    bodies = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
-    if len(bodies) != 1:
-        return None
-    body = _compat.open_jaxpr(bodies[0])[0]
-    calls = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
-    fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
-    named = eqn.primitive.name in (*calls, "custom_vjp_call", "custom_vjp_call_jaxpr")
-    return body if fits and named else None

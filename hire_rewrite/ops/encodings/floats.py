@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
+from hire_rewrite.ops.encodings.picked import picked_float_products, picked_float_sum
 from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.narrow import matmul, times
@@ -106,6 +108,24 @@ class Float:
         return lax.platform_dependent(
             *operands, jnp.asarray(layer, jnp.int32), cpu=matmul, default=widened
         )
+
+    def picked_products(self, x: Array, stored: Stored, layer: Array | int, picked: Array) -> Array:
+        """See `PickedEncoding`."""
+        return picked_float_products(x, stored["rows"], layer, picked)
+
+    def picked_sums(
+        self,
+        ontos: Sequence[Array],
+        h: Array,
+        several: Sequence[Stored],
+        layer: Array | int,
+        picked: Array,
+    ) -> list[Array]:
+        """See `PickedEncoding`."""
+        return [
+            picked_float_sum(onto, h, stored["rows"], layer, picked)
+            for onto, stored in zip(ontos, several, strict=True)
+        ]
 
     def bytes(self, n: int, d: int) -> int:
         """Those of the rows."""

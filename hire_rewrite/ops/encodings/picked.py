@@ -1,4 +1,8 @@
-"""Products with some rows of a matrix in an encoding: each token's own."""
+"""Products with some rows of a matrix in an encoding: each token's own.
+
+Each token has a list of k rows' numbers. A list may end early: from its first negative number on
+all are negative, and these rows are not read.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,14 @@ from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
 
-__all__ = ["picked_block_products", "picked_block_sums", "picked_products", "picked_sums"]
+__all__ = [
+    "picked_block_products",
+    "picked_block_sums",
+    "picked_float_products",
+    "picked_float_sum",
+    "picked_products",
+    "picked_sums",
+]
 
 
 def picked_products(
@@ -26,7 +37,7 @@ def picked_products(
       picked: i32[tokens, k], numbers of rows.
 
     Returns:
-      f32[tokens, k].
+      f32[tokens, k]; zero behind the end of a list.
 
     Example:
       >>> from hire_rewrite.ops.encodings import Float
@@ -37,7 +48,8 @@ def picked_products(
     """
     if isinstance(encoding, PickedEncoding):
         return encoding.picked_products(x, stored, layer, picked)
-    return token_products(encoding.decode_rows(stored, layer, picked), x.astype(jnp.float32), 2)
+    rows = encoding.decode_rows(stored, layer, jnp.maximum(picked, 0))
+    return _products(x, rows, picked)
 
 
 def picked_sums(
@@ -69,8 +81,8 @@ def picked_sums(
     """
     if isinstance(encoding, PickedEncoding):
         return list(encoding.picked_sums(ontos, h, several, layer, picked))
-    every = (encoding.decode_rows(stored, layer, picked) for stored in several)
-    return [_sum(onto, h, rows) for onto, rows in zip(ontos, every, strict=True)]
+    every = (encoding.decode_rows(stored, layer, jnp.maximum(picked, 0)) for stored in several)
+    return [_sum(onto, h, rows, picked) for onto, rows in zip(ontos, every, strict=True)]
 
 
 @KernelOperation
@@ -83,8 +95,7 @@ def picked_block_products(
     bits: int,
 ) -> Array:
     """`picked_products` of rows in blocks (see `block_product`); f32[tokens, k]."""
-    rows = _decoded(matrix, layer, picked, bits)
-    return token_products(rows, x.astype(jnp.float32), 2)
+    return _products(x, _decoded(matrix, layer, picked, bits), picked)
 
 
 @KernelOperation
@@ -99,15 +110,37 @@ def picked_block_sums(
 ) -> tuple[Array, ...]:
     """`picked_sums` of rows in blocks (see `block_product`)."""
     every = (_decoded(matrix, layer, picked, bits) for matrix in several)
-    return tuple(_sum(onto, h, rows) for onto, rows in zip(ontos, every, strict=True))
+    return tuple(_sum(onto, h, rows, picked) for onto, rows in zip(ontos, every, strict=True))
 
 
-def _sum(onto: Array, h: Array, rows: Array) -> Array:
-    """f32[tokens, d], onto and rows f32[tokens, k, d] times h: [tokens, k]."""
-    return onto + token_products(rows, h.astype(jnp.float32), 1)
+@KernelOperation
+def picked_float_products(x: Array, stacked: Array, layer: Array | int, picked: Array) -> Array:
+    """`picked_products` of floating-point rows [L, n, d]; f32[tokens, k]."""
+    return _products(x, gather_rows(stacked, layer, jnp.maximum(picked, 0)), picked)
+
+
+@KernelOperation
+def picked_float_sum(
+    onto: Array, h: Array, stacked: Array, layer: Array | int, picked: Array
+) -> Array:
+    """`picked_sums` of one matrix of floating-point rows [L, n, d]; f32[tokens, d]."""
+    return _sum(onto, h, gather_rows(stacked, layer, jnp.maximum(picked, 0)), picked)
+
+
+def _products(x: Array, rows: Array, picked: Array) -> Array:
+    """f32[tokens, k], x: [tokens, d] times rows [tokens, k, d]."""
+    products = token_products(rows.astype(jnp.float32), x.astype(jnp.float32), 2)
+    return jnp.where(picked < 0, 0.0, products)
+
+
+def _sum(onto: Array, h: Array, rows: Array, picked: Array) -> Array:
+    """f32[tokens, d], onto and rows [tokens, k, d] times h: [tokens, k]."""
+    h = jnp.where(picked < 0, 0.0, h.astype(jnp.float32))
+    return onto + token_products(rows.astype(jnp.float32), h, 1)
 
 
 def _decoded(matrix: Matrix, layer: Array | int, picked: Array, bits: int) -> Array:
     """f32[tokens, k, d]."""
-    arrays = (gather_rows(array, layer, picked) for array in matrix if array is not None)
+    rows = jnp.maximum(picked, 0)
+    arrays = (gather_rows(array, layer, rows) for array in matrix if array is not None)
     return widened(*arrays, bits=bits)

@@ -20,12 +20,14 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.evaluate import literal_array
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.ops.certify.interval import Interval, enclosure
 from hire_rewrite.patterns.axes import run_part
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
+_NARROW = np.array([-7.9, -1.0, -0.01, 0.01, 1.0, 7.9], np.float32)
 _erf = np.vectorize(math.erf)
 
 
@@ -125,6 +127,18 @@ def _selecting(region: Region) -> Activation:
     return Activation(name, gates[-1] if gates else 0, sparse=True, keeps=most)
 
 
+def zeroing_gates(region: Region) -> tuple[int, ...]:
+    """The projections that tell which neurons are zero, whatever the others are: one if one does,
+    otherwise all; none if the code is not seen to make any zero, from bounds of its arguments."""
+    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
+        dtype = region.projections[0].linear.out.dtype
+        if region.selection or jnp.dtype(dtype) not in map(jnp.dtype, ("float32", "bfloat16")):
+            return ()
+        probe, every = _Probe(region), tuple(range(len(region.projections)))
+        choices = [(p,) for p in every] + ([every] if len(every) > 1 else [])
+        return next((gates for gates in choices if probe.zeroes(gates)), ())
+
+
 class _Probe:
     """Runs a region of one or two projections on a grid of numbers, for one token."""
 
@@ -151,6 +165,23 @@ class _Probe:
     def only(self, i: int, row: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
         """A row for a projection, and one for the other."""
         return [row if i == j else others for j in range(self.count)]
+
+    def zeroes(self, gates: Sequence[int]) -> bool:
+        """Whether some bounds of these projections, and none of the others, give zero alone."""
+        size = len(_NARROW)
+        wide = Interval(jnp.full(size, -8.0), jnp.full(size, 8.0))
+        vectors = [
+            jnp.full(size, number, vector.value.dtype)
+            for number, vector in zip(self.neutral, self.region.vectors, strict=True)
+        ]
+
+        def code(*pre: Any) -> Any:
+            return self.region.run_one_token(pre, vectors, _stand_in)
+
+        narrow = Interval(jnp.asarray(_NARROW - 1e-3), jnp.asarray(_NARROW + 1e-3))
+        ins = [narrow if p in gates else wide for p in range(self.count)]
+        ends = enclosure(code, ins, self.region.projections[0].linear.out.dtype)
+        return bool(ends.is_zero.any())
 
     def activation(self) -> Activation:
         gate = self._gate()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from hire_rewrite.graph.calls import inline_call
 from hire_rewrite.graph.evaluate import look_up, run_node
@@ -18,6 +18,22 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.replacement import arguments
+
+_BINS = 64
+
+
+class Positives(NamedTuple):
+    """Sums over tokens.
+
+    Attributes:
+      tokens: f32[], how many.
+      share: f32[], of neurons that are not zero.
+      bins: f32[n], how many tokens have a share in each of n equal parts of 0 to 1.
+    """
+
+    tokens: Array
+    share: Array
+    bins: Array
 
 
 class RawBlock:
@@ -48,6 +64,16 @@ class RawBlock:
         moments = Moments.of(to_tokens(env[match.x], match.x_axes))
         return [self._down(env, hidden)], (moments, active)
 
+    def positive(self, ins: Sequence[Any]) -> tuple[list[Any], Any]:
+        """The block's own outputs; the moments of its input and how many neurons are not zero."""
+        env, hidden, _ = self._hidden(ins)
+        share = (hidden != 0).mean(1, dtype=jnp.float32)
+        place = jnp.clip((share * _BINS).astype(jnp.int32), 0, _BINS - 1)
+        bins = jnp.zeros(_BINS, jnp.float32).at[place].add(1.0)
+        seen = Positives(jnp.float32(share.shape[0]), share.sum(), bins)
+        moments = Moments.of(to_tokens(env[self.match.x], self.match.x_axes))
+        return [self._down(env, hidden)], (moments, seen)
+
     def _hidden(self, ins: Sequence[Any]) -> tuple[dict[Value, Any], Any, Any]:
         """All values up to the hidden activations; those, [tokens, f]; and f32[f], the norms of the
         second rows if they rank them."""
@@ -56,7 +82,8 @@ class RawBlock:
             run_node(step, env)
         region = self.match.region
         hidden = to_tokens(env[region.value], (region.axis,))
-        return env, hidden, self._norms(env) if self.spec.criterion == "output" else None
+        by_output = getattr(self.spec, "criterion", None) == "output"
+        return env, hidden, self._norms(env) if by_output else None
 
     def _down(self, env: Mapping[Value, Any], hidden: Any) -> Any:
         """The block's result for other activations, [tokens, f]."""

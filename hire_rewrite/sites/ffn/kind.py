@@ -9,8 +9,10 @@ from hire_rewrite.ops.encodings import Blocks
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
+from hire_rewrite.sites.ffn.activation import zeroing_gates
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
+from hire_rewrite.sites.ffn.positive import PositiveStatistics, positive_operation
 from hire_rewrite.sites.ffn.predicted import predicted_operation
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import FFNStatistics, ffn_spec, selected_k
@@ -33,18 +35,19 @@ class FFNKind(SiteKind):
         return match_ffn(linear, context)
 
     def default_rule(self, match: FFNMatch) -> FFN | None:
-        """What the graph itself selects, by its own k."""
-        if match.activation.keeps is None:
-            return None
-        return FFN(k=selected_k(match.activation, match.region.size), group=1)
+        """What the graph itself selects, by its own k; of a ReLU what is not zero."""
+        if match.activation.keeps is not None:
+            return FFN(k=selected_k(match.activation, match.region.size), group=1)
+        return FFN(k="positive") if zeroing_gates(match.region) else None
 
     def unasked(self, match: FFNMatch) -> str:
-        name, sparse = match.activation.name, match.activation.sparse
+        name = match.activation.name
         if match.activation.keeps is not None:
             return f"no rule asks for it; FFN(k=...) does ({name} selects neurons by itself)"
-        zeroed = "some neurons, but how many the data say" if sparse else "no neuron"
+        if zeroing_gates(match.region):
+            return f'no rule asks for it; FFN(k="positive") does, and leaves out what {name} zeroes'
         return (
-            f"{name} zeroes {zeroed}, so a top-k changes a model that was not trained with one; "
+            f"{name} zeroes no neuron, so a top-k changes a model that was not trained with one; "
             'ask with FFN(k=..., tail="predicted"), which guesses the others, or with FFN(k=...)'
         )
 
@@ -84,10 +87,14 @@ class FFNKind(SiteKind):
         ]
 
     def resolve(
-        self, site: MatchedSite, rule: FFN, statistics: FFNStatistics | None, functions: Functions
+        self, site: MatchedSite, rule: FFN, statistics: Any, functions: Functions
     ) -> Operation:
         if rule.tail == "predicted":
             return predicted_operation(site, rule, functions)
+        if rule.k == "positive":
+            told = statistics if isinstance(statistics, PositiveStatistics) else None
+            return positive_operation(site, rule, told, functions)
+        statistics = statistics if isinstance(statistics, FFNStatistics) else None
         undecided = rule.k == "auto" and not (statistics and statistics.k)
         wanted = rule.replace(k=1.0, candidates=None) if undecided else rule
         spec = ffn_spec(site, wanted, statistics)

@@ -13,7 +13,7 @@ from hire_rewrite.ops.ffn import ffn as ops
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState
 from hire_rewrite.ops.ffn.measured import measured_ffn
 from hire_rewrite.ops.ffn.sharded import ffn_specs, sharded_ffn
-from hire_rewrite.ops.predictors import LowRank, Predictor, Read, reads_of
+from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read, reads_of
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.block import BlockOperation
@@ -59,8 +59,12 @@ class FFNOperation(BlockOperation):
         spec = self.spec
         return (
             "ffn", spec.width, spec.group, spec.projections, spec.common_groups, spec.num_shards,
-            spec.criterion == "output", self.rule.predictor,
+            spec.criterion == "output", self.predictor,
         )  # fmt: skip
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.rule.predictor or Quantized()
 
     @property
     def scored(self) -> tuple[int, int]:
@@ -109,7 +113,7 @@ class FFNOperation(BlockOperation):
             rows(candidates, spec.projections * up.in_dim, up_dtype),
             rows(kept, down.out_dim, down_dtype),
             *self._shared_reads(tokens),
-            *reads_of(self.rule.predictor, spec.scored_rows, up.in_dim, up_dtype, tokens),
+            *reads_of(self.predictor, spec.scored_rows, up.in_dim, up_dtype, tokens),
             Read("scored_float32", 0, scores=tokens * spec.scored_rows),
         ]
 
@@ -119,17 +123,17 @@ class FFNOperation(BlockOperation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> FFNState:
-        return packed_ffn(self.site, self.rule, self.spec, weights, calibration, advance)
+        return packed_ffn(self.site, self.predictor, self.spec, weights, calibration, advance)
 
     def rows(self, arrays: FFNState) -> Sequence[Any]:
         return arrays.up, arrays.down
 
     def partition_specs(self, arrays: Any) -> Any:
         assert isinstance(self.site.sharding, RowSharding)
-        return ffn_specs(arrays, self.spec, self.rule.predictor, self.site.sharding)
+        return ffn_specs(arrays, self.spec, self.predictor, self.site.sharding)
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block, sharding, predictor = ops.hire_ffn, self.site.sharding, self.rule.predictor
+        block, sharding, predictor = ops.hire_ffn, self.site.sharding, self.predictor
         if isinstance(sharding, RowSharding):
             together = bool(self._match.region.sides)
             block = functools.partial(sharded_ffn, sharding=sharding, together=together)
@@ -145,7 +149,7 @@ class FFNOperation(BlockOperation):
         return self._replacements(silent(ops.dense_ffn), arrays, ("dense",))
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        predictor = self.rule.predictor
+        predictor = self.predictor
         block = reporting(measured_ffn, follow_exact, predictor=predictor)
         key = ("measured", predictor, follow_exact)
         return self._replacements(block, arrays, key, reports=True)

@@ -10,8 +10,8 @@ from jax import lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, SiblingState
+from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import MatchedSite
 from hire_rewrite.sites.operation import SiteCalibration
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor
@@ -19,7 +19,7 @@ from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor
 
 def packed_ffn(
     site: MatchedSite,
-    rule: FFN,
+    predictor: Predictor,
     spec: FFNSpec,
     weights: WeightRows,
     calibration: SiteCalibration | None,
@@ -49,7 +49,7 @@ def packed_ffn(
     scored = scored.reshape(layers, projections, spec.num_shards, -1, d_in)
     scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
     scored = site.sharding.put_rows(scored, 1)
-    predictor = fit_predictor(rule.predictor, scored, moments, advance)
+    fitted = fit_predictor(predictor, scored, moments, advance)
     down, joined = second_rows(site, weights)
     down = grouped(down)
     norms = None
@@ -59,7 +59,7 @@ def packed_ffn(
         up=jnp.swapaxes(up, 1, 2),
         down=down,
         vectors=tuple(map(grouped, weights.vectors(match.region))),
-        predictor=predictor,
+        predictor=fitted,
         fused=siblings(match, weights),
         joined=joined,
         norms=norms,

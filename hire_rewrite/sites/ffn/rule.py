@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding
-from hire_rewrite.ops.predictors import Predictor, Quantized
+from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int
 
 _CRITERIA = ("hidden", "output")
 _TAILS = ("zero", "predicted")
+_OF_TOP_K = ("candidates", "group", "criterion", "common", "keep", "parts")
 _OF_ZERO = ("candidates", "predictor", "common", "budget", "keep", "parts")
 _ENCODINGS = ("encoding", "exact")
 _OF_PREDICTED = (*_ENCODINGS, "round_inputs")
@@ -19,7 +21,7 @@ _OF_PREDICTED = (*_ENCODINGS, "round_inputs")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FFN(Rule):
-    """Run FFN blocks on the top k of their hidden neurons.
+    """Run FFN blocks on the neurons that count: the top k, or those that are not zero.
 
     Example:
       >>> import hire_rewrite as hire
@@ -27,18 +29,23 @@ class FFN(Rule):
       FFN(k=0.05, candidates=0.1, predictor=LowRank(rank=128))
       >>> hire.FFN(k=0.02, tail="predicted", encoding=hire.Blocks(8))
       FFN(k=0.02, tail='predicted', encoding=Blocks(bits=8))
+      >>> hire.FFN(k="positive", predictor=hire.Quantized(4), margin=4.0)
+      FFN(k='positive', predictor=Quantized(bits=4), margin=4.0)
 
     Args:
       k: neurons that count, a fraction of the width (float in (0, 1]) or a number (int), rounded up
         to whole groups. `"auto"` lets calibration find the smallest k that keeps `keep`. With
-        `tail="predicted"` 0 is for none.
+        `tail="predicted"` 0 is for none. `"positive"` is for activations that make neurons zero,
+        as a ReLU does: all that are not zero, however many a token has. Nothing is lost, and it is
+        what is done without rules where it pays.
       tail: what the others are. `"zero"`: nothing; on a model that was not trained so, a small k
         gives another model. `"predicted"`: what a compressed copy of all layers of the block says,
         which comes close to the block of any model. The copy also tells which the k are, so
         there are neither candidates nor a predictor.
       encoding: with `tail="predicted"`, how the copy is stored; None for `Blocks(8)`.
       exact: with `tail="predicted"`, how the rows for `k` are stored; None for as the model has
-        them.
+        them. With `k="positive"`, how all rows are; None for the fewest bits that hold the same
+        numbers.
       round_inputs: with `tail="predicted"`, whether what the copy multiplies is rounded to 8 bits,
         as most formats of inference do: processors multiply such numbers many at a time.
       candidates: k' ≥ k neurons that are computed exactly, from which the k are taken; a
@@ -46,8 +53,14 @@ class FFN(Rule):
       group: neurons that are chosen and fetched together. Where it does not divide the width,
         the greatest common divisor of both is taken. None for 8, and for 1 with
         `tail="predicted"`.
-      predictor: how the pre-activations of all neurons are guessed. `Quantized()` recalls nearly
-        all and needs no calibration; `LowRank(rank)` reads less and recalls less.
+      predictor: how the pre-activations of all neurons are guessed. `Quantized()`, which None
+        stands for, recalls nearly all and needs no calibration; `LowRank(rank)` reads less and
+        recalls less. With `k="positive"` it is `Quantized(...)`, whose errors have a bound, and
+        None reads the first layers whole unless calibration tells that guessing them reads less.
+      margin: with `k="positive"`, how far a guess is taken to be off. `"proved"`: as far as it can
+        be, so that what is left out is zero in the model's own arithmetic, in whatever order it
+        adds. A number: so many standard deviations of its error; 3 misses about one of ten
+        thousand positive neurons.
       criterion: what a neuron is ranked by: `"hidden"`, |h|, or `"output"`, |h| times the norm of
         its row of the last matrix. A group is ranked by the sum of its members' squares. None for
         `"hidden"`, and for `"output"` with `tail="predicted"`.
@@ -55,7 +68,8 @@ class FFN(Rule):
         most often in calibration. A fraction or a number; they are among the candidates.
       budget: neurons that are fetched for all tokens of a call together, at most, a fraction or a
         number, but never less than one token's candidates; a call whose tokens ask for more reads
-        all. None for as many as they may ask for.
+        all. None for as many as they may ask for. With `k="positive"` it is for each token, and
+        None is half as many again as calibration saw, or half of them.
       keep: what `k="auto"` keeps, at least, on average over the calibration: of an activation
         that zeroes neurons the share of non-zero ones, of any other 1 − relative error of the
         block's output.
@@ -79,7 +93,8 @@ class FFN(Rule):
     round_inputs: bool = False
     candidates: float | int | None = None
     group: int | None = None
-    predictor: Predictor = Quantized()
+    predictor: Predictor | None = None
+    margin: float | str = "proved"
     criterion: str | None = None
     common: float | int = 0
     budget: float | int | None = None
@@ -90,10 +105,11 @@ class FFN(Rule):
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._check_margin()
         self._check_tail()
         if isinstance(self.k, str):
-            if self.k != "auto":
-                raise HireRewriteError(f'FFN: k={self.k!r} must be an amount or "auto"')
+            if self.k not in ("auto", "positive"):
+                raise HireRewriteError(f'FFN: k={self.k!r} must be an amount, "auto" or "positive"')
             if self.candidates is not None:
                 check_amount("FFN", "candidates", self.candidates)
         elif self.tail == "zero" or self.k != 0 or isinstance(self.k, bool):
@@ -112,6 +128,33 @@ class FFN(Rule):
         check_positive_int("FFN", "group", self.group)
         super().__post_init__()
 
+    def _check_margin(self) -> None:
+        """Raise HireRewriteError if a setting is for a top k, or for another k than "positive"."""
+        margin, positive = self.margin, self.k == "positive"
+        number = isinstance(margin, numbers.Real) and not isinstance(margin, bool)
+        if margin != "proved" and not (number and 0 < float(margin) < math.inf):  # type: ignore[arg-type]
+            raise HireRewriteError(
+                f'FFN: margin={margin!r} must be "proved" or a positive number of standard '
+                "deviations, such as 3.0"
+            )
+        if margin != "proved" and not positive:
+            raise HireRewriteError(
+                f'FFN: margin={margin!r} is for k="positive", and k={self.k!r} ranks neurons: '
+                "leave it out"
+            )
+        if margin != "proved" and self.predictor is None:
+            raise HireRewriteError(
+                f"FFN: margin={margin!r} says how far a guess may be off, and nothing is guessed "
+                "without a predictor: give predictor=Quantized(4), or leave it out"
+            )
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        given = [name for name in _OF_TOP_K if getattr(self, name) != fields[name].default]
+        if positive and given:
+            raise HireRewriteError(
+                f"FFN: {given[0]}={getattr(self, given[0])!r} is for a top k, and "
+                'k="positive" takes all neurons that are not zero: leave it out'
+            )
+
     def _check_tail(self) -> None:
         """Raise HireRewriteError if a setting is for another tail than this."""
         if self.tail not in _TAILS:
@@ -127,6 +170,8 @@ class FFN(Rule):
         fields = {field.name: field for field in dataclasses.fields(self)}
         others = _OF_ZERO if self.tail == "predicted" else _OF_PREDICTED
         given = [name for name in others if getattr(self, name) != fields[name].default]
+        if self.k == "positive" and self.tail == "zero":
+            given = [name for name in given if name != "exact"]
         if given and self.tail == "zero":
             raise HireRewriteError(
                 f"FFN: {given[0]}={getattr(self, given[0])!r} is for a compressed copy, which "

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import proof as certify
 from hire_rewrite.ops.certify import rounding
+from hire_rewrite.ops.certify.dense import dense_error
 from hire_rewrite.ops.certify.head import certified
 from hire_rewrite.ops.certify.monotone import Chain
 from hire_rewrite.ops.head.head import HeadSpec, HeadState, dense_head, hire_head
@@ -147,7 +148,7 @@ def test_the_dense_product_is_within_its_bound(d, kind):
     error = np.abs(sums(x * w) - exact).max(0)
     positive, negative, _ = rounding.signed_sums(jnp.asarray(x * w))
     lengths, norms = rounding.norms(jnp.asarray(x)), rounding.norms(jnp.asarray(w))
-    slack = certify.dense_error(d, F32, None, lengths, norms)
+    slack = dense_error(d, F32, None, lengths, norms)
     tight = slack.of(rounding.at_least(positive), rounding.at_least(negative))
     assert (error <= tight).all()
     assert (tight <= 1.0001 * slack.below(lengths, norms)).all()
@@ -341,11 +342,11 @@ def test_it_lowers_for_every_platform(platform, predictor):
 def test_bounds_elsewhere_are_wider():
     """What is supposed of other backends covers rounded operands and sums that are cut off."""
     lengths, norms = jnp.ones((1, 1)), jnp.ones(3)
-    here = certify.dense_error(D, F32, None, lengths, norms).below(lengths, norms)
+    here = dense_error(D, F32, None, lengths, norms).below(lengths, norms)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounding, "platform", lambda cpu, other: jnp.float32(other))
-        there = certify.dense_error(D, F32, None, lengths, norms).below(lengths, norms)
-        bf16 = certify.dense_error(D, jnp.bfloat16, None, lengths, norms).below(lengths, norms)
+        there = dense_error(D, F32, None, lengths, norms).below(lengths, norms)
+        bf16 = dense_error(D, jnp.bfloat16, None, lengths, norms).below(lengths, norms)
     assert (there > 2.0**-7).all()
     assert ((bf16 > 3.9 * here) & (bf16 < 5 * here)).all()
 

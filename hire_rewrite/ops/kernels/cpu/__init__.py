@@ -23,7 +23,12 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
-from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sums
+from hire_rewrite.ops.encodings.picked import (
+    picked_block_products,
+    picked_block_sums,
+    picked_float_products,
+    picked_float_sum,
+)
 from hire_rewrite.ops.encodings.product import (
     Matrix,
     block_product,
@@ -32,16 +37,20 @@ from hire_rewrite.ops.encodings.product import (
 )
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
+from hire_rewrite.ops.top_k.listed import listed
 
 __all__ = ["status", "usable"]
 
-_VERSION = 6
+_VERSION = 7
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = (
     "block_product",
     "fetched_product",
     "fetched_sum",
+    "listed",
+    "listed_product",
+    "listed_sum",
     "picked_product",
     "picked_sum",
     "product",
@@ -172,6 +181,24 @@ def _products_of_blocks(
     return _calls("block_product", shapes, *operands, input_block=np.int64(rounded))
 
 
+def _picked_float_products(x: Array, stacked: Array, layer: Array | int, picked: Array) -> Array:
+    operands = (stacked, _one(layer), picked.astype(jnp.int32))
+    return _call("listed_product", picked.shape, x.astype(jnp.float32), *operands)
+
+
+def _picked_float_sum(
+    onto: Array, h: Array, stacked: Array, layer: Array | int, picked: Array
+) -> Array:
+    operands = (h.astype(jnp.float32), stacked, _one(layer), picked.astype(jnp.int32))
+    return _call("listed_sum", onto.shape, onto, *operands)
+
+
+def _fits_picked_float(vectors: Array, *operands: Any) -> bool:
+    *_, stacked, _, picked = operands
+    few = isinstance(picked.size, int) and picked.size > 0
+    return few and usable(vectors, stacked.dtype) and stacked.dtype != jnp.int8 and stacked.size > 0
+
+
 def _operands(several: Sequence[Matrix]) -> list[Array]:
     """Of each matrix its three arrays, of which the last may be empty."""
     operands: list[Array] = []
@@ -298,6 +325,14 @@ def _set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, A
     return places, apart.astype(values.dtype), others.astype(values.dtype)
 
 
+def _listed(mask: Array, *, k: int) -> tuple[Array, Array]:
+    tokens = mask.shape[0]
+    results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tokens, k), (tokens,))]
+    call = jax.ffi.ffi_call("hire_listed", results, vmap_method="sequential")
+    places, counts = call(mask)
+    return places, counts
+
+
 def _fits_set_apart(values: Array, scores: Array, *, k: int) -> bool:
     narrow = all(select.is_narrow_float(array.dtype) for array in (values, scores))
     return k > 0 and narrow and usable(values)
@@ -314,9 +349,12 @@ for _operation, _function, _supports in (
     (block_products, _block_products, _fit_blocks),
     (picked_block_products, _picked_products, _fits_picked),
     (picked_block_sums, _picked_sums, _fits_picked_sums),
+    (picked_float_products, _picked_float_products, _fits_picked_float),
+    (picked_float_sum, _picked_float_sum, _fits_picked_float),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
     (select.set_apart, _set_apart, _fits_set_apart),
     (select.top_k_operation, _top_k, _fits_top_k),
+    (listed, _listed, lambda mask, *, k: k > 0 and usable(mask)),
 ):
     register_kernel(_operation, "cpu", _function, supports=_supports)

@@ -116,13 +116,13 @@ ffi::Error PickedProduct(ffi::ThreadPool pool, F32 x, S8 integers, ffi::AnyBuffe
   Blocks rows;
   const ffi::Error error = SetRows(d, layer.typed_data()[0], integers, scale, minimum, rows);
   if (error.failure()) return error;
-  Share(pool, tokens * count, Grain(rows.bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin, next; i < end; i = next) {
-      const int64_t token = i / count;
-      next = std::min(end, (token + 1) * count);
-      Best().dot_picked(x.typed_data() + token * d, rows, picked.typed_data() + i, next - i,
-                        out->typed_data() + i);
-    }
+  const Lists lists(picked.typed_data(), tokens, count);
+  std::fill(out->typed_data(), out->typed_data() + out->element_count(), 0.0f);
+  Share(pool, lists.total(), Grain(rows.bytes), [&](int64_t begin, int64_t end) {
+    lists.Each(begin, end, [&](int64_t token, const int32_t* list, int64_t first, int64_t last) {
+      Best().dot_picked(x.typed_data() + token * d, rows, list + first, last - first,
+                        out->typed_data() + token * count + first);
+    });
   });
   return ffi::Error::Success();
 }
@@ -159,6 +159,7 @@ ffi::Error PickedSum(ffi::ThreadPool pool, F32 h, S32 layer, S32 picked, ffi::Re
     sum.out = (*out)->typed_data();
     total += sum.pieces;
   }
+  const Lists lists(picked.typed_data(), tokens, count);
   // Each thread has columns of its own: then the order of additions does not depend on threads.
   Share(pool, tokens * total, Grain(count * kPiece), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin / total; token * total < end; ++token) {
@@ -173,7 +174,7 @@ ffi::Error PickedSum(ffi::ThreadPool pool, F32 h, S32 layer, S32 picked, ffi::Re
           std::copy(from + half + first * kPiece, from + half + last * kPiece, to + half + first * kPiece);
         }
         Best().add_picked(h.typed_data() + token * count, sum.rows, picked.typed_data() + token * count,
-                          count, first, last, to);
+                          lists.length(token), first, last, to);
       }
     }
   });

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "targets.h"
 #include "top_k.h"
@@ -30,8 +32,7 @@ ffi::Error ByType(ffi::DataType type, Run run) {
 ffi::Error Product(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, F32 scale, F32 offset,
                    Result out) {
   const int64_t tokens = x.dimensions()[0], d = x.dimensions()[1], n = rows.dimensions()[1];
-  const int64_t last = rows.dimensions()[0] - 1;  // as XLA's slices take what lies outside
-  const int64_t first = std::clamp<int64_t>(layer.typed_data()[0], 0, last) * n;
+  const int64_t first = Layer(rows, layer) * n;
   const float* factors = scale.element_count() ? scale.typed_data() + first : nullptr;
   const float* terms = offset.element_count() ? offset.typed_data() + first : nullptr;
   return ByType(rows.element_type(), [&](auto* type, auto dot) {
@@ -95,6 +96,91 @@ ffi::Error FetchedSum(ffi::ThreadPool pool, F32 h, ffi::AnyBuffer rows, S32 inde
   return ffi::Error::Success();
 }
 
+// The products of each token with the rows on its list.
+ffi::Error ListedProduct(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 layer, S32 lists, Result out) {
+  const int64_t d = x.dimensions()[1], n = rows.dimensions()[1], count = lists.dimensions()[1];
+  const Lists all(lists.typed_data(), lists.dimensions()[0], count);
+  std::fill(out->typed_data(), out->typed_data() + out->element_count(), 0.0f);
+  return ByType(rows.element_type(), [&](auto* type, auto dot) {
+    using Row = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Row* first = Data<Row>(rows) + Layer(rows, layer) * n * d;
+    Share(pool, all.total(), Grain(d * sizeof(Row)), [&](int64_t begin, int64_t end) {
+      all.Each(begin, end, [&](int64_t token, const int32_t* list, int64_t i, int64_t last) {
+        for (; i < last; ++i) {
+          if (i + 1 < last) Prefetch(first + list[i + 1] * d, d);
+          dot(x.typed_data() + token * d, 1, first + list[i] * d, 1, d,
+              out->typed_data() + token * count + i, count);
+        }
+      });
+    });
+  });
+}
+
+// The sum of the rows on each token's list, with its weights h.
+ffi::Error ListedSum(ffi::ThreadPool pool, F32 onto, F32 h, ffi::AnyBuffer rows, S32 layer, S32 lists,
+                     Result out) {
+  const int64_t n = rows.dimensions()[1], d = rows.dimensions()[2], count = lists.dimensions()[1];
+  const int64_t tokens = lists.dimensions()[0];
+  const Lists all(lists.typed_data(), tokens, count);
+  const auto sum = [&](auto* type, auto add) {
+    using Row = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Row* first = Data<Row>(rows) + Layer(rows, layer) * n * d;
+    // Each thread has columns of its own: then the order of additions does not depend on threads.
+    const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    const int64_t slice = std::max<int64_t>(64, (d / threads + 63) / 64 * 64);
+    Share(pool, d, slice, [&](int64_t begin, int64_t end) {
+      for (int64_t token = 0; token < tokens; ++token) {
+        const float* from = onto.typed_data() + token * d;
+        float* to = out->typed_data() + token * d;
+        std::copy(from + begin, from + end, to + begin);
+        const float* own = h.typed_data() + token * count;
+        const int32_t* list = lists.typed_data() + token * count;
+        const int64_t last = all.length(token);
+        for (int64_t i = 0; i < last; ++i) {
+          if (i + 1 < last) Prefetch(first + list[i + 1] * d + begin, end - begin);
+          if (own[i] != 0) add(own + i, 1, count, first + list[i] * d + begin, 1, d, end - begin, to + begin, d);
+        }
+      }
+    });
+  };
+  if (rows.element_type() == ffi::F32) {
+    sum(static_cast<const float*>(nullptr), Best().add_f32);
+  } else if (rows.element_type() == ffi::BF16) {
+    sum(static_cast<const BFloat16*>(nullptr), Best().add_bf16);
+  } else {
+    return ffi::Error::InvalidArgument("rows must be float32 or bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
+// Where each token's mask is true, in ascending order, and −1 behind; and how often it is.
+ffi::Error Listed(ffi::Buffer<ffi::PRED> mask, ffi::Result<S32> places, ffi::Result<S32> counts) {
+  const int64_t tokens = mask.dimensions()[0], n = mask.dimensions()[1], k = places->dimensions()[1];
+  for (int64_t token = 0; token < tokens; ++token) {
+    const auto* own = reinterpret_cast<const uint8_t*>(mask.untyped_data()) + token * n;
+    int32_t* to = places->typed_data() + token * k;
+    int64_t found = 0;
+    const auto take = [&](int64_t i) {
+      if (found < k) to[found] = static_cast<int32_t>(i);
+      ++found;
+    };
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, own + i, sizeof(eight));
+      for (int64_t j = i; eight && j < i + 8; ++j) {
+        if (own[j]) take(j);
+      }
+    }
+    for (; i < n; ++i) {
+      if (own[i]) take(i);
+    }
+    std::fill(to + std::min(found, k), to + k, -1);
+    counts->typed_data()[token] = static_cast<int32_t>(found);
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error TopKOfRows(ffi::ThreadPool pool, F32 scores, ffi::Result<F32> values, ffi::Result<S32> indices) {
   const int64_t n = scores.dimensions().back(), k = values->dimensions().back();
   const int64_t rows = k ? values->element_count() / k : 0;
@@ -132,8 +218,17 @@ ffi::Error SetApart(ffi::ThreadPool pool, F32 values, F32 scores, ffi::Result<S3
 
 #pragma GCC visibility push(default)
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_listed_product, ListedProduct,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
+                                  .Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_listed_sum, ListedSum,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>().Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_listed, Listed,
+                              ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::PRED>>().Ret<S32>().Ret<S32>());
+
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 6; }
+extern "C" int hire_version() { return 7; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()

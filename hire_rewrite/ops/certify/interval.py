@@ -1,0 +1,241 @@
+"""Between which numbers the results of code lie, if all that is known of its arguments are bounds.
+
+The arithmetic of intervals (Moore, *Interval Analysis*, 1966): each operation is given the ends of
+its operands and returns ends of its result. Code is read as a jaxpr and each operation looked up
+here; of what is not known nothing is said. Ends are in float32 and rounded outwards, by more than
+what a compiler may do in another way: fuse a product with a sum, round to bfloat16 or not, or flush
+numbers below the normal range to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import primitives as p
+
+from hire_rewrite import _compat
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.ops.certify.bodies import body_of
+
+__all__ = ["Interval", "enclosure"]
+
+_TINY = 2.0**-126
+_UNITS = {jnp.dtype("float32"): 2.0**-21, jnp.dtype("bfloat16"): 2.0**-7}
+"""Eight times and twice the rounding of a result, which leaves room for what fusing changes."""
+
+
+class Interval(NamedTuple):
+    """Numbers from `low` to `high`: f32[...], or bool[...] of truth values. NaN at one of the ends
+    says that nothing is known."""
+
+    low: Array
+    high: Array
+
+    @property
+    def is_zero(self) -> Array:
+        """bool[...], whether there is no other number in it."""
+        return (self.low == 0) & (self.high == 0)
+
+
+def enclosure(code: Callable[..., Any], ins: Sequence[Interval], dtype: Any) -> Interval:
+    """The interval of the result of `code`, which is pointwise or moves numbers.
+
+    Args:
+      code: a function of as many arrays as there are intervals, to one array. Other arrays that it
+        reads are taken for exact.
+      dtype: of the arrays that it is called with, float32 or bfloat16.
+
+    Example:
+      >>> narrow = Interval(jnp.array([-2.0, -2.0]), jnp.array([-1.0, 1.0]))
+      >>> wide = Interval(jnp.array([-9.0, -9.0]), jnp.array([9.0, 9.0]))
+      >>> gated = enclosure(lambda a, b: jax.nn.relu(a) * b, [narrow, wide], jnp.float32)
+      >>> gated.is_zero.tolist()
+      [True, False]
+    """
+    closed = jax.make_jaxpr(code)(*(jax.ShapeDtypeStruct(i.low.shape, dtype) for i in ins))
+    jaxpr, consts = _compat.open_jaxpr(closed)
+    (result,) = _walk(jaxpr, consts, [_rounded(interval, dtype) for interval in ins])
+    return result
+
+
+def _walk(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Interval]) -> list[Interval]:
+    env: dict[Any, Interval] = {}
+
+    def read(atom: Any) -> Interval:
+        return _exactly(atom.val) if hasattr(atom, "val") else env[atom]
+
+    env.update(zip(jaxpr.constvars, map(_exactly, consts), strict=True))
+    env.update(zip(jaxpr.invars, ins, strict=True))
+    for eqn in jaxpr.eqns:
+        operands, body = [read(atom) for atom in eqn.invars], body_of(eqn)
+        outs = [_step(eqn, operands)] if body is None else _walk(body, (), operands)
+        env.update(zip(eqn.outvars, outs, strict=False))
+        for var in eqn.outvars[len(outs) :]:
+            env[var] = _unknown(var.aval)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _step(eqn: Any, operands: Sequence[Interval]) -> Interval:
+    primitive, aval = eqn.primitive, eqn.outvars[0].aval
+    if len(eqn.outvars) == 1:
+        if has(primitive, Trait.MOVES | Trait.KEEPS | Trait.CUTS) and len(operands) == 1:
+            return Interval(*(primitive.bind(end, **eqn.params) for end in operands[0]))
+        rule = _RULES.get(primitive)
+        known = all(_is_known(atom.aval.dtype) for atom in (*eqn.invars, *eqn.outvars))
+        if rule is not None and (known or _widens_integers(eqn)):
+            low, high = rule(*operands, **eqn.params)
+            ends = Interval(jnp.broadcast_to(low, aval.shape), jnp.broadcast_to(high, aval.shape))
+            return ends if primitive not in _ROUNDING else _rounded(ends, aval.dtype)
+    return _unknown(aval)
+
+
+def _is_known(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in _UNITS or dtype == jnp.bool_
+
+
+def _widens_integers(eqn: Any) -> bool:
+    cast, source = eqn.primitive is p.convert_element_type_p, eqn.invars[0].aval.dtype
+    return cast and jnp.issubdtype(source, jnp.integer) and _is_known(eqn.outvars[0].aval.dtype)
+
+
+def _exactly(value: Any) -> Interval:
+    array = jnp.asarray(value)
+    if array.dtype == jnp.bool_:
+        return Interval(array, array)
+    wide = array.astype(jnp.float32)
+    ends = Interval(wide, wide)
+    return ends if _is_known(array.dtype) else _rounded(ends, jnp.float32)
+
+
+def _unknown(aval: Any) -> Interval:
+    if aval.dtype == jnp.bool_:
+        return Interval(jnp.zeros(aval.shape, bool), jnp.ones(aval.shape, bool))
+    nothing = jnp.full(aval.shape, jnp.nan)
+    return Interval(nothing, nothing)
+
+
+def _rounded(ends: Interval, dtype: Any) -> Interval:
+    """Ends that lie outside of whatever may have been rounded; zero alone stays what it is."""
+    if dtype == jnp.bool_:
+        return ends
+    unit, zero = _UNITS[jnp.dtype(dtype)], ends.is_zero
+
+    def off(end: Array) -> Array:
+        return jnp.where(zero, 0.0, unit * jnp.abs(end) + _TINY)
+
+    return Interval(ends.low - off(ends.low), ends.high + off(ends.high))
+
+
+def _of_ends(ends: Sequence[Array]) -> Interval:
+    """The least and the greatest; NaN if one is."""
+    low = high = ends[0]
+    for end in ends[1:]:
+        low, high = jnp.minimum(low, end), jnp.maximum(high, end)
+    return Interval(low, high)
+
+
+def _mul(a: Interval, b: Interval, **_: Any) -> Interval:
+    return _of_ends([x * y for x in a for y in b])
+
+
+def _div(a: Interval, b: Interval, **_: Any) -> Interval:
+    apart = (b.low > 0) | (b.high < 0)
+    low, high = _of_ends([x / y for x in a for y in b])
+    return Interval(jnp.where(apart, low, jnp.nan), jnp.where(apart, high, jnp.nan))
+
+
+def _abs(a: Interval, **_: Any) -> Interval:
+    low, high = jnp.abs(a.low), jnp.abs(a.high)
+    around = (a.low <= 0) & (a.high >= 0)
+    return Interval(jnp.where(around, 0.0, jnp.minimum(low, high)), jnp.maximum(low, high))
+
+
+def _power(a: Interval, *, y: int, **_: Any) -> Interval:
+    if y < 1:
+        nothing = jnp.full_like(a.low, jnp.nan)
+        return Interval(nothing, nothing)
+    base = _abs(a) if y % 2 == 0 else a
+    return Interval(base.low**y, base.high**y)
+
+
+def _select(which: Interval, *cases: Interval, **_: Any) -> Interval:
+    if len(cases) != 2 or which.low.dtype != jnp.bool_:
+        nothing = jnp.full_like(cases[0].low, jnp.nan)
+        return Interval(nothing, nothing)
+    no, yes = cases
+    if no.low.dtype == jnp.bool_:
+        either = Interval(no.low & yes.low, no.high | yes.high)
+    else:
+        either = _of_ends([*no, *yes])
+    ends = zip(no, yes, either, strict=True)
+    return Interval(
+        *(jnp.where(which.low, y, jnp.where(which.high, e, n)) for n, y, e in ends)  # type: ignore[arg-type]
+    )
+
+
+def _cast(a: Interval, *, new_dtype: Any, **_: Any) -> Interval:
+    if new_dtype == jnp.bool_:
+        if a.low.dtype == jnp.bool_:
+            return a
+        zero, apart = a.is_zero, (a.low > 0) | (a.high < 0)
+        return Interval(apart, ~zero)
+    return Interval(a.low.astype(jnp.float32), a.high.astype(jnp.float32))
+
+
+def _between(low: float, high: float) -> Callable[..., Interval]:
+    """Of a function whose results lie there, if it has an argument."""
+
+    def rule(a: Interval, **_: Any) -> Interval:
+        known = ~jnp.isnan(a.low) & ~jnp.isnan(a.high)
+        return Interval(jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan))
+
+    return rule
+
+
+def _each(function: Callable[..., Array]) -> Callable[..., Interval]:
+    """Of a function that rises with all of its operands."""
+    return lambda *operands, **_: Interval(
+        function(*(a.low for a in operands)), function(*(a.high for a in operands))
+    )
+
+
+def _comparison(surely: Callable[..., Array], perhaps: Callable[..., Array]) -> Any:
+    return lambda a, b, **_: Interval(surely(a, b), ~perhaps(a, b))
+
+
+# A comparison is surely true, or (the second) surely false; of NaN neither.
+_RULES: dict[Any, Callable[..., Any]] = {
+    p.add_p: _each(jnp.add),
+    p.sub_p: lambda a, b, **_: Interval(a.low - b.high, a.high - b.low),
+    p.mul_p: _mul,
+    p.div_p: _div,
+    p.neg_p: lambda a, **_: Interval(-a.high, -a.low),
+    p.max_p: _each(jnp.maximum),
+    p.min_p: _each(jnp.minimum),
+    p.clamp_p: _each(lambda low, x, high: jnp.minimum(jnp.maximum(x, low), high)),
+    p.abs_p: _abs,
+    p.square_p: lambda a, **_: _power(a, y=2),
+    p.integer_pow_p: _power,
+    p.sign_p: _each(jnp.sign),
+    p.select_n_p: _select,
+    p.convert_element_type_p: _cast,
+    p.reduce_precision_p: lambda a, **_: a,
+    p.tanh_p: _between(-1.0, 1.0),
+    p.erf_p: _between(-1.0, 1.0),
+    p.logistic_p: _between(0.0, 1.0),
+    p.gt_p: _comparison(lambda a, b: a.low > b.high, lambda a, b: a.high <= b.low),
+    p.ge_p: _comparison(lambda a, b: a.low >= b.high, lambda a, b: a.high < b.low),
+    p.lt_p: _comparison(lambda a, b: a.high < b.low, lambda a, b: a.low >= b.high),
+    p.le_p: _comparison(lambda a, b: a.high <= b.low, lambda a, b: a.low > b.high),
+    p.not_p: lambda a, **_: Interval(~a.high, ~a.low),
+    p.and_p: _each(jnp.logical_and),
+    p.or_p: _each(jnp.logical_or),
+}
+_ROUNDING = frozenset(
+    (p.add_p, p.sub_p, p.mul_p, p.div_p, p.square_p, p.integer_pow_p, p.convert_element_type_p,
+     p.reduce_precision_p)
+)  # fmt: skip
