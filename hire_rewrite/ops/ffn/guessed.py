@@ -162,19 +162,24 @@ class GuessedLayer:
 
     def dense(self, x: Array) -> tuple[Array, Array]:
         """h: [tokens, f] and what comes out, by the best rows that are held."""
-        if self.state.dense is None:
-            h, rows = self.hidden(x), self.down_rows()
-        else:
-            up, rows = map(self._here, self.state.dense)
-            h = self._hidden(x, up, by_neuron=False)
-        return h, down_matmul(h, rows, self.spec)
+        spec, state = self.spec, self.state
+        if state.dense is not None:
+            up, rows = map(self._here, state.dense)
+            h = self._hidden(up_matmul(x, up, spec), by_neuron=False)
+            return h, down_matmul(h, rows, spec)
+        h = self.hidden(x)
+        if spec.exact is None:
+            return h, spec.encoding.product(h, state.down, self.layer).astype(spec.down_dtype)
+        return h, down_matmul(h, self.down_rows(), spec)
 
     def hidden(self, x: Array) -> Array:
         """h: [tokens, f] by the exact rows, or without such rows by the compressed copy."""
         exact, state = self.spec.exact, self.state
         if exact is None:
-            return self._hidden(x, self.spec.encoding.decode(state.up, self.layer), by_neuron=False)
-        return self._hidden(x, exact.decode(state.exact_up, self.layer), by_neuron=True)
+            pre = self.spec.encoding.product(x, state.up, self.layer)
+        else:
+            pre = exact.product(x, state.exact_up, self.layer)
+        return self._hidden(pre.astype(self.spec.up_dtype), by_neuron=exact is not None)
 
     def down_rows(self) -> Array:
         """f32[f, d_out], the second matrix by the exact rows, or without such rows by the copy."""
@@ -183,10 +188,9 @@ class GuessedLayer:
             return self.spec.encoding.decode(state.down, self.layer).T
         return exact.decode(state.exact_down, self.layer)
 
-    def _hidden(self, x: Array, rows: Array, *, by_neuron: bool) -> Array:
-        """h: [tokens, f] by rows of all first matrices, [f · P, d_in] or [P · f, d_in]."""
-        tokens, projections = x.shape[0], self.spec.projections
-        pre = up_matmul(x, rows, self.spec)
+    def _hidden(self, pre: Array, *, by_neuron: bool) -> Array:
+        """h: [tokens, f] of all first products, [tokens, f · P] or [tokens, P · f]."""
+        tokens, projections = pre.shape[0], self.spec.projections
         if by_neuron:
             split = jnp.moveaxis(pre.reshape(tokens, self.spec.width, projections), 2, 0)
             every = tuple(split[p] for p in range(projections))

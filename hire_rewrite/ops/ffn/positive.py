@@ -306,9 +306,8 @@ class _Layer:
         """h: [tokens, f] of all neurons."""
         spec, tokens, pre = self.spec, x.shape[0], dict[int, Array]()
         if spec.picked:
-            rows = spec.up.decode(self.state.up, self.layer)
-            wide = jnp.matmul(x.astype(jnp.float32), rows.T, precision=lax.Precision.HIGHEST)
-            split = wide.astype(spec.up_dtype).reshape(tokens, spec.width, len(spec.picked))
+            every = spec.up.product(x, self.state.up, self.layer)
+            split = every.astype(spec.up_dtype).reshape(tokens, spec.width, len(spec.picked))
             pre |= {p: split[:, :, i] for i, p in enumerate(spec.picked)}
         if gates is not None:
             pre |= dict(zip(spec.gates, self._split(gates), strict=True))

@@ -21,10 +21,6 @@ from hire_rewrite.ops.top_k.select import set_apart
 
 __all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears"]
 
-_MANY_TOKENS = 32
-"""From so many tokens on rows are widened once and multiplied by the compiler: the arithmetic then
-takes longer than that."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
@@ -139,7 +135,7 @@ def _products(
     x: Array, states: Sequence[LinearState], layer: Array | int, spec: LinearSpec
 ) -> list[Array]:
     tokens, encoding = x.shape[0], spec.encoding
-    if not isinstance(tokens, int) or tokens >= _MANY_TOKENS:
+    if not isinstance(tokens, int):
         return [times(x, encoding.decode(state.rows, layer), None) for state in states]
     if isinstance(encoding, JointEncoding):
         rows = [state.rows for state in states]

@@ -3,6 +3,7 @@
 #ifndef HIRE_REWRITE_ROWS_H_
 #define HIRE_REWRITE_ROWS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
