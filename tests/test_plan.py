@@ -80,7 +80,7 @@ def test_names_are_grouped_only_where_all_are_there():
 
 
 def test_a_path_that_repeats_its_scopes_is_grouped_with_them():
-    """As Linen and Haiku name their layers: the same block in both."""
+    """As Linen names its layers: the same block in both."""
     names = [f"M/l_{i}/a_0/a_0/{q}:p/l_{i}/a_0/{q}/w" for i in range(3) for q in "qk"]
     assert grouped(names) == ["M/l_{0..2}/a_0/a_0/{q,k}:p/l_{0..2}/a_0/{q,k}/w"]
     assert grouped(names[:3]) == [
