@@ -14,6 +14,8 @@ _Choices = tuple[tuple[str, ...], ...]
 
 _NUMBER = re.compile(r"\d+")
 _DIVIDERS = re.compile(r"([/:])")
+_REPEATED = "\0"
+"""Before the place of a scope: a part of a name that repeats this scope."""
 
 
 def site_pattern(name: str, others: Iterable[str] = ()) -> str:
@@ -44,6 +46,8 @@ def grouped(names: Sequence[str]) -> list[str]:
     Example:
       >>> grouped(["p/0/q", "p/0/k", "p/1/q", "p/1/k", "p/head"])
       ['p/{0..1}/{q,k}', 'p/head']
+      >>> grouped(["Model/block_0:p/block_0/up", "Model/block_1:p/block_1/up"])
+      ['Model/block_{0..1}:p/block_{0..1}/up']
     """
     return [name for name, _ in groups(names, lambda name: name, lambda name: ())]
 
@@ -54,7 +58,8 @@ def groups(
     """Items in groups of one name each, in order of their first.
 
     Items belong together if they are `alike` and their names form a block: every choice of parts,
-    in the places where they differ, is the name of one of them.
+    in the places where they differ, is the name of one of them. What a path repeats of the scopes
+    before it (`Model/block_0:params/block_0/up`) is chosen there.
     """
     first = {id(item): i for i, item in enumerate(items)}
     open_groups: list[tuple[_Choices, list[Item]]]
@@ -67,7 +72,8 @@ def groups(
             buckets: dict[Hashable, list[tuple[_Choices, list[Item]]]] = {}
             for parts, members in open_groups:
                 here = parts[:place] + parts[place + 1 :] if place < len(parts) else parts
-                key = (len(parts), place < len(parts), here, alike(members[0]))
+                repeated = [(i, p) for i, p in enumerate(parts) if p[0].startswith(_REPEATED)]
+                key = (len(parts), place < len(parts), here, tuple(repeated), alike(members[0]))
                 buckets.setdefault(key, []).append((parts, members))
             joined = []
             for bucket in buckets.values():
@@ -80,12 +86,38 @@ def groups(
                 joined += bucket
             open_groups = joined
     open_groups.sort(key=lambda group: min(first[id(item)] for item in group[1]))
-    return [("".join(map(_written, parts)), members) for parts, members in open_groups]
+    return [(_joined(parts), members) for parts, members in open_groups]
 
 
 def _parts(name: str) -> list[str]:
-    """A name in parts, `layers_3` in two; joined they are the name."""
-    return [piece for part in _DIVIDERS.split(name) for piece in re.split(r"(\d+)", part) if piece]
+    """A name in parts, `layers_3` in two. Where its path repeats a scope, the part says the place
+    of that scope; a number alone says too little to be one."""
+    scopes, colon, path = name.rpartition(":")
+    named = enumerate(_DIVIDERS.split(scopes))
+    places = {scope: i for i, scope in named if scope not in "/:" and not _NUMBER.fullmatch(scope)}
+    repeating = [
+        f"{_REPEATED}{places[part]}" if part in places else part for part in _DIVIDERS.split(path)
+    ]
+    parts = [*_DIVIDERS.split(scopes + colon), *repeating]
+    return [
+        piece
+        for part in parts
+        for piece in ([part] if part.startswith(_REPEATED) else re.split(r"(\d+)", part))
+        if piece
+    ]
+
+
+def _joined(parts: _Choices) -> str:
+    """A name of parts, some of which may have several choices."""
+    written = [""]
+    for choices in parts:
+        if choices[0].startswith(_REPEATED):
+            written[-1] += written[int(choices[0].removeprefix(_REPEATED))]
+        elif set(choices) <= {"/", ":"}:
+            written += [_written(choices), ""]
+        else:
+            written[-1] += _written(choices)
+    return "".join(written)
 
 
 def _written(choices: tuple[str, ...]) -> str:

@@ -76,9 +76,27 @@ def test_names_are_grouped_only_where_all_are_there():
     assert grouped(["p/0/q", "p/0/k", "p/1/q"]) == ["p/0/{q,k}", "p/1/q"]
     assert grouped(["l_0/w", "l_2/w", "l_3/w"]) == ["l_{0,2,3}/w"]
     assert grouped(["a/b", "a/b/c", "a"]) == ["a/b", "a/b/c", "a"]
+    assert grouped(["a/b", "a:b"]) == ["a{/,:}b"]
 
 
-@given(st.lists(st.from_regex(r"[ab]{1,2}(/[0-2cd]{1,2}){0,3}", fullmatch=True), unique=True))
+def test_a_path_that_repeats_its_scopes_is_grouped_with_them():
+    """As Linen names its layers: the same block in both."""
+    names = [f"M/l_{i}/a_0/a_0/{q}:p/l_{i}/a_0/{q}/w" for i in range(3) for q in "qk"]
+    assert grouped(names) == ["M/l_{0..2}/a_0/a_0/{q,k}:p/l_{0..2}/a_0/{q,k}/w"]
+    assert grouped(names[:3]) == [
+        "M/l_0/a_0/a_0/{q,k}:p/l_0/a_0/{q,k}/w",
+        "M/l_1/a_0/a_0/q:p/l_1/a_0/q/w",
+    ]
+    assert grouped(["M/l_0:p/l_1/w", "M/l_1:p/l_0/w"]) == ["M/l_0:p/l_1/w", "M/l_1:p/l_0/w"]
+    assert grouped(["M/0:p/0", "M/1:p/0", "M/2:p/0"]) == ["M/{0..2}:p/0"]
+
+
+@given(
+    st.lists(
+        st.from_regex(r"([ab]_[01]/[ab]:)?[ab]{1,2}(/[0-2cd]{1,2}|/a_[01]){0,3}", fullmatch=True),
+        unique=True,
+    )
+)
 def test_each_name_is_in_one_group(names):
     found = groups(names, lambda name: name, len)
     assert sorted(name for _, members in found for name in members) == sorted(names)

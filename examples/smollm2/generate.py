@@ -25,6 +25,8 @@ def greedy(
 ) -> tuple[Array, Array | None, Any]:
     """Read token: i32[batch], then each token chosen, until `n` are.
 
+    A step of a single sequence, without the batch axis, will do as well.
+
     Returns tokens: i32[batch, n], the logits: [batch, n, vocab] that chose them (None unless
     `keep_logits`), and the cache, which has everything but the last token. The cache passed in
     must not be used again if `step` donates it.
@@ -36,4 +38,4 @@ def greedy(
         tokens.append(token)
         if keep_logits:
             kept.append(logits)
-    return jnp.stack(tokens, axis=1), jnp.stack(kept, axis=1) if keep_logits else None, cache
+    return jnp.stack(tokens, axis=-1), jnp.stack(kept, axis=-2) if keep_logits else None, cache

