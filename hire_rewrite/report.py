@@ -14,7 +14,8 @@ from hire_rewrite.plan import table
 class SiteReport:
     """What a site's predictor misses; a unit is a group of neurons or a row of the vocabulary.
 
-    Where nothing is chosen (`k` is 0) nothing is missed, and recalls are 1.
+    Where nothing is chosen (`k` is 0) nothing is missed, and recalls are 1. Where the data say how
+    many units are read (`FFN(k="positive")`) a recall is the share of those that are not zero.
 
     Attributes:
       name, kind: as in the plan.
@@ -27,6 +28,9 @@ class SiteReport:
       error: mean relative error of the output (of a head, of its probabilities) against dense.
       error_exact: the same against the exact top k, which the predictor alone is to blame for.
       proved: share of tokens whose greatest logits were proved; None without `certify`.
+      read: for each layer the share of units that were read; None where it does not vary.
+      whole: share of tokens that asked for more units than are read one by one, and read all; None
+        alike.
       bytes_dense, bytes_read: weight bytes for one token, in all layers.
       curve: recall for other numbers of candidates, as (candidates, bytes, recall of each layer).
     """
@@ -43,6 +47,8 @@ class SiteReport:
     error: float
     error_exact: float
     proved: float | None
+    read: tuple[float, ...] | None
+    whole: float | None
     bytes_dense: int
     bytes_read: int
     curve: tuple[tuple[int, int, tuple[float, ...]], ...]
@@ -76,7 +82,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
-                  "greatest", "mass", "error", "from exact", "proved", "MB read"]  # fmt: skip
+                  "greatest", "mass", "error", "from exact", "proved", "read", "whole", "MB read"]  # fmt: skip
         parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
         if self.model is not None:
             model = self.model
@@ -119,5 +125,7 @@ def _row(site: SiteReport) -> list[str]:
         site.name, str(site.tokens), *(choice if site.k else [""] * len(choice)),
         f"{site.error:.4f}", f"{site.error_exact:.4f}",
         "" if site.proved is None else f"{site.proved:.2%}",
+        "" if site.read is None else f"{sum(site.read) / len(site.read):.2%}",
+        "" if site.whole is None else f"{site.whole:.2%}",
         f"{site.bytes_dense / 1e6:.1f} → {site.bytes_read / 1e6:.1f}",
     ]  # fmt: skip

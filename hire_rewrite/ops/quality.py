@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from hire_rewrite.ops.top_k.select import top_k
 
-__all__ = ["Choice", "Comparison", "Measured", "Quality", "quality", "relative_error"]
+__all__ = ["Choice", "Comparison", "Measured", "Quality", "Reading", "quality", "relative_error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,20 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """Which units each token read, where their number is up to the data.
+
+    Attributes:
+      wanted, read: bool[tokens, U], the units that are not zero, and those that were read.
+      whole: bool[tokens], tokens that ask for more units than are read one by one.
+    """
+
+    wanted: Array
+    read: Array
+    whole: Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """Results of one operation on the same tokens.
 
@@ -46,6 +60,7 @@ class Comparison:
       dense, exact, rewritten: [tokens, n], of the dense operation, of the one on its exact top k,
         and of the rewritten one.
       choice: what was chosen; None where nothing is.
+      reading: what was read; None where how much is no question.
       proved: bool[tokens], tokens whose result was proved; None where there is no proof.
     """
 
@@ -53,6 +68,7 @@ class Comparison:
     exact: Array
     rewritten: Array
     choice: Choice | None = None
+    reading: Reading | None = None
     proved: Array | None = None
 
 
@@ -77,6 +93,8 @@ class Quality(NamedTuple):
       error, error_exact: f32[], relative error of the rewritten result against the dense one, and
         against the one on the exact top k.
       proved: f32[], tokens whose result was proved.
+      read, kept, whole: f32[], of a `Reading` the shares of units that were read, and of those
+        wanted that were read; and how many tokens read all.
     """
 
     tokens: Array
@@ -87,11 +105,15 @@ class Quality(NamedTuple):
     error: Array
     error_exact: Array
     proved: Array
+    read: Array
+    kept: Array
+    whole: Array
 
 
 def quality(comparison: Comparison) -> Quality:
     """The sums of a comparison."""
     rewritten, choice, proved = comparison.rewritten, comparison.choice, comparison.proved
+    reading = comparison.reading
     zero, empty = jnp.zeros((), jnp.float32), jnp.zeros(0, jnp.float32)
     return Quality(
         jnp.float32(rewritten.shape[0]),
@@ -99,7 +121,19 @@ def quality(comparison: Comparison) -> Quality:
         error=relative_error(rewritten, comparison.dense).sum(),
         error_exact=relative_error(rewritten, comparison.exact).sum(),
         proved=zero if proved is None else proved.sum(dtype=jnp.float32),
+        **({"read": zero, "kept": zero, "whole": zero} if reading is None else _read(reading)),
     )
+
+
+def _read(reading: Reading) -> dict[str, Array]:
+    """`read`, `kept` and `whole` of a reading."""
+    wanted = reading.wanted.sum(1, dtype=jnp.float32)
+    kept = (reading.wanted & reading.read).sum(1, dtype=jnp.float32)
+    return {
+        "read": reading.read.mean(1, dtype=jnp.float32).sum(),
+        "kept": jnp.where(wanted > 0, kept / jnp.maximum(wanted, 1), 1.0).sum(),
+        "whole": reading.whole.sum(dtype=jnp.float32),
+    }
 
 
 def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:

@@ -40,10 +40,11 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
     machine = machines.current()
     now = estimate(operation, 1, machine)
     choice = _choice(operation, sums, machine)
-    if choice is None:  # nothing is chosen, so nothing is missed
-        ones = (1.0,) * len(tokens)
-        choice = {"k": 0, "candidates": 0, "recall": ones, "recall_p1": ones}
-        choice |= {"curve": ((0, now.after, ones),), "best": 1.0, "mass": 1.0}
+    if choice is None:  # what is not chosen is not missed, but for what a guess takes for zero
+        kept = (sums.kept / tokens) if operation.reads_vary else np.ones(len(tokens))
+        recall = tuple(map(float, kept))
+        choice = {"k": 0, "candidates": 0, "recall": recall, "recall_p1": recall}
+        choice |= {"curve": ((0, now.after, recall),), "best": 1.0, "mass": 1.0}
 
     def mean(sums: Any) -> float:
         return float(sums.sum() / tokens.sum())
@@ -55,6 +56,8 @@ def _site(decision: Decision, sums: Any) -> SiteReport:
         error=mean(sums.error),
         error_exact=mean(sums.error_exact),
         proved=mean(sums.proved) if operation.proves else None,
+        read=tuple(map(float, sums.read / tokens)) if operation.reads_vary else None,
+        whole=mean(sums.whole) if operation.reads_vary else None,
         bytes_dense=now.before,
         bytes_read=now.after,
         **({"best": mean(sums.best), "mass": mean(sums.mass)} | choice),

@@ -39,6 +39,7 @@ class Operation(abc.ABC):
       fixed_units: units that are candidates of every token.
       exact_is_dense: whether its exact form is the dense site.
       proves: whether it proves what it chooses.
+      reads_vary: whether the data say how much it reads.
       calibrated_tokens: numbers of tokens in a call for which calibration told what they read.
     """
 
@@ -52,6 +53,7 @@ class Operation(abc.ABC):
     fixed_units: int = 1
     exact_is_dense: bool = True
     proves: bool = False
+    reads_vary: bool = False
     calibrated_tokens: tuple[int, ...] = ()
 
     @property

@@ -27,7 +27,7 @@ from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState
 from hire_rewrite.ops.ffn.guessed import members
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors import Certifying, State
-from hire_rewrite.ops.quality import Comparison, Measured
+from hire_rewrite.ops.quality import Comparison, Measured, Reading
 from hire_rewrite.ops.top_k.listed import listed
 
 __all__ = [
@@ -177,7 +177,7 @@ def dense_positive_ffn(
     activation: Activation,
 ) -> Array:
     """The block on all of its neurons in dense arithmetic, for x: [tokens, d_in]."""
-    return _Layer(state, layer, spec, activation).dense(x)
+    return _Layer(state, layer, spec, activation).dense(x)[1]
 
 
 def measured_positive_ffn(
@@ -190,9 +190,10 @@ def measured_positive_ffn(
 ) -> Measured:
     """Results [tokens, d_out] for x: [tokens, d_in]; the exact one is the dense one."""
     block = _Layer(state, layer, spec, activation)
-    gates, mask = block.read(x)
-    dense, rewritten = block.dense(x), block.whole(x, gates, mask)
-    return Measured(dense, rewritten, Comparison(dense, dense, rewritten))
+    (h, dense), (gates, mask) = block.dense(x), block.read(x)
+    rewritten = block.whole(x, gates, mask)
+    reading = Reading(h != 0, mask, mask.sum(1) > spec.budget)
+    return Measured(dense, rewritten, Comparison(dense, dense, rewritten, reading=reading))
 
 
 def unsettled(
@@ -294,13 +295,14 @@ class _Layer:
         h = self._hidden(x, gates)
         return self._down(jnp.where(mask, h, jnp.zeros_like(h)))
 
-    def dense(self, x: Array) -> Array:
-        """[tokens, d_out] of all neurons."""
+    def dense(self, x: Array) -> tuple[Array, Array]:
+        """h: [tokens, f] of all neurons, and what comes out."""
         spec = self.spec
         gates = None
         if spec.predictor is None:
             gates = spec.up.product(x, self.state.gates, self.layer).astype(spec.up_dtype)
-        return self._down(self._hidden(x, gates))
+        h = self._hidden(x, gates)
+        return h, self._down(h)
 
     def _hidden(self, x: Array, gates: Array | None) -> Array:
         """h: [tokens, f] of all neurons."""

@@ -156,6 +156,7 @@ class PositiveOperation(BlockOperation):
     """A block of which each token has the neurons that may not be zero."""
 
     spec: PositiveFFNSpec
+    reads_vary = True
 
     def __init__(
         self,
