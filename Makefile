@@ -8,11 +8,12 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma translate test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
 	@echo "make gemma     Gemma 3 270M in plain JAX (downloads 240 MB), and its plan"
+	@echo "make translate English to Portuguese and back (downloads 35 MB), dense and rewritten"
 	@echo "make test      the tests"
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
@@ -30,6 +31,9 @@ demo: $(VENV)/.demo $(VENV)/.llama
 
 gemma: $(VENV)/.gemma
 	$(RUN) -m examples.gemma3.demo
+
+translate: $(VENV)/.translate
+	$(RUN) -m examples.translate.demo
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)

@@ -64,8 +64,9 @@ def rotate(x: Array, positions: Array, base: Array | float) -> Array:
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Mix v: [b, k, t, h] by the softmax of q: [b, k, g, s, h] on k: [b, k, h, t], heads joined.
 
-    mask: bool[s, t] is true where a query may look. Returns [b, s, k * g * h]. Letters: b batch,
-    s query position, t key position, k key-value head, g query head within its group, h element.
+    mask: bool[s, t] is true where a query may look; with more axes it is of [b, k, g, s, t].
+    Returns [b, s, k * g * h]. Letters: b batch, s query position, t key position, k key-value head,
+    g query head within its group, h element.
     """
     scores = jnp.einsum("bkgsh,bkht->bkgst", q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)

@@ -60,7 +60,7 @@ def table_text(n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
 
 def license_text(n_tokens: int, tokenizer: Tokenizer) -> np.ndarray:
     """The first tokens: i32[n_tokens] of the licenses of the installed packages, by name."""
-    return _encode(_licenses(), n_tokens, tokenizer)
+    return _encode(licenses(), n_tokens, tokenizer)
 
 
 def windows(tokens: np.ndarray, length: int, first: int | None = None) -> np.ndarray:
@@ -108,7 +108,7 @@ def _source(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _licenses() -> Iterator[str]:
+def licenses() -> Iterator[str]:
     """Each license once, for many packages have the same."""
     seen = set()
     packages = {package.metadata["Name"]: package for package in importlib.metadata.distributions()}
