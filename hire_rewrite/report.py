@@ -82,7 +82,8 @@ class Report:
 
     def __str__(self) -> str:
         header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
-                  "greatest", "mass", "error", "from exact", "proved", "read", "whole", "MB read"]  # fmt: skip
+                  "greatest", "mass", "error", "from exact", "proved", "read", "whole",
+                  "MB read"]  # fmt: skip
         parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
         if self.model is not None:
             model = self.model

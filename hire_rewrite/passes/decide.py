@@ -152,7 +152,7 @@ class _Decider:
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
-        if isinstance(known, StaysDense) and operation.unexamined:
+        if isinstance(known, StaysDense) and operation.examines:
             return Decision(site, _row(site, rule, known.reason), known=True)
         unknown = operation.undecided or operation.unexamined
         if unknown is not None:

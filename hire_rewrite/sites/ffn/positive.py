@@ -25,7 +25,7 @@ from hire_rewrite.sites.ffn.exact import Positives, RawBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import second_rows, siblings
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
+from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
 from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
@@ -229,10 +229,12 @@ class PositiveOperation(BlockOperation):
         dtype = narrow(self._match.linears[0].weight).dtype
         return [*reads, *reads_of(spec.predictor, *self.scored, dtype, tokens)]
 
-    def examine(self, weights: WeightRows) -> PositiveStatistics:
+    def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match = self._match
         up = jnp.concatenate([weights.projection(p) for p in match.region.projections], axis=1)
         down, _ = second_rows(self.site, weights)
+        if not all(bool(jnp.isfinite(rows).all()) for rows in (up, down)):
+            return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
         first, second = (narrowest(np.asarray(rows)) for rows in (up, down))
         return dataclasses.replace(
             self._told,
@@ -266,10 +268,13 @@ class PositiveOperation(BlockOperation):
             predictor=guess,
             bound=bound,
             norms=rounding.norms(wide),
-            never=~(jnp.isfinite(wide).all((1, 3)) & jnp.isfinite(down).all(2)),
             fused=siblings(match, weights),
             joined=joined,
         )
+
+    def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
+        stored = jax.tree.leaves((arrays.gates, arrays.up, arrays.down))
+        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
 
     @property
     def holds_weights(self) -> bool:
