@@ -101,7 +101,7 @@ class Reader:
             index,
             spec=op.spec,
             activation=lambda pre, _: jax.nn.silu(pre[gated]) * pre[1 - gated],
-            predictor=op.rule.predictor,
+            predictor=op.predictor,
             budget=op.budget,
         )
 

@@ -156,8 +156,8 @@ def unsettled_of(got, x):
     }
     encoding = hire.Float("bfloat16" if x.dtype == jnp.bfloat16 else "float32")
     spec = ops.PositiveFFNSpec(
-        **names, precision=None, width=F, d_out=D, projections=1, gates=(0,), budget=F, up=encoding, down=encoding,
-        predictor=Quantized(),
+        **names, width=F, d_out=D, projections=1, gates=(0,), budget=F,
+        up=encoding, down=encoding, predictor=Quantized(),
     )  # fmt: skip
 
     def activation(pre, vectors):
@@ -280,17 +280,26 @@ def test_under_vmap_and_in_a_loop():
     close(lax.map(functools.partial(step, got), x), block(p, x), 1e-5)
 
 
-def test_sharded_weights_stay_dense_with_a_reason():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("m",))
-    p, x = weights(), tokens(1)
-    columns = NamedSharding(mesh, P(None, "m")), NamedSharding(mesh, P("m"))
-    p = p | {
-        "up": jax.device_put(p["up"], columns[0]),
-        "down": jax.device_put(p["down"], columns[1]),
-    }
-    with pytest.warns(hire.HireRewriteWarning, match="does not support"):
-        (site,) = hire.transform(block, positive()).plan(p, x).sites
-    assert site.status == "dense"
+@pytest.mark.parametrize("predictor", [None, Quantized()])
+@pytest.mark.parametrize("activation", ["relu", "gated"])
+def test_on_a_mesh_each_device_has_neurons_of_its_own(activation, predictor):
+    gated, function = ACTIVATIONS[activation]
+
+    def fn(p, x):
+        return function(p, x @ p["up"], x @ p["gate"] if gated else None) @ p["down"]
+
+    mesh, p, x = Mesh(np.array(jax.devices()[:2]), ("m",)), weights(gated=gated), tokens(4)
+    specs = {"up": P(None, "m"), "gate": P(None, "m"), "down": P("m"), "b": P("m")}
+    placed = {name: jax.device_put(p[name], NamedSharding(mesh, specs[name])) for name in p}
+    step = hire.transform(fn, positive(predictor=predictor))
+    got = step.pack(placed, x)
+    assert "sharded over m=2" in step.plan(got, x).rewritten[0].reason
+    (state,) = got.sites.values()
+    assert all(len(array.sharding.device_set) == 2 for array in jax.tree.leaves(state))
+    assert state.down["rows"].addressable_shards[0].data.shape == (1, F // 2, D)
+    close(jax.jit(step)(got, x), fn(p, x), 1e-5)
+    (site,) = step.evaluate(got, [(x,)]).sites
+    assert site.recall == (1.0,)
 
 
 @pytest.mark.parametrize(

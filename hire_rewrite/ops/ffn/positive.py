@@ -231,7 +231,8 @@ class _Layer:
         spec, state = self.spec, self.state
         if spec.predictor is None:
             exact = spec.up.product(x, state.gates, self.layer).astype(spec.up_dtype)
-            gates, off = self._split(exact.astype(jnp.float32)), (0.0,) * len(spec.gates)
+            gates = self._split(exact.astype(jnp.float32))
+            off = (jnp.float32(0.0),) * len(gates)
         else:
             exact = None
             scores = lax.stop_gradient(spec.predictor.score(state.predictor, x, self.layer))

@@ -167,7 +167,7 @@ class ScoresRows(Protocol):
 
 
 @runtime_checkable
-class Certifying(Protocol):
+class Certifying(Predictor, Protocol):
     """A predictor that knows how wrong it can be (see `docs/certify.md`)."""
 
     @property
