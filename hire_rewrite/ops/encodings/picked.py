@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.ops.encodings.product import Matrix, widened
+from hire_rewrite.ops.encodings.product import Matrix, taken, widened
 from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
@@ -109,5 +109,5 @@ def _sum(onto: Array, h: Array, rows: Array) -> Array:
 
 def _decoded(matrix: Matrix, layer: Array | int, picked: Array, bits: int) -> Array:
     """f32[tokens, k, d]."""
-    arrays = (gather_rows(array, layer, picked) for array in matrix if array is not None)
-    return widened(*arrays, bits=bits)
+    rows = taken(matrix, lambda array: gather_rows(array, layer, picked))
+    return widened(*rows, bits=bits)

@@ -35,7 +35,7 @@ from hire_rewrite.ops.top_k import select
 
 __all__ = ["status", "usable"]
 
-_VERSION = 6
+_VERSION = 7
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = (
@@ -108,7 +108,7 @@ def _block_product(
     x: Array,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array | int,
     *,
     bits: int,
@@ -173,11 +173,14 @@ def _products_of_blocks(
 
 
 def _operands(several: Sequence[Matrix]) -> list[Array]:
-    """Of each matrix its three arrays, of which the last may be empty."""
+    """Of each matrix its three arrays; the last may be empty, or one number."""
     operands: list[Array] = []
     for integers, scale, minimum in several:
-        none = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
-        operands += integers, scale, none if minimum is None else minimum
+        if minimum is None:
+            minimum = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
+        elif jnp.ndim(minimum) == 0:
+            minimum = jnp.asarray(minimum, jnp.float32).reshape(1)
+        operands += integers, scale, minimum
     return operands
 
 
@@ -189,7 +192,7 @@ def _fits_blocks(
     x: Array,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array | int,
     *,
     bits: int,
@@ -199,7 +202,7 @@ def _fits_blocks(
     if not usable(x) or integers.size == 0:
         return False
     d, blocks = x.shape[1], scale.shape[2]
-    factors = (scale,) if minimum is None else (scale, minimum)
+    factors = [scale] if minimum is None or jnp.ndim(minimum) == 0 else [scale, minimum]
     known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
     whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
     return known and whole and d <= 65536 and integers.dtype == jnp.int8

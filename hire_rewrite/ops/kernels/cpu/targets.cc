@@ -133,7 +133,7 @@ ffi::Error SetApart(ffi::ThreadPool pool, F32 values, F32 scores, ffi::Result<S3
 #pragma GCC visibility push(default)
 
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 6; }
+extern "C" int hire_version() { return 7; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()
