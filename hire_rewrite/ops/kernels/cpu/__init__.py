@@ -180,7 +180,7 @@ def _operands(several: Sequence[Matrix]) -> list[Array]:
             minimum = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
         elif jnp.ndim(minimum) == 0:
             minimum = jnp.asarray(minimum, jnp.float32).reshape(1)
-        operands += integers, scale, minimum
+        operands += integers, scale, jnp.asarray(minimum)
     return operands
 
 
@@ -202,8 +202,9 @@ def _fits_blocks(
     if not usable(x) or integers.size == 0:
         return False
     d, blocks = x.shape[1], scale.shape[2]
-    factors = [scale] if minimum is None or jnp.ndim(minimum) == 0 else [scale, minimum]
-    known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
+    known = jnp.dtype(scale.dtype) in _FACTORS
+    if minimum is not None and jnp.ndim(minimum):
+        known = known and jnp.result_type(minimum) in _FACTORS
     whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
     return known and whole and d <= 65536 and integers.dtype == jnp.int8
 

@@ -52,15 +52,17 @@ def block_product(
     form = _Form(tokens, d, width, scale.shape[2])
     step = step_of(n, width)
     x = x.astype(jnp.bfloat16)
-    signed, ratio = minimum is None, minimum is not None and jnp.ndim(minimum) == 0
-    stored = (scale,) if signed or ratio else (scale, minimum)
+    signed, ratio = minimum is None, 1.0 if minimum is None else minimum
+    stored = [scale]
+    if jnp.ndim(ratio):
+        stored, ratio = [scale, jnp.asarray(minimum)], 1.0
     factors = [_Factors.of(array, layer, step) for array in stored]
     given = [form.masked(x)]
     if steps is not None:
         given.append(form.of_blocks(steps))
     if not signed:
         sums = x.astype(jnp.float32).reshape(tokens, form.blocks, -1).sum(-1)
-        sums = sums * minimum if ratio else sums
+        sums = sums * ratio
         given.append(form.of_blocks(sums if steps is None else sums * steps))
 
     def kernel(_: Any, *refs: Any) -> None:
