@@ -216,7 +216,9 @@ class HeadOperation(Operation):
         return self.raw_replacement(inputs, exact_head)
 
     def with_candidates(self, candidates: int) -> HeadOperation:
-        rows = -(-candidates // self.spec.num_shards) * self.spec.num_shards
+        shards = self.spec.num_shards
+        last = self.spec.width - (shards - 1) * self.spec.shard_rows
+        rows = min(-(-candidates // shards), last) * shards
         k = min(self.spec.k, candidates)
         spec = dataclasses.replace(self.spec, k=k, candidates=rows)
         rule = self.rule.replace(k=k, candidates=rows)
