@@ -236,7 +236,6 @@ def test_an_uneven_vocabulary():
     np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
     np.testing.assert_allclose(lax.top_k(logits, 8)[0], lax.top_k(wanted, 8)[0], atol=1e-5)
 
-
     report = run.evaluate(packed, [(layout.token(),)])
     assert min(report.sites[0].recall) > 0.9
 
