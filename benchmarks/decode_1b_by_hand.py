@@ -112,7 +112,7 @@ class Reader:
             return hire_linears(x, [arrays], 0, spec=op.spec)[0]
         assert isinstance(op, HeadOperation)
         (logits,) = hire_head(
-            x, arrays, 0, spec=op.spec, endpoints=lambda z: (z,), predictor=op.rule.predictor
+            x, arrays, 0, spec=op.spec, endpoints=lambda z: (z,), predictor=op.predictor
         )
         return logits
 

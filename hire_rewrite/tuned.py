@@ -74,7 +74,8 @@ class Tuned(tuple[Rule, ...]):
     def __str__(self) -> str:
         if self.kl is None:
             rows = [
-                [trial.name, str(trial.rule.predictor), str(trial.rule.candidates),
+                [trial.name, str(getattr(trial.rule, "guesses_by", trial.rule.predictor)),
+                 str(trial.rule.candidates),
                  f"{trial.recall:.4f}", f"{trial.bytes / 1e6:.2f}"]
                 for trial in self.chosen
             ]  # fmt: skip

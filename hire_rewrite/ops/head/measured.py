@@ -37,7 +37,10 @@ def measured_head(
             x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
         )
     else:
-        rewritten = finished(scores, rows, at(raw, rows), places, spec, endpoints)
+        stored = (
+            raw if state.dense is None else dense_logits(x, state._replace(dense=None), layer, spec)
+        )
+        rewritten = finished(scores, rows, at(stored, rows), places, spec, endpoints)
     last = dense[-1].astype(jnp.float32)
     order = optimistic(scores, state.predictor, layer).astype(spec.out_dtype)
     guessed = endpoints(order)[-1].astype(jnp.float32)

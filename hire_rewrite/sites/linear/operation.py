@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -22,16 +23,17 @@ from hire_rewrite.ops.linear.linear import (
     hire_linear,
     hire_linears,
 )
-from hire_rewrite.ops.linear.sharded import sharded_linears, sharded_lookup
+from hire_rewrite.ops.linear.sharded import sharded_linears
+from hire_rewrite.ops.lookup import sharded_lookup
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.kind import MatchedSite, StaysDense
 from hire_rewrite.sites.linear.experts import on_tokens
-from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.linear.shards import narrowest_of_shards, shard_size, stored_shards
+from hire_rewrite.sites.lookup import lookup_replacements
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import Joint, SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
@@ -191,27 +193,23 @@ class LinearOperation(Operation):
 
     def _looking_up(self, arrays: LinearState) -> list[SiteReplacement]:
         """What takes the place of the lookups of rows."""
-        site, encoding, n = self.site, self.spec.encoding, self.layer.out_dim
+        encoding, sharding = self.spec.encoding, self.site.sharding
 
         def of_device(state: LinearState, layer: Any, places: Array) -> Array:
             if state.dense is not None:
                 return gather_rows(state.dense, layer, places)
             return encoding.decode_rows(state.rows, layer, places)
 
-        def replacement(node: Node) -> SiteReplacement:
-            def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
-                def decode(places: Array) -> Array:
-                    if isinstance(site.sharding, RowSharding):
-                        where = {"n": n, "sharding": site.sharding}
-                        return sharded_lookup(of_device, state, layer, places, **where)
-                    return of_device(state, layer, places)
-
-                return [looked_up(node, ins[0], decode)], None
-
-            where = frozenset({node}), (node.ins[1],), tuple(node.outs)
-            return SiteReplacement(site.name, *where, run, arrays, site.sharding.region, site.loops)
-
-        return [replacement(node) for node in self._lookups]
+        decode = of_device
+        if isinstance(sharding, RowSharding):
+            decode = functools.partial(
+                sharded_lookup,
+                of_device,
+                count=self.scored[0],
+                specs=PartitionSpec(sharding.axes),
+                sharding=sharding,
+            )
+        return lookup_replacements(self.site, self._lookups, arrays, decode)
 
     def _hired(self, arrays: LinearState) -> SiteReplacement:
         """The layer from its copy, together with others of the same input."""
