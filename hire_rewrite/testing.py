@@ -125,7 +125,8 @@ def assert_recall(
     """Each layer of each site finds so much of its true top k, on average over tokens.
 
     Args:
-      packed, batches, settings: as in `Transformed.evaluate`.
+      packed, batches, settings: as in `Transformed.evaluate`: each token is measured as if it were
+        decoded alone. With `weights=` where `packed` holds rounded copies alone.
 
     Returns:
       The report.
@@ -158,6 +159,8 @@ def assert_no_change_of_meaning(
     calibration: Iterable[tuple[Any, ...]] | None = None,
 ) -> Report:
     """The rewritten model says what the dense one says: the same tokens, with the same probability.
+
+    As it decodes: each token is measured as if it were decoded alone (see `Transformed.evaluate`).
 
     Args:
       params: the argument that holds weights, a tuple of them if there are several.

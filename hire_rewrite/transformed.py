@@ -161,8 +161,10 @@ class Transformed:
     ) -> Report:
         """Measure what rewriting misses: each site, and the model beside the dense and exact one.
 
-        Every token is measured as if it were decoded alone, whatever `max_tokens` says, so that
-        whole sequences can be given.
+        Every token is measured as if it were decoded alone, however many a batch has and whatever
+        `max_tokens` says, so that whole sequences can be given. The calls of such batches
+        themselves may lose less: `Report.stay_dense` names the sites that are dense in them, and a
+        `Linear` or `FFN` with exact parts reads more rows exactly for more tokens.
 
         Args:
           batches: tuples of the arguments after the weights, as in `pack`.
@@ -204,7 +206,8 @@ class Transformed:
 
         With `kl`, for models that somebody else trained: encodings, k and predictors of all sites
         (those that this function's rules ask for, if it has some). Each choice is measured alone
-        on a quarter of the batches, the whole on the others.
+        on a quarter of the batches, the whole on the others; every token as in `evaluate`, as if it
+        were decoded alone.
 
         With `recall`, for models that were trained with a top-k: of each site the predictor and
         the candidates that read least and recall enough. Sites, k and groups are those of this

@@ -50,6 +50,8 @@ def tune(
 def evaluate(target: Target, batches: str | None, calibration: str | None, as_json: bool) -> None:
     """What the rules miss: recall of each site, and divergence of the model.
 
+    Every token is measured as if it were decoded alone, however many a batch has.
+
     \b
     Example:
       hire-rewrite evaluate hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' \\

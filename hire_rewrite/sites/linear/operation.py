@@ -22,6 +22,7 @@ from hire_rewrite.ops.linear.linear import (
     exact_linear,
     hire_linear,
     hire_linears,
+    tokenwise_linear,
 )
 from hire_rewrite.ops.linear.sharded import sharded_linears
 from hire_rewrite.ops.lookup import sharded_lookup
@@ -163,7 +164,7 @@ class LinearOperation(Operation):
 
     def measured(self, arrays: LinearState, *, follow_exact: bool) -> list[SiteReplacement]:
         def both(x: Array, state: LinearState, layer: Any) -> Measured:
-            runs = _exact_each, _hire_each
+            runs = _exact_each, _tokenwise_each
             exact, rewritten = (self._products(run, x, [state], layer)[0] for run in runs)
             return Measured(exact, rewritten, Comparison(exact, exact, rewritten))
 
@@ -250,6 +251,7 @@ class LinearOperation(Operation):
 _hire = jax.jit(hire_linear, static_argnames="spec")
 _hire_several = jax.jit(hire_linears, static_argnames="spec")
 _exact = jax.jit(exact_linear, static_argnames="spec")
+_tokenwise = jax.jit(tokenwise_linear, static_argnames="spec")
 """In a jaxpr and a profile each is one call with a name."""
 
 
@@ -266,3 +268,9 @@ def _exact_each(
     x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
 ) -> Sequence[Array]:
     return [_exact(x, state, layer, spec=spec) for state in states]
+
+
+def _tokenwise_each(
+    x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
+) -> Sequence[Array]:
+    return [_tokenwise(x, state, layer, spec=spec) for state in states]
