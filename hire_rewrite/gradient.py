@@ -23,7 +23,7 @@ def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterabl
     It is called with the results of a function and what it was given: results that it was given are
     not touched, so that a loop around it still sees that it hands them on.
 
-    Example:
+    Examples:
       >>> marked = announcing(lambda: print("differentiated"))
       >>> jax.grad(jax.jit(lambda x: marked([x * 2.0], [x])[0]))(3.0).item()
       differentiated

@@ -23,7 +23,7 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
     Args:
       others: names of sites that it must not fit; where they leave no choice it is the whole name.
 
-    Example:
+    Examples:
       >>> site_pattern("eqx.nn.Linear:model/layers/0/q")
       '^(.*:)?[^/:]+/layers/0/q$'
       >>> site_pattern("a/q", ["b/q"])
@@ -41,7 +41,7 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
 def grouped(names: Sequence[str]) -> list[str]:
     """The names, those that differ in one place alone written as one.
 
-    Example:
+    Examples:
       >>> grouped(["p/0/q", "p/0/k", "p/1/q", "p/1/k", "p/head"])
       ['p/{0..1}/{q,k}', 'p/head']
     """

@@ -254,7 +254,7 @@ class Transformed:
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
           >>> fn = lambda params, x: x @ params["vocabulary"]
           >>> step = hire.transform(fn, hire.Head(k=4, candidates=8, min_width=1, force=True))

@@ -56,7 +56,7 @@ def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
     """Which layers would be rewritten, and why others would not.
 
     \b
-    Example:
+    Examples:
       hire-rewrite inspect hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
     plan = api.inspect(target.fn, *target.args, rules=target.rules, weights=target.weights)
@@ -77,7 +77,7 @@ def diff(target: Target, as_json: bool, html: str | None) -> None:
     """The jaxpr before and after.
 
     \b
-    Example:
+    Examples:
       hire-rewrite diff hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
     found = target.step.diff(*target.args)
@@ -104,7 +104,7 @@ def draw(target: Target, pack: bool, output: str) -> None:
     It needs matplotlib: pip install 'hire-rewrite[plot]'.
 
     \b
-    Example:
+    Examples:
       hire-rewrite draw hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' -o plan.svg
     """
     step, args = target.step, list(target.args)

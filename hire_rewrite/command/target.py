@@ -103,7 +103,7 @@ def parsed_rule(text: str) -> Rule:
     Raises:
       click.BadParameter: it is not a rule.
 
-    Example:
+    Examples:
       >>> parsed_rule('Head(k=32, predictor=Quantized(4))')
       Head(k=32, predictor=Quantized(bits=4))
     """

@@ -77,7 +77,7 @@ def set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Ar
       apart: [tokens, k · n / G], their values, in this order.
       others: [tokens, n], all values with those zero.
 
-    Example:
+    Examples:
       >>> places, apart, others = set_apart(jnp.array([[3.0, -5, 1]]), jnp.array([[3, 5, 1]]), k=1)
       >>> places.tolist(), apart.tolist(), others.tolist()
       ([[1]], [[-5.0]], [[3.0, 0.0, 1.0]])
