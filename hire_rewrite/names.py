@@ -101,23 +101,22 @@ def _written(choices: tuple[str, ...]) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """Names that differ in numbers as one, of one folder in short: `layers/{0…95}/up, down`."""
+    """Names that differ in numbers as one, of one folder in short: `layers/{0..95}/up, down`.
+
+    Examples:
+      >>> common_name(["p/0/q", "p/1/q", "p/0/k", "p/1/k", "head"])
+      'p/{0..1}/q, k, head'
+    """
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in dict.fromkeys(names):
         parts = re.split(r"(\d+)", name)
         alike.setdefault(tuple(parts[::2]), []).append(parts)
-    merged = ["".join(map(_numbers, zip(*group, strict=True))) for group in alike.values()]
+    merged = [
+        "".join(_written(tuple(dict.fromkeys(column))) for column in zip(*group, strict=True))
+        for group in alike.values()
+    ]
     shown = merged[:1]
     for previous, name in itertools.pairwise(merged):
         folder = previous.rpartition("/")[0]
         shown.append(name.removeprefix(folder + "/") if folder else name)
     return ", ".join(shown)
-
-
-def _numbers(column: Sequence[str]) -> str:
-    kinds = list(dict.fromkeys(column))
-    if len(kinds) == 1:
-        return kinds[0]
-    numbers = sorted(map(int, kinds))
-    run = numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2
-    return f"{{{numbers[0]}…{numbers[-1]}}}" if run else f"{{{', '.join(map(str, numbers))}}}"
