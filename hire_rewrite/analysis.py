@@ -44,9 +44,9 @@ class Analysis:
         return [decision for decision in self.decisions if decision.packs]
 
     @property
-    def rewrites(self) -> bool:
-        """Whether a site is rewritten in this call."""
-        return any(decision.rewritten for decision in self.decisions)
+    def other_gradients(self) -> list[str]:
+        """The sites of this call whose derivative, rewritten, is not the model's."""
+        return [d.name for d in self.decisions if d.rewritten and not d.op.keeps_gradient]
 
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:

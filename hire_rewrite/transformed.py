@@ -14,7 +14,7 @@ from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, warn
-from hire_rewrite.gradient import GRADIENT, announcing
+from hire_rewrite.gradient import announcing, gradient_warning
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed
@@ -62,7 +62,6 @@ class Transformed:
             fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
         )
         self._warned: set[Hashable] = set()
-        self._for_inference = announcing(lambda: self._warn(GRADIENT))
         self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
@@ -317,8 +316,10 @@ class Transformed:
         with timed(self.name, "rewrite") as found:
             results, _ = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
-        if packed is not None and not self.mode.differentiable and analysis.rewrites and marked:
-            results = self._for_inference(results, inputs.values())
+        infers = packed is not None and not self.mode.differentiable and marked
+        if infers and (sites := analysis.other_gradients):
+            mark = announcing(lambda: self._warn_of_gradient(sites))
+            results = mark(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
     def _analyzed(
@@ -341,6 +342,12 @@ class Transformed:
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
+
+    def _warn_of_gradient(self, sites: Sequence[str]) -> None:
+        """Warn once of each site."""
+        if new := [name for name in sites if ("gradient", name) not in self._warned]:
+            self._warned.update(("gradient", name) for name in new)
+            self._warn(gradient_warning(new))
 
     def _warn(self, message: str, key: Hashable = None) -> None:
         """Warn once of what has this key, by default the message."""

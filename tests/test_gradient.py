@@ -46,6 +46,30 @@ def test_hire_warns_once(derivative, compiled):
     assert len(said(twice)) == 1
 
 
+def test_each_site_is_named_once():
+    """One that stores the same numbers in fewer bits has the model's gradient, and is not named."""
+    same = UP[:, :D].astype(jnp.bfloat16).astype(jnp.float32)
+    params = {"first": PARAMS, "second": PARAMS, "same": same}
+
+    def model(params, x, more):
+        for name in ("first", *("second" for _ in more)):
+            x = x + block(params[name], x)
+        return jnp.tanh(x @ params["same"])
+
+    step = hire.transform(model, RULE, hire.Linear(path="same", force=True))
+    packed = step.pack(params, X, (X,))
+    assert len(step.plan(packed, X, (X,)).rewritten) == 3
+
+    def differentiate(more):
+        return said(lambda: jax.grad(lambda x: step(packed, x, more).sum())(X))
+
+    for more, named, others in ((), "first", ("second",)), ((X,), "second", ("first",)):
+        (text,) = differentiate(more)
+        assert f"params/{named}" in text
+        assert not any(name in text for name in (*others, "same"))
+    assert not differentiate((X,))
+
+
 def test_raw_weights():
     step = hire.transform(block, RULE)
     assert len(said(lambda: jax.grad(lambda p: step(p, X).sum())(PARAMS))) == 1
