@@ -139,11 +139,11 @@ def _bytes(merge: Merge) -> int:
 
 def _plot(rows: list[dict[str, Any]]) -> None:
     plt.rcParams["svg.hashsalt"] = "da_top_k"  # the same file each time
-    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-        plt.rcParams[part] = LIGHT.ink
-    for part in ("figure.facecolor", "axes.facecolor", "legend.facecolor"):
-        plt.rcParams[part] = LIGHT.page
-    plt.rcParams["legend.edgecolor"] = LIGHT.edge
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    papers = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
+    colors: dict[Any, Any] = {"legend.edgecolor": LIGHT.edge}
+    colors |= dict.fromkeys(inks, LIGHT.ink) | dict.fromkeys(papers, LIGHT.page)
+    plt.rcParams.update(colors)
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for name in ("all logits", "gather of k", "gather", "butterfly", "by host"):
         axes.plot(DEVICES, [row[name] for row in rows], marker="o", label=name)

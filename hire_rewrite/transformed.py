@@ -59,8 +59,9 @@ class Transformed:
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(
-            fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
-        )
+            fn, self.name, rules, weights, mesh, on_miss, self._warn,
+            exact=not mode.packs_on_sight, watch=self._dump,
+        )  # fmt: skip
         self._warned: set[Hashable] = set()
         self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
@@ -88,13 +89,13 @@ class Transformed:
         if tracing() and traced(jax.tree.leaves(operands)):
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
-            return self._compiled_for(self._analyzed(None, args, kwargs))(*operands)
+            return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         return self._compiled(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
         packed, args = self._split(args, kwargs)
-        return self._analyzed(packed, args, kwargs).plan
+        return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
         self,
@@ -129,7 +130,7 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis, seen = self._analyzed(None, args, kwargs), None
+        analysis, seen = self._analyses.of(None, args, kwargs), None
         if calibration is not None:
             with timed(self.name, "calibrate") as found:
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
@@ -232,21 +233,19 @@ class Transformed:
           HireRewriteError: there are fewer than two batches, no site that a rule asks for, both
             budgets are given, `seconds` without `kl`, or nothing that was tried is within `kl`.
         """
-        if kl is None:
-            if seconds is not None:
-                raise HireRewriteError(
-                    f"{self.name}: tune has seconds= without kl=, whose trials it limits: give "
-                    "both, or no seconds="
-                )
-            recall = 0.99 if recall is None else recall
-            with timed(self.name, "tune") as found:
-                tuned = tune(self._analyses, weights, batches, recall, kwargs)
-                found("%d rule(s)", len(tuned))
-            return tuned
-        if recall is not None:
+        if kl is None and seconds is not None:
+            raise HireRewriteError(
+                f"{self.name}: tune has seconds= without kl=, whose trials it limits: give both, "
+                "or no seconds="
+            )
+        if kl is not None and recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
         with timed(self.name, "tune") as found:
-            tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+            if kl is None:
+                recall = 0.99 if recall is None else recall
+                tuned = tune(self._analyses, weights, batches, recall, kwargs)
+            else:
+                tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
             found("%d rule(s)", len(tuned))
         return tuned
 
@@ -263,10 +262,10 @@ class Transformed:
           'params/vocabulary'
         """
         packed, args = self._split(args, kwargs)
-        return self._diff(self._analyzed(packed, args, kwargs), packed, args, kwargs)
+        return self._diff(self._analyses.of(packed, args, kwargs), packed, args, kwargs)
 
     def _diff(
-        self, analysis: Analysis, packed: Packed | None, args: Sequence[Any], kwargs: Any
+        self, analysis: Analysis, packed: Packed | None, args: Any, kwargs: Any, own: bool = True
     ) -> Diff:
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
@@ -274,7 +273,8 @@ class Transformed:
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
         with timed(self.name, "diff") as found:
-            after = jax.make_jaxpr(lambda *operands: self._run(*operands, marked=False))(*specs)
+            settings: Any = {"marked": False, "analysis": None if own else analysis}
+            after = jax.make_jaxpr(lambda *operands: self._run(*operands, **settings))(*specs)
             changes = compared(analysis, self.name, packed, after)
             found("%r", changes)
         return changes
@@ -297,7 +297,7 @@ class Transformed:
         """
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
-        analysis = analysis or self._analyzed(packed, args, kwargs)
+        analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
@@ -322,17 +322,16 @@ class Transformed:
             results = mark(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
-    def _analyzed(
-        self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Analysis:
-        """The analysis of a call, in files too if `HIRE_DUMP_TO` asks for that."""
-        analysis = self._analyses.of(packed, args, kwargs)
+    def _dump(
+        self, analyses: Analyses, analysis: Analysis, packed: Packed | None, args: Any, kwargs: Any
+    ) -> None:
+        """An analysis in files too, if `HIRE_DUMP_TO` asks for that."""
         if folder := os.environ.get("HIRE_DUMP_TO"):
             from hire_rewrite.dump import dump
 
-            diff = functools.partial(self._diff, analysis, packed, args, kwargs)
+            own = analyses is self._analyses  # others have other rules
+            diff = functools.partial(self._diff, analysis, packed, args, kwargs, own=own)
             dump(folder, self.name, analysis, diff)
-        return analysis
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
