@@ -518,15 +518,19 @@ def test_equations_inside_a_site_of_a_loop_read_one_layer_each_time(rule):
     changes = hire.transform(step, rule).diff(weights, jax.ShapeDtypeStruct((1, d), jnp.float32))
     calls = [e for region in changes.regions for e in region.after if e.is_site]
     assert calls
-    packed = sum(argument.bytes for argument in changes.arguments if argument.before is None)
+    packed = {
+        argument.path: argument.bytes for argument in changes.arguments if not argument.before
+    }
 
     def inside(equations):
         for equation in equations:
             parts = [each for listing in equation.inner for each in listing.equations]
             yield from inside(parts) if parts else [equation]
 
-    read = sum(equation.bytes for equation in inside(calls))
-    assert packed / 2 < read < packed + layers * 400 * d  # and values of one token
+    read = sum(e.bytes for e in inside(calls) if not packed.keys().isdisjoint(e.reads))
+    # Without kernels two branches read the copies; of exact rows few are read. Values of a token
+    # count too.
+    assert sum(packed.values()) / 8 < read < 2 * sum(packed.values()) + layers * 400 * d
 
 
 def test_a_closed_over_ref_is_itself_alone():
