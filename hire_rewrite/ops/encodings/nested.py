@@ -39,7 +39,7 @@ class Nested:
     Raises:
       HireRewriteError: the block is not a positive int.
 
-    Example:
+    Examples:
       >>> import jax
       >>> rows, x = jax.random.normal(jax.random.key(0), (2, 64, 96))
       >>> encoding = Nested()

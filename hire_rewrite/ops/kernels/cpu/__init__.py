@@ -316,7 +316,7 @@ for _operation, _function, _supports in (
     (picked_block_sums, _picked_sums, _fits_picked_sums),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
-    (select.set_apart, _set_apart, _fits_set_apart),
+    (select.set_apart_operation, _set_apart, _fits_set_apart),
     (select.top_k_operation, _top_k, _fits_top_k),
 ):
     register_kernel(_operation, "cpu", _function, supports=_supports)
