@@ -61,7 +61,7 @@ def assert_rewrites(step: Transformed, *args: Any, **counts: int) -> None:
     Raises:
       AssertionError: with the plan, which says why.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> step = hire.transform(lambda w, x: x @ w, hire.Head(force=True))
       >>> assert_rewrites(step, jnp.ones((64, 8192)), jnp.ones((1, 64)), head=1)
@@ -101,7 +101,7 @@ def assert_same_at_full_budget(
     Raises:
       AssertionError: a result is another one, or nothing was rewritten.
 
-    Example:
+    Examples:
       >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64)), jnp.ones((1, 64))
       >>> assert_same_at_full_budget(lambda w, x: jax.nn.relu(x @ w[0]) @ w[1], w, x)
     """
@@ -134,7 +134,7 @@ def assert_recall(
     Raises:
       AssertionError: with the report.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 8192)), jnp.ones((1, 64))
       >>> step = hire.transform(lambda w, x: x @ w, hire.Head(force=True))
@@ -175,7 +175,7 @@ def assert_no_change_of_meaning(
     Raises:
       AssertionError: with the report; or the model has no vocabulary head outside of loops.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 8192)), jnp.ones((1, 64))
       >>> step = hire.transform(lambda w, x: x @ w)

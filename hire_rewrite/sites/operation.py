@@ -154,6 +154,11 @@ class Operation(abc.ABC):
         return dataclasses.replace(site, nodes=nodes, inputs=inputs, outputs=(linear.out,))
 
     @property
+    def keeps_gradient(self) -> bool:
+        """Whether the derivative of `rewritten` by the site's input is the model's."""
+        return False
+
+    @property
     def holds_weights(self) -> bool:
         """Whether `dense` is what the model computes: rounded copies alone are not enough."""
         return True

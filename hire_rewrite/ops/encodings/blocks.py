@@ -45,7 +45,7 @@ class Blocks:
     Raises:
       HireRewriteError: other bits, another dtype, or a block that is not a positive int.
 
-    Example:
+    Examples:
       >>> import jax
       >>> rows = jax.random.normal(jax.random.key(0), (64, 96))
       >>> encoding = Blocks(4, 32)

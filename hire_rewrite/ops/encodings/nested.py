@@ -58,7 +58,7 @@ class Nested:
     Raises:
       HireRewriteError: the block is not a positive int, or another dtype.
 
-    Example:
+    Examples:
       >>> import jax
       >>> rows, x = jax.random.normal(jax.random.key(0), (2, 64, 96))
       >>> encoding = Nested()

@@ -39,7 +39,7 @@ def picked_products(
     Returns:
       f32[tokens, k]; zero behind the end of a list.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.encodings import Float
       >>> stored = {"rows": jnp.array([[[1.0, 2], [3, 4], [5, 6]]])}
       >>> x, picked = jnp.ones((1, 2)), jnp.array([[2, 0]])
@@ -71,7 +71,7 @@ def picked_sums(
     Returns:
       f32[tokens, d] for each matrix.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.encodings import Float
       >>> stored = {"rows": jnp.array([[[1.0, 2], [3, 4], [5, 6]]])}
       >>> h, picked = jnp.array([[1.0, 10]]), jnp.array([[2, 0]])

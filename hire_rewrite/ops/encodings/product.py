@@ -59,7 +59,7 @@ def block_product(
     Returns:
       f32[tokens, n]. Its derivative in x is that of x @ rows[layer].T.
 
-    Example:
+    Examples:
       >>> integers, scale = jnp.array([[[1, 2, -3, 4]]], jnp.int8), jnp.array([[[1.0, 10.0]]])
       >>> block_product(jnp.ones((1, 4)), integers, scale, None, 0, bits=8).tolist()
       [[13.0]]
@@ -101,7 +101,7 @@ def block_products(
     Returns:
       f32[tokens, n] of each.
 
-    Example:
+    Examples:
       >>> rows = jnp.array([[[1, 2, -3, 4]]], jnp.int8), jnp.array([[[1.0, 10.0]]]), None
       >>> y, same = block_products(jnp.ones((1, 4)), (rows, rows), 0, bits=8)
       >>> y.tolist(), same.tolist()
@@ -117,7 +117,7 @@ def input_block(x: Array, scale: Array) -> int:
     32 where blocks of the rows are made of those, otherwise a block of the rows. One scale for
     more would lose much: activations have a few that are a hundred times as large as the others.
 
-    Example:
+    Examples:
       >>> row, blocks = jnp.ones((1, 10, 1)), jnp.ones((1, 10, 40))
       >>> input_block(jnp.ones((1, 640)), row), input_block(jnp.ones((1, 640)), blocks)
       (32, 16)
@@ -136,7 +136,7 @@ def widened(
       scale: [..., n, B].
       minimum: as `scale`, or one number.
 
-    Example:
+    Examples:
       >>> widened(jnp.array([[0x7F, -128]], jnp.int8), jnp.array([[0.5]]), bits=4).tolist()
       [[-0.5, 0.0, 3.5, -4.0]]
     """

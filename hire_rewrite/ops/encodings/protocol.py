@@ -179,13 +179,14 @@ EncodingType = TypeVar("EncodingType", bound=type)
 def register_encoding(cls: EncodingType) -> EncodingType:
     """Let rules that hold such an encoding be saved and loaded: a decorator of a dataclass.
 
-    Example::
-
-        @register_encoding
-        @dataclasses.dataclass(frozen=True)
-        class Ternary:
-            block: int = 32
-            ...
+    Examples:
+      ```python
+      @register_encoding
+      @dataclasses.dataclass(frozen=True)
+      class Ternary:
+          block: int = 32
+          ...
+      ```
 
     Raises:
       HireRewriteError: another class of this name is registered.

@@ -73,7 +73,7 @@ def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Linea
 
     Tokens that may ask for all columns together get them, which reads less than their own.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Blocks, Float
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 32)), jnp.ones((1, 32)).at[0, 3].set(50)
@@ -95,7 +95,7 @@ def hire_linears(
 ) -> list[Array]:
     """`hire_linear` of the same x with several weights, which are read together where they can be.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Blocks
       >>> w, spec = jax.random.normal(jax.random.key(0), (64, 32)), LinearSpec(Blocks(4))

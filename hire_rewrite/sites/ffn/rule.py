@@ -23,7 +23,7 @@ _OF_PREDICTED = (*_ENCODINGS, "round_inputs")
 class FFN(Rule):
     """Run FFN blocks on the neurons that count: the top k, or those that are not zero.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> hire.FFN(k=0.05, candidates=0.1, predictor=hire.LowRank(128))
       FFN(k=0.05, candidates=0.1, predictor=LowRank(rank=128))

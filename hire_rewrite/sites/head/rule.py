@@ -15,7 +15,7 @@ from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int
 class Head(Rule):
     """Compute exactly only those logits of a vocabulary head that may be among the greatest.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> hire.Head(k=64, candidates=512, predictor=hire.LowRank(256))
       Head(k=64, candidates=512, predictor=LowRank(rank=256))

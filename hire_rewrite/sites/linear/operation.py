@@ -78,6 +78,10 @@ class LinearOperation(Operation):
         """Of one device."""
         return shard_size(self.layer, self.site.sharding)
 
+    @property
+    def keeps_gradient(self) -> bool:
+        return self.rule.encoding is None and not self.spec.round_inputs
+
     def describe(self) -> str:
         spec, where = self.spec, self.site.sharding.describe()
         if self.rule.encoding is None:

@@ -357,7 +357,7 @@ for _operation, _function, _supports in (
     (picked_float_sum, _picked_float_sum, _fits_picked_float),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
-    (select.set_apart, _set_apart, _fits_set_apart),
+    (select.set_apart_operation, _set_apart, _fits_set_apart),
     (select.top_k_operation, _top_k, _fits_top_k),
     (listed, _listed, lambda mask, *, k: k > 0 and usable(mask)),
 ):
