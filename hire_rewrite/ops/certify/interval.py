@@ -49,7 +49,7 @@ def enclosure(code: Callable[..., Any], ins: Sequence[Interval], dtype: Any) -> 
         reads are taken for exact.
       dtype: of the arrays that it is called with, float32 or bfloat16.
 
-    Example:
+    Examples:
       >>> narrow = Interval(jnp.array([-2.0, -2.0]), jnp.array([-1.0, 1.0]))
       >>> wide = Interval(jnp.array([-9.0, -9.0]), jnp.array([9.0, 9.0]))
       >>> gated = enclosure(lambda a, b: jax.nn.relu(a) * b, [narrow, wide], jnp.float32)

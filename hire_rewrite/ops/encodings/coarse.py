@@ -21,7 +21,7 @@ class Coarse:
 
     What is stored takes the place of a fitted predictor's arrays, in `score` and `bound` alike.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Nested
       >>> rows = jax.random.normal(jax.random.key(0), (64, 96))

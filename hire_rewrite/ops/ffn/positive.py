@@ -132,7 +132,7 @@ def positive_ffn(
     Returns:
       spec.down_dtype[tokens, d_out]. NaN where x is.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Float
       >>> up, down = jax.random.normal(jax.random.key(0), (2, 64, 32))  # a row for each neuron

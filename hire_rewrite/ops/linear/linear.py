@@ -141,7 +141,7 @@ def tokenwise_linear(
     In dense arithmetic, for any number of tokens x: [tokens, d]: no token has more columns, or
     inputs that are rounded less, because there are others beside it.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Blocks, Float
       >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 32))

@@ -22,7 +22,7 @@ def listed(mask: Array, *, k: int) -> tuple[Array, Array]:
       places: i32[tokens, k], ascending, and −1 behind the last.
       counts: i32[tokens], in how many places it is true, which may be more than k.
 
-    Example:
+    Examples:
       >>> places, counts = listed(jnp.array([[True, False, True], [False, False, True]]), k=2)
       >>> places.tolist(), counts.tolist()
       ([[0, 2], [2, -1]], [2, 1])
