@@ -160,7 +160,7 @@ class _Decider:
         operation.check()
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
-        reason, rewritten = self._reason(operation, packs, now, known is not None)
+        reason, rewritten = self._reason(operation, packs, now)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)
@@ -219,9 +219,7 @@ class _Decider:
 
     def _packs(self, operation: Operation, packed: PackedSite | None) -> bool:
         if self.packed is None:
-            counts = filter(operation.rule.takes, _DECODING)
-            pay = (estimate(operation, tokens, self.machine).pays for tokens in counts)
-            return operation.rule.force or any(pay)
+            return self._would_pack(operation)
         if packed is None:
             return False
         if packed.layout != repr(operation.layout):
@@ -235,12 +233,16 @@ class _Decider:
             )
         return True
 
-    def _reason(
-        self, operation: Operation, packs: bool, now: Estimate, known: bool
-    ) -> tuple[str, bool]:
+    def _would_pack(self, operation: Operation) -> bool:
+        """Whether packing with these rules packs it: it pays for some small number of tokens."""
+        counts = filter(operation.rule.takes, _DECODING)
+        pay = (estimate(operation, tokens, self.machine).pays for tokens in counts)
+        return operation.rule.force or any(pay)
+
+    def _reason(self, operation: Operation, packs: bool, now: Estimate) -> tuple[str, bool]:
         """Why a site is what it is, and whether it is rewritten."""
         rule, tokens = operation.rule, operation.site.tokens
-        if self.packed is not None and not packs and (now.pays or not known):
+        if self.packed is not None and not packs and self._would_pack(operation):
             return "the Packed does not hold it: pack with this function to rewrite it", False
         if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True
