@@ -117,9 +117,12 @@ def decide(
         within = [*map(decider.decide, inner)]
         decisions, left = _without_loss(decisions, within, left)
     decisions = sharing([*decisions, *left])
-    shown = counted_once(shown_of(decisions, rules=bool(rules)))
+    near = frozenset(node for node, rejection in detection.rejected.items() if rejection.near)
+    shown = counted_once(shown_of(decisions, near, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
-    rejected = [(n, r) for n, r in detection.rejections(refused) if n not in nodes]
+    reasons = {node: decision.row.reason for decision in left for node in decision.products}
+    told = detection.rejections(refused, reasons)
+    rejected = [(node, rejection) for node, rejection in told if node not in nodes]
     plan = Plan(
         tuple(decision.row for decision in shown),
         tuple(r for _, r in rejected),
