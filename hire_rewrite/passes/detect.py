@@ -72,12 +72,17 @@ class Detection:
           left: why a layer that they take is left dense. Of one that did not come near another
             kind of site this is all there is to say.
         """
+        asked = not self.rules or any(
+            kind.leftover and isinstance(rule, kind.rule)
+            for kind in site_kinds()
+            for rule in self.rules
+        )
         rejections = []
         for node, rejection in self.rejected.items():
             said = refused[node].reason if node in refused else left.get(node)
             if said is not None and not rejection.near:
                 rejection = dataclasses.replace(rejection, reason=said)
-            elif node in refused:
+            elif node in refused and asked:
                 reason = f"{rejection.reason}; and {said}"
                 rejection = dataclasses.replace(rejection, reason=reason)
             rejections.append((node, rejection))

@@ -6,6 +6,8 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 
+from jax.extend.core import primitives as p
+
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
@@ -15,8 +17,8 @@ from hire_rewrite.patterns.refusal import NoMatch, Refusal
 _NEAR = 64
 """Operations that may stand between two layers of a block."""
 
-_ALWAYS = (Refusal.UNSUPPORTED, Refusal.TAKEN)
-"""Forms of sites that are known, but not rewritten."""
+_ALWAYS = (Refusal.UNSUPPORTED, Refusal.TAKEN, Refusal.NOT_A_BLOCK)
+"""Forms of sites that are known but not rewritten, and two layers with an activation between."""
 
 
 def near_misses(trace: Trace, refused: Mapping[Node, NoMatch]) -> frozenset[Node]:
@@ -103,9 +105,8 @@ def _behind_argument(trace: Trace, node: Node) -> bool:
 
 def _widens(node: Node, width: int) -> bool:
     """Whether a product makes this many numbers of fewer."""
-    numbers = node.params.get("dimension_numbers")
-    if not isinstance(numbers, tuple):
+    if node.primitive is not p.dot_general_p:
         return False
-    (contracted, _), (batch, _) = numbers
+    (contracted, _), (batch, _) = node.params["dimension_numbers"]
     taken = math.prod(node.ins[0].shape[axis] for axis in contracted)
     return not batch and node.outs[0].shape[-1] == width and taken < width
