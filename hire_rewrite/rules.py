@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.names import site_pattern
+from hire_rewrite.names import check_pattern, fits, site_pattern, whole_name
 from hire_rewrite.ops.predictors import Predictor, written
 
 Self = TypeVar("Self", bound="Rule")
@@ -27,7 +27,8 @@ class Rule:
     Attributes:
       predictor: how the rows that matter are guessed; None for kinds that guess nothing.
       max_tokens: with more tokens in a call a site keeps its dense arithmetic; None for no limit.
-      path: a regular expression; only sites whose name contains a match are asked for.
+      path: only sites whose name it fits are asked for: a name as plans print it, such as
+        `params/layers/{0..3}/{q,k}`, or a regular expression that is searched for in names.
       force: rewrite even where the estimate says that it does not pay.
     """
 
@@ -43,7 +44,7 @@ class Rule:
 
     def names(self, site: str) -> bool:
         """Whether the rule asks for a site of this name."""
-        return self.path is None or re.search(self.path, site) is not None
+        return self.path is None or fits(self.path, site)
 
     def takes(self, tokens: int) -> bool:
         """Whether so many tokens in a call are few enough."""
@@ -51,7 +52,7 @@ class Rule:
 
     def for_site(self: Self, site: str, **settings: Any) -> Self:
         """This rule with other settings, for the site of that name alone."""
-        return self.replace(path=f"^{re.escape(site)}$", **settings)
+        return self.replace(path=whole_name(site), **settings)
 
     def for_layer(self: Self, site: str, others: Iterable[str], **settings: Any) -> Self:
         """`for_site`, also in a function whose arguments and scopes have other names.
@@ -81,7 +82,7 @@ class Rule:
         check_positive_int(rule, "max_tokens", self.max_tokens)
         if self.path is not None:
             try:
-                re.compile(self.path)
+                check_pattern(self.path)
             except (re.error, TypeError) as error:
                 raise HireRewriteError(
                     f"{rule}: path={self.path!r} is not a regular expression: {error}"

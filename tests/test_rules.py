@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
+from hire_rewrite.names import groups
 from hire_rewrite.rules import count
 
 
@@ -142,3 +143,64 @@ def test_the_rules_of_a_packed_fit_a_function_with_other_names():
     packed = hire.transform(here, hire.FFN(k=8, force=True)).pack(params, x)
     (site,) = hire.inspect(there, params, x, rules=packed.rules).rewritten
     assert site.name == "Block:model/mlp"
+
+
+NAMES = [
+    *(f"p/blocks/{i}/attn/{part}/kernel" for i in range(12) for part in "qkvo"),
+    *(f"p/layers_{i}/w" for i in (0, 2, 3)),
+    *(f"p/lay_0{i}/wide" for i in range(3)),
+    *(f"eqx.nn.Linear:arrays/layers/{i}/mlp/{part}" for i in range(3) for part in ("up", "upper")),
+    "p/w[0]/(a.b)",
+    "p/w[1]/(a.b)",
+    "p/wb[0]+",
+    "head#1",
+    "head#2",
+    "head#11",
+]
+
+
+def asked(path):
+    return {name for name in NAMES if hire.Linear(path=path).names(name)}
+
+
+@pytest.mark.parametrize("number", [len(NAMES), *range(1, len(NAMES), 7)])
+def test_a_path_may_be_what_the_plan_prints(number):
+    """The name that stands for several fits these, and names that have one of these inside."""
+    some = [*NAMES[-number:], NAMES[0]]
+    for name, members in groups(some, lambda name: name, lambda name: ()):
+        for path in (name, f"{name} ({len(members)})", name.replace("..", "…")):
+            found = asked(path)
+            assert found >= set(members)
+            assert all(any(member in name for member in members) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (
+            "blocks/{0..1}/attn/{q,k}",
+            {f"p/blocks/{i}/attn/{q}/kernel" for i in (0, 1) for q in "qk"},
+        ),
+        ("layers_{0,3}/w", {"p/layers_0/w", "p/layers_3/w"}),
+        ("mlp/{up,down}", {f"eqx.nn.Linear:arrays/layers/{i}/mlp/up" for i in range(3)}),
+        ("^arrays/layers/0/mlp/up$", {"eqx.nn.Linear:arrays/layers/0/mlp/up"}),
+        ("^eqx.nn.Linear:.*/0/mlp/up$", {"eqx.nn.Linear:arrays/layers/0/mlp/up"}),
+        ("^layers", set()),
+        (r"^p/w(b)?\[[^1]\]", {"p/w[0]/(a.b)", "p/wb[0]+"}),
+        ("up{3,4}er", set()),
+        ("up{1,2}er", {f"eqx.nn.Linear:arrays/layers/{i}/mlp/upper" for i in range(3)}),
+        (r"_0\d/(wide|w){1,2}$", {f"p/lay_0{i}/wide" for i in range(3)}),
+        (r"\{q,k\}", set()),
+    ],
+)
+def test_what_else_a_path_may_be(path, names):
+    assert asked(path) == names
+
+
+def test_a_name_alone_is_asked_for_with_its_scope():
+    two = ["p/w", "x:p/w"]
+    for name in two:
+        rule = hire.Linear().for_site(name)
+        assert [rule.names(other) for other in two] == [other == name for other in two]
+        rule = hire.Linear().for_layer(name, two)
+        assert [rule.names(other) for other in two] == [other == name for other in two]
