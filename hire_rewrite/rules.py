@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import check_pattern, fits, site_pattern, whole_name
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor, written
 
 Self = TypeVar("Self", bound="Rule")
@@ -125,8 +126,17 @@ def check_amount(rule: str, name: str, amount: object) -> None:
     if not real or not (amount >= 1 if is_int(amount) else 0.0 < amount <= 1.0):  # type: ignore[operator]
         raise HireRewriteError(
             f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
-            "of rows (an int of at least 1)"
+            f"of rows (an int of at least 1){_meant(rule, amount)}"
         )
+
+
+def _meant(rule: str, value: object) -> str:
+    """The setting of a rule that a value is for, as a question; empty if there is none."""
+    kinds = {"encoding": Encoding, "predictor": Predictor}
+    types: list[Any] = [kind for kind in Rule.__subclasses__() if kind.__name__ == rule]
+    known = {field.name for kind in types for field in dataclasses.fields(kind)}
+    names = (name for name, kind in kinds.items() if isinstance(value, kind) and name in known)
+    return next((f": did you mean {name}={value!r}?" for name in names), "")
 
 
 def check_amounts(rule: str, k: object, candidates: object) -> None:

@@ -20,6 +20,46 @@ def test_k_out_of_range(k):
         hire.Head(k=k)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "meant"),
+    [
+        (hire.Linear, hire.Blocks(8), "encoding=Blocks"),
+        (hire.FFN, hire.Blocks(8), "encoding=Blocks"),
+        (hire.Head, hire.Quantized(4), "predictor=Quantized"),
+    ],
+)
+def test_a_setting_in_the_place_of_k(kind, value, meant):
+    with pytest.raises(hire.HireRewriteError, match=meant):
+        kind(value)
+
+
+def test_what_transform_is_given_in_another_order_or_a_list():
+    with pytest.raises(hire.HireRewriteError, match=r"\*rules"):
+        hire.transform(jnp.sin, [hire.Head()])
+    with pytest.raises(hire.HireRewriteError, match=r"first.*transform\(sin"):
+        hire.transform(hire.Head(), jnp.sin)
+    assert hire.transform(hire.Head(), hire.Linear())(jnp.sin).rules == (hire.Head(), hire.Linear())
+
+
+def test_a_plan_says_where_inputs_are_rounded():
+    """The plan of a rule that rounds them is another than that of one that does not."""
+
+    def block(params, x):
+        return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+    params, x = {"up": jnp.ones((64, 256)), "down": jnp.ones((256, 64))}, jnp.ones((1, 64))
+    rules = [hire.FFN(k=k, tail="predicted", encoding=hire.Blocks(8), force=True) for k in (0, 8)]
+    for rule in (*rules, hire.Linear(encoding=hire.Blocks(8), force=True)):
+        plans = [
+            hire.inspect(block, params, x, rules=[rule.replace(round_inputs=rounds)])
+            for rounds in (False, True)
+        ]
+        plain, rounded = ({site.reason for site in plan.rewritten} for plan in plans)
+        assert plain
+        assert rounded
+        assert not plain & rounded
+
+
 @pytest.mark.parametrize(("k", "candidates"), [(64, 32), (0.5, 0.25)])
 def test_fewer_candidates_than_k(k, candidates):
     with pytest.raises(hire.HireRewriteError, match=re.escape(f"candidates={candidates}")):

@@ -51,7 +51,11 @@ def _shown(plan: Plan) -> None:
 
 @command
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
-@click.option("--fail-on-miss", is_flag=True, help="Exit with 3 if a rule, or no site, is used.")
+@click.option(
+    "--fail-on-miss",
+    is_flag=True,
+    help="Exit with 3 if nothing is rewritten, or a rule fits no site.",
+)
 def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
     """Which layers would be rewritten, and why others would not.
 
