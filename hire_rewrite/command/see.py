@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -86,7 +87,7 @@ def diff(target: Target, as_json: bool, html: str | None) -> None:
     """
     found = target.step.diff(*target.args)
     if html is not None:
-        found.save(html)
+        Path(html).write_text(found.to_html() + "\n", encoding="utf-8")
         click.echo(f"wrote {html}", err=True)
     if as_json:
         click.echo(found.to_json())
