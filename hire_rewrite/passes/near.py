@@ -59,7 +59,8 @@ def layer_behind(trace: Trace, node: Node, refused: Mapping[Node, NoMatch]) -> N
 
 
 def products_behind(trace: Trace, node: Node) -> Iterator[Node]:
-    """The products that read what a node returns, with other operations in between."""
+    """The products, loops and branches that read what a node returns, with other operations in
+    between."""
     queue, seen = [node], {node}
     while queue and len(seen) < _NEAR:
         for result in queue.pop(0).outs:
@@ -67,7 +68,7 @@ def products_behind(trace: Trace, node: Node) -> Iterator[Node]:
                 if user in seen:
                     continue
                 seen.add(user)
-                if has(user.primitive, Trait.MULTIPLIES):
+                if has(user.primitive, Trait.MULTIPLIES) or user.bodies:
                     yield user
                 else:
                     queue.append(user)
@@ -93,7 +94,7 @@ def _behind_argument(trace: Trace, node: Node) -> bool:
     queue, seen = [linear.x.node], {node}
     while queue and len(seen) < _NEAR:
         here = queue.pop(0)
-        if here is None or here in seen:
+        if here is None or here in seen or here.bodies:
             continue
         seen.add(here)
         if not has(here.primitive, Trait.MULTIPLIES):
