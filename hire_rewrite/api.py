@@ -57,6 +57,13 @@ def transform(
     """
     if fn is None or isinstance(fn, Rule):
         given = rules if fn is None else (fn, *rules)
+        for other in rules if fn is not None else ():
+            if callable(other) and not isinstance(other, Rule):
+                name = getattr(other, "__name__", repr(other))
+                raise HireRewriteError(
+                    f"transform: the function comes first: transform({name}, *rules), and not "
+                    f"transform({fn!r}, {name})"
+                )
         return functools.partial(
             _transform, rules=given, weights=weights, mesh=mesh, mode=mode, on_miss=on_miss
         )
@@ -79,6 +86,11 @@ def _transform(
             f"transform, or transform its original, {fn.name}.fn"
         )
     for rule in rules:
+        if isinstance(rule, list | tuple):
+            raise HireRewriteError(
+                f"transform: {rule!r} is a {type(rule).__name__} of rules: unpack it, "
+                "transform(fn, *rules)"
+            )
         if not isinstance(rule, tuple(kind.rule for kind in site_kinds())):
             known = " or ".join(f"{kind.rule.__name__}(...)" for kind in site_kinds())
             raise HireRewriteError(

@@ -64,10 +64,12 @@ class Rejection:
     Attributes:
       name: the path of its weight.
       shape: the weight's shape as the product sees it.
-      reason: what stopped the match that got furthest.
+      reason: what stopped the match that got furthest; of a layer that came near none, which rule
+        takes it.
       matched: how many equations had matched by then.
       source: file and line of the equation that stopped it.
-      refusal: the kind of reason.
+      refusal: what kind of thing stopped that match.
+      near: whether it looks like a vocabulary, or like a layer of a block.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Rejection:
     matched: int
     source: str
     refusal: Refusal
+    near: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +221,9 @@ def grouped_rejections(rejected: Sequence[Rejection]) -> list[tuple[str, list[Re
     """Layers that are alike in shape and reason, with one name for each group."""
 
     def alike(item: Rejection) -> Hashable:
-        numbers = re.findall(r"\d+", item.name)
-        # The reason may name the next layer, under the same number.
-        reason = re.sub(r"\d+", lambda n: "" if n[0] in numbers else n[0], item.reason)
-        return item.shape, reason, item.refusal
+        # The reason may name the next layer, under another number.
+        reason = re.sub(r"\S*/\S*", lambda word: re.sub(r"\d+", "", word[0]), item.reason)
+        return item.shape, reason, item.refusal if item.near else None
 
     return groups(rejected, _name, alike)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+from hire_rewrite.names import groups
 from hire_rewrite.plan import table
 
 
@@ -89,10 +91,15 @@ class Report:
     stay_dense: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        """Sites that are alike in all but their names and what was measured share a row: its
+        figures are the least and the greatest of theirs, its MB those of all."""
         header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
                   "greatest", "mass", "error", "from exact", "proved", "read", "whole",
                   "MB read"]  # fmt: skip
-        parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
+        rows = [header, *(_row(name, sites) for name, sites in _grouped(self.sites))]
+        told = [i for i, column in enumerate(zip(*rows[1:], strict=True)) if any(column)]
+        shown = [[row[i] for i in told] for row in rows]
+        parts = [table(shown)] if self.sites else ["no site rewritten"]
         if self.model is not None:
             model = self.model
             parts.append(
@@ -135,17 +142,39 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(site: SiteReport) -> list[str]:
-    mean = sum(site.recall) / len(site.recall)
+def _grouped(sites: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
+    """Sites of one kind and size, with one name for each group."""
+
+    def alike(site: SiteReport) -> Hashable:
+        sizes = site.tokens, site.k, site.candidates, site.bytes_dense, site.bytes_read
+        return site.kind, sizes, site.proved is None
+
+    return groups(sites, lambda site: site.name, alike)
+
+
+def _row(name: str, sites: Sequence[SiteReport]) -> list[str]:
+    site, number = sites[0], len(sites)
     choice = [
-        str(site.k), str(site.candidates), f"{mean:.4f}", f"{min(site.recall):.4f}",
-        f"{min(site.recall_p1):.3f}", f"{site.best:.4f}", f"{site.mass:.4f}",
+        str(site.k), str(site.candidates),
+        _range("{:.4f}", [sum(s.recall) / len(s.recall) for s in sites]),
+        _range("{:.4f}", [min(s.recall) for s in sites]),
+        _range("{:.3f}", [min(s.recall_p1) for s in sites]),
+        _range("{:.4f}", [s.best for s in sites]),
+        _range("{:.4f}", [s.mass for s in sites]),
     ]  # fmt: skip
     return [
-        site.name, str(site.tokens), *(choice if site.k else [""] * len(choice)),
-        f"{site.error:.4f}", f"{site.error_exact:.4f}",
-        "" if site.proved is None else f"{site.proved:.2%}",
-        "" if site.read is None else f"{sum(site.read) / len(site.read):.2%}",
-        "" if site.whole is None else f"{site.whole:.2%}",
-        f"{site.bytes_dense / 1e6:.1f} → {site.bytes_read / 1e6:.1f}",
+        f"{name} ({number})" if number > 1 else name, str(site.tokens),
+        *(choice if site.k else [""] * len(choice)),
+        _range("{:.4f}", [s.error for s in sites]),
+        _range("{:.4f}", [s.error_exact for s in sites]),
+        _range("{:.2%}", [s.proved for s in sites if s.proved is not None]),
+        _range("{:.2%}", [sum(s.read) / len(s.read) for s in sites if s.read]),
+        _range("{:.2%}", [s.whole for s in sites if s.whole is not None]),
+        f"{number * site.bytes_dense / 1e6:.1f} → {number * site.bytes_read / 1e6:.1f}",
     ]  # fmt: skip
+
+
+def _range(form: str, figures: Sequence[float]) -> str:
+    """Figures as one, or as the least and the greatest where these print otherwise."""
+    ends = [form.format(end(figures)) for end in (min, max)] if figures else []
+    return "–".join(dict.fromkeys(ends))

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.names import site_pattern
+from hire_rewrite.names import check_pattern, fits, site_pattern, whole_name
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor, written
 
 Self = TypeVar("Self", bound="Rule")
@@ -28,7 +29,8 @@ class Rule:
       predictor: how the rows that matter are guessed; None for kinds that guess nothing, and where
         the kind chooses.
       max_tokens: with more tokens in a call a site keeps its dense arithmetic; None for no limit.
-      path: a regular expression; only sites whose name contains a match are asked for.
+      path: only sites whose name it fits are asked for: a name as plans print it, such as
+        `params/layers/{0..3}/{q,k}`, or a regular expression that is searched for in names.
       force: rewrite even where the estimate says that it does not pay.
     """
 
@@ -44,7 +46,7 @@ class Rule:
 
     def names(self, site: str) -> bool:
         """Whether the rule asks for a site of this name."""
-        return self.path is None or re.search(self.path, site) is not None
+        return self.path is None or fits(self.path, site)
 
     def takes(self, tokens: int) -> bool:
         """Whether so many tokens in a call are few enough."""
@@ -52,7 +54,7 @@ class Rule:
 
     def for_site(self: Self, site: str, **settings: Any) -> Self:
         """This rule with other settings, for the site of that name alone."""
-        return self.replace(path=f"^{re.escape(site)}$", **settings)
+        return self.replace(path=whole_name(site), **settings)
 
     def for_layer(self: Self, site: str, others: Iterable[str], **settings: Any) -> Self:
         """`for_site`, also in a function whose arguments and scopes have other names.
@@ -83,7 +85,7 @@ class Rule:
         check_positive_int(rule, "max_tokens", self.max_tokens)
         if self.path is not None:
             try:
-                re.compile(self.path)
+                check_pattern(self.path)
             except (re.error, TypeError) as error:
                 raise HireRewriteError(
                     f"{rule}: path={self.path!r} is not a regular expression: {error}"
@@ -126,8 +128,17 @@ def check_amount(rule: str, name: str, amount: object) -> None:
     if not real or not (amount >= 1 if is_int(amount) else 0.0 < amount <= 1.0):  # type: ignore[operator]
         raise HireRewriteError(
             f"{rule}: {name}={amount!r} must be a fraction (a float in (0, 1]) or a number "
-            "of rows (an int of at least 1)"
+            f"of rows (an int of at least 1){_meant(rule, amount)}"
         )
+
+
+def _meant(rule: str, value: object) -> str:
+    """The setting of a rule that a value is for, as a question; empty if there is none."""
+    kinds = {"encoding": Encoding, "predictor": Predictor}
+    types: list[Any] = [kind for kind in Rule.__subclasses__() if kind.__name__ == rule]
+    known = {field.name for kind in types for field in dataclasses.fields(kind)}
+    names = (name for name, kind in kinds.items() if isinstance(value, kind) and name in known)
+    return next((f": did you mean {name}={value!r}?" for name in names), "")
 
 
 def check_amounts(rule: str, k: object, candidates: object) -> None:

@@ -1,7 +1,9 @@
 """Reports, calibrated sizes and tuning, from the outside."""
 
+import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 import hire_rewrite as hire
 from hire_rewrite import HireRewriteError
+from hire_rewrite.report import Report, SiteReport
 from tests.cases import Oracle, close, inputs
 
 V, D, F, L, T = 96, 16, 64, 3, 24
@@ -481,3 +484,25 @@ def test_a_plan_counts_what_is_read():
     again = tight.pack(PARAMS, tokens[:1], calibration=[(tokens,)])
     (shared,) = tight.plan(again, tokens[:8]).sites
     assert shared.bytes_after < all_read.bytes_before <= all_read.bytes_after
+
+
+def test_a_report_has_one_row_for_sites_that_are_alike():
+    """With the least and the greatest of what was measured, and no column that is empty."""
+    linear = SiteReport(
+        "", "linear", tokens=4, k=0, candidates=0, recall=(1.0,), recall_p1=(1.0,), best=1.0,
+        mass=1.0, error=0.0036, error_exact=0.0036, proved=None, bytes_dense=10**6,
+        bytes_read=250_000, curve=(),
+    )  # fmt: skip
+    names = [f"p/{i}/{part}" for i in range(4) for part in "qkvo"]
+    sites = [dataclasses.replace(linear, name=n, error=0.001 * i) for i, n in enumerate(names)]
+    header, row = str(Report(tuple(sites), None)).splitlines()
+    assert re.split("  +", header.strip()) == ["site", "tokens", "error", "from exact", "MB read"]
+    assert re.split("  +", row.strip()) == [
+        "p/{0..3}/{q,k,v,o} (16)", "4", "0.0000–0.0150", "0.0036", "16.0 → 4.0",
+    ]  # fmt: skip
+    head = dataclasses.replace(
+        linear, name="p/head", kind="head", k=4, candidates=8, recall=(0.5,), recall_p1=(0.25,)
+    )
+    *_, last = str(Report((*sites, head), None)).splitlines()
+    assert re.split("  +", last.strip())[:5] == ["p/head", "4", "4", "8", "0.5000"]
+    assert len(str(Report((*sites, head), None)).splitlines()) == 3

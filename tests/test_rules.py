@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
+from hire_rewrite.names import groups
 from hire_rewrite.rules import count
 
 
@@ -17,6 +18,46 @@ def test_k_out_of_range(k):
         hire.FFN(k=k)
     with pytest.raises(hire.HireRewriteError, match="Head: k="):
         hire.Head(k=k)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "meant"),
+    [
+        (hire.Linear, hire.Blocks(8), "encoding=Blocks"),
+        (hire.FFN, hire.Blocks(8), "encoding=Blocks"),
+        (hire.Head, hire.Quantized(4), "predictor=Quantized"),
+    ],
+)
+def test_a_setting_in_the_place_of_k(kind, value, meant):
+    with pytest.raises(hire.HireRewriteError, match=meant):
+        kind(value)
+
+
+def test_what_transform_is_given_in_another_order_or_a_list():
+    with pytest.raises(hire.HireRewriteError, match=r"\*rules"):
+        hire.transform(jnp.sin, [hire.Head()])
+    with pytest.raises(hire.HireRewriteError, match=r"first.*transform\(sin"):
+        hire.transform(hire.Head(), jnp.sin)
+    assert hire.transform(hire.Head(), hire.Linear())(jnp.sin).rules == (hire.Head(), hire.Linear())
+
+
+def test_a_plan_says_where_inputs_are_rounded():
+    """The plan of a rule that rounds them is another than that of one that does not."""
+
+    def block(params, x):
+        return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+    params, x = {"up": jnp.ones((64, 256)), "down": jnp.ones((256, 64))}, jnp.ones((1, 64))
+    rules = [hire.FFN(k=k, tail="predicted", encoding=hire.Blocks(8), force=True) for k in (0, 8)]
+    for rule in (*rules, hire.Linear(encoding=hire.Blocks(8), force=True)):
+        plans = [
+            hire.inspect(block, params, x, rules=[rule.replace(round_inputs=rounds)])
+            for rounds in (False, True)
+        ]
+        plain, rounded = ({site.reason for site in plan.rewritten} for plan in plans)
+        assert plain
+        assert rounded
+        assert not plain & rounded
 
 
 @pytest.mark.parametrize(("k", "candidates"), [(64, 32), (0.5, 0.25)])
@@ -142,3 +183,64 @@ def test_the_rules_of_a_packed_fit_a_function_with_other_names():
     packed = hire.transform(here, hire.FFN(k=8, force=True)).pack(params, x)
     (site,) = hire.inspect(there, params, x, rules=packed.rules).rewritten
     assert site.name == "Block:model/mlp"
+
+
+NAMES = [
+    *(f"p/blocks/{i}/attn/{part}/kernel" for i in range(12) for part in "qkvo"),
+    *(f"p/layers_{i}/w" for i in (0, 2, 3)),
+    *(f"p/lay_0{i}/wide" for i in range(3)),
+    *(f"eqx.nn.Linear:arrays/layers/{i}/mlp/{part}" for i in range(3) for part in ("up", "upper")),
+    "p/w[0]/(a.b)",
+    "p/w[1]/(a.b)",
+    "p/wb[0]+",
+    "head#1",
+    "head#2",
+    "head#11",
+]
+
+
+def asked(path):
+    return {name for name in NAMES if hire.Linear(path=path).names(name)}
+
+
+@pytest.mark.parametrize("number", [len(NAMES), *range(1, len(NAMES), 7)])
+def test_a_path_may_be_what_the_plan_prints(number):
+    """The name that stands for several fits these, and names that have one of these inside."""
+    some = [*NAMES[-number:], NAMES[0]]
+    for name, members in groups(some, lambda name: name, lambda name: ()):
+        for path in (name, f"{name} ({len(members)})", name.replace("..", "…")):
+            found = asked(path)
+            assert found >= set(members)
+            assert all(any(member in name for member in members) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (
+            "blocks/{0..1}/attn/{q,k}",
+            {f"p/blocks/{i}/attn/{q}/kernel" for i in (0, 1) for q in "qk"},
+        ),
+        ("layers_{0,3}/w", {"p/layers_0/w", "p/layers_3/w"}),
+        ("mlp/{up,down}", {f"eqx.nn.Linear:arrays/layers/{i}/mlp/up" for i in range(3)}),
+        ("^arrays/layers/0/mlp/up$", {"eqx.nn.Linear:arrays/layers/0/mlp/up"}),
+        ("^eqx.nn.Linear:.*/0/mlp/up$", {"eqx.nn.Linear:arrays/layers/0/mlp/up"}),
+        ("^layers", set()),
+        (r"^p/w(b)?\[[^1]\]", {"p/w[0]/(a.b)", "p/wb[0]+"}),
+        ("up{3,4}er", set()),
+        ("up{1,2}er", {f"eqx.nn.Linear:arrays/layers/{i}/mlp/upper" for i in range(3)}),
+        (r"_0\d/(wide|w){1,2}$", {f"p/lay_0{i}/wide" for i in range(3)}),
+        (r"\{q,k\}", set()),
+    ],
+)
+def test_what_else_a_path_may_be(path, names):
+    assert asked(path) == names
+
+
+def test_a_name_alone_is_asked_for_with_its_scope():
+    two = ["p/w", "x:p/w"]
+    for name in two:
+        rule = hire.Linear().for_site(name)
+        assert [rule.names(other) for other in two] == [other == name for other in two]
+        rule = hire.Linear().for_layer(name, two)
+        assert [rule.names(other) for other in two] == [other == name for other in two]

@@ -355,7 +355,7 @@ def test_without_sites_the_jaxpr_is_the_same(call):
     params = {name: jnp.ones((D, D)) for name in "qkv"}
     x = jnp.ones((4, D))
     fn = hire.transform(attention)
-    assert fn.plan(params, x).sites == ()
+    assert fn.plan(params, x).rewritten == ()
     assert str(jax.make_jaxpr(fn)(params, x)) == str(jax.make_jaxpr(attention)(params, x))
     assert not fn.diff(params, x).changed
     packed = fn.pack(params, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -54,7 +55,11 @@ def _shown(plan: Plan) -> None:
 @command
 @_PACK
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
-@click.option("--fail-on-miss", is_flag=True, help="Exit with 3 if a rule, or no site, is used.")
+@click.option(
+    "--fail-on-miss",
+    is_flag=True,
+    help="Exit with 3 if nothing is rewritten, or a rule fits no site.",
+)
 def inspect(target: Target, pack: bool, as_json: bool, fail_on_miss: bool) -> None:
     """Which layers would be rewritten, and why others would not.
 
@@ -88,7 +93,7 @@ def diff(target: Target, pack: bool, as_json: bool, html: str | None) -> None:
     step, args = target.call(pack=pack)
     found = step.diff(*args)
     if html is not None:
-        found.save(html)
+        Path(html).write_text(found.to_html() + "\n", encoding="utf-8")
         click.echo(f"wrote {html}", err=True)
     if as_json:
         click.echo(found.to_json())

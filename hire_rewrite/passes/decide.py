@@ -117,9 +117,12 @@ def decide(
         within = [*map(decider.decide, inner)]
         decisions, left = _without_loss(decisions, within, left)
     decisions = sharing([*decisions, *left])
-    shown = counted_once(shown_of(decisions, rules=bool(rules)))
+    near = frozenset(node for node, rejection in detection.rejected.items() if rejection.near)
+    shown = counted_once(shown_of(decisions, near, rules=bool(rules)))
     nodes = {node for decision in shown for node in decision.nodes}
-    rejected = [(n, r) for n, r in detection.rejections(refused) if n not in nodes]
+    reasons = {node: decision.row.reason for decision in left for node in decision.products}
+    told = detection.rejections(refused, reasons)
+    rejected = [(node, rejection) for node, rejection in told if node not in nodes]
     plan = Plan(
         tuple(decision.row for decision in shown),
         tuple(r for _, r in rejected),
@@ -160,7 +163,7 @@ class _Decider:
         operation.check()
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
-        reason, rewritten = self._reason(operation, packs, now, known is not None)
+        reason, rewritten = self._reason(operation, packs, now)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)
@@ -219,9 +222,7 @@ class _Decider:
 
     def _packs(self, operation: Operation, packed: PackedSite | None) -> bool:
         if self.packed is None:
-            counts = filter(operation.rule.takes, _DECODING)
-            pay = (estimate(operation, tokens, self.machine).pays for tokens in counts)
-            return operation.rule.force or any(pay)
+            return self._would_pack(operation)
         if packed is None:
             return False
         if packed.layout != repr(operation.layout):
@@ -235,12 +236,16 @@ class _Decider:
             )
         return True
 
-    def _reason(
-        self, operation: Operation, packs: bool, now: Estimate, known: bool
-    ) -> tuple[str, bool]:
+    def _would_pack(self, operation: Operation) -> bool:
+        """Whether packing with these rules packs it: it pays for some small number of tokens."""
+        counts = filter(operation.rule.takes, _DECODING)
+        pay = (estimate(operation, tokens, self.machine).pays for tokens in counts)
+        return operation.rule.force or any(pay)
+
+    def _reason(self, operation: Operation, packs: bool, now: Estimate) -> tuple[str, bool]:
         """Why a site is what it is, and whether it is rewritten."""
         rule, tokens = operation.rule, operation.site.tokens
-        if self.packed is not None and not packs and (now.pays or not known):
+        if self.packed is not None and not packs and self._would_pack(operation):
             return "the Packed does not hold it: pack with this function to rewrite it", False
         if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True

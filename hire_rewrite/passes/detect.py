@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import posixpath
@@ -17,8 +16,8 @@ from hire_rewrite.graph.effects import unsupported_reason
 from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
-from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.graph.weights import loops_of
+from hire_rewrite.passes.near import layer_behind, near_misses
 from hire_rewrite.patterns.linear import Linear, MatchContext, as_linear, chosen_from
 from hire_rewrite.patterns.refusal import NoMatch, Refusal, closer
 from hire_rewrite.plan import Rejection
@@ -26,9 +25,6 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.placement import sharding_of
 from hire_rewrite.sites import Match, MatchedSite, SiteKind, site_kinds
 from hire_rewrite.sites.kind import weights_identity
-
-_NEAR = 64
-"""Operations that may stand between two layers of a block."""
 
 _TRANSFORMED = re.compile(r"\b\w+\(([^()]*)\)")
 """What a transformation makes of a name, as in `vmap(mlp)`."""
@@ -70,14 +66,31 @@ class Detection:
             matches.search({n: linear for n, linear in linears.items() if among(n)})
         return matches.sites(self.mesh, names), matches.refused
 
-    def rejections(self, refused: Mapping[Node, NoMatch]) -> list[tuple[Node, Rejection]]:
-        """`rejected`, with what kinds that take what others leave say besides."""
-        return [
-            (node, dataclasses.replace(r, reason=f"{r.reason}; and {refused[node].reason}"))
-            if node in refused
-            else (node, r)
-            for node, r in self.rejected.items()
-        ]
+    def rejections(
+        self, refused: Mapping[Node, NoMatch], left: Mapping[Node, str]
+    ) -> list[tuple[Node, Rejection]]:
+        """`rejected`, with what kinds that take what others leave say of them.
+
+        Args:
+          refused: why they do not take a layer.
+          left: why a layer that they take is left dense. Of one that did not come near another
+            kind of site this is all there is to say.
+        """
+        asked = not self.rules or any(
+            kind.leftover and isinstance(rule, kind.rule)
+            for kind in site_kinds()
+            for rule in self.rules
+        )
+        rejections = []
+        for node, rejection in self.rejected.items():
+            said = refused[node].reason if node in refused else left.get(node)
+            if said is not None and not rejection.near:
+                rejection = dataclasses.replace(rejection, reason=said)
+            elif node in refused and asked:
+                reason = f"{rejection.reason}; and {said}"
+                rejection = dataclasses.replace(rejection, reason=reason)
+            rejections.append((node, rejection))
+        return rejections
 
 
 @dataclasses.dataclass
@@ -98,8 +111,7 @@ class _Matches:
         context = MatchContext(self.trace, linears, taken, cache=self.cache)
         for kind in site_kinds():
             rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
-            unasked = kind.leftover and self.rules and not rules
-            if kind.leftover != self.leftover or unasked:
+            if kind.leftover != self.leftover:
                 continue
             for node, linear in linears.items():
                 if node not in context.taken:
@@ -203,9 +215,10 @@ def _name_stack(node: Node) -> str:
 
 
 def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Rejection]:
-    """Refusals, closest first; of those that are as close, what was meant to be a site."""
+    """Refusals, near misses first and closest first; of those that are as close, what was meant to
+    be a site."""
     weights = {node: weight_of(trace, node) for node in refused}
-    rejections = []
+    rejections, near = [], near_misses(trace, refused)
     for node, refusal in refused.items():
         weight, name = weights[node]
         if not trace.provenance.roots(weight) and trace.provenance.is_weight(weight):
@@ -215,39 +228,18 @@ def _rejections(trace: Trace, refused: dict[Node, NoMatch]) -> dict[Node, Reject
             behind = weights[refusal.node][1], refused[refusal.node].reason
             reason += "; and {} behind it does not end an FFN: {}".format(*behind)
         if refusal.refusal is Refusal.TOO_NARROW and refusal.intended:
-            last = _layer_behind(trace, node, refused)
+            last = layer_behind(trace, node, refused)
             if last is not None:
                 name_of_last, why = weights[last][1], refused[last].reason
                 reason = f"{name_of_last} behind it does not end an FFN: {why}"
         source = source_of(refusal.node)
-        rejection = Rejection(name, weight.shape, reason, refusal.matched, source, refusal.refusal)
-        rejections.append(((-refusal.matched, not refusal.intended), node, rejection))
+        rejection = Rejection(
+            name, weight.shape, reason, refusal.matched, source, refusal.refusal, node in near
+        )
+        order = node not in near, -refusal.matched, not refusal.intended
+        rejections.append((order, node, rejection))
     rejections.sort(key=lambda item: item[0])
     return {node: rejection for _, node, rejection in rejections}
-
-
-def _layer_behind(trace: Trace, node: Node, refused: Mapping[Node, NoMatch]) -> Node | None:
-    """The refused layer that contracts what a layer returns, where nothing but other operations
-    stands between."""
-
-    def layer(node: Node) -> Linear | None:
-        with contextlib.suppress(NoMatch):
-            return as_linear(node, trace.provenance)
-        return None
-
-    first = layer(node)
-    queue, seen = [node], {node}
-    while first is not None and queue and len(seen) < _NEAR:
-        for result in queue.pop(0).outs:
-            for user, _ in trace.live.users(result):
-                if user in refused and user not in seen:
-                    second = layer(user)
-                    if second is not None and second.in_dim == first.out_dim:
-                        return user
-                elif user not in seen and not has(user.primitive, Trait.MULTIPLIES):
-                    queue.append(user)
-                seen.add(user)
-    return None
 
 
 def weight_of(trace: Trace, node: Node) -> tuple[Value, str]:

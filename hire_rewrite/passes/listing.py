@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from hire_rewrite.cost.estimate import dense_bytes
 
 if TYPE_CHECKING:
+    from hire_rewrite.graph.nodes import Node
     from hire_rewrite.passes.decide import Decision
 
 
-def shown_of(decisions: Sequence[Decision], *, rules: bool) -> list[Decision]:
+def shown_of(
+    decisions: Sequence[Decision], near: Collection[Node], *, rules: bool
+) -> list[Decision]:
     """The decisions that are sites of the plan.
 
-    What other kinds leave is one where a user asks for it, where it is packed, and where packing
-    looked at it and left it as it is.
+    What other kinds leave is one where it is packed and where a user's rule asks for it. Without
+    rules it is one too, unless it came near another site; as a part of another site it is, if fewer
+    bits hold the numbers of some part. A site that no rule of the user's asks for is none if all
+    its products are sites of their own.
 
     Args:
+      near: products whose plan says what stopped a match.
       rules: whether the user gave some.
     """
-    taken = frozenset(node for d in decisions if d.packs for node in d.products)
+    fitting = frozenset(n for d in decisions if _fits(d) for n in d.products)
+    whole = [d for d in decisions if not d.site.kind.leftover]
+    hidden = {n for d in whole if not d.products & fitting for n in d.products} | {*near}
+    alone = frozenset(
+        n
+        for d in decisions
+        if d.site.kind.leftover
+        and (d.packs or (d.row.rule is not None and (rules or not d.products & hidden)))
+        for n in d.products
+    )
     return [
         d
         for d in decisions
-        if not d.site.kind.leftover
-        or d.packs
-        or (rules and d.row.rule is not None)
-        or (d.known and not d.products & taken)
+        if (d.products <= alone) == d.site.kind.leftover
+        or (not d.site.kind.leftover and rules and d.row.rule is not None)
     ]
+
+
+def _fits(decision: Decision) -> bool:
+    """Whether it is known that a layer that other kinds leave can be stored in fewer bits."""
+    return decision.site.kind.leftover and decision.cost is not None
 
 
 def counted_once(decisions: Sequence[Decision]) -> list[Decision]:

@@ -38,7 +38,8 @@ def _there(rule: Rule, plan: Plan, decisions: Sequence[Decision]) -> str:
     if names:
         some = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
         return f"sites of its kind are {some}: change its path or sizes, and see .plan(...)"
-    layer = next((r for r in plan.rejected if r.refusal is not Refusal.UNSUPPORTED), None)
+    near = (r for r in plan.rejected if r.near and r.refusal is not Refusal.UNSUPPORTED)
+    layer = next(near, None)
     text = f"there is no {kind} site"
     if layer is not None and not plan.hints:
         text += f" (the closest, {layer.name}, is none: {layer.reason}, at {layer.source})"

@@ -104,10 +104,12 @@ def test_an_error_of_the_factory_is_its_own():
 
 
 def test_several_arguments_with_weights():
-    result = run("bench", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--rounds", "1", "--json")
+    result = run("bench", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--rounds", "4", "--json")
     found = json.loads(result.stdout)
-    assert found["rounds"] == 1
+    assert found["rounds"] == 4
     assert set(found["median_ms"]) == {"dense", "rewritten"}
+    ratio = found["median_ms"]["dense"] / found["median_ms"]["rewritten"]
+    assert found["ratio"] == pytest.approx(ratio)
     report = run("evaluate", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--json")
     assert len(json.loads(report.stdout)["sites"]) == 2
 

@@ -186,12 +186,13 @@ def test_the_plan_has_the_head_and_the_ffns():
     step = hire.transform(functools.partial(model.decode_step, PUBLISHED))
     cache = jax.eval_shape(lambda: model.init_cache(PUBLISHED, 1, 64))
     plan = step.plan(shapes(PUBLISHED), jax.ShapeDtypeStruct((1,), jnp.int32), cache)
-    head, ffn = sorted(plan.sites, key=lambda site: site.kind, reverse=True)
+    (head,), (ffn,) = plan["head"], plan["ffn"]
     assert (head.kind, head.d_model, head.width, head.status) == ("head", 640, 262_144, "rewritten")
     assert (ffn.kind, ffn.d_model, ffn.width, ffn.repeats) == ("ffn", 640, 2048, 18)
     assert (ffn.gated, ffn.activation, ffn.status) == (True, "gelu_tanh", "dense")
     attention = {f"params/layers/{name}" for name in ("wq", "wk", "wv", "wo")}
-    assert {rejection.name for rejection in plan.rejected} == attention
+    assert {site.name for site in plan["linear"]} == attention
+    assert not plan.rejected
 
 
 # Weights and tokenizer, of a small file

@@ -97,6 +97,23 @@ def test_what_pays_for_one_token_is_packed():
     assert packs(rule, tokens=6) == {"params/relu"}
 
 
+def test_a_packed_does_not_change_the_reason_of_what_does_not_pay():
+    """Packing again would not pack it either; what another function packed is another matter."""
+    costly = hire.FFN(k=1.0, predictor=hire.Quantized(bits=8))
+    cheap = hire.FFN(k=0.01, predictor=Oracle(), path="relu")
+
+    def reason(step, weights):
+        plan = step.plan(weights, inputs(1, D))
+        return next(site.reason for site in plan.sites if site.name == "params/relu")
+
+    every = [(costly, hire.Head()), (cheap, hire.Head()), (hire.Head(),)]
+    steps = [hire.transform(model, *rules, on_miss="ignore") for rules in every]
+    own, other = (packed(steps[i], PARAMS, inputs(1, D)) for i in (0, 2))
+    assert reason(steps[0], own) == reason(steps[0], other) == reason(steps[0], PARAMS)
+    assert "Packed" in reason(steps[1], other)
+    assert "Packed" not in reason(steps[1], PARAMS)
+
+
 @pytest.mark.parametrize(
     ("rule", "k", "candidates"),
     [

@@ -1,6 +1,7 @@
 """The layers of a plan in order, and its drawing."""
 
 import dataclasses
+import re
 import sys
 import xml.etree.ElementTree as ET
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import hire_rewrite as hire
-from hire_rewrite.passes.draw.boxes import boxes_of, frames_of, rows_of
+from hire_rewrite.passes.draw.boxes import boxes_of, frames_of, rows_of, shorter
 
 D, H, V, DEEP = 32, 128, 8192, 100
 RULES = (
@@ -114,7 +115,7 @@ def test_repeated_layers_are_one_box(deep):
 
 
 def test_a_scan_is_folded_as_a_loop_that_is_unrolled(deep):
-    unlike = {"name", "layer"}
+    unlike = {"name", "short", "layer"}
     found = [
         [{k: v for k, v in vars(box).items() if k not in unlike} for box in boxes_of(plan.layers)]
         for plan in (deep, scanned_plan(DEEP))
@@ -137,6 +138,19 @@ def test_many_beside_each_other_are_several_rows():
     names = [array(D, D + i) for i in range(12)]
     boxes = boxes_of(hire.inspect(fn, names, array(1, D)).layers)
     assert [len(row) for row in rows_of(boxes, 5)] == [5, 5, 2]
+
+
+def test_names_without_room_keep_their_beginning_and_their_end(deep, tmp_path):
+    layers = [
+        dataclasses.replace(layer, name=f"eqx.nn.Linear:arrays/{'decoder/' * 9}{layer.name}")
+        for layer in deep.layers
+    ]
+    dataclasses.replace(deep, layers=tuple(layers)).draw(tmp_path / "plan.svg")
+    written = re.findall("<!-- (arrays/.*) -->", (tmp_path / "plan.svg").read_text())
+    assert len(written) == len(boxes_of(layers))
+    ends = {box.name.rpartition("/")[2] for box in boxes_of(layers)}
+    assert {text.rpartition("/")[2] for text in written} == ends
+    assert [*shorter("abcd")] == ["abcd", "a…cd", "…cd", "…d"]
 
 
 @pytest.mark.parametrize("make", [plan_of, scanned_plan], ids=["unrolled", "scanned"])

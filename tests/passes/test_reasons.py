@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import hire_rewrite as hire
+from hire_rewrite.patterns.refusal import Refusal
+from hire_rewrite.plan import grouped_rejections
 
 D, F = 64, 256
 X = jnp.ones((1, D))
@@ -84,3 +86,62 @@ def test_a_convolution_behind_a_layer():
     found = reasons(fn, params, jnp.ones((1, 8, D)))
     assert "convolution" in found["params/kernel"]
     assert "params/up" in found
+
+
+def attention(params, x, keys, values):
+    """One layer of decoding, 4 heads: products of a cache between linear layers."""
+    y = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    q, k, v = ((y @ params[name]).reshape(1, 4, D // 4) for name in "qkv")
+    keys, values = keys.at[:, 3].set(k), values.at[:, 3].set(v)
+    scores = jax.nn.softmax(jnp.einsum("bhd,bthd->bht", q, keys))
+    return x + jnp.einsum("bht,bthd->bhd", scores, values).reshape(1, D) @ params["o"]
+
+
+@pytest.mark.parametrize("rule", [RULE, hire.Head()])
+def test_layers_that_look_like_no_site_say_which_rule_takes_them(rule):
+    """Not why they are neither a vocabulary nor a part of a block; and all in one row."""
+    layers = [{name: jnp.ones((D, D)) for name in "qkvo"} for _ in range(12)]
+
+    def fn(params, x, keys, values):
+        for layer in params:
+            x = attention(layer, x, keys, values)
+        return x
+
+    cache = jnp.ones((1, 8, 4, D // 4))
+    plan = hire.inspect(fn, layers, X, cache, cache, rules=[rule])
+    assert len(plan.rejected) == 48
+    assert not any(rejection.near for rejection in plan.rejected)
+    assert {"Linear(encoding=...)" in rejection.reason for rejection in plan.rejected} == {True}
+    ((name, members),) = grouped_rejections(plan.rejected)
+    assert len(members) == 48
+    assert "{0..11}" in name
+    plan = hire.inspect(fn, layers, X, cache, cache)
+    assert not plan.rejected
+    assert [site.kind for site in plan.sites] == ["linear"] * 48
+
+
+def test_layers_that_look_like_a_site_say_what_stopped_the_match():
+    def fn(params, x):
+        h = jax.nn.relu(x @ params["up"])
+        h = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+        y = attention(params, h @ params["down"], *[jnp.ones((1, 8, 4, D // 4))] * 2)
+        return y @ params["bytes"]
+
+    params = PARAMS | {name: jnp.ones((D, D)) for name in "qkvo"} | {"bytes": jnp.ones((D, F))}
+    for rules in ((), (RULE,)):
+        plan = hire.inspect(fn, params, X, rules=rules)
+        near = {rejection.name for rejection in plan.rejected if rejection.near}
+        assert near == {"params/up", "params/down", "params/bytes"}
+    (byte,) = (r.reason for r in plan.rejected if r.name == "params/bytes")
+    assert "min_width" in byte
+
+
+def test_reasons_with_numbers_of_the_name_are_alike():
+    """The shape in a reason is another thing than the number of a layer."""
+    reason = "its input axis is split by a reshape from (1, 8, 64); and p/{}/up is behind it"
+    layers = [
+        hire.Rejection(f"p/{i}/o", (D, D), reason.format(i), 1, "model.py:3", Refusal.TAKEN)
+        for i in range(9)
+    ]
+    ((name, members),) = grouped_rejections(layers)
+    assert (name, len(members)) == ("p/{0..8}/o", 9)

@@ -137,10 +137,7 @@ def test_without_rules_a_head_is_read_without_loss_where_that_is_as_fast():
     step = hire.transform(head)
     packed = step.pack(w, X)
     plan = step.plan(packed, X)
-    assert [(site.kind, site.status) for site in plan.sites] == [
-        ("head", "dense"),
-        ("linear", "rewritten"),
-    ]
+    assert [(site.kind, site.status) for site in plan.sites] == [("linear", "rewritten")]
     close(step(packed, X), head(w, X), 1e-5)
     other = rand(D, 4096)
     plan = step.plan(step.pack(other, X), X)
@@ -153,6 +150,25 @@ def test_without_rules_other_numbers_stay_as_they_are():
     assert names(step.plan(packed, X)) == set()
     assert len(packed.weights) == 4
     np.testing.assert_array_equal(step(packed, X), jax.jit(model)(PARAMS, X))
+
+
+@pytest.mark.parametrize("make", [lambda: EXACT, lambda: PARAMS])
+@pytest.mark.parametrize(
+    "rules", [(), (Linear(encoding=Blocks(8)),), (hire.FFN(k=4, force=True),), (hire.Head(),)]
+)
+def test_each_product_is_in_one_row_and_the_same_one_when_it_is_packed(make, rules):
+    """What was found in the numbers may make sites of the layers of a block, nothing else does."""
+    params = make()
+    step = hire.transform(model, *rules, on_miss="ignore")
+    plans = [step.plan(params, X), step.plan(step.pack(params, X), X)]
+    for plan in plans:
+        rows = [site.name for site in plan.sites] + [r.name for r in plan.rejected]
+        blocks = [site.name for site in plan.sites if site.kind == "ffn"]
+        assert sorted(rows) == sorted([*blocks, "params/layers/q"] if blocks else ALL)
+    if rules or make() is PARAMS:
+        rows = [[(site.name, site.kind, site.status) for site in plan.sites] for plan in plans]
+        assert rows[0] == rows[1]
+        assert [r.reason for r in plans[0].rejected] == [r.reason for r in plans[1].rejected]
 
 
 def mixed():
@@ -213,7 +229,10 @@ def test_what_would_fit_and_does_not_pay_is_a_site_too(monkeypatch):
 def test_shapes_and_traces_are_not_looked_at():
     step = hire.transform(model)
     packed = step.pack(jax.eval_shape(lambda: EXACT), X)
-    assert [site.kind for site in step.plan(packed, X).sites] == ["ffn"]
+    assert [(site.kind, site.status) for site in step.plan(packed, X).sites] == [
+        ("ffn", "dense"),
+        ("linear", "dense"),
+    ]
 
 
 def test_bfloat16_numbers_that_are_held_in_float32():

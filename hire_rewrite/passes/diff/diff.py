@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import jax
 
 from hire_rewrite import _compat
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, trace
 from hire_rewrite.passes.diff.align import align
 from hire_rewrite.passes.diff.build import Builder
@@ -123,8 +124,11 @@ class Diff:
         return written
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, in the form that the name's ending says: `.html`, `.json`, `.dot`,
-        or text.
+        """Write it to a file, in the form that the name's ending says: `.html`, `.json`, `.dot`
+        (for Graphviz), or text in `.txt` and `.diff`.
+
+        Raises:
+          HireRewriteError: it has another ending.
 
         Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
@@ -136,7 +140,12 @@ class Diff:
           '<!doctype html>'
         """
         forms = {".html": to_html, ".htm": to_html, ".json": to_json, ".dot": to_dot}
-        form = forms.get(Path(path).suffix.lower(), text)
+        forms |= {".txt": text, ".diff": text}
+        form = forms.get(Path(path).suffix.lower())
+        if form is None:
+            raise HireRewriteError(
+                f"diff: {os.fspath(path)} has to end in .html, .json, .dot, .txt or .diff"
+            )
         Path(path).write_text(form(self) + "\n", encoding="utf-8")
 
     def to_dot(self) -> str:

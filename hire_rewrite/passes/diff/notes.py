@@ -71,10 +71,12 @@ def notes_of(plan: Plan, decisions: Sequence[Decision], detection: Detection) ->
             each = dense_times(site, site.tokens, machine)
             for linear, time in zip(site.linears, each, strict=True):
                 times[path_of(linear.node)] = time / 1e6
-    rejections = set(plan.rejected)
+    # Deciding may have another reason for a layer than detection had.
+    said = {dataclasses.replace(r, reason=""): r.reason for r in plan.rejected}
     for node, rejection in detection.rejected.items():
-        if rejection in rejections:
-            add(node, Note(rejection.name, "rejected", rejection.reason))
+        reason = said.get(dataclasses.replace(rejection, reason=""))
+        if reason is not None:
+            add(node, Note(rejection.name, "rejected", reason))
     return Notes({path: tuple(found) for path, found in notes.items()}, times)
 
 

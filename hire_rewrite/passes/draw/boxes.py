@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -22,6 +22,7 @@ class Box:
 
     Attributes:
       name: of all, as `layers/{0..29}/w_up`.
+      short: the same without the scopes of the layers (`eqx.nn.Linear:`).
       layer: the first of them.
       count: runs of all of them in one call.
       bytes_before, bytes_after: of all of them.
@@ -30,6 +31,7 @@ class Box:
     """
 
     name: str
+    short: str
     layer: Layer
     count: int
     bytes_before: int
@@ -61,6 +63,7 @@ def boxes_of(layers: Sequence[Layer]) -> tuple[Box, ...]:
     return tuple(
         Box(
             name=common_name([layers[place].name for place in group]),
+            short=common_name([layers[place].name.rpartition(":")[2] for place in group]),
             layer=layers[group[0]],
             count=sum(layers[place].repeats for place in group),
             bytes_before=sum(layers[place].bytes_before for place in group),
@@ -70,6 +73,14 @@ def boxes_of(layers: Sequence[Layer]) -> tuple[Box, ...]:
         )
         for number, group in enumerate(groups)
     )
+
+
+def shorter(text: str) -> Iterator[str]:
+    """A text, and the same with more and more of its middle left out; most is kept of its end."""
+    yield text
+    for kept in range(len(text) - 1, 0, -1):
+        begin = kept // 3
+        yield f"{text[:begin]}…{text[len(text) - kept + begin :]}"
 
 
 def rows_of(boxes: Sequence[Box], columns: int) -> list[list[int]]:

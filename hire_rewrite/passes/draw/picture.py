@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path as MatplotlibPath
 
 from hire_rewrite.passes.diff.value import megabytes
-from hire_rewrite.passes.draw.boxes import Box, frames_of, rows_of
+from hire_rewrite.passes.draw.boxes import Box, frames_of, rows_of, shorter
 from hire_rewrite.passes.draw.theme import LIGHT, for_both
 
 _COLUMNS = 5
@@ -140,7 +140,8 @@ class _Drawing:
         right, room = x + _WIDTH - _PAD, _WIDTH - 2 * _PAD
         if numbered and box.count > 1:
             room -= 6 + right - self._text(right, y + 17, f"× {box.count}", 8, ink, right=True)
-        self._text(x + _PAD, y + 17, box.name, 8.5, ink, bold=rewritten, room=room)
+        short = box.short
+        self._text(x + _PAD, y + 17, box.name, 8.5, ink, bold=rewritten, room=room, short=short)
         what = box.layer.kind or box.layer.status
         said = what if rewritten or not box.layer.kind else f"{what}, dense"
         end = self._text(right, y + 31, said, 7.5, LIGHT.faint, right=True)
@@ -175,8 +176,10 @@ class _Drawing:
     def _text(
         self, x: float, y: float, text: str, size: float, color: str = LIGHT.ink, *,
         right: bool = False, bold: bool = False, room: float | None = None,
+        short: str | None = None,
     ) -> float:  # fmt: skip
-        """Write a line that ends or begins at x, without its beginning if there is no room.
+        """Write a line that ends or begins at x; if there is no room `short`, and if there is none
+        for that either it without a part of its middle.
 
         Returns:
           The x of its other end.
@@ -185,10 +188,10 @@ class _Drawing:
             x, y, text, fontsize=size, color=color, ha="right" if right else "left", va="baseline",
             fontweight="bold" if bold else "normal", zorder=5, parse_math=False,
         )  # fmt: skip
-        for cut in itertools.count(1):
+        for part in itertools.chain([text], shorter(short or text)):
+            written.set_text(part)
             # The renderer counts in pixels of the figure.
             width = written.get_window_extent(self.renderer).width * 72 / written.figure.dpi
-            if room is None or width <= room or cut >= len(text):
-                return x - width if right else x + width
-            written.set_text("…" + text[cut:])
-        raise AssertionError
+            if room is None or width <= room:
+                break
+        return x - width if right else x + width

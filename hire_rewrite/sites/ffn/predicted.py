@@ -122,13 +122,14 @@ class PredictedFFNOperation(BlockOperation):
 
     def describe(self) -> str:
         spec, rule = self.spec, self.rule
+        rounded = ", inputs rounded to 8 bits" if rule.round_inputs else ""
         if not spec.k_groups:
-            return f"all of {spec.width} neurons as {spec.encoding}"
+            return f"all of {spec.width} neurons as {spec.encoding}{rounded}"
         exactly = "exactly" if rule.exact is None else f"as {rule.exact}"
         groups = f", in groups of {spec.group}" if spec.group > 1 else ""
         return (
             f"top {self.k * self.unit} of {spec.width} neurons {exactly}{groups}, the others as "
-            f"{spec.encoding}"
+            f"{spec.encoding}{rounded}"
         )
 
     def reads(self, tokens: int) -> list[Read]:

@@ -78,7 +78,8 @@ class FFN(Rule):
         each device. Give it on one device, or in training, to compute what several will.
       max_tokens: with more tokens in a call (prefill) the block keeps its dense arithmetic, for
         their candidates together are most of the rows; None for no limit.
-      path: a regular expression; only sites whose name contains a match are asked for.
+      path: only sites whose name it fits are asked for: a name as plans print it, such as
+        `params/layers/{0..3}/mlp`, or a regular expression that is searched for in names.
       force: rewrite even where the estimate says that it does not pay.
 
     Raises:

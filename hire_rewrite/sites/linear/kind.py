@@ -84,6 +84,9 @@ class LinearKind(SiteKind):
         """Storage in fewer bits, where they hold the same numbers."""
         return Linear()
 
+    def unasked(self, match: LinearMatch) -> str:
+        return "no rule asks for it; Linear(encoding=...) does"
+
     def trials(self, site: MatchedSite, rule: Linear | None) -> Sequence[Linear]:
         limit = None if rule is None else rule.max_tokens
         same = Linear(max_tokens=limit)

@@ -87,7 +87,8 @@ class LinearOperation(Operation):
         if self.rule.encoding is None:
             return f"the same numbers as {spec.encoding}{where}"
         exact = f", {spec.k} of {self.layer.in_dim} inputs exactly" if spec.k else ""
-        return f"as {spec.encoding}{exact}{where}"
+        rounded = ", inputs rounded to 8 bits" if self.rule.round_inputs else ""
+        return f"as {spec.encoding}{rounded}{exact}{where}"
 
     def reads(self, tokens: int) -> Sequence[Read]:
         spec, (n, d) = self._device_spec, self.scored

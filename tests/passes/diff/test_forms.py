@@ -180,6 +180,10 @@ def test_files_have_the_form_that_their_names_say(tmp_path):
     for ending, form in forms.items():
         found.save(tmp_path / f"step.{ending}")
         assert (tmp_path / f"step.{ending}").read_text(encoding="utf-8") == form + "\n"
+    for name in ("step", "step.pdf"):
+        with pytest.raises(hire.HireRewriteError, match=name):
+            found.save(tmp_path / name)
+        assert not (tmp_path / name).exists()
     assert found.to_json(str(tmp_path / "too.json")) == forms["json"]
     assert (tmp_path / "too.json").read_text(encoding="utf-8") == forms["json"] + "\n"
 
