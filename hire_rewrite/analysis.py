@@ -17,7 +17,7 @@ from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.examine import examine, weight_stacker
-from hire_rewrite.passes.misses import idle_rules, unlisted_weights, unused_rules
+from hire_rewrite.passes.misses import closed_over, idle_rules, unlisted_weights, unused_rules
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.plan import Plan
@@ -245,11 +245,17 @@ class Analyses:
             plan, decisions = decide(detection, self.rules, statistics, info)
             rewritten = ", ".join(site.name for site in plan.rewritten)
             found("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
-        if packed is None and not any(decision.packs for decision in decisions):
-            hint = unlisted_weights(graph, self.weights)
+        explained = False  # why nothing is rewritten
+        if packed is None:
+            packs = any(decision.packs for decision in decisions)
+            forgotten = closed_over(graph, self.weights)
+            if forgotten is None and not packs:
+                forgotten = unlisted_weights(graph, self.weights)
+            explained = not packs and forgotten is not None
+            hint = forgotten
             plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
         misses = unused_rules(plan, decisions)
-        if packed is None and not plan.hints:
+        if packed is None and not explained:
             misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
         self._report(misses, plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
