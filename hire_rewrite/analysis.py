@@ -20,6 +20,7 @@ from hire_rewrite.passes.examine import examine, weight_stacker
 from hire_rewrite.passes.misses import closed_over, idle_rules, unlisted_weights, unused_rules
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
+from hire_rewrite.passes.state import state_among_weights
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import packing_context
@@ -252,7 +253,8 @@ class Analyses:
             if forgotten is None and not packs:
                 forgotten = unlisted_weights(graph, self.weights)
             explained = not packs and forgotten is not None
-            hint = forgotten
+            # What stands in the place of the weights is not state among weights.
+            hint = forgotten or state_among_weights(graph)
             plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
         misses = unused_rules(plan, decisions)
         if packed is None and not explained:
