@@ -38,6 +38,25 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
     return pattern
 
 
+def sites_pattern(names: Sequence[str], others: Sequence[str]) -> str:
+    """A regular expression for the names of some sites, as `site_pattern` for one.
+
+    Example:
+      >>> sites_pattern(["model/0/q", "model/1/q"], ["model/0/k", "model/1/k"])
+      '^(.*:)?[^/:]+/(0|1)/q$'
+    """
+    rest = [other for other in others if other not in names]
+    patterns = [site_pattern(name, rest) for name in dict.fromkeys(names)]
+    columns = list(zip(*(pattern.split("/") for pattern in patterns), strict=False))
+    differing = [i for i, parts in enumerate(columns) if len(set(parts)) > 1]
+    whole = all(pattern.count("/") == patterns[0].count("/") for pattern in patterns)
+    if not whole or len(differing) != 1 or differing[0] in (0, len(columns) - 1):
+        return "|".join(patterns)
+    parts = [column[0] for column in columns]
+    parts[differing[0]] = f"({'|'.join(columns[differing[0]])})"
+    return "/".join(parts)
+
+
 def grouped(names: Sequence[str]) -> list[str]:
     """The names, those that differ in one place alone written as one.
 

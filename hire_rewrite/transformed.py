@@ -220,10 +220,11 @@ class Transformed:
             other text. 0.99 if neither is given.
           kl: how far the rewritten model may diverge from the dense one, in nats a token: the mean
             of KL(dense ‖ rewritten). Needs a vocabulary head outside of loops.
-          seconds: with `kl`, about how long it may take; None for as long as it takes. Time is
-            looked at between trials, and some is kept for measuring the whole. Sites that read
+          seconds: with `kl`, about how long it may take; None for as long as it takes: a trial
+            compiles the model and runs it, and there are about eight for each kind of layer.
+            Layers that differ in numbers of their names alone are tried together. Those that read
             most are tried first, and each once before any a second time; when time is up the
-            fastest within `kl` of what was tried is returned, which prints that time was up.
+            fastest within `kl` of what was tried is returned, with a warning.
           kwargs: the call's keyword arguments.
 
         Returns:
