@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hire_rewrite.arguments import check_call, not_traced
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
 from hire_rewrite.log import timed
@@ -267,18 +268,18 @@ class Analyses:
     def _detect(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
     ) -> tuple[Trace, Detection]:
+        check_call(self.fn, self.name, args, kwargs)
         try:
             with timed(self.name, "trace") as found:
                 graph = trace(self.fn, args, kwargs, self.weights)
                 found("%d weight array(s) of %d inputs", len(graph.weights), len(graph.paths))
-        except (TypeError, ValueError) as error:
-            if packed is None or isinstance(error, HireRewriteError):
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            if isinstance(error, HireRewriteError):
                 raise
-            raise HireRewriteError(
-                f"{self.name}: the function cannot be traced with weights of the shapes that "
-                f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
-                "arguments are right, pack again from this function's weights"
-            ) from error
+            message = not_traced(self.fn, error, args, self.weights, packed is not None)
+            if message is None:
+                raise
+            raise HireRewriteError(f"{self.name}: {message}") from error
         with timed(self.name, "detect") as found:
             detection = detect(graph, self.rules, self.mesh)
             found(
@@ -299,6 +300,11 @@ class Analyses:
 
     def weight_arguments(self, weights: Any) -> tuple[Any, ...]:
         """The arguments that hold weights, in order: one, or a tuple of several."""
+        if isinstance(weights, Packed):
+            raise HireRewriteError(
+                f"{self.name}: a Packed was given where the weights are wanted that it was made "
+                "of: give those"
+            )
         arguments = (weights,) if len(self.weights) == 1 else tuple(weights)
         if len(arguments) != len(self.weights):
             raise HireRewriteError(

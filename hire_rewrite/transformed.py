@@ -90,7 +90,19 @@ class Transformed:
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
             return self._compiled_for(self._analyzed(None, args, kwargs))(*operands)
-        return self._compiled(*operands)
+        try:
+            return self._compiled(*operands)
+        except TypeError:
+            self._check_arrays(packed)
+            raise
+
+    def _check_arrays(self, packed: Packed | None) -> None:
+        """Raise HireRewriteError if a `Packed` holds shapes."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed)):
+            raise HireRewriteError(
+                f"{self.name}: the Packed was made of shapes, and holds no arrays to compute with: "
+                "restore a checkpoint into it, or pack the weights themselves"
+            )
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
@@ -182,6 +194,7 @@ class Transformed:
         if not isinstance(packed, Packed):
             what = f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}"
             raise HireRewriteError(f"{what}: make it with .pack(...)")
+        self._check_arrays(packed)
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))

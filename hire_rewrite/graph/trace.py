@@ -73,7 +73,7 @@ def trace(
       HireRewriteError: an argument or a result is not an array.
     """
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    names = _argument_names(fn, len(args))
+    names = argument_names(fn, len(args))
     paths, holds_weights, arguments = [], [], []
     for number, (path, leaf) in enumerate(leaves):
         positional = path[0].idx == 0
@@ -179,7 +179,7 @@ def _explained(fn: Callable[..., Any], error: Exception, leaves: Mapping[str, An
     return None
 
 
-def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     """The names of the positional parameters, as far as the signature tells."""
     names: list[str] = []
     with contextlib.suppress(TypeError, ValueError):
