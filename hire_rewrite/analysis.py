@@ -132,7 +132,8 @@ class Analysis:
             return dict(enumerate(rest))
         numbers = [i for i in range(len(self.trace.paths)) if i not in self.trace.weights]
         inputs = dict(zip(numbers, rest, strict=True))
-        paths = {i: self.trace.paths[i] for i in self.trace.weights}
+        # The function that it was packed for may have called the argument otherwise.
+        paths = dict(zip(self.trace.weights, packed.info.origin.paths, strict=True))
         kept = {i: packed.weights[path] for i, path in paths.items() if path in packed.weights}
         return inputs | kept
 

@@ -74,15 +74,18 @@ def trace(
     """
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
     names = argument_names(fn, len(args))
-    paths, holds_weights, arguments = [], [], []
+    paths, holds_weights, arguments, places = [], [], [], []
     for number, (path, leaf) in enumerate(leaves):
         positional = path[0].idx == 0
         head = names[path[1].idx] if positional else str(path[1].key)
         rest = jax.tree_util.keystr(path[2:], simple=True, separator="/")
         paths.append(f"{head}/{rest}" if rest else head)
         arguments.append(Argument(head, path[1].idx if positional else None))
-        if positional and path[1].idx in weights:
+        held = positional and path[1].idx in weights
+        if held:
             holds_weights.append(number)
+        # What weights are told apart by in other functions, which may call the argument otherwise.
+        places.append(f"{sorted(weights).index(path[1].idx)}:{rest}" if held else paths[-1])
         _check_leaf(paths[-1], leaf)
 
     @functools.wraps(fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
@@ -105,7 +108,7 @@ def trace(
         paths=tuple(paths),
         arguments=tuple(arguments),
         out_tree=jax.tree_util.tree_structure(shapes),
-        provenance=Provenance(scope, holds_weights, paths),
+        provenance=Provenance(scope, holds_weights, places),
         differences=VaryingAxes(scope),
         live=liveness(scope),
         shardings={
