@@ -86,3 +86,46 @@ def test_an_error_of_the_function_itself_stays(params):
 def test_rules_go_to_a_path_of_pathlib(packed, tmp_path):
     hire.save_rules(packed.rules, tmp_path / "rules.json")
     assert hire.load_rules(tmp_path / "rules.json") == packed.rules
+
+
+class Module:
+    """A module as of a library whose fields are leaves, whatever they are."""
+
+    def __init__(self, w, rate, quiet):
+        self.w, self.rate, self.quiet = w, rate, quiet
+
+
+jax.tree_util.register_pytree_with_keys(
+    Module,
+    lambda m: (
+        tuple((jax.tree_util.GetAttrKey(n), getattr(m, n)) for n in ("w", "rate", "quiet")),
+        None,
+    ),
+    lambda _, leaves: Module(*leaves),
+)
+
+
+def dropped(module, x):
+    y = x @ module.w
+    return y if module.quiet else y * module.rate
+
+
+@pytest.mark.parametrize("layers", [lambda m: m, lambda m: {"layers": [m, m]}])
+def test_the_field_whose_value_is_needed_is_named(layers):
+    module = layers(Module(jnp.ones((D, D)), 0.1, True))
+    fn = lambda model, x: dropped(model if isinstance(model, Module) else model["layers"][1], x)  # noqa: E731
+    with pytest.raises(hire.HireRewriteError, match="quiet") as caught:
+        hire.inspect(fn, module, jnp.ones((1, D)))
+    assert "rate" not in str(caught.value)
+    assert "layers/0" not in str(caught.value)
+
+
+def test_a_field_that_is_not_an_array_is_named():
+    module = Module(jnp.ones((D, D)), "a name", True)
+    with pytest.raises(hire.HireRewriteError, match=r"model/rate is a str.*eqx\.partition"):
+        hire.inspect(lambda model, x: x @ model.w, module, jnp.ones((1, D)))
+
+
+def test_an_argument_whose_value_is_needed_is_closed_over():
+    with pytest.raises(hire.HireRewriteError, match="of flag: close over it"):
+        hire.inspect(lambda w, x, flag: x @ w if flag else x, jnp.ones((D, D)), jnp.ones(D), True)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,8 @@ def trace(
         call_args, call_kwargs = jax.tree_util.tree_unflatten(in_tree, arrays)
         return fn(*call_args, **call_kwargs)
 
+    # JAX is to number the leaves in what it says, not to give them names of the function's.
+    flat.__signature__ = _FLAT  # type: ignore[attr-defined]
     try:
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
     except (TypeError, ValueError) as error:
@@ -158,8 +161,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
         abstract(leaf)
     except TypeError:
         raise HireRewriteError(
-            f"argument {path} is a {type(leaf).__name__}, not an array: close over it (with "
-            "functools.partial, say) instead of passing it"
+            f"argument {path} is a {type(leaf).__name__}, not an array: {_apart([path])}"
         ) from None
 
 
@@ -172,14 +174,33 @@ def _explained(fn: Callable[..., Any], error: Exception, leaves: Mapping[str, An
             "pytrees of them) alone, and keep other values outside."
         )
     static = isinstance(error, jax.errors.JAXTypeError) or "static argument" in first
-    numbers = [path for path, leaf in leaves.items() if getattr(leaf, "weak_type", False)]
-    if static and numbers:
+    if not static:
+        return None
+    # JAX counts the leaves: `depends on the value of the argument arrays[13]`.
+    told = [int(number) for number in re.findall(r"\barrays\[(\d+)\]", str(error))]
+    paths = list(leaves)
+    known = list(dict.fromkeys(paths[number] for number in told if number < len(paths)))
+    numbers = known or [path for path, leaf in leaves.items() if getattr(leaf, "weak_type", False)]
+    if numbers:
         return (
-            f"{_name(fn)} needs the value of an argument that is traced as an array, perhaps of "
-            f"{', '.join(numbers)}: close over it (with functools.partial, say) instead of passing "
-            f"it. ({first})"
+            f"{_name(fn)} needs the value of an argument that is traced as an array, "
+            f"{'' if known else 'perhaps '}of {', '.join(numbers)}: {_apart(numbers)}. ({first})"
         )
     return None
+
+
+_FLAT = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
+"""The signature of a function of leaves."""
+
+
+def _apart(paths: Sequence[str]) -> str:
+    """How a user keeps values out of a function's arguments."""
+    if any("/" in path for path in paths):
+        return (
+            "keep it out of the argument, which is for arrays alone, and close over it (Equinox: "
+            "arrays, static = eqx.partition(model, eqx.is_array), see docs/guide/models.md)"
+        )
+    return "close over it (with functools.partial, say) instead of passing it"
 
 
 def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
