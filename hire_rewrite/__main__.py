@@ -9,9 +9,9 @@ def main() -> None:
     try:
         from hire_rewrite.command import group
     except ModuleNotFoundError as missing:
-        sys.exit(
-            f"hire-rewrite: the command line needs {missing.name}: pip install 'hire-rewrite[cli]'"
-        )
+        from hire_rewrite.errors import EXTRA
+
+        sys.exit(f"hire-rewrite: the command line needs {missing.name}: {EXTRA.format('cli')}")
     group(prog_name="hire-rewrite")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hire_rewrite.arguments import check_call, not_traced
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
 from hire_rewrite.log import timed
@@ -17,9 +18,10 @@ from hire_rewrite.packed import Origin, Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.examine import examine, weight_stacker
-from hire_rewrite.passes.misses import idle_rules, unlisted_weights, unused_rules
+from hire_rewrite.passes.misses import closed_over, idle_rules, unlisted_weights, unused_rules
 from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
+from hire_rewrite.passes.state import state_among_weights
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import packing_context
@@ -130,7 +132,8 @@ class Analysis:
             return dict(enumerate(rest))
         numbers = [i for i in range(len(self.trace.paths)) if i not in self.trace.weights]
         inputs = dict(zip(numbers, rest, strict=True))
-        paths = {i: self.trace.paths[i] for i in self.trace.weights}
+        # The function that it was packed for may have called the argument otherwise.
+        paths = dict(zip(self.trace.weights, packed.info.origin.paths, strict=True))
         kept = {i: packed.weights[path] for i, path in paths.items() if path in packed.weights}
         return inputs | kept
 
@@ -249,11 +252,18 @@ class Analyses:
             plan, decisions = decide(detection, self.rules, statistics, info)
             rewritten = ", ".join(site.name for site in plan.rewritten)
             found("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
-        if packed is None and not any(decision.packs for decision in decisions):
-            hint = unlisted_weights(graph, self.weights)
+        explained = False  # why nothing is rewritten
+        if packed is None:
+            packs = any(decision.packs for decision in decisions)
+            forgotten = closed_over(graph, self.weights)
+            if forgotten is None and not packs:
+                forgotten = unlisted_weights(graph, self.weights)
+            explained = not packs and forgotten is not None
+            # What stands in the place of the weights is not state among weights.
+            hint = forgotten or state_among_weights(graph)
             plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
         misses = unused_rules(plan, decisions)
-        if packed is None and not plan.hints:
+        if packed is None and not explained:
             misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
         self._report(misses, plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
@@ -263,18 +273,18 @@ class Analyses:
     def _detect(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
     ) -> tuple[Trace, Detection]:
+        check_call(self.fn, self.name, args, kwargs)
         try:
             with timed(self.name, "trace") as found:
                 graph = trace(self.fn, args, kwargs, self.weights)
                 found("%d weight array(s) of %d inputs", len(graph.weights), len(graph.paths))
-        except (TypeError, ValueError) as error:
-            if packed is None or isinstance(error, HireRewriteError):
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            if isinstance(error, HireRewriteError):
                 raise
-            raise HireRewriteError(
-                f"{self.name}: the function cannot be traced with weights of the shapes that "
-                f"the Packed was made of ({str(error).splitlines()[0]}): if the other "
-                "arguments are right, pack again from this function's weights"
-            ) from error
+            message = not_traced(self.fn, error, args, self.weights, packed is not None)
+            if message is None:
+                raise
+            raise HireRewriteError(f"{self.name}: {message}") from error
         with timed(self.name, "detect") as found:
             detection = detect(graph, self.rules, self.mesh)
             found(
@@ -295,6 +305,11 @@ class Analyses:
 
     def weight_arguments(self, weights: Any) -> tuple[Any, ...]:
         """The arguments that hold weights, in order: one, or a tuple of several."""
+        if isinstance(weights, Packed):
+            raise HireRewriteError(
+                f"{self.name}: a Packed was given where the weights are wanted that it was made "
+                "of: give those"
+            )
         arguments = (weights,) if len(self.weights) == 1 else tuple(weights)
         if len(arguments) != len(self.weights):
             raise HireRewriteError(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.trace import argument_names
 from hire_rewrite.packed import Packed
 
-__all__ = ["packed_among", "with_packed", "without_weights"]
+__all__ = ["check_call", "not_traced", "packed_among", "with_packed", "without_weights"]
 
 _PACKED = {field.name for field in dataclasses.fields(Packed)}
 
@@ -62,3 +67,69 @@ def with_packed(args: Sequence[Any], weights: Sequence[int], packed: Packed) -> 
 def without_weights(args: Sequence[Any], weights: Sequence[int]) -> tuple[Any, ...]:
     """The arguments of a call that hold no weights, in order: what a batch is."""
     return tuple(arg for i, arg in enumerate(args) if i not in weights)
+
+
+def check_call(
+    fn: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise HireRewriteError if arguments are missing or are too many for a function."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # it does not tell
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise HireRewriteError(
+            f"{name}: {error}: the arguments of {name}{signature} are to be given, the weights and "
+            f"all others; there are {len(args)} by position"
+            + (f" and {', '.join(kwargs)} by keyword" if kwargs else "")
+        ) from error
+
+
+def not_traced(
+    fn: Callable[..., Any],
+    error: Exception,
+    args: Sequence[Any],
+    weights: Sequence[int],
+    packed: bool,
+) -> str | None:
+    """What a user should look at where a function raises an error when it is traced; None if
+    nothing is known beside the error.
+
+    Args:
+      args: arrays or shapes; where there is a `Packed`, what it was made of.
+      packed: whether there is one.
+    """
+    names = argument_names(fn, len(args))
+    said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    holders = [i for i, arg in enumerate(args) if i not in weights and _has_matrix(arg)]
+    if weights and not any(_has_matrix(args[i]) for i in weights) and holders:
+        first, other = weights[0], holders[0]
+        return (
+            f"argument {first} `{names[first]}` is {_written(args[first])}, which is to hold the "
+            f"weights and holds no matrix, but argument {other} `{names[other]}` does ({said}): "
+            "give the arguments in the function's order, or transform(..., weights=) their places"
+        )
+    if packed:
+        given = [f"`{names[i]}` {_written(a)}" for i, a in enumerate(args) if i not in weights]
+        return (
+            f"the function raised {said}. It was called with {', '.join(given) or 'no others'} "
+            "beside the Packed: look at these first. Pack again if the function's weights have "
+            "other shapes than those that the Packed was made of"
+        )
+    return None
+
+
+def _has_matrix(argument: Any) -> bool:
+    return any(
+        len(leaf.shape) > 1 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        for leaf in jax.tree.leaves(argument)
+    )
+
+
+def _written(argument: Any) -> str:
+    """An argument as a message has it: `int32[1]`, or the type of a tree."""
+    if isinstance(argument, jax.ShapeDtypeStruct):
+        return f"{argument.dtype}{list(argument.shape)}"
+    return f"a {type(argument).__name__} of {len(jax.tree.leaves(argument))} arrays"

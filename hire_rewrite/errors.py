@@ -14,6 +14,10 @@ class HireRewriteError(ValueError):
     """Bad input: the message names the site or argument, the reason, and what to change."""
 
 
+EXTRA = "pip install '.[{}]' in a checkout"
+"""How an extra is installed, while the package is not on PyPI: `EXTRA.format("plot")`."""
+
+
 class HireRewriteWarning(UserWarning):
     """Something runs, and not as it was meant: slower, less exact, or not rewritten."""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,109 +16,6 @@ _NUMBER = re.compile(r"\d+")
 _DIVIDERS = re.compile(r"([/:])")
 _REPEATED = "\0"
 """Before the place of a scope: a part of a name that repeats this scope."""
-
-
-_BRACES = r"\{(?:(?P<low>\d+)(?:\.\.|…)(?P<high>\d+)|(?P<choices>[^{},]+(?:,[^{},]+)+))\}"
-_SEVERAL = re.compile(_BRACES)
-"""What stands for several numbers or parts of names."""
-
-_TOKENS = re.compile(
-    r"(?P<kept>\\.|\[\^?\]?(?:\\.|[^\]\\])*\])"  # what is escaped, and sets of characters
-    rf"|(?P<start>\^)|{_BRACES}",
-    re.DOTALL,
-)
-"""What a regular expression for names has besides others, and where it has not."""
-
-_REPEATED = re.compile(r" \(\d+\)$")
-"""What the plan has behind a name that stands for several."""
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Whether a pattern asks for the site of this name.
-
-    A pattern is a regular expression that is searched for, or a name as plans print it. In both,
-    `{0..3}` and `{q,k}` stand for a number or a part of a name (numbers with commas alone where a
-    part begins: elsewhere they say how often something is repeated). What stands before the last
-    colon, the scope of the layer, may be left out: `^` is the beginning of the name with or without
-    it.
-
-    Example:
-      >>> [fits("^p/{0..3}/{q,k}$", name) for name in ("p/2/k", "Attention:p/2/k", "p/4/k")]
-      [True, True, False]
-      >>> fits("p/{0..3}/w[0]", "p/1/w[0]")
-      True
-    """
-    return any(compiled.search(name) for compiled in _compiled(pattern))
-
-
-def check_pattern(pattern: str) -> None:
-    """Raise `re.error` or `TypeError` if it is not a pattern for names."""
-    re.compile(pattern)
-    _compiled(pattern)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What a pattern means as a regular expression and as a name that was printed."""
-
-    def in_expression(token: re.Match[str]) -> str:
-        if token["kept"]:
-            return token[0]
-        if token["start"]:
-            return "(?:^|(?<=:))"
-        before = pattern[: token.start()]
-        if token["choices"] and re.fullmatch(r"[\d, ]+", token["choices"]):
-            return _any_of(token) if before == "" or before[-1] in "/_:^" else token[0]
-        return _any_of(token)
-
-    written, at = "", 0
-    printed = _REPEATED.sub("", pattern)
-    for token in _SEVERAL.finditer(printed):
-        written += re.escape(printed[at : token.start()]) + _any_of(token)
-        at = token.end()
-    written += re.escape(printed[at:])
-    literal = rf"(?:^|:)(?:{written}|{re.escape(pattern)})\Z"
-    return re.compile(_TOKENS.sub(in_expression, pattern)), re.compile(literal)
-
-
-def _any_of(token: re.Match[str]) -> str:
-    """A regular expression for what a pair of braces stands for."""
-    if token["low"]:
-        low, high = sorted((int(token["low"]), int(token["high"])))
-        some = [str(number) for number in range(low, high + 1)]
-    else:
-        some = [choice.strip() for choice in token["choices"].split(",")]
-    if all(_NUMBER.fullmatch(choice) for choice in some):
-        return f"(?<!\\d)0*(?:{'|'.join(some)})(?!\\d)"
-    end = "(?![^\\W_])" if token.end() == len(token.string) else ""
-    return f"(?:{'|'.join(map(re.escape, some))}){end}"
-
-
-def site_pattern(name: str, others: Iterable[str] = ()) -> str:
-    """A regular expression for the name of one site, whatever the argument that holds its weights
-    is called, and whatever scopes its layer stands in.
-
-    Args:
-      others: names of sites that it must not fit; where they leave no choice it is the whole name.
-
-    Examples:
-      >>> site_pattern("eqx.nn.Linear:model/layers/0/q")
-      '^(.*:)?[^/:]+/layers/0/q$'
-      >>> site_pattern("a/q", ["b/q"])
-      '\\\\Aa/q\\\\Z'
-    """
-    path = name.rpartition(":")[2]
-    argument, _, rest = path.partition("/")
-    pattern = f"[^/:]+/{re.escape(rest)}" if rest else re.escape(argument)
-    pattern = f"^(.*:)?{pattern}$"
-    if any(fits(pattern, other) for other in others if other != name):
-        return whole_name(name)
-    return pattern
-
-
-def whole_name(name: str) -> str:
-    """A regular expression for this name alone, with its scope."""
-    return rf"\A{re.escape(name)}\Z"
 
 
 def grouped(names: Sequence[str]) -> list[str]:

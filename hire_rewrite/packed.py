@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,13 @@ class Origin:
     tree: Any
     paths: tuple[str, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def argument(self) -> str | None:
+        """The name of the argument that held them; None if there were several."""
+        if self.tree.num_leaves == 0 or len(self.tree.children()) != 1:
+            return None
+        return self.paths[0].partition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,13 @@ class PackedInfo:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
 
+    @functools.cached_property
+    def short_names(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The names of weights and of sites, to those without the name of the argument."""
+        argument = self.origin.argument
+        sites = [site.name for site in self.sites]
+        return _short_names(argument, self.origin.paths), _short_names(argument, sites)
+
     def sites_of(self, kind: str, key: str) -> list[PackedSite]:
         """The packed sites of a kind with these weights, each in a layout of its own."""
         return [site for site in self.sites if (site.kind, site.key) == (kind, key)]
@@ -87,12 +101,30 @@ class PackedInfo:
         return next((site for site in self.examined if (site.kind, site.key) == (kind, key)), None)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weights", "sites"], meta_fields=["info"]
-)
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    """A tree with other names, if it is one of arrays and not what stands for it."""
+    if not isinstance(tree, dict):
+        return tree
+    return {names.get(name, name): value for name, value in tree.items()}
+
+
+def _short_names(argument: str | None, names: Sequence[str]) -> dict[str, str]:
+    """Names, and what is left of each without the name of the argument that holds weights."""
+    short = {}
+    for name in names:
+        scope, colon, path = name.rpartition(":")
+        first, _, rest = path.partition("/")
+        short[name] = f"{scope}{colon}{rest or 'weights'}" if first == argument else name
+    return short if len({*short.values()}) == len(short) else {}
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A pytree of arrays, made by `pack` and passed where the weights stood.
+
+    In a checkpoint its arrays do not have the name of the argument that held the weights, if there
+    was one alone: a function that calls it otherwise can load them.
 
     Examples:
       >>> import jax.numpy as jnp, hire_rewrite as hire
@@ -111,6 +143,25 @@ class Packed:
     weights: dict[str, jax.Array]
     sites: dict[str, Any]
     info: PackedInfo
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], PackedInfo]:
+        """Its arrays under names that do not depend on the argument's."""
+        trees = zip((self.weights, self.sites), self.info.short_names, strict=True)
+        weights, sites = (_renamed(tree, short) for tree, short in trees)
+        return (weights, sites), self.info
+
+    def tree_flatten_with_keys(self) -> tuple[Any, PackedInfo]:
+        """The same with the names of its two trees."""
+        trees, info = self.tree_flatten()
+        keys = map(jax.tree_util.GetAttrKey, ("weights", "sites"))
+        return tuple(zip(keys, trees, strict=True)), info
+
+    @classmethod
+    def tree_unflatten(cls, info: PackedInfo, trees: Any) -> Packed:
+        """The `Packed` of some leaves, or of what JAX and others put in the place of its trees."""
+        names = ({short: name for name, short in known.items()} for known in info.short_names)
+        weights, sites = map(_renamed, trees, names)
+        return cls(weights, sites, info)
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -11,11 +11,11 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.names import check_pattern, fits, site_pattern, whole_name
+from hire_rewrite.name_patterns import check_pattern, fits, site_pattern, sites_pattern, whole_name
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor, written
 
@@ -63,6 +63,10 @@ class Rule:
           others: the names of all sites of this function.
         """
         return self.replace(path=site_pattern(site, others), **settings)
+
+    def for_layers(self: Self, sites: Sequence[str], others: Sequence[str]) -> Self:
+        """This rule for some sites alone, as `for_layer` for one."""
+        return self.replace(path=sites_pattern(sites, others))
 
     def replace(self: Self, **settings: Any) -> Self:
         """This rule with other settings."""

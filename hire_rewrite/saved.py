@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,18 +15,30 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
 
 
-def save_rules(rules: Iterable[Rule], path: str) -> None:
+def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str]) -> None:
     """Write rules to a JSON file, which `load_rules` reads.
 
     Raises:
-      HireRewriteError: a predictor or an encoding is not registered.
+      HireRewriteError: the arguments are something else, or a predictor or an encoding is not
+        registered.
     """
+    if not isinstance(path, str | os.PathLike) or isinstance(rules, str | os.PathLike):
+        raise HireRewriteError(
+            f"save_rules: rules are a {type(rules).__name__} and the path is a "
+            f"{type(path).__name__}: give save_rules(rules, path), the rules first"
+        )
+    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise HireRewriteError(
+                f"save_rules: {rule!r} is not a rule: give packed.rules, say, or those of tune"
+            )
     text = json.dumps([_plain(rule) for rule in rules], indent=1)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
-def load_rules(path: str) -> tuple[Rule, ...]:
+def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """The rules in a file of `save_rules`.
 
     Raises:

@@ -124,6 +124,9 @@ def assert_recall(
 ) -> Report:
     """Each layer of each site finds so much of its true top k, on average over tokens.
 
+    There has to be such a site: a head, or an FFN of which a rule asks for a top-k. Products that
+    are stored otherwise and computed as a whole predict nothing.
+
     Args:
       packed, batches, settings: as in `Transformed.evaluate`: each token is measured as if it were
         decoded alone. With `weights=` where `packed` holds rounded copies alone.
@@ -132,7 +135,7 @@ def assert_recall(
       The report.
 
     Raises:
-      AssertionError: with the report.
+      AssertionError: with the report; or nothing that is packed predicts, and has a recall.
 
     Examples:
       >>> import hire_rewrite as hire
@@ -142,11 +145,24 @@ def assert_recall(
       >>> report.sites[0].recall
       (1.0,)
     """
+    if not isinstance(packed, Packed):
+        raise AssertionError(f"a Packed is needed, not a {type(packed).__name__}: see .pack(...)")
+    # Known before anything is measured, and before weights are asked for that are of no use.
+    if all(isinstance(rule, Linear) for rule in packed.rules):
+        raise AssertionError(_NOTHING_PREDICTED)
     report = step.evaluate(packed, batches, **settings)
+    if not any(site.k for site in report.sites):
+        raise AssertionError(f"{_NOTHING_PREDICTED}:\n{report}")
     missed = [site.name for site in report.sites if min(site.recall) < at_least]
     if missed:
         raise AssertionError(f"recall below {at_least} at {', '.join(missed)}:\n{report}")
     return report
+
+
+_NOTHING_PREDICTED = (
+    "nothing that is packed here predicts, so that there is no recall: give a Packed of a head or "
+    "of an FFN with a top-k, or compare the whole with assert_no_change_of_meaning"
+)
 
 
 def assert_no_change_of_meaning(

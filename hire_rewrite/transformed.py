@@ -90,7 +90,19 @@ class Transformed:
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
             return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
-        return self._compiled(*operands)
+        try:
+            return self._compiled(*operands)
+        except TypeError:
+            self._check_arrays(packed)
+            raise
+
+    def _check_arrays(self, packed: Packed | None) -> None:
+        """Raise HireRewriteError if a `Packed` holds shapes."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed)):
+            raise HireRewriteError(
+                f"{self.name}: the Packed was made of shapes, and holds no arrays to compute with: "
+                "restore a checkpoint into it, or pack the weights themselves"
+            )
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
@@ -184,6 +196,7 @@ class Transformed:
         if not isinstance(packed, Packed):
             what = f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}"
             raise HireRewriteError(f"{what}: make it with .pack(...)")
+        self._check_arrays(packed)
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
@@ -223,10 +236,11 @@ class Transformed:
             other text. 0.99 if neither is given.
           kl: how far the rewritten model may diverge from the dense one, in nats a token: the mean
             of KL(dense ‖ rewritten). Needs a vocabulary head outside of loops.
-          seconds: with `kl`, about how long it may take; None for as long as it takes. Time is
-            looked at between trials, and some is kept for measuring the whole. Sites that read
+          seconds: with `kl`, about how long it may take; None for as long as it takes: a trial
+            compiles the model and runs it, and there are about eight for each kind of layer.
+            Layers that differ in numbers of their names alone are tried together. Those that read
             most are tried first, and each once before any a second time; when time is up the
-            fastest within `kl` of what was tried is returned, which prints that time was up.
+            fastest within `kl` of what was tried is returned, with a warning.
           kwargs: the call's keyword arguments.
 
         Returns:

@@ -12,10 +12,10 @@ from hire_rewrite.saved import save_rules
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A rule at a site, and what it was measured to do on held-out batches.
+    """A rule at a site, or at several that are alike, and what it does on held-out batches.
 
     Attributes:
-      rule: for the site alone.
+      rule: for the site or the sites alone.
       bytes: weight bytes that one token reads, in all layers.
       recall: of the true top k, in the worst layer; None where divergence was measured.
       kl: mean divergence of the model from the dense one, in nats a token, if nothing but this

@@ -114,3 +114,23 @@ def test_a_cache_is_not_taken_for_weights(params, rules):
 def test_a_function_without_linear_layers_is_no_miss():
     assert not said(lambda: hire.transform(jnp.sin)(X))
     assert not said(lambda: hire.transform(lambda x: x + 1, weights=()).pack(X))
+
+
+def test_weights_that_are_closed_over_without_saying_so():
+    embed = jax.random.normal(jax.random.key(0), (V, D))
+    token, cache = jnp.array([3]), jnp.zeros((1, 8, D))
+
+    def forward(token, cache):
+        return (embed[token] + cache.mean(1)) @ embed.T
+
+    (hint,) = hire.inspect(forward, token, cache).hints
+    assert "argument 0 `token`" in hint
+    assert "weights=()" in hint
+    rule = hire.Linear(encoding=hire.Float("float32"), force=True)
+    with pytest.warns(hire.HireRewriteWarning, match=r"weights=\(\)"):
+        hire.transform(forward, rule).pack(token, cache)
+    with pytest.raises(hire.HireRewriteError, match="closed over"):
+        hire.transform(forward, rule, on_miss="raise").pack(token, cache)
+    assert not hire.inspect(forward, token, cache, weights=()).hints
+    beside = lambda w, token: (w[token] + embed[0]) @ w.T  # noqa: E731
+    assert not hire.inspect(beside, embed, token).hints

@@ -64,6 +64,21 @@ def test_recall(params):
         testing.assert_recall(bad, bad.pack(params, TOKEN, calibration=[(TOKEN,)]), [(TOKEN,)])
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        hire.Linear(encoding=hire.Blocks(8), force=True),
+        hire.Linear(k=0.1, encoding=hire.Blocks(8), force=True),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_recall_of_what_predicts_nothing(params, rule, given):
+    step = hire.transform(model, rule, on_miss="ignore")
+    weights = {"weights": params} if given else {}
+    with pytest.raises(AssertionError, match="nothing that is packed here predicts"):
+        testing.assert_recall(step, step.pack(params, TOKEN), [(TOKEN,)], **weights)
+
+
 def test_no_change_of_meaning(params):
     testing.assert_no_change_of_meaning(hire.transform(model, HEAD), params, [(TOKEN,)])
     ffn = hire.FFN(k=0.02, candidates=0.02, force=True)

@@ -1,5 +1,5 @@
 """A small language model trained from scratch, dense and with a top-k of 5 % in its FFNs.
 
-pip install 'hire-rewrite[pretrain]'
+pip install '.[pretrain]'
 python -m examples.pretrain            # from the root of the repository
 """

@@ -110,7 +110,7 @@ def diff(target: Target, pack: bool, as_json: bool, html: str | None) -> None:
 def draw(target: Target, pack: bool, output: str) -> None:
     """A drawing of the plan: the layers, and what each reads before and after.
 
-    It needs matplotlib: pip install 'hire-rewrite[plot]'.
+    It needs matplotlib: pip install '.[plot]' in a checkout.
 
     \b
     Examples:

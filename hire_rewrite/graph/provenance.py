@@ -26,7 +26,7 @@ class Provenance:
     Args:
       root: the function's scope.
       weights: numbers of the function's inputs that hold weights.
-      paths: the paths of the inputs, by which their identities are the same in other traces.
+      paths: names of the inputs, by which their identities are the same in other traces.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,16 +74,19 @@ def trace(
       HireRewriteError: an argument or a result is not an array.
     """
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    names = _argument_names(fn, len(args))
-    paths, holds_weights, arguments = [], [], []
+    names = argument_names(fn, len(args))
+    paths, holds_weights, arguments, places = [], [], [], []
     for number, (path, leaf) in enumerate(leaves):
         positional = path[0].idx == 0
         head = names[path[1].idx] if positional else str(path[1].key)
         rest = jax.tree_util.keystr(path[2:], simple=True, separator="/")
         paths.append(f"{head}/{rest}" if rest else head)
         arguments.append(Argument(head, path[1].idx if positional else None))
-        if positional and path[1].idx in weights:
+        held = positional and path[1].idx in weights
+        if held:
             holds_weights.append(number)
+        # What weights are told apart by in other functions, which may call the argument otherwise.
+        places.append(f"{sorted(weights).index(path[1].idx)}:{rest}" if held else paths[-1])
         _check_leaf(paths[-1], leaf)
 
     @functools.wraps(fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
@@ -90,6 +94,8 @@ def trace(
         call_args, call_kwargs = jax.tree_util.tree_unflatten(in_tree, arrays)
         return fn(*call_args, **call_kwargs)
 
+    # JAX is to number the leaves in what it says, not to give them names of the function's.
+    flat.__signature__ = _FLAT  # type: ignore[attr-defined]
     try:
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
     except (TypeError, ValueError) as error:
@@ -105,7 +111,7 @@ def trace(
         paths=tuple(paths),
         arguments=tuple(arguments),
         out_tree=jax.tree_util.tree_structure(shapes),
-        provenance=Provenance(scope, holds_weights, paths),
+        provenance=Provenance(scope, holds_weights, places),
         differences=VaryingAxes(scope),
         live=liveness(scope),
         shardings={
@@ -155,8 +161,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
         abstract(leaf)
     except TypeError:
         raise HireRewriteError(
-            f"argument {path} is a {type(leaf).__name__}, not an array: close over it (with "
-            "functools.partial, say) instead of passing it"
+            f"argument {path} is a {type(leaf).__name__}, not an array: {_apart([path])}"
         ) from None
 
 
@@ -169,17 +174,36 @@ def _explained(fn: Callable[..., Any], error: Exception, leaves: Mapping[str, An
             "pytrees of them) alone, and keep other values outside."
         )
     static = isinstance(error, jax.errors.JAXTypeError) or "static argument" in first
-    numbers = [path for path, leaf in leaves.items() if getattr(leaf, "weak_type", False)]
-    if static and numbers:
+    if not static:
+        return None
+    # JAX counts the leaves: `depends on the value of the argument arrays[13]`.
+    told = [int(number) for number in re.findall(r"\barrays\[(\d+)\]", str(error))]
+    paths = list(leaves)
+    known = list(dict.fromkeys(paths[number] for number in told if number < len(paths)))
+    numbers = known or [path for path, leaf in leaves.items() if getattr(leaf, "weak_type", False)]
+    if numbers:
         return (
-            f"{_name(fn)} needs the value of an argument that is traced as an array, perhaps of "
-            f"{', '.join(numbers)}: close over it (with functools.partial, say) instead of passing "
-            f"it. ({first})"
+            f"{_name(fn)} needs the value of an argument that is traced as an array, "
+            f"{'' if known else 'perhaps '}of {', '.join(numbers)}: {_apart(numbers)}. ({first})"
         )
     return None
 
 
-def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+_FLAT = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
+"""The signature of a function of leaves."""
+
+
+def _apart(paths: Sequence[str]) -> str:
+    """How a user keeps values out of a function's arguments."""
+    if any("/" in path for path in paths):
+        return (
+            "keep it out of the argument, which is for arrays alone, and close over it (Equinox: "
+            "arrays, static = eqx.partition(model, eqx.is_array), see docs/guide/models.md)"
+        )
+    return "close over it (with functools.partial, say) instead of passing it"
+
+
+def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     """The names of the positional parameters, as far as the signature tells."""
     names: list[str] = []
     with contextlib.suppress(TypeError, ValueError):

@@ -4,8 +4,9 @@ Each site has rules that are worth a trial (`SiteKind.trials`). Each is measured
 model with nothing else rewritten diverges from the dense one on held-out batches, each token as if
 it were decoded alone (with many tokens in a call a site may lose less, or be dense). Divergences
 are small and about add up, so a choice is made by time gained for divergence spent, and then
-measured as a whole, on the batches that no choice was made by. Where time is short, each site has a
-trial before any has a second one.
+measured as a whole, on the batches that no choice was made by. Layers that differ in numbers of
+their names alone are tried together, as those of a `scan` are, which are one site. Where time is
+short, each such group has a trial before any has a second one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +27,9 @@ from jax import Array
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import dense_bytes, estimate
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.errors import HireRewriteError, warn
 from hire_rewrite.graph.nodes import Node
+from hire_rewrite.names import grouped
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.logits import divergence, last_logits, with_logits
@@ -35,7 +39,7 @@ from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import held_out
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import MatchedSite
-from hire_rewrite.tuned import Trial, Tuned, portable
+from hire_rewrite.tuned import Trial, Tuned
 
 _ATTEMPTS = 5
 """How often the budget is made smaller, where divergences together are more than their sum."""
@@ -46,6 +50,10 @@ _NOTHING = 1e-9
 
 _NOWHERE = "(?!)"
 """A path that no site has."""
+
+
+Group = tuple[MatchedSite, ...]
+"""Sites that are tried together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,10 @@ def tune_within(
     checking, trying = held_out(batches)
     given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))
     step = _Step(analyses, given, kwargs, analyses.joined(given, trying[0]))
-    offers = [[(site, rule) for rule in site.kind.trials(site, own)] for site, own in step.sites()]
+    offers = [
+        [(group, rule) for rule in group[0].kind.trials(group[0], own)]
+        for group, own in step.groups()
+    ]
     if not any(offers):
         raise HireRewriteError(
             f"tune: no site of {analyses.name} has anything to choose: look at .plan(...)"
@@ -112,12 +123,16 @@ def tune_within(
         rules = [option.trial.rule for option in chosen]
         total = step.divergence(rules, checking, dense) if rules else 0.0
         if rules and total <= kl:
-            trials = portable((option.trial for option in options), step.names)
-            best = portable((option.trial for option in chosen), step.names)
-            return Tuned([trial.rule for trial in best], best, trials, total, untried)
+            if untried:
+                warn(
+                    f"{analyses.name}: tune: seconds={seconds} were up when {untried} trial(s) "
+                    "were to come: these are the best rules of those that were tried"
+                )
+            trials = [option.trial for option in options]
+            return Tuned(rules, [option.trial for option in chosen], trials, total, untried)
         budget *= 0.9 * kl / max(total, kl)
     least = min((option.kl for option in options), default=float("inf"))
-    late = f", or more than seconds={seconds}, of which {untried} trials had none"
+    late = f", or more than seconds={seconds}, which were up when {untried} trials were to come"
     raise HireRewriteError(
         f"tune: nothing that was tried gains time within kl={kl}: the least divergence of a site "
         f"alone was {least:.1e} nats a token; give a larger budget{late if untried else ''}"
@@ -140,7 +155,7 @@ class _Clock:
 
 def _options(
     step: _Step,
-    offers: Sequence[Sequence[tuple[MatchedSite, Rule]]],
+    offers: Sequence[Sequence[tuple[Group, Rule]]],
     batches: Sequence[Any],
     clock: _Clock,
     more: float,
@@ -148,28 +163,30 @@ def _options(
     """What was tried and gains time, in the order of the offers, and how many were not tried.
 
     Args:
-      offers: of each site.
+      offers: of each group of sites.
       more: how many times as many batches the whole is measured on in the end, for which some of
         the time is kept.
     """
-    start = clock.spent()
     dense = step.dense_logits(batches)
-    fixed, longest = clock.spent() - start, 0.0
-    large_first = sorted(offers, key=lambda own: -dense_bytes(own[0][0]) if own else 0)
+    large_first = sorted(offers, key=lambda own: -sum(map(dense_bytes, own[0][0])) if own else 0)
     order = [offer for turn in itertools.zip_longest(*large_first) for offer in turn if offer]
-    found: dict[tuple[MatchedSite, Rule], Option] = {}
-    tried = 0
+    found: dict[tuple[Group, Rule], Option] = {}
+    tried, took = 0, []
     with progress("tuning", "trial", len(order)) as advance:
-        for site, rule in order:
+        for group, rule in order:
             start = clock.spent()
-            trial = step.trial(site, rule, batches, dense)
+            trial = step.trial(group, rule, batches, dense)
             if trial is not None:
-                found[site, rule] = Option(site.match.nodes | site.match.shared, trial)
+                nodes = (site.match.nodes | site.match.shared for site in group)
+                found[group, rule] = Option(frozenset().union(*nodes), trial)
+                took.append(clock.spent() - start)
             tried += 1
-            longest = max(longest, clock.spent() - start)
-            left = clock.left(more * (fixed + longest))
+            # The first one compiles what the others find compiled, and says nothing of them; the
+            # last one, of the whole, has more to pack and more batches.
+            usual = statistics.median(took[1:] or [0.0])
+            left = clock.left(max(took, default=0.0) + more * usual)
             advance("" if left == float("inf") else f"{max(left, 0.0):.0f} s left for trials")
-            if left <= 0.0:
+            if left <= 0.0 or left < usual:
                 break
     ordered = (offer for own in offers for offer in own)
     return [found[offer] for offer in ordered if offer in found], len(order) - tried
@@ -198,18 +215,16 @@ class _Step:
         """Those of all sites."""
         return [site.name for site in self._all_sites]
 
-    def sites(self) -> list[tuple[MatchedSite, Rule | None]]:
-        """Those that the function's rules ask for, with these; all if it has none."""
-        rules, sites = self.analyses.rules, self._all_sites
-        if not rules:
-            return [(site, None) for site in sites]
-        first = {
-            site: rule
-            for site in sites
-            for rule in reversed(rules)
-            if isinstance(rule, site.kind.rule) and rule.names(site.name)
-        }
-        return list(first.items())
+    def groups(self) -> list[tuple[Group, Rule | None]]:
+        """Sites that the function's rules ask for, with these; all if it has none. Those that are
+        alike but for numbers in their names are one group."""
+        rules, alike = self.analyses.rules, dict[Hashable, tuple[list[MatchedSite], Rule | None]]()
+        for site in self._all_sites:
+            asking = (r for r in rules if isinstance(r, site.kind.rule) and r.names(site.name))
+            rule = next(asking, None)
+            if rule is not None or not rules:
+                alike.setdefault((rule, *_likeness(site)), ([], rule))[0].append(site)
+        return [(tuple(sites), rule) for sites, rule in alike.values()]
 
     def _packed(self, rules: Sequence[Rule]) -> tuple[Analyses, Analysis, Packed]:
         # The user's rules say what is a vocabulary, whether they ask for one or not.
@@ -220,19 +235,26 @@ class _Step:
         return again, analysis, analysis.pack(self.leaves)
 
     def trial(
-        self, site: MatchedSite, rule: Rule, batches: Sequence[Any], dense: Sequence[Array]
+        self, group: Group, rule: Rule, batches: Sequence[Any], dense: Sequence[Array]
     ) -> Trial | None:
-        """A rule at a site alone; None if the site cannot have it, or gains nothing by it."""
-        again, analysis, packed = self._packed([rule.for_site(site.name, force=True)])
-        decision = next((d for d in analysis.packing if d.site.label == site.label), None)
-        if decision is None:
+        """A rule at some sites alone; None if one cannot have it, or they gain nothing by it."""
+        forced = [rule.for_site(site.name, force=True) for site in group]
+        again, analysis, packed = self._packed(forced)
+        labels = {site.label for site in group}
+        decisions = [d for d in analysis.packing if d.site.label in labels]
+        if len(decisions) < len(group):
             return None
-        cost = estimate(decision.op, 1, machines.current())
-        if cost.rewritten >= cost.dense:
+        costs = [estimate(d.op, 1, machines.current()) for d in decisions]
+        gain = sum(cost.dense - cost.rewritten for cost in costs)
+        if gain <= 0.0:
             return None
-        own = decision.op.tuned_rule().for_site(site.name, force=True)
+        sites = [site.name for site in group]
+        written = {d.op.tuned_rule().for_site(group[0].name, force=True) for d in decisions}
+        # Layers may each have a grid of their own, which the rule finds again.
+        own = written.pop() if len(written) == 1 else forced[0]
+        own = own.for_layers(sites, self.names)
         kl = self._divergence(again, packed, batches, dense)
-        return Trial(site.name, own, cost.after, kl=kl, gain=cost.dense - cost.rewritten)
+        return Trial(", ".join(grouped(sites)), own, sum(c.after for c in costs), kl=kl, gain=gain)
 
     def divergence(
         self, rules: Sequence[Rule], batches: Sequence[Any], dense: Sequence[Array]
@@ -281,6 +303,17 @@ class _Step:
     @functools.cache  # noqa: B019 (lives as long as one call of tune)
     def _dense(self, analysis: Analysis) -> Callable[[Any], Array]:
         return jax.jit(lambda inputs: jax.nn.log_softmax(_logits(analysis, (), inputs), axis=-1))
+
+
+def _likeness(site: MatchedSite) -> tuple[Hashable, ...]:
+    """Equal for sites that differ in numbers of their names alone."""
+    return (
+        site.kind.name,
+        re.sub(r"\d+", "0", site.name),
+        tuple((weight.shape, str(weight.dtype)) for weight in site.match.weights),
+        site.layers,
+        site.tokens,
+    )
 
 
 def _logits(analysis: Analysis, swaps: Sequence[Any], inputs: Any) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import jax.numpy as jnp
 
@@ -120,9 +120,53 @@ def unlisted_weights(trace: Trace, weights: Sequence[int]) -> str | None:
     )
 
 
+_MUCH = 10
+"""How many times as many bytes must be closed over as the weights argument holds."""
+
+
+def closed_over(trace: Trace, weights: Sequence[int]) -> str | None:
+    """What is closed over where an argument that is listed among weights holds none.
+
+    Args:
+      weights: the positions of the arguments that hold weights.
+
+    Returns:
+      A sentence for a user, or None.
+    """
+    inputs = [trace.scope.inputs[i] for i in trace.weights]
+    if not weights or any(map(_size, inputs)):
+        return None
+    constants = {id(v.const): v for v in _values(trace) if v.const is not None}.values()
+    size = sum(map(_size, constants))
+    held = sum(math.prod(value.shape) * value.dtype.itemsize for value in inputs)
+    if size <= _MUCH * held or not _products(trace, ()):
+        return None
+    names = dict.fromkeys(trace.arguments[i] for i in trace.weights)
+    listed = ", ".join(f"{argument.position} `{argument.name}`" for argument in names)
+    types = ", ".join(value.aval.str_short() for value in inputs[:3]) + (
+        ", ..." * (len(inputs) > 3)
+    )
+    return (
+        f"argument {listed or weights[0]} holds no matrix of weights ({types or 'no array'}), and "
+        f"{megabytes(size)} of arrays are closed over: if those are the weights, give "
+        "transform(..., weights=()), or a Packed keeps the values of that argument for ever"
+    )
+
+
+def _values(trace: Trace) -> Iterator[Value]:
+    """All operands of the function."""
+    for scope in trace.scope.walk():
+        for node in scope.nodes:
+            yield from node.ins
+            for body in node.bodies:
+                yield from (link.outer for link in body.inputs)
+
+
 def _products(trace: Trace, numbers: Sequence[int]) -> int:
-    """How many products there would be with one weight if these inputs were weights."""
+    """How many products there would be with them if these inputs, or what is closed over where
+    there are none, were the weights."""
     provenance = Provenance(trace.scope, numbers)
+    inputs = {trace.scope.inputs[i] for i in numbers}
     count = 0
     for scope in trace.scope.walk():
         for node in scope.nodes:
@@ -131,7 +175,9 @@ def _products(trace: Trace, numbers: Sequence[int]) -> int:
             except NoMatch:
                 continue
             # Products with axes that both have are attention's, with what a cache holds.
-            count += linear is not None and not linear.batch
+            if linear is not None and not linear.batch:
+                roots = provenance.roots(linear.weight)
+                count += any(root in inputs if inputs else root.const is not None for root in roots)
     return count
 
 

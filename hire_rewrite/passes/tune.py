@@ -85,6 +85,12 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
 def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     """Batches to fit predictors to, and others to measure them on: every fourth, or the last."""
     every = list(batches)
+    for number, batch in enumerate(every):
+        if not isinstance(batch, tuple):
+            raise HireRewriteError(
+                f"tune: batch {number} is a {type(batch).__name__}: give a list of tuples, each of "
+                "the arguments after the weights"
+            )
     if len(every) < 2:
         raise HireRewriteError(
             f"tune: {len(every)} batch(es): give at least 2, since a part is held out to measure "

@@ -8,6 +8,7 @@ from jax import lax
 
 import hire_rewrite as hire
 from hire_rewrite import HireRewriteError, Linear
+from hire_rewrite.passes import budget
 from hire_rewrite.passes.budget import Option, choose
 from hire_rewrite.tuned import Trial
 from tests.cases import inputs, rand
@@ -110,7 +111,8 @@ def test_time_that_is_up():
     whole = step.tune(params, BATCHES, kl=1e-3, seconds=1e6)
     assert set(whole) == set(step.tune(params, BATCHES, kl=1e-3))
     assert whole.untried == 0
-    short = step.tune(params, BATCHES, kl=1e-3, seconds=1e-9)
+    with pytest.warns(hire.HireRewriteWarning, match="seconds=1e-09"):
+        short = step.tune(params, BATCHES, kl=1e-3, seconds=1e-9)
     (trial,) = short.trials
     assert short.untried > 1
     assert short.kl <= 1e-3
@@ -123,6 +125,58 @@ def test_time_that_is_up_before_anything_was_found():
     step = hire.transform(model, *ALONE)
     with pytest.raises(HireRewriteError, match="seconds=1e-09"):
         step.tune(PARAMS, BATCHES, kl=1e-12, seconds=1e-9)
+
+
+class Seconds:
+    """A clock on which trials take what they are said to take."""
+
+    def __init__(self, first, others):
+        self.now, self.takes = 0.0, iter([first, *[others] * 1000])
+
+    def monotonic(self):
+        return self.now
+
+
+def test_time_is_spent_though_the_first_trial_takes_long(monkeypatch):
+    """It compiles what the others find compiled: 8 s of 21, 1 s each after that."""
+    clock = Seconds(8.0, 1.0)
+    estimate = budget.estimate  # which each trial asks for once
+
+    def timed(*args):
+        clock.now += next(clock.takes)
+        return estimate(*args)
+
+    monkeypatch.setattr(budget.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(budget, "estimate", timed)
+    step = hire.transform(model, Linear(path="[qo]$"), ALONE[1])
+    with pytest.warns(hire.HireRewriteWarning, match="seconds=21"):
+        tuned = step.tune(PARAMS, BATCHES, kl=1.0, seconds=21.0)
+    assert len(tuned.trials) > 2
+    assert tuned.untried
+    assert clock.now < 21.0
+
+
+def unrolled(params, x):
+    for w in params["layers"]:
+        x = x + jax.nn.silu(x @ w["q"]) @ w["o"]
+    return x @ params["embed"].T
+
+
+def test_layers_that_are_alike_are_tried_together():
+    """As in a scan, with about as many trials, and rules that fit the layers alone."""
+    layers = [{n: w[i] for n, w in PARAMS["layers"].items()} for i in range(LAYERS)]
+    params = {**PARAMS, "layers": layers}
+    rules = Linear(path="[qo]$"), ALONE[1]
+    tuned = hire.transform(unrolled, *rules).tune(params, BATCHES, kl=1.0)
+    scanned = hire.transform(model, *rules).tune(PARAMS, BATCHES, kl=1.0)
+    assert len(tuned.trials) == len(scanned.trials)
+    for one, other in zip(tuned.trials, scanned.trials, strict=True):
+        assert (one.bytes, one.kl) == (other.bytes, pytest.approx(other.kl, rel=0.05))
+    assert {t.name for t in tuned.trials} == {"params/layers/{0..1}/q", "params/layers/{0..1}/o"}
+    plan = hire.inspect(unrolled, params, inputs(1, D), rules=tuned)
+    assert {site.name for site in plan.sites if site.rule is not None} >= {
+        f"params/layers/{i}/{n}" for i in range(LAYERS) for n in "qo"
+    }
 
 
 @pytest.mark.parametrize(

@@ -187,5 +187,5 @@ def test_another_ending(deep, tmp_path):
 def test_matplotlib_is_missing(deep, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "hire_rewrite.passes.draw.picture", raising=False)
-    with pytest.raises(hire.HireRewriteError, match=r"pip install 'hire-rewrite\[plot\]'"):
+    with pytest.raises(hire.HireRewriteError, match="plot"):
         deep.draw(tmp_path / "plan.svg")

@@ -58,6 +58,7 @@ def test_sites_and_results_at_full_budget(model, dtype):
     one = built(model, dtype)
     step = hire.transform(one.fn, *FULL)
     plan = step.plan(one.weights, *one.args)
+    assert not plan.hints  # its weights are weights, and all of them
     sites = [Expected(**{name: getattr(site, name) for name in FIELDS}) for site in plan.sites]
     if dtype == "float32":
         assert sorted(sites, key=str) == sorted(model.sites, key=str)

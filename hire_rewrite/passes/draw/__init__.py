@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.errors import EXTRA, HireRewriteError
 from hire_rewrite.passes.draw.boxes import boxes_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,6 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
         from hire_rewrite.passes.draw.picture import picture
     except ModuleNotFoundError as missing:
         raise HireRewriteError(
-            f"draw: {missing.name} is missing: pip install 'hire-rewrite[plot]'"
+            f"draw: {missing.name} is missing: {EXTRA.format('plot')}"
         ) from missing
     Path(path).write_bytes(picture(boxes_of(plan.layers), ending.removeprefix(".")))

@@ -1,0 +1,131 @@
+"""Calls that cannot be right: what is said, and that it is this package's error."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hire_rewrite as hire
+
+D, V = 16, 64
+RULE = hire.Linear(encoding=hire.Blocks(8), force=True)
+TOKEN, CACHE = jnp.array([3]), {"k": jnp.zeros((4, D))}
+
+
+def decode(params, token, cache):
+    x = params["embed"][token] + cache["k"].mean(0)
+    return jnp.tanh(x @ params["up"]) @ params["embed"].T, {"k": cache["k"].at[0].set(x[0])}
+
+
+@pytest.fixture(scope="module")
+def params():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {"embed": jax.random.normal(keys[0], (V, D)), "up": jax.random.normal(keys[1], (D, D))}
+
+
+@pytest.fixture(scope="module")
+def step():
+    return hire.transform(decode, RULE, on_miss="ignore")
+
+
+@pytest.fixture(scope="module")
+def packed(step, params):
+    return step.pack(params, TOKEN, CACHE)
+
+
+BATCH = (TOKEN, CACHE)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda step, params, packed: step.tune(packed, [BATCH] * 2, kl=1.0), "a Packed was given"),
+        (lambda step, params, packed: step.tune(params, BATCH, kl=1.0), "list of tuples"),
+        (lambda step, params, packed: step.tune(params, BATCH), "list of tuples"),
+        (lambda step, params, packed: step.evaluate(packed, [BATCH], weights=packed), "a Packed"),
+        (lambda step, params, packed: step.pack(params), "'token'"),
+        (lambda step, params, packed: step(params), "'token'"),
+        (lambda step, params, packed: step.pack(params, *BATCH, 1), "too many"),
+        (lambda step, params, packed: step.pack(TOKEN, params, CACHE), "argument 1 `token`"),
+        (lambda step, params, packed: step(packed, TOKEN), "'cache'"),
+        (lambda step, params, packed: step(packed, *BATCH, TOKEN), "too many"),
+        (lambda step, params, packed: step(packed, *BATCH, more=1), "'more'"),
+        (lambda step, params, packed: step(packed, CACHE, TOKEN), "look at these first"),
+        (lambda step, params, packed: step(packed, jnp.ones(3), CACHE), "look at these first"),
+        (lambda step, params, packed: hire.save_rules("r.json", packed.rules), "rules first"),
+        (lambda step, params, packed: hire.save_rules([packed], "r.json"), "is not a rule"),
+    ],
+)
+def test_what_was_wrong_is_named_first(step, params, packed, call, named):
+    with pytest.raises(hire.HireRewriteError, match=named):
+        call(step, params, packed)
+
+
+def test_missing_arguments_are_not_a_matter_of_packing(step, packed):
+    with pytest.raises(hire.HireRewriteError) as caught:
+        step(packed, TOKEN)
+    assert "ack again" not in str(caught.value)
+
+
+def test_a_packed_of_shapes_is_not_called(step, params, packed):
+    shapes = step.pack(jax.eval_shape(lambda: params), *BATCH)
+    for call in (lambda: step(shapes, *BATCH), lambda: step.evaluate(shapes, [BATCH])):
+        with pytest.raises(hire.HireRewriteError, match="made of shapes"):
+            call()
+    assert jax.eval_shape(step, shapes, *BATCH)[0].shape == (1, V)
+    jax.jit(step).lower(shapes, *BATCH)
+
+
+def test_an_error_of_the_function_itself_stays(params):
+    def broken(params, token):
+        raise KeyError("of mine")
+
+    with pytest.raises(KeyError, match="of mine"):
+        hire.transform(broken).pack(params, TOKEN)
+
+
+def test_rules_go_to_a_path_of_pathlib(packed, tmp_path):
+    hire.save_rules(packed.rules, tmp_path / "rules.json")
+    assert hire.load_rules(tmp_path / "rules.json") == packed.rules
+
+
+class Module:
+    """A module as of a library whose fields are leaves, whatever they are."""
+
+    def __init__(self, w, rate, quiet):
+        self.w, self.rate, self.quiet = w, rate, quiet
+
+
+jax.tree_util.register_pytree_with_keys(
+    Module,
+    lambda m: (
+        tuple((jax.tree_util.GetAttrKey(n), getattr(m, n)) for n in ("w", "rate", "quiet")),
+        None,
+    ),
+    lambda _, leaves: Module(*leaves),
+)
+
+
+def dropped(module, x):
+    y = x @ module.w
+    return y if module.quiet else y * module.rate
+
+
+@pytest.mark.parametrize("layers", [lambda m: m, lambda m: {"layers": [m, m]}])
+def test_the_field_whose_value_is_needed_is_named(layers):
+    module = layers(Module(jnp.ones((D, D)), 0.1, True))
+    fn = lambda model, x: dropped(model if isinstance(model, Module) else model["layers"][1], x)  # noqa: E731
+    with pytest.raises(hire.HireRewriteError, match="quiet") as caught:
+        hire.inspect(fn, module, jnp.ones((1, D)))
+    assert "rate" not in str(caught.value)
+    assert "layers/0" not in str(caught.value)
+
+
+def test_a_field_that_is_not_an_array_is_named():
+    module = Module(jnp.ones((D, D)), "a name", True)
+    with pytest.raises(hire.HireRewriteError, match=r"model/rate is a str.*eqx\.partition"):
+        hire.inspect(lambda model, x: x @ model.w, module, jnp.ones((1, D)))
+
+
+def test_an_argument_whose_value_is_needed_is_closed_over():
+    with pytest.raises(hire.HireRewriteError, match="of flag: close over it"):
+        hire.inspect(lambda w, x, flag: x @ w if flag else x, jnp.ones((D, D)), jnp.ones(D), True)
