@@ -9,17 +9,10 @@ others. They sum in float32, in an order of their own.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.machinery
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from hire_rewrite.ops import gather, narrow
@@ -30,78 +23,16 @@ from hire_rewrite.ops.encodings.picked import (
     picked_float_sum,
 )
 from hire_rewrite.ops.encodings.product import (
-    Matrix,
     block_product,
     block_products,
-    input_block,
 )
 from hire_rewrite.ops.kernels import register_kernel
+from hire_rewrite.ops.kernels.cpu import blocks
+from hire_rewrite.ops.kernels.cpu.library import call, one, status, usable
 from hire_rewrite.ops.top_k import select
 from hire_rewrite.ops.top_k.listed import listed
 
 __all__ = ["status", "usable"]
-
-_VERSION = 8
-"""Of the targets' operands; see `targets.cc`."""
-
-_TARGETS = (
-    "block_product",
-    "fetched_product",
-    "fetched_sum",
-    "listed",
-    "listed_product",
-    "listed_sum",
-    "picked_product",
-    "picked_sum",
-    "product",
-    "set_apart",
-    "top_k",
-)
-_KNOWN = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
-_FACTORS = frozenset(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
-
-
-@functools.cache
-def status() -> str:
-    """`"in use"`, or why they are not."""
-    if os.environ.get("HIRE_REWRITE_KERNELS") == "0":
-        return "not in use: HIRE_REWRITE_KERNELS=0"
-    folder = Path(__file__).parent
-    paths = (folder / f"_library{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    built = [path for path in paths if path.exists()]
-    if not built:
-        return "not built: install again where a C++ compiler is found"
-    try:
-        library = ctypes.CDLL(str(built[0]))
-        if not hasattr(library, "hire_version") or library.hire_version() != _VERSION:
-            return "not in use: built from other sources; install again"
-        for name in _TARGETS:
-            target = jax.ffi.pycapsule(getattr(library, f"hire_{name}"))
-            jax.ffi.register_ffi_target(f"hire_{name}", target, platform="cpu")
-    except Exception as error:  # a kernel is never worth a failed import
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"not in use: built for another jaxlib ({reason}); install again"
-    return "in use"
-
-
-def usable(x: Array, *dtypes: Any) -> bool:
-    """Whether the library is there, x is not empty, and all dtypes are known to it."""
-    known = all(dtype is None or jnp.dtype(dtype) in _KNOWN for dtype in dtypes)
-    return known and isinstance(x.size, int) and x.size > 0 and status() == "in use"
-
-
-def _call(name: str, shape: tuple[int, ...], *operands: Array, **attributes: Any) -> Array:
-    """f32[shape]. Floating-point vectors are f32, what chooses is i32."""
-    (result,) = _calls(name, [shape], *operands, **attributes)
-    return result
-
-
-def _calls(
-    name: str, shapes: Sequence[tuple[int, ...]], *operands: Array, **attributes: Any
-) -> Sequence[Array]:
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    call = jax.ffi.ffi_call(f"hire_{name}", results, vmap_method="sequential")
-    return call(*operands, **attributes)
 
 
 def _product(
@@ -110,87 +41,19 @@ def _product(
     none = jnp.zeros((rows.shape[0], 0), jnp.float32)
     factors = (none if factor is None else factor for factor in (scale, offset))
     shape = x.shape[0], rows.shape[1]
-    return _call("product", shape, x.astype(jnp.float32), rows, _one(layer), *factors)
-
-
-def _block_product(
-    x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | float | None,
-    layer: Array | int,
-    *,
-    bits: int,
-    round_inputs: bool = False,
-) -> Array:
-    matrix = integers, scale, minimum
-    (y,) = _block_products(x, (matrix,), layer, bits=bits, round_inputs=round_inputs)
-    return y
-
-
-def _block_products(
-    x: Array,
-    several: Sequence[Matrix],
-    layer: Array | int,
-    *,
-    bits: int,
-    round_inputs: bool = False,
-) -> Sequence[Array]:
-    rounded = input_block(x, several[0][1]) if round_inputs else 0
-    return _products_of_blocks(x, several, layer, rounded)
-
-
-def _picked_products(
-    x: Array,
-    matrix: Matrix,
-    layer: Array | int,
-    picked: Array,
-    *,
-    bits: int,
-) -> Array:
-    operands = (*_operands([matrix]), _one(layer), picked.astype(jnp.int32))
-    return _call("picked_product", picked.shape, x.astype(jnp.float32), *operands)
-
-
-def _picked_sums(
-    ontos: Sequence[Array],
-    h: Array,
-    several: Sequence[Matrix],
-    layer: Array | int,
-    picked: Array,
-    *,
-    bits: int,
-) -> Sequence[Array]:
-    operands = [h.astype(jnp.float32), _one(layer), picked.astype(jnp.int32)]
-    for onto, matrix in zip(ontos, several, strict=True):
-        operands += onto, *_operands([matrix])
-    return _calls("picked_sum", [onto.shape for onto in ontos], *operands)
-
-
-def _block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> Array:
-    (y,) = _products_of_blocks(x, [(packed, scale, None)], layer, narrow.block_of(x, scale))
-    return y
-
-
-def _products_of_blocks(
-    x: Array, several: Sequence[Matrix], layer: Array | int, rounded: int
-) -> Sequence[Array]:
-    """`block_products` of x rounded to 8 bits in blocks of so many columns, of x itself for 0."""
-    operands = (x.astype(jnp.float32), _one(layer), *_operands(several))
-    shapes = [(x.shape[0], integers.shape[1]) for integers, *_ in several]
-    return _calls("block_product", shapes, *operands, input_block=np.int64(rounded))
+    return call("product", shape, x.astype(jnp.float32), rows, one(layer), *factors)
 
 
 def _picked_float_products(x: Array, stacked: Array, layer: Array | int, picked: Array) -> Array:
-    operands = (stacked, _one(layer), picked.astype(jnp.int32))
-    return _call("listed_product", picked.shape, x.astype(jnp.float32), *operands)
+    operands = (stacked, one(layer), picked.astype(jnp.int32))
+    return call("listed_product", picked.shape, x.astype(jnp.float32), *operands)
 
 
 def _picked_float_sum(
     onto: Array, h: Array, stacked: Array, layer: Array | int, picked: Array
 ) -> Array:
-    operands = (h.astype(jnp.float32), stacked, _one(layer), picked.astype(jnp.int32))
-    return _call("listed_sum", onto.shape, onto, *operands)
+    operands = (h.astype(jnp.float32), stacked, one(layer), picked.astype(jnp.int32))
+    return call("listed_sum", onto.shape, onto, *operands)
 
 
 def _fits_picked_float(vectors: Array, *operands: Any) -> bool:
@@ -199,86 +62,12 @@ def _fits_picked_float(vectors: Array, *operands: Any) -> bool:
     return few and usable(vectors, stacked.dtype) and stacked.dtype != jnp.int8 and stacked.size > 0
 
 
-def _operands(several: Sequence[Matrix]) -> list[Array]:
-    """Of each matrix its three arrays; the last may be empty, or one number."""
-    operands: list[Array] = []
-    for integers, scale, minimum in several:
-        if minimum is None:
-            minimum = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
-        elif jnp.ndim(minimum) == 0:
-            minimum = jnp.asarray(minimum, jnp.float32).reshape(1)
-        operands += integers, scale, jnp.asarray(minimum)
-    return operands
-
-
-def _one(layer: Array | int) -> Array:
-    return jnp.asarray(layer, jnp.int32).reshape(1)
-
-
-def _fits_blocks(
-    x: Array,
-    integers: Array,
-    scale: Array,
-    minimum: Array | float | None,
-    layer: Array | int,
-    *,
-    bits: int,
-    round_inputs: bool = False,
-) -> bool:
-    """The library reads rows, and of 4 bits their halves, in pieces of 32 columns."""
-    if not usable(x) or integers.size == 0:
-        return False
-    d, blocks = x.shape[1], scale.shape[2]
-    known = jnp.dtype(scale.dtype) in _FACTORS
-    if minimum is not None and jnp.ndim(minimum):
-        known = known and jnp.result_type(minimum) in _FACTORS
-    whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
-    return known and whole and d <= 65536 and integers.dtype == jnp.int8
-
-
-def _fit_blocks(
-    x: Array,
-    several: Sequence[Matrix],
-    layer: Array | int,
-    *,
-    bits: int,
-    round_inputs: bool = False,
-) -> bool:
-    """Those of one form, all of which fit."""
-    forms = {(scale.shape[2], minimum is None) for _, scale, minimum in several}
-    settings: dict[str, Any] = {"bits": bits, "round_inputs": round_inputs}
-    return len(forms) == 1 and all(_fits_blocks(x, *m, layer, **settings) for m in several)
-
-
-def _fits_picked(
-    x: Array,
-    matrix: Matrix,
-    layer: Array | int,
-    picked: Array,
-    *,
-    bits: int,
-) -> bool:
-    few = isinstance(picked.size, int) and picked.size > 0
-    return few and _fits_blocks(x, *matrix, layer, bits=bits)
-
-
-def _fits_picked_sums(
-    ontos: Sequence[Array], h: Array, several: Sequence[Matrix], *rest: Any, bits: int
-) -> bool:
-    pairs = zip(ontos, several, strict=True)
-    return all(_fits_picked(onto, matrix, *rest, bits=bits) for onto, matrix in pairs)
-
-
-def _fits_block_matmul(x: Array, packed: Array, scale: Array, layer: Array | int) -> bool:
-    return _fits_blocks(x, packed, scale, None, layer, bits=4)
-
-
 def _gathered_matmul(
     x: Array, stacked: Array, layer: Array, groups: Array, *, out_dtype: Any, **_: Any
 ) -> Array:
     rows, index = gather.flattened(stacked, layer, jnp.atleast_2d(groups))
     shape = (x.shape[0], index.shape[1] * rows.shape[1])
-    y = _call("fetched_product", shape, x.astype(jnp.float32), rows, index)
+    y = call("fetched_product", shape, x.astype(jnp.float32), rows, index)
     return y.astype(out_dtype or x.dtype)
 
 
@@ -294,7 +83,7 @@ def _gathered_sum(
 ) -> Array:
     rows, index = gather.flattened(stacked, layer, groups)
     shape = (h.shape[0], rows.shape[2])
-    y = _call("fetched_sum", shape, h.astype(jnp.float32), rows, index)
+    y = call("fetched_sum", shape, h.astype(jnp.float32), rows, index)
     return y.astype(out_dtype or h.dtype)
 
 
@@ -348,11 +137,11 @@ def _fits_top_k(scores: Array, *, k: int) -> bool:
 
 for _operation, _function, _supports in (
     (narrow.matmul, _product, lambda x, rows, *_: usable(x, rows.dtype)),
-    (narrow.block_matmul, _block_matmul, _fits_block_matmul),
-    (block_product, _block_product, _fits_blocks),
-    (block_products, _block_products, _fit_blocks),
-    (picked_block_products, _picked_products, _fits_picked),
-    (picked_block_sums, _picked_sums, _fits_picked_sums),
+    (narrow.block_matmul, blocks.block_matmul, blocks.fits_block_matmul),
+    (block_product, blocks.block_product, blocks.fits_blocks),
+    (block_products, blocks.block_products, blocks.fit_blocks),
+    (picked_block_products, blocks.picked_products, blocks.fits_picked),
+    (picked_block_sums, blocks.picked_sums, blocks.fits_picked_sums),
     (picked_float_products, _picked_float_products, _fits_picked_float),
     (picked_float_sum, _picked_float_sum, _fits_picked_float),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
