@@ -8,6 +8,7 @@ and `python -m benchmarks.mesh` left in benchmarks/results. Nothing is run.
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks import timing
 from benchmarks.markdown import table
 from hire_rewrite.ops.top_k.merge import Merge, cheapest, described
 from hire_rewrite.ops.top_k.recall import expected_recall, kept_per_shard
+from hire_rewrite.passes.draw.theme import LIGHT, for_both
 
 VOCABULARY, ROWS, K, TARGET, HOST = 262_144, 8, 64, 0.99, 8
 DEVICES = tuple(2**i for i in range(3, 13))
@@ -137,6 +139,11 @@ def _bytes(merge: Merge) -> int:
 
 def _plot(rows: list[dict[str, Any]]) -> None:
     plt.rcParams["svg.hashsalt"] = "da_top_k"  # the same file each time
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    papers = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
+    colors: dict[Any, Any] = {"legend.edgecolor": LIGHT.edge}
+    colors |= dict.fromkeys(inks, LIGHT.ink) | dict.fromkeys(papers, LIGHT.page)
+    plt.rcParams.update(colors)
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for name in ("all logits", "gather of k", "gather", "butterfly", "by host"):
         axes.plot(DEVICES, [row[name] for row in rows], marker="o", label=name)
@@ -146,7 +153,9 @@ def _plot(rows: list[dict[str, Any]]) -> None:
     axes.set_ylabel("bytes that reach one device")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(DOCS / "da_top_k.svg", metadata={"Date": None})
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    (DOCS / "da_top_k.svg").write_text(for_both(written.getvalue()), encoding="utf-8")
 
 
 def _tpu(result: dict[str, Any]) -> str:

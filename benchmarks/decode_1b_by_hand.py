@@ -101,7 +101,7 @@ class Reader:
             index,
             spec=op.spec,
             activation=lambda pre, _: jax.nn.silu(pre[gated]) * pre[1 - gated],
-            predictor=op.rule.predictor,
+            predictor=op.predictor,
             budget=op.budget,
         )
 
@@ -112,7 +112,7 @@ class Reader:
             return hire_linears(x, [arrays], 0, spec=op.spec)[0]
         assert isinstance(op, HeadOperation)
         (logits,) = hire_head(
-            x, arrays, 0, spec=op.spec, endpoints=lambda z: (z,), predictor=op.rule.predictor
+            x, arrays, 0, spec=op.spec, endpoints=lambda z: (z,), predictor=op.predictor
         )
         return logits
 

@@ -12,7 +12,7 @@ The way of the data: `trace → detect → plan → pack → rewrite → run`.
 
 from hire_rewrite.api import diff, inspect, transform
 from hire_rewrite.errors import HireRewriteError, HireRewriteWarning
-from hire_rewrite.ops.encodings import Blocks, Float
+from hire_rewrite.ops.encodings import Blocks, Float, Nested
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
 from hire_rewrite.ops.top_k.da_top_k import da_top_k
 from hire_rewrite.packed import Packed
@@ -40,6 +40,7 @@ __all__ = [
     "Linear",
     "LowRank",
     "ModelReport",
+    "Nested",
     "Packed",
     "Plan",
     "Quantized",

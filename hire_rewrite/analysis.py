@@ -44,9 +44,9 @@ class Analysis:
         return [decision for decision in self.decisions if decision.packs]
 
     @property
-    def rewrites(self) -> bool:
-        """Whether a site is rewritten in this call."""
-        return any(decision.rewritten for decision in self.decisions)
+    def other_gradients(self) -> list[str]:
+        """The sites of this call whose derivative, rewritten, is not the model's."""
+        return [d.name for d in self.decisions if d.rewritten and not d.op.keeps_gradient]
 
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:
@@ -153,6 +153,8 @@ class Analyses:
       on_miss, warn: what to do when a rule rewrites nothing, and how: `warn` is given a message and
         what it is told apart by.
       exact: whether sites on raw weights have their exact form, whether that pays or not.
+      watch: called with each analysis that is asked for, and for what call: `self`, and what `of`
+        returns and is given.
     """
 
     fn: Callable[..., Any]
@@ -163,6 +165,7 @@ class Analyses:
     on_miss: str
     warn: Callable[[str, Hashable], None]
     exact: bool = False
+    watch: Callable[[Analyses, Analysis, Packed | None, Any, Any], None] = lambda *_: None
     _known: dict[Any, Analysis] = dataclasses.field(default_factory=dict, init=False)
     _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
         default_factory=dict, init=False
@@ -205,6 +208,7 @@ class Analyses:
             self._known[traced, told] = self._new(traced, packed, statistics or {})
         if packed is not None:
             packed.check()
+        self.watch(self, self._known[traced, told], packed, args, kwargs)
         return self._known[traced, told]
 
     def examined(

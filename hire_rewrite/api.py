@@ -131,7 +131,7 @@ def diff(
     compute and what they read. `diff(f, *args)` compares `f` with what `transform` makes of it;
     rules may stand before the arguments too: `diff(f, Head(k=64), *args)`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, hire_rewrite as hire
       >>> changes = hire.diff(jnp.sin, lambda x: jnp.sin(x) + 1, jnp.ones(3))
       >>> changes.regions[0].after[0].primitive

@@ -8,8 +8,9 @@ For each function and kind of call, in the order in which they were analyzed:
     0001.decode_step.3.diff.txt        what changed
     0001.decode_step.3.diff.html       the same as a page
 
-A directory that has some already keeps them: numbers go on. Imported only where the variable is
-set.
+Analyses that `tune`, `evaluate` and calibration make have that in their names:
+`0004.decode_step.tune.1.plan.txt`. A directory that has some already keeps them: numbers go on.
+Imported only where the variable is set.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from pathlib import Path
 
 from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.log import verbs
 from hire_rewrite.passes.diff import Diff
 
 _LONGEST_NAME = 80
+_NAMED = ("tune", "evaluate", "calibrate")
+"""What makes analyses of its own."""
 _NUMBER = re.compile(r"(\d+)\.")
 
 _dumped: weakref.WeakSet[Analysis] = weakref.WeakSet()
@@ -60,6 +64,7 @@ def dump(folder: str, name: str, analysis: Analysis, diff: Callable[[], Diff]) -
 def _write(folder: Path, name: str, analysis: Analysis, diff: Callable[[], Diff]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     label = re.sub(r"[^\w.-]+", "_", name).strip("_.")[:_LONGEST_NAME] or "function"
+    label = ".".join([label, *(verb for verb in verbs()[:1] if verb in _NAMED)])
     stem = _first(folder, label, f"{analysis.trace.closed}\n")
 
     def write(ending: str, text: str) -> None:

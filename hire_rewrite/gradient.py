@@ -8,12 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-GRADIENT = (
-    'a gradient is taken in mode "hire", whose gradient is not the model\'s: what is not chosen '
-    "and what is rounded has none, and a Packed is not what you train. Give transform(..., "
-    'mode="exact") to differentiate, with the weights as they are'
-)
-"""What a user is told of it."""
+from hire_rewrite.names import grouped
+
+_NAMES = 8
+"""Names of sites that the warning lists."""
+
+
+def gradient_warning(sites: Sequence[str]) -> str:
+    """What a user is told of a gradient through these sites."""
+    names = grouped(sites)
+    some = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+    return (
+        f'a gradient is taken in mode "hire" through {some}, and is not the model\'s: what is not '
+        "chosen and what is rounded has none, and a Packed is not what you train. Give "
+        'transform(..., mode="exact") to differentiate, with the weights as they are'
+    )
 
 
 def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterable[Any]], list[Any]]:
@@ -23,7 +32,7 @@ def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterabl
     It is called with the results of a function and what it was given: results that it was given are
     not touched, so that a loop around it still sees that it hands them on.
 
-    Example:
+    Examples:
       >>> marked = announcing(lambda: print("differentiated"))
       >>> jax.grad(jax.jit(lambda x: marked([x * 2.0], [x])[0]))(3.0).item()
       differentiated

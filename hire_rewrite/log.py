@@ -9,12 +9,20 @@ Silent unless asked for:
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Iterator
 
 LOGGER = logging.getLogger("hire_rewrite")
 LOGGER.addHandler(logging.NullHandler())
+
+_verbs: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("verbs", default=())
+
+
+def verbs() -> tuple[str, ...]:
+    """The passes that run now, the outermost first."""
+    return _verbs.get()
 
 
 @contextlib.contextmanager
@@ -35,5 +43,9 @@ def timed(name: str, verb: str) -> Iterator[Callable[..., None]]:
             found[0] = f"{text % args}, "
 
     start = time.perf_counter()
-    yield note
+    around = _verbs.set((*verbs(), verb))
+    try:
+        yield note
+    finally:
+        _verbs.reset(around)
     LOGGER.debug("%s: %s: %s%.1f ms", name, verb, found[0], 1e3 * (time.perf_counter() - start))

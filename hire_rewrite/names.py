@@ -25,7 +25,7 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
     Args:
       others: names of sites that it must not fit; where they leave no choice it is the whole name.
 
-    Example:
+    Examples:
       >>> site_pattern("eqx.nn.Linear:model/layers/0/q")
       '^(.*:)?[^/:]+/layers/0/q$'
       >>> site_pattern("a/q", ["b/q"])
@@ -43,7 +43,7 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
 def grouped(names: Sequence[str]) -> list[str]:
     """The names, those that differ in one place alone written as one.
 
-    Example:
+    Examples:
       >>> grouped(["p/0/q", "p/0/k", "p/1/q", "p/1/k", "p/head"])
       ['p/{0..1}/{q,k}', 'p/head']
       >>> grouped(["Model/block_0:p/block_0/up", "Model/block_1:p/block_1/up"])
@@ -133,23 +133,22 @@ def _written(choices: tuple[str, ...]) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """Names that differ in numbers as one, of one folder in short: `layers/{0…95}/up, down`."""
+    """Names that differ in numbers as one, of one folder in short: `layers/{0..95}/up, down`.
+
+    Examples:
+      >>> common_name(["p/0/q", "p/1/q", "p/0/k", "p/1/k", "head"])
+      'p/{0..1}/q, k, head'
+    """
     alike: dict[tuple[str, ...], list[list[str]]] = {}
     for name in dict.fromkeys(names):
         parts = re.split(r"(\d+)", name)
         alike.setdefault(tuple(parts[::2]), []).append(parts)
-    merged = ["".join(map(_numbers, zip(*group, strict=True))) for group in alike.values()]
+    merged = [
+        "".join(_written(tuple(dict.fromkeys(column))) for column in zip(*group, strict=True))
+        for group in alike.values()
+    ]
     shown = merged[:1]
     for previous, name in itertools.pairwise(merged):
         folder = previous.rpartition("/")[0]
         shown.append(name.removeprefix(folder + "/") if folder else name)
     return ", ".join(shown)
-
-
-def _numbers(column: Sequence[str]) -> str:
-    kinds = list(dict.fromkeys(column))
-    if len(kinds) == 1:
-        return kinds[0]
-    numbers = sorted(map(int, kinds))
-    run = numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2
-    return f"{{{numbers[0]}…{numbers[-1]}}}" if run else f"{{{', '.join(map(str, numbers))}}}"

@@ -94,7 +94,7 @@ class PackedInfo:
 class Packed:
     """A pytree of arrays, made by `pack` and passed where the weights stood.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, hire_rewrite as hire
       >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
       >>> weights = jnp.sin(jnp.arange(128.0)).reshape(8, 16)

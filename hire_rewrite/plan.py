@@ -169,7 +169,7 @@ class Plan:
         Raises:
           HireRewriteError: it has another ending, or matplotlib is missing.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, pathlib, tempfile, hire_rewrite as hire
           >>> fn = lambda params, x: x @ params["vocabulary"]
           >>> plan = hire.inspect(fn, {"vocabulary": jnp.ones((64, 9000))}, jnp.ones((1, 64)))

@@ -75,14 +75,23 @@ class ModelReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Sites in the order of the plan, and the model if it has a head outside all loops."""
+    """What decoding loses: every token was measured as if it were decoded alone.
+
+    Attributes:
+      sites: in the order of the plan.
+      model: if it has a head outside all loops.
+      stay_dense: names of the sites that are dense when the function is called with such a batch
+        itself: it has more tokens than their rules take, or with so many they do not pay.
+    """
 
     sites: tuple[SiteReport, ...]
     model: ModelReport | None
+    stay_dense: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ["site", "tokens", "top", "of", "recall", "worst layer", "1st percentile",
-                  "greatest", "mass", "error", "from exact", "proved", "read", "whole", "MB read"]  # fmt: skip
+                  "greatest", "mass", "error", "from exact", "proved", "read", "whole",
+                  "MB read"]  # fmt: skip
         parts = [table([header, *map(_row, self.sites)])] if self.sites else ["no site rewritten"]
         if self.model is not None:
             model = self.model
@@ -96,7 +105,18 @@ class Report:
                 parts.append(
                     f"perplexity: dense {dense:.3f}, exact top-k {exact:.3f}, rewritten {hire:.3f}"
                 )
+        if self.sites:
+            parts.append("every token as if it were decoded alone" + self._dense_calls())
         return "\n".join(parts)
+
+    def _dense_calls(self) -> str:
+        """Where a call of all these tokens at once would be dense, for the printout."""
+        if not self.stay_dense:
+            return ""
+        some = ", ".join(self.stay_dense[:3])
+        rest = len(self.stay_dense) - 3
+        more = f" and {rest} other(s)" if rest > 0 else ""
+        return f"; called with a whole batch, {some}{more} would stay dense"
 
     def to_json(self, path: str | None = None) -> str:
         """The report as JSON, null for what is not finite; written to `path` if it is given."""

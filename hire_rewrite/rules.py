@@ -25,7 +25,8 @@ class Rule:
     """Base of the rules, which are frozen dataclasses of a kind of site each.
 
     Attributes:
-      predictor: how the rows that matter are guessed; None for kinds that guess nothing.
+      predictor: how the rows that matter are guessed; None for kinds that guess nothing, and where
+        the kind chooses.
       max_tokens: with more tokens in a call a site keeps its dense arithmetic; None for no limit.
       path: a regular expression; only sites whose name contains a match are asked for.
       force: rewrite even where the estimate says that it does not pay.
@@ -73,7 +74,7 @@ class Rule:
         """
         rule = type(self).__name__
         fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        given = "predictor" in fields and self.predictor != fields["predictor"].default
+        given = "predictor" in fields and self.predictor is not fields["predictor"].default
         if given and not isinstance(self.predictor, Predictor):
             raise HireRewriteError(
                 f"{rule}: predictor={self.predictor!r} is not a predictor: give LowRank(...) or "

@@ -61,7 +61,7 @@ def assert_rewrites(step: Transformed, *args: Any, **counts: int) -> None:
     Raises:
       AssertionError: with the plan, which says why.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> step = hire.transform(lambda w, x: x @ w, hire.Head(force=True))
       >>> assert_rewrites(step, jnp.ones((64, 8192)), jnp.ones((1, 64)), head=1)
@@ -101,7 +101,7 @@ def assert_same_at_full_budget(
     Raises:
       AssertionError: a result is another one, or nothing was rewritten.
 
-    Example:
+    Examples:
       >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64)), jnp.ones((1, 64))
       >>> assert_same_at_full_budget(lambda w, x: jax.nn.relu(x @ w[0]) @ w[1], w, x)
     """
@@ -125,7 +125,8 @@ def assert_recall(
     """Each layer of each site finds so much of its true top k, on average over tokens.
 
     Args:
-      packed, batches, settings: as in `Transformed.evaluate`.
+      packed, batches, settings: as in `Transformed.evaluate`: each token is measured as if it were
+        decoded alone. With `weights=` where `packed` holds rounded copies alone.
 
     Returns:
       The report.
@@ -133,7 +134,7 @@ def assert_recall(
     Raises:
       AssertionError: with the report.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 8192)), jnp.ones((1, 64))
       >>> step = hire.transform(lambda w, x: x @ w, hire.Head(force=True))
@@ -159,6 +160,8 @@ def assert_no_change_of_meaning(
 ) -> Report:
     """The rewritten model says what the dense one says: the same tokens, with the same probability.
 
+    As it decodes: each token is measured as if it were decoded alone (see `Transformed.evaluate`).
+
     Args:
       params: the argument that holds weights, a tuple of them if there are several.
       batches: tuples of the arguments after the weights.
@@ -172,7 +175,7 @@ def assert_no_change_of_meaning(
     Raises:
       AssertionError: with the report; or the model has no vocabulary head outside of loops.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 8192)), jnp.ones((1, 64))
       >>> step = hire.transform(lambda w, x: x @ w)

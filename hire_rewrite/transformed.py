@@ -14,7 +14,7 @@ from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, warn
-from hire_rewrite.gradient import GRADIENT, announcing
+from hire_rewrite.gradient import announcing, gradient_warning
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed
@@ -59,10 +59,10 @@ class Transformed:
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(
-            fn, self.name, rules, weights, mesh, on_miss, self._warn, exact=not mode.packs_on_sight
-        )
+            fn, self.name, rules, weights, mesh, on_miss, self._warn,
+            exact=not mode.packs_on_sight, watch=self._dump,
+        )  # fmt: skip
         self._warned: set[Hashable] = set()
-        self._for_inference = announcing(lambda: self._warn(GRADIENT))
         self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
@@ -89,13 +89,13 @@ class Transformed:
         if tracing() and traced(jax.tree.leaves(operands)):
             return self._run(*operands)
         if packed is None and self.mode.exact_form:
-            return self._compiled_for(self._analyzed(None, args, kwargs))(*operands)
+            return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         return self._compiled(*operands)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
         packed, args = self._split(args, kwargs)
-        return self._analyzed(packed, args, kwargs).plan
+        return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
         self,
@@ -130,7 +130,7 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis, seen = self._analyzed(None, args, kwargs), None
+        analysis, seen = self._analyses.of(None, args, kwargs), None
         if calibration is not None:
             with timed(self.name, "calibrate") as found:
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
@@ -161,8 +161,10 @@ class Transformed:
     ) -> Report:
         """Measure what rewriting misses: each site, and the model beside the dense and exact one.
 
-        Every token is measured as if it were decoded alone, whatever `max_tokens` says, so that
-        whole sequences can be given.
+        Every token is measured as if it were decoded alone, however many a batch has and whatever
+        `max_tokens` says, so that whole sequences can be given. The calls of such batches
+        themselves may lose less: `Report.stay_dense` names the sites that are dense in them, and a
+        `Linear` or `FFN` with exact parts reads more rows exactly for more tokens.
 
         Args:
           batches: tuples of the arguments after the weights, as in `pack`.
@@ -204,7 +206,8 @@ class Transformed:
 
         With `kl`, for models that somebody else trained: encodings, k and predictors of all sites
         (those that this function's rules ask for, if it has some). Each choice is measured alone
-        on a quarter of the batches, the whole on the others.
+        on a quarter of the batches, the whole on the others; every token as in `evaluate`, as if it
+        were decoded alone.
 
         With `recall`, for models that were trained with a top-k: of each site the predictor and
         the candidates that read least and recall enough. Sites, k and groups are those of this
@@ -233,28 +236,26 @@ class Transformed:
           HireRewriteError: there are fewer than two batches, no site that a rule asks for, both
             budgets are given, `seconds` without `kl`, or nothing that was tried is within `kl`.
         """
-        if kl is None:
-            if seconds is not None:
-                raise HireRewriteError(
-                    f"{self.name}: tune has seconds= without kl=, whose trials it limits: give "
-                    "both, or no seconds="
-                )
-            recall = 0.99 if recall is None else recall
-            with timed(self.name, "tune") as found:
-                tuned = tune(self._analyses, weights, batches, recall, kwargs)
-                found("%d rule(s)", len(tuned))
-            return tuned
-        if recall is not None:
+        if kl is None and seconds is not None:
+            raise HireRewriteError(
+                f"{self.name}: tune has seconds= without kl=, whose trials it limits: give both, "
+                "or no seconds="
+            )
+        if kl is not None and recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
         with timed(self.name, "tune") as found:
-            tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
+            if kl is None:
+                recall = 0.99 if recall is None else recall
+                tuned = tune(self._analyses, weights, batches, recall, kwargs)
+            else:
+                tuned = tune_within(self._analyses, weights, batches, kl, seconds, kwargs)
             found("%d rule(s)", len(tuned))
         return tuned
 
     def diff(self, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
           >>> fn = lambda params, x: x @ params["vocabulary"]
           >>> step = hire.transform(fn, hire.Head(k=4, candidates=8, min_width=1, force=True))
@@ -264,10 +265,10 @@ class Transformed:
           'params/vocabulary'
         """
         packed, args = self._split(args, kwargs)
-        return self._diff(self._analyzed(packed, args, kwargs), packed, args, kwargs)
+        return self._diff(self._analyses.of(packed, args, kwargs), packed, args, kwargs)
 
     def _diff(
-        self, analysis: Analysis, packed: Packed | None, args: Sequence[Any], kwargs: Any
+        self, analysis: Analysis, packed: Packed | None, args: Any, kwargs: Any, own: bool = True
     ) -> Diff:
         if packed is None and self.mode.packs_on_sight and analysis.packing:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
@@ -275,7 +276,8 @@ class Transformed:
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
         with timed(self.name, "diff") as found:
-            after = jax.make_jaxpr(lambda *operands: self._run(*operands, marked=False))(*specs)
+            settings: Any = {"marked": False, "analysis": None if own else analysis}
+            after = jax.make_jaxpr(lambda *operands: self._run(*operands, **settings))(*specs)
             changes = compared(analysis, self.name, packed, after)
             found("%r", changes)
         return changes
@@ -298,7 +300,7 @@ class Transformed:
         """
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return self.fn(*args, **kwargs)
-        analysis = analysis or self._analyzed(packed, args, kwargs)
+        analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
@@ -317,21 +319,22 @@ class Transformed:
         with timed(self.name, "rewrite") as found:
             results, _ = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
-        if packed is not None and not self.mode.differentiable and analysis.rewrites and marked:
-            results = self._for_inference(results, inputs.values())
+        infers = packed is not None and not self.mode.differentiable and marked
+        if infers and (sites := analysis.other_gradients):
+            mark = announcing(lambda: self._warn_of_gradient(sites))
+            results = mark(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
 
-    def _analyzed(
-        self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Analysis:
-        """The analysis of a call, in files too if `HIRE_DUMP_TO` asks for that."""
-        analysis = self._analyses.of(packed, args, kwargs)
+    def _dump(
+        self, analyses: Analyses, analysis: Analysis, packed: Packed | None, args: Any, kwargs: Any
+    ) -> None:
+        """An analysis in files too, if `HIRE_DUMP_TO` asks for that."""
         if folder := os.environ.get("HIRE_DUMP_TO"):
             from hire_rewrite.dump import dump
 
-            diff = functools.partial(self._diff, analysis, packed, args, kwargs)
+            own = analyses is self._analyses  # others have other rules
+            diff = functools.partial(self._diff, analysis, packed, args, kwargs, own=own)
             dump(folder, self.name, analysis, diff)
-        return analysis
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -341,6 +344,12 @@ class Transformed:
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
+
+    def _warn_of_gradient(self, sites: Sequence[str]) -> None:
+        """Warn once of each site."""
+        if new := [name for name in sites if ("gradient", name) not in self._warned]:
+            self._warned.update(("gradient", name) for name in new)
+            self._warn(gradient_warning(new))
 
     def _warn(self, message: str, key: Hashable = None) -> None:
         """Warn once of what has this key, by default the message."""

@@ -74,7 +74,8 @@ class Tuned(tuple[Rule, ...]):
     def __str__(self) -> str:
         if self.kl is None:
             rows = [
-                [trial.name, str(trial.rule.predictor), str(trial.rule.candidates),
+                [trial.name, str(getattr(trial.rule, "guesses_by", trial.rule.predictor)),
+                 str(trial.rule.candidates),
                  f"{trial.recall:.4f}", f"{trial.bytes / 1e6:.2f}"]
                 for trial in self.chosen
             ]  # fmt: skip
@@ -86,7 +87,8 @@ class Tuned(tuple[Rule, ...]):
         ]  # fmt: skip
         header = ["site", "KL alone", "ms saved (estimate)", "MB read", "rule"]
         late = f"\nTime was up: {self.untried} trial(s) were not made" if self.untried else ""
-        return f"{table([header, *rows])}\nKL of all together: {self.kl:.1e} nats a token{late}"
+        total = f"KL of all together: {self.kl:.1e} nats a token, as if each were decoded alone"
+        return f"{table([header, *rows])}\n{total}{late}"
 
     def save(self, path: str) -> None:
         """Write the rules to a JSON file, which `load_rules` reads."""

@@ -57,6 +57,25 @@ def test_files_hold_what_their_names_say(folder):
     assert text["3.diff.html"] == changes.to_html()
 
 
+def test_what_tune_and_evaluate_analyze(folder):
+    batches = [(jax.random.normal(key, (8, 16)),) for key in jax.random.split(jax.random.key(0))]
+    step = hire.transform(decode_step, RULE)
+    rules = step.tune(PARAMS, batches, recall=0.5)
+    tuned = [path.read_text(encoding="utf-8") for path in folder.glob("*.decode_step.tune.1.*")]
+    predictors = {str(trial.rule.predictor) for trial in rules.trials}
+    assert len(predictors) > 1
+    for predictor in predictors:
+        assert any(predictor in plan for plan in tuned), predictor
+    for diff in folder.glob("*.decode_step.tune.3.diff.txt"):
+        assert "hire_head" in diff.read_text(encoding="utf-8")
+    packed = step.pack(PARAMS, X)
+    before = set(folder.iterdir())
+    step.evaluate(packed, [(jnp.ones((3, 16)),)])
+    (plan,) = (path for path in set(folder.iterdir()) - before if "evaluate.1" in path.name)
+    assert plan.name.endswith(".decode_step.evaluate.1.plan.txt")
+    assert len(set(folder.iterdir()) - before) == len(ENDINGS)
+
+
 def test_a_second_process_goes_on(folder):
     folder.mkdir(parents=True)
     (folder / "0041.other.0.traced.txt").write_text("kept")

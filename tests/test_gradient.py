@@ -1,5 +1,6 @@
 """A gradient of what is rewritten is not silently another one."""
 
+import functools
 import warnings
 
 import jax
@@ -45,6 +46,30 @@ def test_hire_warns_once(derivative, compiled):
     assert len(said(twice)) == 1
 
 
+def test_each_site_is_named_once():
+    """One that stores the same numbers in fewer bits has the model's gradient, and is not named."""
+    same = UP[:, :D].astype(jnp.bfloat16).astype(jnp.float32)
+    params = {"first": PARAMS, "second": PARAMS, "same": same}
+
+    def model(params, x, more):
+        for name in ("first", *("second" for _ in more)):
+            x = x + block(params[name], x)
+        return jnp.tanh(x @ params["same"])
+
+    step = hire.transform(model, RULE, hire.Linear(path="same", force=True))
+    packed = step.pack(params, X, (X,))
+    assert len(step.plan(packed, X, (X,)).rewritten) == 3
+
+    def differentiate(more):
+        return said(lambda: jax.grad(lambda x: step(packed, x, more).sum())(X))
+
+    for more, named, others in ((), "first", ("second",)), ((X,), "second", ("first",)):
+        (text,) = differentiate(more)
+        assert f"params/{named}" in text
+        assert not any(name in text for name in (*others, "same"))
+    assert not differentiate((X,))
+
+
 def test_raw_weights():
     step = hire.transform(block, RULE)
     assert len(said(lambda: jax.grad(lambda p: step(p, X).sum())(PARAMS))) == 1
@@ -61,6 +86,73 @@ def test_where_nothing_is_wrong_nothing_is_said():
     assert not said(lambda: jax.grad(lambda x: step(packed, x).sum())(prompt))
     got = jax.grad(lambda x: step(packed, x).sum())(prompt)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def gated(params, x):
+    return (jax.nn.silu(x @ params["up"]) * (x @ params["gate"])) @ params["down"]
+
+
+def head(params, x):
+    return x @ params["embed"].T
+
+
+def linear(params, x):
+    return jnp.tanh(x @ params["up"])
+
+
+SITES = {  # a function, and a rule under which nothing is left out
+    "ffn": (block, hire.FFN(k=F, candidates=F, force=True)),
+    "predicted": (
+        gated,
+        hire.FFN(k=F, tail="predicted", encoding=hire.Blocks(8), force=True),
+    ),
+    "head": (head, hire.Head(k=F, candidates=F, min_width=1, force=True)),
+    "linear": (linear, hire.Linear(k=D, encoding=hire.Blocks(8), force=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::hire_rewrite.errors.HireRewriteWarning")
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+@pytest.mark.parametrize("kind", SITES)
+def test_every_way_to_differentiate(kind, mode):
+    """All give what the dense function's derivative is, at a budget that leaves nothing out."""
+    fn, rule = SITES[kind]
+    params = PARAMS | {"gate": UP[:, ::-1], "embed": DOWN.T}
+    step = hire.transform(fn, rule, mode=mode)
+    given = step.pack(params, X) if mode == "hire" else params
+    run, ones = jax.jit(lambda x: step(given, x)), jnp.ones_like(X)
+    want = jax.jacrev(lambda x: fn(params, x))(X)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    close(jax.jacfwd(run)(X), want)
+    close(jax.jacrev(run)(X), want)
+    along = jnp.tensordot(want, ones, 2)
+    close(jax.jvp(run, (X,), (ones,))[1], along)
+    close(jax.linearize(run, X)[1](ones), along)
+    gradient = jax.grad(lambda x: run(x).sum())
+    close(gradient(X), want.sum((0, 1)))
+    close(jax.vmap(gradient)(jnp.stack([X, X])), jnp.stack([want.sum((0, 1))] * 2))
+
+
+BUDGETS = {  # rules that leave something out, and run kernels where there are some
+    "ffn": RULE,
+    "predicted": hire.FFN(k=0.1, tail="predicted", encoding=hire.Blocks(8), force=True),
+    "head": hire.Head(k=8, tail="-inf", min_width=1, force=True),
+    "linear": hire.Linear(k=0.1, encoding=hire.Blocks(8), force=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::hire_rewrite.errors.HireRewriteWarning")
+@pytest.mark.parametrize("mode", ["hire", "exact"])
+@pytest.mark.parametrize("kind", SITES)
+def test_the_derivative_is_that_of_what_is_computed(kind, mode):
+    params = PARAMS | {"gate": UP[:, ::-1], "embed": DOWN.T}
+    step = hire.transform(SITES[kind][0], BUDGETS[kind], mode=mode)
+    given = step.pack(params, X) if mode == "hire" else params
+    run = jax.jit(lambda x: jnp.where(jnp.isfinite(step(given, x)), step(given, x), 0.0))
+    forward, near = jax.jacfwd(run)(X), 1e-4 * jnp.sin(jnp.arange(D))
+    np.testing.assert_allclose(forward, jax.jacrev(run)(X), rtol=1e-4, atol=1e-4)
+    moved = run(X + near) - run(X - near)
+    np.testing.assert_allclose(2 * jnp.tensordot(forward, near[None], 2), moved, atol=2e-4)
 
 
 def test_arguments_are_handed_on_as_they_are():

@@ -76,3 +76,12 @@ def test_no_change_of_meaning(params):
             params,
             [(TOKEN,)],
         )
+
+
+def test_a_change_of_meaning_in_decoding_is_found_with_many_tokens(params):
+    """Called with so many tokens the product would be dense."""
+    rule = hire.Linear(0.05, encoding=hire.Blocks(4), path="embed", lookups=False, force=True)
+    step = hire.transform(model, rule)
+    many = jnp.arange(64, dtype=TOKEN.dtype)
+    with pytest.raises(AssertionError, match="KL above"):
+        testing.assert_no_change_of_meaning(step, params, [(many,)], kl=1e-6)

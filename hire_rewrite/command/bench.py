@@ -32,7 +32,7 @@ def bench(target: Target, rounds: int, calibration: str | None, as_json: bool) -
     donated.
 
     \b
-    Example:
+    Examples:
       hire-rewrite bench hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
     step = target.step

@@ -46,7 +46,7 @@ def demo(context: click.Context) -> None:
     """A small model with random weights: its plan, its diff and its times.
 
     \b
-    Example:
+    Examples:
       hire-rewrite demo
     """
     from hire_rewrite.command.bench import bench

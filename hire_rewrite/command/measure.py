@@ -30,7 +30,7 @@ def tune(
     """The fastest rules within a budget.
 
     \b
-    Example:
+    Examples:
       hire-rewrite tune hire_rewrite.command.demo:model \\
         --batches hire_rewrite.command.demo:batches --kl 0.001 -o rules.json
     """
@@ -50,8 +50,10 @@ def tune(
 def evaluate(target: Target, batches: str | None, calibration: str | None, as_json: bool) -> None:
     """What the rules miss: recall of each site, and divergence of the model.
 
+    Every token is measured as if it were decoded alone, however many a batch has.
+
     \b
-    Example:
+    Examples:
       hire-rewrite evaluate hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' \\
         --batches hire_rewrite.command.demo:batches
     """

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from hire_rewrite import api
-from hire_rewrite.arguments import with_packed
 from hire_rewrite.command.target import Target, command, fail_if_missed
 from hire_rewrite.plan import (
     Plan,
@@ -18,6 +16,10 @@ from hire_rewrite.plan import (
     grouped_sites,
     megabytes_read,
     sizes_of,
+)
+
+_PACK = click.option(
+    "--pack", is_flag=True, help="Look at the numbers first, as packing does: for no rules."
 )
 
 
@@ -50,16 +52,18 @@ def _shown(plan: Plan) -> None:
 
 
 @command
+@_PACK
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
 @click.option("--fail-on-miss", is_flag=True, help="Exit with 3 if a rule, or no site, is used.")
-def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
+def inspect(target: Target, pack: bool, as_json: bool, fail_on_miss: bool) -> None:
     """Which layers would be rewritten, and why others would not.
 
     \b
-    Example:
+    Examples:
       hire-rewrite inspect hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
-    plan = api.inspect(target.fn, *target.args, rules=target.rules, weights=target.weights)
+    step, args = target.call(pack=pack, on_miss="ignore")
+    plan = step.plan(*args)
     if as_json:
         click.echo(plan.to_json())
     elif sys.stdout.isatty():
@@ -71,16 +75,18 @@ def inspect(target: Target, as_json: bool, fail_on_miss: bool) -> None:
 
 
 @command
+@_PACK
 @click.option("--json", "as_json", is_flag=True, help="The diff as JSON.")
 @click.option("--html", type=click.Path(dir_okay=False), help="Write it as a page of its own.")
-def diff(target: Target, as_json: bool, html: str | None) -> None:
+def diff(target: Target, pack: bool, as_json: bool, html: str | None) -> None:
     """The jaxpr before and after.
 
     \b
-    Example:
+    Examples:
       hire-rewrite diff hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
-    found = target.step.diff(*target.args)
+    step, args = target.call(pack=pack)
+    found = step.diff(*args)
     if html is not None:
         found.save(html)
         click.echo(f"wrote {html}", err=True)
@@ -91,9 +97,7 @@ def diff(target: Target, as_json: bool, html: str | None) -> None:
 
 
 @command
-@click.option(
-    "--pack", is_flag=True, help="Look at the numbers first, as packing does: for no rules."
-)
+@_PACK
 @click.option(
     "--output", "-o", default="plan.svg", show_default=True, type=click.Path(dir_okay=False),
     help="A file that ends in .svg or .png.",
@@ -104,11 +108,9 @@ def draw(target: Target, pack: bool, output: str) -> None:
     It needs matplotlib: pip install 'hire-rewrite[plot]'.
 
     \b
-    Example:
+    Examples:
       hire-rewrite draw hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' -o plan.svg
     """
-    step, args = target.step, list(target.args)
-    if pack:
-        args = with_packed(args, target.weights, step.pack(*args))
+    step, args = target.call(pack=pack)
     step.plan(*args).draw(output)
     click.echo(f"wrote {output}")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from hire_rewrite.api import transform
-from hire_rewrite.arguments import without_weights
+from hire_rewrite.arguments import with_packed, without_weights
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 from hire_rewrite.plan import Plan
@@ -44,6 +44,16 @@ class Target:
     @property
     def step(self) -> Transformed:
         return transform(self.fn, *self.rules, weights=self.weights)
+
+    def call(self, *, pack: bool, on_miss: str = "warn") -> tuple[Transformed, list[Any]]:
+        """The transformed function and the arguments of its call.
+
+        Args:
+          pack: whether a `Packed` stands where the weights stood.
+        """
+        step = transform(self.fn, *self.rules, weights=self.weights, on_miss=on_miss)
+        args = list(self.args)
+        return step, with_packed(args, self.weights, step.pack(*args)) if pack else args
 
     @property
     def params(self) -> Any:
@@ -103,7 +113,7 @@ def parsed_rule(text: str) -> Rule:
     Raises:
       click.BadParameter: it is not a rule.
 
-    Example:
+    Examples:
       >>> parsed_rule('Head(k=32, predictor=Quantized(4))')
       Head(k=32, predictor=Quantized(bits=4))
     """

@@ -60,16 +60,16 @@ class Comparison:
       dense, exact, rewritten: [tokens, n], of the dense operation, of the one on its exact top k,
         and of the rewritten one.
       choice: what was chosen; None where nothing is.
-      reading: what was read; None where how much is no question.
       proved: bool[tokens], tokens whose result was proved; None where there is no proof.
+      reading: what was read; None where how much is no question.
     """
 
     dense: Array
     exact: Array
     rewritten: Array
     choice: Choice | None = None
-    reading: Reading | None = None
     proved: Array | None = None
+    reading: Reading | None = None
 
 
 class Measured(NamedTuple):

@@ -1,10 +1,11 @@
 """Choose what sites become, so that a step is fastest within a budget of divergence.
 
 Each site has rules that are worth a trial (`SiteKind.trials`). Each is measured alone: how far the
-model with nothing else rewritten diverges from the dense one on held-out batches. Divergences are
-small and about add up, so a choice is made by time gained for divergence spent, and then measured
-as a whole, on the batches that no choice was made by. Where time is short, each site has a trial
-before any has a second one.
+model with nothing else rewritten diverges from the dense one on held-out batches, each token as if
+it were decoded alone (with many tokens in a call a site may lose less, or be dense). Divergences
+are small and about add up, so a choice is made by time gained for divergence spent, and then
+measured as a whole, on the batches that no choice was made by. Where time is short, each site has a
+trial before any has a second one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hire_rewrite.graph.nodes import Node
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
 from hire_rewrite.passes.logits import divergence, last_logits, with_logits
-from hire_rewrite.passes.modes import HIRE
+from hire_rewrite.passes.modes import decoded
 from hire_rewrite.passes.progress import progress
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.passes.tune import held_out
@@ -236,7 +237,10 @@ class _Step:
     def divergence(
         self, rules: Sequence[Rule], batches: Sequence[Any], dense: Sequence[Array]
     ) -> float:
-        """Mean KL divergence of the rewritten step from the dense one, in nats a token."""
+        """Mean KL divergence of the rewritten step from the dense one, in nats a token.
+
+        Each token as if it were decoded alone, as `evaluate` has it.
+        """
         again, _, packed = self._packed(rules)
         return self._divergence(again, packed, batches, dense)
 
@@ -255,7 +259,7 @@ class _Step:
         def build(analysis: Analysis) -> Callable[[Any], Any]:
             def run(operands: Any) -> dict[str, Any]:
                 packed, inputs, dense = operands
-                swaps = analysis.replacements(packed, HIRE.packed)
+                swaps = analysis.replacements(packed, decoded)
                 got = jax.nn.log_softmax(_logits(analysis, swaps, inputs), axis=-1)
                 return {"kl": divergence(dense, got), "tokens": jnp.float32(dense.shape[0])}
 

@@ -110,7 +110,7 @@ def decide(
     packing = [decision for decision in decisions if decision.packs]
     taken = frozenset(node for decision in packing for node in decision.nodes)
     names = [decision.name for decision in packing]
-    leftovers, refused = detection.leftovers(lambda node: node not in taken, names)
+    leftovers, refused = detection.leftovers(lambda node: node not in taken, names, taken)
     left = [*map(decider.decide, leftovers)]
     if not rules:
         inner, _ = detection.leftovers(lambda node: node in taken)
@@ -152,7 +152,7 @@ class _Decider:
         except Unfit as unfit:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
-        if isinstance(known, StaysDense) and operation.unexamined:
+        if isinstance(known, StaysDense) and operation.examines:
             return Decision(site, _row(site, rule, known.reason), known=True)
         unknown = operation.undecided or operation.unexamined
         if unknown is not None:

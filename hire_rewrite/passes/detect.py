@@ -8,7 +8,7 @@ import math
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -53,15 +53,19 @@ class Detection:
     linears: tuple[Mapping[Node, Linear], ...]
 
     def leftovers(
-        self, among: Callable[[Node], bool], names: Sequence[str] = ()
+        self,
+        among: Callable[[Node], bool],
+        names: Sequence[str] = (),
+        taken: Collection[Node] = (),
     ) -> tuple[tuple[MatchedSite, ...], Mapping[Node, NoMatch]]:
         """The sites of kinds that take what others leave, and why they do not take the rest.
 
         Args:
           among: whether a product is left.
           names: of other sites, which none of these gets.
+          taken: nodes that none of these may have.
         """
-        matches = _Matches(self.trace, self.rules, leftover=True)
+        matches = _Matches(self.trace, self.rules, leftover=True, before=taken)
         for linears in self.linears:
             matches.search({n: linear for n, linear in linears.items() if among(n)})
         return matches.sites(self.mesh, names), matches.refused
@@ -83,13 +87,15 @@ class _Matches:
     trace: Trace
     rules: Sequence[Rule]
     leftover: bool = False
+    before: Collection[Node] = ()
     found: list[tuple[SiteKind, Match]] = dataclasses.field(default_factory=list)
     refused: dict[Node, NoMatch] = dataclasses.field(default_factory=dict)
     cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def search(self, linears: dict[Node, Linear]) -> None:
         """Offer the linear layers of a scope to each kind, in turn."""
-        context = MatchContext(self.trace, linears, cache=self.cache)
+        taken = dict.fromkeys(self.before)
+        context = MatchContext(self.trace, linears, taken, cache=self.cache)
         for kind in site_kinds():
             rules = [rule for rule in self.rules if isinstance(rule, kind.rule)]
             unasked = kind.leftover and self.rules and not rules

@@ -1,7 +1,8 @@
 """Run a function dense, with its exact top-k and rewritten, and compare what comes out.
 
-The three run on the same inputs in one compiled function. Sites report their own `Quality` in the
-rewritten one; logits of a head outside all loops are compared between the three.
+The three run on the same inputs in one compiled function, each token as if it were decoded alone.
+Sites report their own `Quality` in the rewritten one; logits of a head outside all loops are
+compared between the three.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def evaluate(
             f"{analyses.name}: no batches to evaluate on: give at least one (a "
             "generator that has run once has none left)"
         )
-    return summarize(kinds[0].packing, total)
+    return summarize([kind.packing for kind in kinds], total)
 
 
 def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, Any]]:

@@ -12,6 +12,7 @@ from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.trace import Argument, Trace
 from hire_rewrite.names import grouped
 from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.diff.value import megabytes
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.plan import Plan
@@ -104,17 +105,16 @@ def unlisted_weights(trace: Trace, weights: Sequence[int]) -> str | None:
             most, holder, products = size, argument, count
     if holder is None:
         return None
-    size_text = f"{most / 1e6:.0f} MB" if most >= 1e6 else f"{most / 1e3:.1f} kB"
     listed = f"weights={weights[0] if len(weights) == 1 else tuple(weights)}"
-    what = f"{products} product(s) read"
+    what = f"{products} product(s) read {megabytes(most)} of arrays in"
     if holder.position is None:
         return (
-            f"{what} {size_text} of arrays in the keyword argument `{holder.name}`, which weights= "
+            f"{what} the keyword argument `{holder.name}`, which weights= "
             "cannot list: give it by position, in a function of your own around this one if its "
             "signature does not allow that"
         )
     return (
-        f"{what} {size_text} of arrays in argument {holder.position} `{holder.name}`, which is not "
+        f"{what} argument {holder.position} `{holder.name}`, which is not "
         f"among {listed}: if it holds weights, give transform(..., weights={holder.position})"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hire_rewrite.passes.decide import Decision
@@ -33,6 +33,22 @@ class Mode:
 def _hire(decision: Decision, arrays: Any) -> list[SiteReplacement]:
     operation = decision.op
     return operation.rewritten(arrays) if decision.rewritten else operation.exact(arrays)
+
+
+def decoded(decision: Decision, arrays: Any) -> list[SiteReplacement]:
+    """A packed site rewritten as each token has it when it is decoded alone.
+
+    What is measured is measured so: with many tokens in a call a site may be dense, or read more
+    rows than one token does, and lose less than in decoding.
+    """
+
+    def silent(swap: SiteReplacement) -> SiteReplacement:
+        def run(*operands: Any) -> tuple[Sequence[Any], None]:
+            return swap.run(*operands)[0], None
+
+        return dataclasses.replace(swap, run=run, reports=False)
+
+    return [silent(swap) for swap in decision.op.measured(arrays, follow_exact=False)]
 
 
 HIRE = Mode(_hire, differentiable=False, packs_on_sight=True)

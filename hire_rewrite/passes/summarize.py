@@ -21,11 +21,18 @@ _CURVE = 40
 """Points of a recall curve."""
 
 
-def summarize(decisions: Sequence[Decision], total: Mapping[str, Any]) -> Report:
-    """The report of the sums of `evaluate`."""
+def summarize(calls: Sequence[Sequence[Decision]], total: Mapping[str, Any]) -> Report:
+    """The report of the sums of `evaluate`.
+
+    Args:
+      calls: the packed sites of the call of each batch.
+    """
     sums = total["sites"]
-    sites = tuple(_site(d, sums[d.name]) for d in decisions if d.name in sums)
-    return Report(sites, None if "model" not in total else _model(total["model"]))
+    measured = [decision for decision in calls[0] if decision.name in sums]
+    sites = tuple(_site(decision, sums[decision.name]) for decision in measured)
+    dense = dict.fromkeys(d.name for call in calls for d in call if not d.rewritten)
+    model = None if "model" not in total else _model(total["model"])
+    return Report(sites, model, tuple(dense))
 
 
 def _site(decision: Decision, sums: Any) -> SiteReport:

@@ -28,7 +28,7 @@ class Matrices:
         that make d.
       n_axes: how many of them make n.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.encodings import Blocks
       >>> columns = jnp.arange(128.0).reshape(1, 32, 4)
       >>> matrices = Matrices(columns, (1, 0), 1)

@@ -131,7 +131,8 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        """`rewritten`, or `exact`, which reports its `Quality` besides."""
+        """`rewritten` as each token has it in a call of its own, whatever the number of tokens in
+        this one, or `exact`; reports its `Quality` besides."""
 
     def exact_form(self) -> SiteReplacement | None:
         """`exact` on the weights as they are; None where that is the model's own code."""
@@ -151,6 +152,11 @@ class Operation(abc.ABC):
         site = self.replacement(run, None, reports=True)
         nodes = frozenset({linear.node})
         return dataclasses.replace(site, nodes=nodes, inputs=inputs, outputs=(linear.out,))
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether the derivative of `rewritten` by the site's input is the model's."""
+        return False
 
     @property
     def holds_weights(self) -> bool:

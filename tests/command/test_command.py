@@ -25,6 +25,12 @@ def spread():
     return lambda x, up, embed: (x @ up.T, x @ embed.T), (x, up, embed)
 
 
+def widened():
+    """bfloat16 numbers in float32: half of the bytes would do, and only packing sees it."""
+    w = jax.random.normal(jax.random.key(2), (2048, 2048), jnp.bfloat16).astype(jnp.float32)
+    return lambda w, x: jnp.tanh(x @ w).sum(), (w, jnp.ones((1, 2048)))
+
+
 def no_pair():
     return 3
 
@@ -48,6 +54,14 @@ def test_inspect():
     assert by_kind["head"]["status"] == "rewritten"
     assert parsed_rule(by_kind["head"]["rule"]) == hire.Head(k=64, force=True)
     assert by_kind["ffn"]["status"] == "dense"
+
+
+def test_pack_looks_at_the_numbers():
+    for pack in (), ("--pack",):
+        plan = json.loads(run("inspect", f"{HERE}:widened", *pack, "--json").stdout)
+        assert ("rewritten" in [site["status"] for site in plan["sites"]]) == bool(pack)
+        changes = json.loads(run("diff", f"{HERE}:widened", *pack, "--json").stdout)
+        assert bool(changes["regions"]) == bool(pack)
 
 
 @pytest.mark.parametrize(

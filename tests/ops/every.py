@@ -44,7 +44,7 @@ PREDICTORS = (
 )  # fmt: skip
 
 ENCODINGS = (
-    Float(), Float("bfloat16"), Nested(), Blocks(), Blocks(4, None, scale="bfloat16"),
+    Float(), Float("bfloat16"), Nested(), Nested(None), Blocks(), Blocks(4, None, scale="bfloat16"),
     Blocks(4, 64, minimum=True), Blocks(8, minimum=True, scale="float32"),
 )  # fmt: skip
 

@@ -43,8 +43,9 @@ def packs(*rules, fn=model, params=None, tokens=1):
 def test_default_rules():
     found = sites()
     assert found["embed"].rule == hire.Head()
-    for name in ("relu", "silu"):  # a top-k would make another model of either
-        assert (found[name].rule, found[name].status) == (None, "dense")
+    assert found["relu"].rule == hire.FFN(k="positive")  # which loses nothing
+    # A top-k would make another model of it.
+    assert (found["silu"].rule, found["silu"].status) == (None, "dense")
 
 
 def test_a_given_rule_applies_to_every_block():

@@ -219,6 +219,20 @@ def test_it_is_measured_as_on_one_device():
         assert one.error > 1e-2
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_many_tokens_are_measured_as_each_alone(name):
+    """Though together they ask for all inputs of every device."""
+    params = weights()
+    rule = Linear(0.02, encoding=Blocks(4), exact=Blocks(8), round_inputs=True, force=True)
+    run, there = hire.transform(step, rule), LAYOUTS[name].put(params)
+    packed, tokens = run.pack(there, TOKEN), np.arange(64, dtype=np.int32)
+    together = run.evaluate(packed, [(tokens,)], weights=there).sites
+    apart = run.evaluate(packed, [(tokens[i : i + 1],) for i in range(64)], weights=there).sites
+    for one, other in zip(together, apart, strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+        assert one.error > 1e-2
+
+
 def test_explicit_sharding():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     rule = Linear(encoding=Blocks(8), force=True)

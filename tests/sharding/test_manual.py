@@ -417,6 +417,16 @@ def test_explicit_axes_beside_the_manual_ones():
         np.testing.assert_allclose(run(head, x), each(x, head), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_in_an_encoding_are_for_meshes_that_the_compiler_divides():
+    mesh = mesh_of(model=8)
+    for exact in (hire.Blocks(8), hire.Nested()):
+        rule = head(exact=exact)
+        plan = hire.inspect(whole(mesh), laid_out(mesh), TOKEN, rules=(rule,))
+        (site,) = (site for site in plan.sites if site.kind == "head")
+        assert site.status == "dense"
+        assert "in a shard_map" in site.reason
+
+
 def test_what_stays_dense_and_why():
     mesh = mesh_of(data=2, model=4)
     sent = jax.shard_map(

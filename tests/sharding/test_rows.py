@@ -236,6 +236,34 @@ def test_an_uneven_vocabulary():
     np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
     np.testing.assert_allclose(lax.top_k(logits, 8)[0], lax.top_k(wanted, 8)[0], atol=1e-5)
 
+    report = run.evaluate(packed, [(layout.token(),)])
+    assert min(report.sites[0].recall) > 0.9
+
+
+def tied(params, token):
+    return jnp.tanh(params["embed"][token]) @ params["embed"].T
+
+
+@pytest.mark.parametrize("exact", [hire.Blocks(8), hire.Nested()], ids=str)
+@pytest.mark.parametrize(("rows", "spec"), [(VOCABULARY, P("model")), (4105, P(None, "model"))])
+def test_rows_in_an_encoding_and_a_tied_embedding(exact, rows, spec):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+    run = hire.transform(tied, hire.Head(k=8, candidates=64, force=True, exact=exact))
+    params, token = {"embed": weights(rows)["embed"]}, np.array([0, rows - 1, -1, 7], np.int32)
+    sharded = jax.device_put(params, NamedSharding(mesh, spec))
+    packed = run.pack(sharded, token)
+    assert packed.weights == {}
+    for leaf in jax.tree.leaves(packed.sites):
+        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // 4
+    one = run.pack(jax.tree.map(jnp.asarray, params), token)
+    for mode in ("hire", "exact"):
+        step = jax.jit(hire.transform(tied, *run.rules, mode=mode))
+        got, want = (lax.top_k(step(some, token), 8) for some in (packed, one))
+        np.testing.assert_array_equal(got[1], want[1])
+        np.testing.assert_allclose(got[0], want[0], atol=1e-4)
+    report = run.evaluate(packed, [(token,)], weights=sharded)
+    assert report.sites[0].recall == (1.0,)
+
 
 def test_the_plan_counts_one_device():
     layout = LAYOUTS["tensor"]

@@ -11,8 +11,14 @@ from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import proof, rounding
-from hire_rewrite.ops.gather import by_tokens, gather_rows
-from hire_rewrite.ops.head.logits import candidates_of, dense_logits, exact_values, finished
+from hire_rewrite.ops.gather import by_tokens
+from hire_rewrite.ops.head.logits import (
+    candidates_of,
+    dense_logits,
+    exact_values,
+    finished,
+    gathered,
+)
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies
 
@@ -89,8 +95,9 @@ def _signed_sums(
 
     def sums(x: Array, rows: Array) -> tuple[Array, Array]:
         nonlocal roundings
-        gathered = gather_rows(state.rows, layer, rows).astype(spec.compute_dtype)
-        products = gathered.astype(jnp.float32) * x.astype(jnp.float32)[:, None]
+        products = (
+            gathered(state, layer, rows, spec).astype(jnp.float32) * x.astype(jnp.float32)[:, None]
+        )
         positive, negative, roundings = rounding.signed_sums(products)
         return positive, negative
 

@@ -172,9 +172,7 @@ def _select(which: Interval, *cases: Interval, **_: Any) -> Interval:
     else:
         either = _of_ends([*no, *yes])
     ends = zip(no, yes, either, strict=True)
-    return Interval(
-        *(jnp.where(which.low, y, jnp.where(which.high, e, n)) for n, y, e in ends)  # type: ignore[arg-type]
-    )
+    return Interval(*(jnp.where(which.low, y, jnp.where(which.high, e, n)) for n, y, e in ends))
 
 
 def _cast(a: Interval, *, new_dtype: Any, **_: Any) -> Interval:

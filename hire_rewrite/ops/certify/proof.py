@@ -51,9 +51,9 @@ def proved(
     """
     chain = chain_of(endpoints, x.shape[0], spec)
     norm = lax.dynamic_index_in_dim(state.bound["norm"], layer)
-    length = rounding.norms(x)[:, None]
+    length, arrays = rounding.norms(x)[:, None], state.guessing(predictor)
     dense = dense_error(x.shape[1], x.dtype, spec.precision, length, norm)
-    guessed = predictor.bound(state.predictor, state.bound, x, layer) + dense.below(length, norm)
+    guessed = predictor.bound(arrays, state.bound, x, layer) + dense.below(length, norm)
     units = rounding.CPU_UNIT, rounding.OTHER_UNIT
     share = rounding.platform(*(rounding.gamma(roundings + 2, unit) for unit in units))
     summed = share * (positive + negative)

@@ -5,12 +5,15 @@ a `register_encoding`.
 """
 
 from hire_rewrite.ops.encodings.blocks import Blocks
+from hire_rewrite.ops.encodings.coarse import Coarse
 from hire_rewrite.ops.encodings.exact import narrowest
 from hire_rewrite.ops.encodings.floats import Float
 from hire_rewrite.ops.encodings.nested import Nested
 from hire_rewrite.ops.encodings.picked import picked_products, picked_sums
 from hire_rewrite.ops.encodings.product import block_product
 from hire_rewrite.ops.encodings.protocol import (
+    BoundedEncoding,
+    CoarseEncoding,
     Encoding,
     JointEncoding,
     PickedEncoding,
@@ -21,6 +24,9 @@ from hire_rewrite.ops.encodings.protocol import (
 
 __all__ = [
     "Blocks",
+    "BoundedEncoding",
+    "Coarse",
+    "CoarseEncoding",
     "Encoding",
     "Float",
     "JointEncoding",

@@ -11,7 +11,13 @@ import numpy as np
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.encodings.checks import check_block, check_columns, check_pairs
+from hire_rewrite.ops.encodings.checks import (
+    OR_NONE,
+    check_block,
+    check_columns,
+    check_pairs,
+    check_scale,
+)
 from hire_rewrite.ops.encodings.grids import Grid, Points
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
 from hire_rewrite.ops.encodings.picked import picked_block_products, picked_block_sums
@@ -23,8 +29,6 @@ from hire_rewrite.ops.predictors.protocol import Read, written
 from hire_rewrite.ops.quantize import pack
 
 __all__ = ["Blocks"]
-
-_SCALES = ("float16", "bfloat16", "float32")
 
 
 @register_encoding
@@ -41,7 +45,7 @@ class Blocks:
     Raises:
       HireRewriteError: other bits, another dtype, or a block that is not a positive int.
 
-    Example:
+    Examples:
       >>> import jax
       >>> rows = jax.random.normal(jax.random.key(0), (64, 96))
       >>> encoding = Blocks(4, 32)
@@ -62,14 +66,11 @@ class Blocks:
             raise HireRewriteError(
                 f"Blocks: bits={self.bits!r} is not supported: give bits=8 or bits=4"
             )
-        if self.scale not in _SCALES:
-            raise HireRewriteError(
-                f"Blocks: scale={self.scale!r} is not supported: give one of {', '.join(_SCALES)}"
-            )
+        check_scale("Blocks", self.scale)
         if not isinstance(self.minimum, bool):
             raise HireRewriteError(f"Blocks: minimum={self.minimum!r} must be True or False")
         if self.block is not None:
-            check_block("Blocks", self.block, "a positive int, or None for the whole row")
+            check_block("Blocks", self.block, OR_NONE)
 
     def __repr__(self) -> str:
         return written(self)

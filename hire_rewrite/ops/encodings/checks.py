@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from hire_rewrite.errors import HireRewriteError
 
-__all__ = ["check_block", "check_columns", "check_pairs"]
+__all__ = ["OR_NONE", "check_block", "check_columns", "check_pairs", "check_scale"]
+
+OR_NONE = "a positive int, or None for the whole row"
+"""What a number of columns is expected to be where there need be none."""
+
+_SCALES = ("float16", "bfloat16", "float32")
 
 
 def check_block(encoding: str, block: object, expected: str = "a positive int") -> None:
     """Raise HireRewriteError if a number of columns is not a positive int."""
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise HireRewriteError(f"{encoding}: block={block!r} must be {expected}")
+
+
+def check_scale(encoding: str, scale: object) -> None:
+    """Raise HireRewriteError if scales cannot be of a dtype."""
+    if scale not in _SCALES:
+        raise HireRewriteError(
+            f"{encoding}: scale={scale!r} is not supported: give one of {', '.join(_SCALES)}"
+        )
 
 
 def check_columns(encoding: str, d: int, block: int, site: str) -> None:

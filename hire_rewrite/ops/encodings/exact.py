@@ -41,7 +41,7 @@ def narrowest(rows: np.ndarray) -> tuple[Encoding, Stored] | None:
       is narrower than the dtype of `rows` holds the numbers. Equal is ==: −0.0 may become 0.0. Rows
       that hold NaN or infinity equal nothing.
 
-    Example:
+    Examples:
       >>> rng = np.random.default_rng(0)
       >>> integers, scale = rng.integers(-8, 8, (2, 16, 3, 32)), np.float16(rng.random((2, 16, 3)))
       >>> rows = (integers * scale[..., None].astype(np.float32)).reshape(2, 16, 96)

@@ -34,7 +34,7 @@ class Float:
     Raises:
       HireRewriteError: another dtype.
 
-    Example:
+    Examples:
       >>> stored = Float("bfloat16").store_exactly(np.ones((2, 5, 3), np.float32))  # two layers
       >>> stored["rows"].dtype
       dtype(bfloat16)

@@ -18,7 +18,7 @@ _SAMPLE = 8
 def pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
     """[m, d], all of rows: [L, n, d] in order.
 
-    Example:
+    Examples:
       >>> [piece.shape for piece in pieces(np.zeros((2, 100, 1024)))]
       [(64, 1024), (36, 1024), (64, 1024), (36, 1024)]
     """
@@ -31,7 +31,7 @@ def pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
 def sample(rows: np.ndarray) -> np.ndarray:
     """[m, d], a few of rows: [L, n, d].
 
-    Example:
+    Examples:
       >>> sample(np.arange(64).reshape(4, 16, 1)).ravel().tolist()
       [0, 9, 18, 27, 36, 45, 54, 63]
     """
@@ -44,7 +44,7 @@ def sample(rows: np.ndarray) -> np.ndarray:
 def float32_of(rows: np.ndarray) -> np.ndarray | None:
     """The same numbers in float32; None if it does not hold all of them, or one is NaN or infinite.
 
-    Example:
+    Examples:
       >>> float32_of(np.float16([0.1])).dtype
       dtype('float32')
       >>> float32_of(np.float64([0.1])) is None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.ops.encodings.product import Matrix, widened
+from hire_rewrite.ops.encodings.product import Matrix, taken, widened
 from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
@@ -39,7 +39,7 @@ def picked_products(
     Returns:
       f32[tokens, k]; zero behind the end of a list.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.encodings import Float
       >>> stored = {"rows": jnp.array([[[1.0, 2], [3, 4], [5, 6]]])}
       >>> x, picked = jnp.ones((1, 2)), jnp.array([[2, 0]])
@@ -71,7 +71,7 @@ def picked_sums(
     Returns:
       f32[tokens, d] for each matrix.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.encodings import Float
       >>> stored = {"rows": jnp.array([[[1.0, 2], [3, 4], [5, 6]]])}
       >>> h, picked = jnp.array([[1.0, 10]]), jnp.array([[2, 0]])
@@ -142,5 +142,5 @@ def _sum(onto: Array, h: Array, rows: Array, picked: Array) -> Array:
 def _decoded(matrix: Matrix, layer: Array | int, picked: Array, bits: int) -> Array:
     """f32[tokens, k, d]."""
     rows = jnp.maximum(picked, 0)
-    arrays = (gather_rows(array, layer, rows) for array in matrix if array is not None)
+    arrays = taken(matrix, lambda array: gather_rows(array, layer, rows))
     return widened(*arrays, bits=bits)

@@ -20,7 +20,7 @@ __all__ = ["points"]
 def points(blocks: np.ndarray, grid: Grid) -> Points | None:
     """The points of a grid that equal all numbers of blocks: f32[m, B], which are finite, or None.
 
-    Example:
+    Examples:
       >>> blocks = np.float32([[0.5, -1.5, 3.5, 0.0], [7.0, -1.0, 2.0, 2.0]])
       >>> found = points(blocks, Grid(4, False, "float16"))
       >>> found.scale.tolist(), found.integers[0].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +13,17 @@ from hire_rewrite.ops.kernels import KernelOperation
 from hire_rewrite.ops.narrow import block_of, in_chunks, rows_from, times
 from hire_rewrite.ops.quantize import rounded_blocks, unpack
 
-__all__ = ["Matrix", "block_product", "block_products", "input_block", "widened"]
+__all__ = [
+    "Matrix",
+    "block_product",
+    "block_products",
+    "input_block",
+    "taken",
+    "unpack_unsigned",
+    "widened",
+]
 
-Matrix = tuple[Array, Array, Array | None]
+Matrix = tuple[Array, Array, Array | float | None]
 """Integers, scale and minimum (see `block_product`)."""
 
 
@@ -24,7 +32,7 @@ def block_product(
     x: Array,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array | int,
     *,
     bits: int,
@@ -39,7 +47,8 @@ def block_product(
       integers: i8[L, n, d] for 8 bits, i8[L, n, d/2] for 4: two to a byte, d/2 apart, the first in
         the low bits (as `ops.quantize.unpack` has them). 4 bits are −8…7, with a minimum 0…15.
       scale: [L, n, B], float16, bfloat16 or float32, for B blocks of d/B columns.
-      minimum: as `scale`, or None for zero.
+      minimum: as `scale`; or one number, for so many times the scale in each block; or None for
+        zero.
       layer: i32[].
       bits: 8 or 4.
       round_inputs: whether x is rounded to 8 bits first, with a scale for every `input_block`
@@ -50,18 +59,20 @@ def block_product(
     Returns:
       f32[tokens, n]. Its derivative in x is that of x @ rows[layer].T.
 
-    Example:
+    Examples:
       >>> integers, scale = jnp.array([[[1, 2, -3, 4]]], jnp.int8), jnp.array([[[1.0, 10.0]]])
       >>> block_product(jnp.ones((1, 4)), integers, scale, None, 0, bits=8).tolist()
       [[13.0]]
       >>> block_product(jnp.ones((1, 4)), integers, scale, -scale, 0, bits=8).tolist()
+      [[-9.0]]
+      >>> block_product(jnp.ones((1, 4)), integers, scale, -1.0, 0, bits=8).tolist()
       [[-9.0]]
     """
     if round_inputs:
         x, precision = rounded_blocks(x, input_block(x, scale)), lax.Precision.DEFAULT
     else:
         x, precision = x.astype(jnp.float32), None
-    arrays = (integers, scale) if minimum is None else (integers, scale, minimum)
+    arrays = (integers, scale) if minimum is None else (integers, scale, jnp.asarray(minimum))
     return lax.platform_dependent(
         x,
         jnp.asarray(layer, jnp.int32),
@@ -90,7 +101,7 @@ def block_products(
     Returns:
       f32[tokens, n] of each.
 
-    Example:
+    Examples:
       >>> rows = jnp.array([[[1, 2, -3, 4]]], jnp.int8), jnp.array([[[1.0, 10.0]]]), None
       >>> y, same = block_products(jnp.ones((1, 4)), (rows, rows), 0, bits=8)
       >>> y.tolist(), same.tolist()
@@ -106,7 +117,7 @@ def input_block(x: Array, scale: Array) -> int:
     32 where blocks of the rows are made of those, otherwise a block of the rows. One scale for
     more would lose much: activations have a few that are a hundred times as large as the others.
 
-    Example:
+    Examples:
       >>> row, blocks = jnp.ones((1, 10, 1)), jnp.ones((1, 10, 40))
       >>> input_block(jnp.ones((1, 640)), row), input_block(jnp.ones((1, 640)), blocks)
       (32, 16)
@@ -115,27 +126,42 @@ def input_block(x: Array, scale: Array) -> int:
     return 32 if block % 32 == 0 else block
 
 
-def widened(integers: Array, scale: Array, minimum: Array | None = None, *, bits: int) -> Array:
+def widened(
+    integers: Array, scale: Array, minimum: Array | float | None = None, *, bits: int
+) -> Array:
     """f32[..., n, d], the numbers scale · integer + minimum (see `block_product`).
 
     Args:
       integers: i8[..., n, d] or i8[..., n, d/2].
-      scale, minimum: [..., n, B].
+      scale: [..., n, B].
+      minimum: as `scale`, or one number.
 
-    Example:
+    Examples:
       >>> widened(jnp.array([[0x7F, -128]], jnp.int8), jnp.array([[0.5]]), bits=4).tolist()
       [[-0.5, 0.0, 3.5, -4.0]]
     """
     if bits == 4:
-        integers = unpack(integers) if minimum is None else _unpack_unsigned(integers)
+        integers = unpack(integers) if minimum is None else unpack_unsigned(integers)
     blocks = integers.reshape(*scale.shape, integers.shape[-1] // scale.shape[-1])
-    wide = blocks.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
-    if minimum is not None:
-        wide = wide + minimum.astype(jnp.float32)[..., None]
+    blocks, steps = blocks.astype(jnp.float32), scale.astype(jnp.float32)[..., None]
+    if minimum is None:
+        wide = blocks * steps
+    elif jnp.ndim(minimum) == 0:
+        wide = (blocks + minimum) * steps
+    else:
+        wide = blocks * steps + jnp.asarray(minimum, jnp.float32)[..., None]
     return wide.reshape(integers.shape)
 
 
-def _unpack_unsigned(packed: Array) -> Array:
+def taken(
+    matrix: Sequence[Array | float | None], take: Callable[[Array], Array]
+) -> tuple[Array, ...]:
+    """What `widened` is given of some rows: `take` of each array that has a number for each row."""
+    arrays = (jnp.asarray(array) for array in matrix if array is not None)
+    return tuple(array if array.ndim == 0 else take(array) for array in arrays)
+
+
+def unpack_unsigned(packed: Array) -> Array:
     """i8[..., d] in [0, 15] for i8[..., d/2]; see `unpack`."""
     return jnp.concatenate([packed & 15, (packed >> 4) & 15], axis=-1)
 
@@ -143,7 +169,7 @@ def _unpack_unsigned(packed: Array) -> Array:
 def _product_default(
     x: Array, layer: Array, *arrays: Array, bits: int, precision: lax.Precision | None
 ) -> Array:
-    here = (lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in arrays)
+    here = taken(arrays, lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False))
     return times(x, widened(*here, bits=bits), precision)
 
 
@@ -154,6 +180,7 @@ def _product_cpu(
     x, *arrays = lax.optimization_barrier((x, *arrays))
 
     def part(start: Array | int, step: int) -> Array:
-        return widened(*(rows_from(array, layer, start, step) for array in arrays), bits=bits)
+        rows = taken(arrays, lambda array: rows_from(array, layer, start, step))
+        return widened(*rows, bits=bits)
 
     return in_chunks(x, arrays[0].shape[1], part, (*arrays, layer), precision)

@@ -9,9 +9,11 @@ import numpy as np
 from jax import Array
 
 from hire_rewrite.ops.named_types import register_type
-from hire_rewrite.ops.predictors.protocol import Read
+from hire_rewrite.ops.predictors.protocol import Read, State
 
 __all__ = [
+    "BoundedEncoding",
+    "CoarseEncoding",
     "Encoding",
     "JointEncoding",
     "PickedEncoding",
@@ -133,6 +135,42 @@ class PickedEncoding(Encoding, Protocol):
         ...
 
 
+@runtime_checkable
+class CoarseEncoding(Encoding, Protocol):
+    """An encoding of which a part, read alone, tells about what its rows are.
+
+    A head whose rows are stored so guesses its logits with that part, and needs no predictor.
+    """
+
+    def coarse(
+        self, x: Array, stored: Stored, layer: Array | int, *, round_inputs: bool = False
+    ) -> Array:
+        """f32[tokens, n], about `product`, for a part of what that reads."""
+        ...
+
+    def coarse_reads(self, n: int, d: int, tokens: int = 1) -> tuple[Read, ...]:
+        """What `coarse` reads, as `reads` says it of `product`."""
+        ...
+
+
+@runtime_checkable
+class BoundedEncoding(CoarseEncoding, Protocol):
+    """A `CoarseEncoding` that knows how far off its guesses can be (see `docs/certify.md`)."""
+
+    def fit_coarse_bound(self, rows: Array, stored: Stored) -> State:
+        """The arrays that `coarse_bound` reads, for the rows [n, d] of one layer and what was
+        stored of them. Among them `norm`: f32[n], no less than the rows' Euclidean norms."""
+        ...
+
+    def coarse_bound(self, stored: Stored, extra: State, x: Array, layer: Array | int) -> Array:
+        """f32[tokens, n], no less than |x · row − coarse(x, ..., round_inputs=True)|.
+
+        Args:
+          extra: what `fit_coarse_bound` returned for each layer, stacked.
+        """
+        ...
+
+
 _TYPES: dict[str, type] = {}
 
 EncodingType = TypeVar("EncodingType", bound=type)
@@ -141,13 +179,14 @@ EncodingType = TypeVar("EncodingType", bound=type)
 def register_encoding(cls: EncodingType) -> EncodingType:
     """Let rules that hold such an encoding be saved and loaded: a decorator of a dataclass.
 
-    Example::
-
-        @register_encoding
-        @dataclasses.dataclass(frozen=True)
-        class Ternary:
-            block: int = 32
-            ...
+    Examples:
+      ```python
+      @register_encoding
+      @dataclasses.dataclass(frozen=True)
+      class Ternary:
+          block: int = 32
+          ...
+      ```
 
     Raises:
       HireRewriteError: another class of this name is registered.

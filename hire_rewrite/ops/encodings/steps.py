@@ -26,7 +26,7 @@ def from_steps(blocks: np.ndarray, grid: Grid) -> Points | None:
     """The points of a grid that equal all of blocks: f32[m, B], which are finite and have no block
     of zeros, or None.
 
-    Example:
+    Examples:
       >>> found = from_steps(np.float32([[0.5, 1.5, -2.0]]), Grid(8, False, "float16"))
       >>> found.scale.tolist(), found.integers.tolist()
       ([0.5], [[1.0, 3.0, -4.0]])

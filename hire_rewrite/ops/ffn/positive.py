@@ -97,7 +97,6 @@ class PositiveFFNState(NamedTuple):
       predictor: of the gates, as `gates` has them.
       bound: what bounds the error of its scores (`Certifying.fit_bound`).
       norms: f32[L, P, f], no less than the norms of the rows of each projection.
-      never: bool[L, f], neurons that are never left out: their rows hold a NaN or an infinity.
       fused, joined: as in `FFNState`.
     """
 
@@ -108,7 +107,6 @@ class PositiveFFNState(NamedTuple):
     predictor: State
     bound: State
     norms: Array
-    never: Array
     fused: tuple[SiblingState, ...] = ()
     joined: tuple[Array, ...] = ()
 
@@ -145,7 +143,7 @@ def positive_ffn(
       ... )
       >>> state = PositiveFFNState(
       ...     {"rows": up[None]}, {}, {"rows": down[None]}, (), {}, {},
-      ...     norms=jnp.linalg.norm(up, axis=1)[None, None], never=jnp.zeros((1, 64), bool),
+      ...     norms=jnp.linalg.norm(up, axis=1)[None, None],
       ... )
       >>> def relu(pre, vectors):
       ...     return jax.nn.relu(pre[0])
@@ -197,32 +195,15 @@ def measured_positive_ffn(
 
 
 def unsettled(
-    gates: tuple[Array, ...],
-    off: tuple[Array, ...],
-    others: Array | None,
-    vectors: tuple[Array, ...],
+    x: Array,
+    state: PositiveFFNState,
+    layer: Array | int,
     *,
     spec: PositiveFFNSpec,
     activation: Activation,
 ) -> Array:
-    """bool[tokens, f], the neurons that may not be zero.
-
-    Args:
-      gates: what is known of each gate's pre-activations, f32[tokens, f].
-      off: how far each may be off, f32[tokens, f] or less.
-      others: f32[tokens, P, f], bounds of the absolute pre-activations of all projections; None
-        if all are gates.
-    """
-    intervals: list[Interval] = []
-    for p in range(spec.projections):
-        if p in spec.gates:
-            middle, error = gates[spec.gates.index(p)], off[spec.gates.index(p)]
-            intervals.append(Interval(middle - error, middle + error))
-        else:
-            assert others is not None
-            intervals.append(Interval(-others[:, p], others[:, p]))
-    ends = enclosure(lambda *pre: activation(pre, vectors), intervals, spec.up_dtype)
-    return ~ends.is_zero
+    """bool[tokens, f], the neurons that may not be zero, for x: [tokens, d_in]."""
+    return _Layer(state, layer, spec, activation).read(x)[1]
 
 
 def _at(numbers: Array, places: Array) -> Array:
@@ -250,20 +231,30 @@ class _Layer:
         spec, state = self.spec, self.state
         if spec.predictor is None:
             exact = spec.up.product(x, state.gates, self.layer).astype(spec.up_dtype)
-            gates, off = self._split(exact), (jnp.float32(0.0),) * len(spec.gates)
+            gates = self._split(exact.astype(jnp.float32))
+            off = (jnp.float32(0.0),) * len(gates)
         else:
             exact = None
             scores = lax.stop_gradient(spec.predictor.score(state.predictor, x, self.layer))
             gates, off = self._split(scores), self._split(self._off(x))
-        mask = unsettled(
-            tuple(gate.astype(jnp.float32) for gate in gates),
-            off,
-            None if len(spec.gates) == spec.projections else self._reach(x),
-            self._vectors(),
-            spec=spec,
-            activation=self.activation,
+        ends = {
+            p: Interval(gate - error, gate + error)
+            for p, gate, error in zip(spec.gates, gates, off, strict=True)
+        }
+        if len(ends) < spec.projections:
+            reach = self._reach(x)
+            ends |= {
+                p: Interval(-reach[:, p], reach[:, p])
+                for p in range(spec.projections)
+                if p not in ends
+            }
+        vectors = self._vectors()
+        within = enclosure(
+            lambda *pre: self.activation(pre, vectors),
+            [ends[p] for p in range(spec.projections)],
+            spec.up_dtype,
         )
-        return exact, mask | self._here(state.never)
+        return exact, ~within.is_zero
 
     def gathered(self, x: Array, gates: Array | None, neurons: Array) -> Array:
         """[tokens, d_out] from some neurons of each token, i32[tokens, n], for x: [tokens, d_in].

@@ -8,6 +8,9 @@ that is the all-reduce that the dense block has too.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,11 +19,12 @@ from jax.sharding import PartitionSpec
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
 from hire_rewrite.ops.ffn.ffn import hire_ffn
+from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState, positive_ffn
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.predictors.sharded import fitted_specs
 from hire_rewrite.sharding.rows import RowSharding
 
-__all__ = ["ffn_specs", "sharded_ffn"]
+__all__ = ["ffn_specs", "positive_specs", "sharded_ffn", "sharded_positive_ffn"]
 
 
 def sharded_ffn(
@@ -40,7 +44,46 @@ def sharded_ffn(
     Args:
       together: keep the tokens together, for the activation knows something of each.
     """
+    share = None if budget is None else -(-budget // spec.num_shards)
+    block = functools.partial(hire_ffn, spec=spec.shard, predictor=predictor, budget=share)
+    specs = ffn_specs(state, spec, predictor, sharding)
+    return _on_shards(block, x, state, layer, activation, specs, sharding, together)
 
+
+def sharded_positive_ffn(
+    x: Array,
+    state: PositiveFFNState,
+    layer: Array | int,
+    *,
+    spec: PositiveFFNSpec,
+    activation: Activation,
+    sharding: RowSharding,
+    together: bool,
+) -> Array:
+    """`positive_ffn` on arrays that are sharded as `positive_specs` says: see `sharded_ffn`.
+
+    A device reads all of its rows where its neurons alone are more than its share of the budget.
+    """
+    devices = sharding.num_shards
+    own = dataclasses.replace(
+        spec, width=spec.width // devices, budget=max(1, spec.budget // devices)
+    )
+    block = functools.partial(positive_ffn, spec=own)
+    specs = positive_specs(state, spec, sharding)
+    return _on_shards(block, x, state, layer, activation, specs, sharding, together)
+
+
+def _on_shards(
+    block: Callable[..., Array],
+    x: Array,
+    state: Any,
+    layer: Array | int,
+    activation: Activation,
+    specs: Any,
+    sharding: RowSharding,
+    together: bool,
+) -> Array:
+    """The sum of what each device's rows make of x: [tokens, d_in]."""
     count = x.shape[0]
 
     def on_some(pre: tuple[Array, ...], vectors: tuple[Array, ...]) -> Array:
@@ -49,21 +92,10 @@ def sharded_ffn(
         h = activation(tuple(jnp.pad(array, missing) for array in pre), vectors)
         return h[: pre[0].shape[0]]
 
-    def on_shard(x: Array, state: FFNState, layer: Array) -> Array:
-        share = None if budget is None else -(-budget // spec.num_shards)
-        y = hire_ffn(
-            x,
-            state,
-            layer,
-            spec=spec.shard,
-            activation=on_some,
-            predictor=predictor,
-            budget=share,
-        )
-        return lax.psum(y, sharding.axes)
+    def on_shard(x: Array, state: Any, layer: Array) -> Array:
+        return lax.psum(block(x, state, layer, activation=on_some), sharding.axes)
 
     tokens = PartitionSpec(() if together else sharding.token_axes(count))
-    specs = ffn_specs(state, spec, predictor, sharding)
     return sharding.map(on_shard, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
 
 
@@ -78,4 +110,24 @@ def ffn_specs(
         vectors=(rows,) * len(state.vectors),
         predictor=fitted_specs(predictor, state.up, spec.scored_rows, None, sharding),
         norms=None if state.norms is None else rows,
+    )
+
+
+def positive_specs(
+    state: PositiveFFNState, spec: PositiveFFNSpec, sharding: RowSharding
+) -> PositiveFFNState:
+    """`ffn_specs` of a block without its zeros, with one gate and rows that are not encoded."""
+    rows: Any = sharding.along(1)
+    norms: Any = sharding.along(2)
+    guess: Any = {}
+    if spec.predictor is not None:
+        guess = fitted_specs(spec.predictor, state.up["rows"], spec.width, None, sharding)
+    return PositiveFFNState(
+        gates=dict.fromkeys(state.gates, rows),
+        up=dict.fromkeys(state.up, rows),
+        down=dict.fromkeys(state.down, rows),
+        vectors=(rows,) * len(state.vectors),
+        predictor=guess,
+        bound=dict.fromkeys(state.bound, rows),
+        norms=norms,
     )

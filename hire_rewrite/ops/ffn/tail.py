@@ -54,7 +54,7 @@ def hire_predicted_ffn(
     Returns:
       spec.down_dtype[tokens, d_out]. NaN where x is.
 
-    Example:
+    Examples:
       >>> import dataclasses, jax
       >>> from hire_rewrite.ops.encodings import Blocks, Float
       >>> up, down = jax.random.normal(jax.random.key(0), (2, 64, 32))  # a row for each neuron

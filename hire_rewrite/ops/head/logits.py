@@ -9,31 +9,51 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.gather import gathered_matmul
+from hire_rewrite.ops.encodings import picked_products
+from hire_rewrite.ops.gather import gather_rows, gathered_matmul
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState, best
 from hire_rewrite.ops.head.tail import at, with_tail
 from hire_rewrite.ops.predictors import Predictor, optimistic
 from hire_rewrite.ops.top_k.select import scatter
 
-__all__ = ["candidates_of", "dense_logits", "exact_values", "finished", "gathered_logits"]
+__all__ = [
+    "candidates_of",
+    "dense_logits",
+    "exact_values",
+    "finished",
+    "gathered",
+    "gathered_logits",
+]
 
 
 def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
-    """[tokens, V] for x: [tokens, d]."""
-    rows = lax.dynamic_index_in_dim(state.rows, layer, keepdims=False)[: spec.width]
-    return lax.dot_general(
+    """[tokens, V] for x: [tokens, d], by the best rows that are held: as the model has them, or as
+    they are stored."""
+    held = state.rows if spec.exact is None else state.dense
+    dtype, out_dtype = spec.compute_dtype, spec.out_dtype
+    if spec.exact is None or held is not None:
+        rows = lax.dynamic_index_in_dim(held, layer, keepdims=False)
+    else:
+        rows = spec.exact.decode(state.rows, layer)
+        if not spec.certify:
+            x, dtype, out_dtype = x.astype(jnp.float32), rows.dtype, rows.dtype
+    products = lax.dot_general(
         x,
-        rows.astype(spec.compute_dtype),
+        rows[: spec.width].astype(dtype),
         (((1,), (1,)), ((), ())),
         precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        preferred_element_type=out_dtype,
     )
+    return products.astype(spec.out_dtype)
 
 
 def gathered_logits(
     x: Array, state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec
 ) -> Array:
     """Exact raw logits [tokens, c] of each token's own rows: i32[tokens, c]."""
+    if spec.exact is not None:
+        products = picked_products(spec.exact, x, state.rows, layer, rows)
+        return products.astype(spec.out_dtype)
     return gathered_matmul(
         x,
         state.rows,
@@ -43,6 +63,15 @@ def gathered_logits(
         out_dtype=spec.out_dtype,
         precision=spec.precision,
     )
+
+
+def gathered(state: HeadState, layer: Array | int, rows: Array, spec: HeadSpec) -> Array:
+    """[*rows.shape, d], the rows with these numbers as the model's product has them."""
+    if spec.exact is None:
+        some = gather_rows(state.rows, layer, rows)
+    else:
+        some = spec.exact.decode_rows(state.rows, layer, rows)
+    return some.astype(spec.compute_dtype)
 
 
 def candidates_of(
@@ -73,7 +102,7 @@ def candidates_of(
         count = -(-count // spec.num_shards) * spec.num_shards
         return rows_of(greatest(scores[:, : spec.width], count))
 
-    scores = predictor.score(state.predictor, x, layer, choose)
+    scores = predictor.score(state.guessing(predictor), x, layer, choose)
     better = optimistic(scores, state.predictor, layer)[:, : spec.width]
     places = greatest(better, spec.candidates)
     return scores[:, : spec.width], places, rows_of(places)

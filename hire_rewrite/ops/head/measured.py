@@ -27,7 +27,10 @@ def measured_head(
     predictor: Predictor,
 ) -> Measured:
     """All endpoints, each [tokens, V], for x: [tokens, d]; the probabilities of the last one are
-    compared, and the units of the choice are its rows."""
+    compared, and the units of the choice are its rows.
+
+    The rewritten ones are those of `hire_head`, where each token has candidates of its own.
+    """
     scores, places, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     raw = dense_logits(x, state, layer, spec)
     dense, exact = endpoints(raw), exact_values(raw, spec=spec, endpoints=endpoints)
@@ -36,8 +39,13 @@ def measured_head(
         rewritten, proved = certified(
             x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
         )
+    elif spec.num_shards == 1 and rows.shape[-1] >= spec.width:
+        rewritten = exact
     else:
-        rewritten = finished(scores, rows, at(raw, rows), places, spec, endpoints)
+        stored = (
+            raw if state.dense is None else dense_logits(x, state._replace(dense=None), layer, spec)
+        )
+        rewritten = finished(scores, rows, at(stored, rows), places, spec, endpoints)
     last = dense[-1].astype(jnp.float32)
     order = optimistic(scores, state.predictor, layer).astype(spec.out_dtype)
     guessed = endpoints(order)[-1].astype(jnp.float32)

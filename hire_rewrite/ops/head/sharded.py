@@ -8,6 +8,9 @@ Between devices travel the greatest values alone, for the limit that keeps wrong
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
@@ -16,7 +19,7 @@ from hire_rewrite.ops.head.logits import gathered_logits
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.head.tail import at, with_tail
 from hire_rewrite.ops.predictors import Predictor, optimistic
-from hire_rewrite.ops.predictors.sharded import fitted_specs
+from hire_rewrite.ops.predictors.sharded import fitted_specs, specs_of
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import scatter, top_k
 from hire_rewrite.sharding.rows import RowSharding
@@ -37,12 +40,12 @@ def sharded_head(
     """`hire_head` on arrays that are sharded as `head_specs` says, a shard for each device."""
     some = sharding.token_axes(x.shape[0])
     tokens, whole, across = P(some), P(), P(some, sharding.axes)
-    specs = head_specs(state, spec, predictor, sharding)
+    specs = head_specs(state, x.shape[1], spec, predictor, sharding)
     padding = ((0, 0), (0, spec.rows - spec.width))
     count = spec.candidates // spec.num_shards
 
     def guess(x: Array, state: HeadState, layer: Array) -> Array:
-        return predictor.score(state.predictor, x, layer)
+        return predictor.score(state.guessing(predictor), x, layer)
 
     def compute(
         x: Array,
@@ -82,8 +85,11 @@ def sharded_head(
 
 
 def head_specs(
-    state: HeadState, spec: HeadSpec, predictor: Predictor, sharding: RowSharding
+    state: HeadState, d: int, spec: HeadSpec, predictor: Predictor, sharding: RowSharding
 ) -> HeadState:
     """How the packed arrays (or shapes) of a head are sharded: a `PartitionSpec` for each."""
-    fitted = fitted_specs(predictor, state.rows, state.rows.shape[1], spec.candidates, sharding)
-    return HeadState(sharding.along(1), fitted, {})  # type: ignore[arg-type]
+    exact, along = spec.exact, sharding.along(1)
+    like = state.rows if exact is None else jax.ShapeDtypeStruct((d,), spec.compute_dtype)
+    fitted = fitted_specs(predictor, like, spec.rows, spec.candidates, sharding)
+    rows: Any = along if exact is None else specs_of(exact.store, like, spec.rows, sharding)
+    return HeadState(rows, fitted, {}, None if state.dense is None else along)  # type: ignore[arg-type]

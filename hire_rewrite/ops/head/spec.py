@@ -11,6 +11,7 @@ from jax import Array
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import rounding
+from hire_rewrite.ops.encodings import Coarse, Encoding
 from hire_rewrite.ops.predictors import State
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import sharded_top_k
@@ -38,6 +39,7 @@ class HeadSpec:
       num_shards: the rows are taken as so many equal shards, one behind the other, and of each
         shard the same number are candidates: one shard for each device.
       recall_target: of searches for the greatest values of all devices (see `da_top_k`).
+      exact: how the rows are stored; None for as the model has them.
     """
 
     width: int
@@ -51,6 +53,7 @@ class HeadSpec:
     certify: int = 0
     num_shards: int = 1
     recall_target: float = 1.0
+    exact: Encoding | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates <= self.width:
@@ -87,14 +90,24 @@ class HeadSpec:
 
 
 class HeadState(NamedTuple):
-    """The arrays of a head: rows [L, spec.rows, d], and the predictor's with the same leading axis.
+    """The arrays of a head, with a leading axis of layers.
 
-    `bound` are those of `Certifying.fit_bound`, if the head is certified.
+    Attributes:
+      rows: [L, spec.rows, d], or what `spec.exact` stores of them.
+      predictor: the predictor's; none of its own where it is `Coarse`.
+      bound: those of `Certifying.fit_bound`, if the head is certified.
+      dense: the rows as the model has them, beside stored ones that were rounded; None where they
+        are not held.
     """
 
-    rows: Array
+    rows: Any
     predictor: State
     bound: State = {}  # noqa: RUF012 - a NamedTuple's default; never changed
+    dense: Array | None = None
+
+    def guessing(self, predictor: object) -> State:
+        """The arrays that a predictor reads."""
+        return self.rows if isinstance(predictor, Coarse) else self.predictor
 
 
 def best(values: Array, k: int, num_shards: int = 1) -> tuple[Array, Array]:

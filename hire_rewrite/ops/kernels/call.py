@@ -111,7 +111,10 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tupl
 
 def _batch(
     axis: Any, operands: Sequence[Array], dims: Sequence[int | None], *, call: Call
-) -> tuple[Any, tuple[int, ...]]:
+) -> tuple[Any, tuple[int | None, ...]]:
+    if all(dim is None for dim in dims):  # JAX asks for these too
+        results = call_p.bind(*operands, call=call)
+        return results, (None,) * len(results)
     batched = dataclasses.replace(call, batches=(*call.batches, (tuple(dims), axis.size)))
     results = call_p.bind(*operands, call=batched)
     return results, (0,) * len(results)

@@ -31,7 +31,7 @@ class KernelOperation:
     It is called with arrays (or None) by position, and with settings, which are hashable, by name.
     It returns an array, or a tuple of several.
 
-    Example:
+    Examples:
       >>> @KernelOperation
       ... def scaled(x, *, power):
       ...     return x * 2.0**power
@@ -85,7 +85,7 @@ def register_kernel(
       divisible: whether the compiler can divide the function among devices; where it would have to
         and cannot, the reference runs.
 
-    Example:
+    Examples:
       >>> from hire_rewrite.ops.narrow import matmul
       >>> def by_hand(x, rows, layer, scale=None, offset=None):
       ...     return jnp.dot(x, rows[layer].T)

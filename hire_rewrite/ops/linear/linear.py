@@ -19,7 +19,14 @@ from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored, picked_s
 from hire_rewrite.ops.narrow import times
 from hire_rewrite.ops.top_k.select import set_apart
 
-__all__ = ["LinearSpec", "LinearState", "exact_linear", "hire_linear", "hire_linears"]
+__all__ = [
+    "LinearSpec",
+    "LinearState",
+    "exact_linear",
+    "hire_linear",
+    "hire_linears",
+    "tokenwise_linear",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +73,7 @@ def hire_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Linea
 
     Tokens that may ask for all columns together get them, which reads less than their own.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Blocks, Float
       >>> w, x = jax.random.normal(jax.random.key(0), (64, 32)), jnp.ones((1, 32)).at[0, 3].set(50)
@@ -88,7 +95,7 @@ def hire_linears(
 ) -> list[Array]:
     """`hire_linear` of the same x with several weights, which are read together where they can be.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from hire_rewrite.ops.encodings import Blocks
       >>> w, spec = jax.random.normal(jax.random.key(0), (64, 32)), LinearSpec(Blocks(4))
@@ -124,6 +131,41 @@ def exact_linear(x: Array, state: LinearState, layer: Array | int, *, spec: Line
     else:
         return _by_columns(x, state, layer, spec.columns)
     return times(x, rows, None)
+
+
+def tokenwise_linear(
+    x: Array, state: LinearState, layer: Array | int, *, spec: LinearSpec
+) -> Array:
+    """f32[tokens, n], what `hire_linear` computes for each token in a call of its own.
+
+    In dense arithmetic, for any number of tokens x: [tokens, d]: no token has more columns, or
+    inputs that are rounded less, because there are others beside it.
+
+    Example:
+      >>> import jax
+      >>> from hire_rewrite.ops.encodings import Blocks, Float
+      >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 32))
+      >>> def packed(encoding, rows):
+      ...     return jax.tree.map(lambda array: array[None], encoding.store(rows))  # one layer
+      >>> spec = LinearSpec(Blocks(4), k=1, columns=Float("float32"))
+      >>> state = LinearState(packed(spec.encoding, w), packed(spec.columns, w.T))
+      >>> apart = jnp.concatenate([hire_linear(row[None], state, 0, spec=spec) for row in x])
+      >>> together = hire_linear(x, state, 0, spec=spec)  # by all columns
+      >>> y = tokenwise_linear(x, state, 0, spec=spec)
+      >>> bool(abs(y - apart).max() < 1e-4), bool(abs(y - together).max() < 1e-4)
+      (True, False)
+    """
+    x, columns, encoding = x.astype(jnp.float32), spec.columns, spec.encoding
+    others = x
+    if columns is not None:
+        if spec.takes_all(1, x.shape[1]):
+            return _by_columns(x, state, layer, columns)
+        others = set_apart(x, lax.stop_gradient(jnp.abs(x)), k=spec.k)[2]
+    if spec.round_inputs:
+        y = encoding.product(others, state.rows, layer, round_inputs=True)
+    else:
+        y = times(others, encoding.decode(state.rows, layer), None)
+    return y if columns is None else y + _by_columns(x - others, state, layer, columns)
 
 
 def _by_columns(x: Array, state: LinearState, layer: Array | int, columns: Encoding) -> Array:

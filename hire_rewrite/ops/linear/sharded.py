@@ -9,16 +9,14 @@ too. Tokens are sharded over the other axes of the mesh.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from hire_rewrite.ops.linear.linear import LinearSpec, LinearState
 from hire_rewrite.sharding.rows import RowSharding
 
-__all__ = ["sharded_linears", "sharded_lookup"]
+__all__ = ["sharded_linears"]
 
 
 def sharded_linears(
@@ -49,36 +47,3 @@ def sharded_linears(
     mapped = sharding.map(on_shard, (inputs, [shards] * len(states), P()), [outputs] * len(states))
     results: list[Array] = mapped(x, list(states), layer)
     return results
-
-
-def sharded_lookup(
-    decode: Callable[[LinearState, Array | int, Array], Array],
-    state: LinearState,
-    layer: Array | int,
-    places: Array,
-    n: int,
-    *,
-    sharding: RowSharding,
-) -> Array:
-    """Rows of a weight [n, d] that is sharded as in `sharded_linears`, f32[*places.shape, d].
-
-    Each device decodes those that it has; the sum of all, one of which is not zero, is exact.
-
-    Args:
-      decode: (state, layer, numbers of rows) to the rows on one device.
-      places: i32[...], numbers of rows.
-    """
-    count = n * sharding.num_columns // sharding.num_shards
-
-    def on_shard(state: LinearState, layer: Array, places: Array) -> Array:
-        if not sharding.rows:
-            return decode(state, layer, places)
-        own = places - lax.axis_index(sharding.rows) * count
-        rows = decode(state, layer, jnp.clip(own, 0, count - 1))
-        here = ((own >= 0) & (own < count))[..., None]
-        return lax.psum(jnp.where(here, rows, 0), sharding.rows)
-
-    found = P(*(None,) * places.ndim, sharding.columns)
-    mapped: Any = sharding.map(on_shard, (P(sharding.axes), P(), P()), found)
-    rows: Array = mapped(state, layer, places)
-    return rows

@@ -45,7 +45,7 @@ class Cascade:
     Raises:
       HireRewriteError: one of the predictors cannot do its part, or `keep` is out of range.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> predictor = hire.Cascade(hire.LowRank(16), hire.Quantized(), keep=64)
       >>> predictor.bytes(4096, 64, "float32") < hire.Quantized().bytes(4096, 64, "float32")

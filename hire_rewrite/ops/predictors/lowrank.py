@@ -92,7 +92,7 @@ class LowRank:
     Raises:
       HireRewriteError: the rank is not a positive int, or another number of bits.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, hire_rewrite as hire
       >>> from hire_rewrite.ops.moments import Moments
       >>> rows, seen = jax.random.normal(jax.random.key(0), (2, 512, 64))

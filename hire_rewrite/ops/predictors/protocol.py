@@ -93,13 +93,14 @@ PredictorType = TypeVar("PredictorType", bound=type)
 def register_predictor(cls: PredictorType) -> PredictorType:
     """Let rules that hold such a predictor be saved and loaded: a decorator of a dataclass.
 
-    Example::
-
-        @register_predictor
-        @dataclasses.dataclass(frozen=True)
-        class Signs:
-            bits: int = 1
-            ...
+    Examples:
+      ```python
+      @register_predictor
+      @dataclasses.dataclass(frozen=True)
+      class Signs:
+          bits: int = 1
+          ...
+      ```
 
     Raises:
       HireRewriteError: another class of this name is registered.
@@ -167,7 +168,7 @@ class ScoresRows(Protocol):
 
 
 @runtime_checkable
-class Certifying(Protocol):
+class Certifying(Predictor, Protocol):
     """A predictor that knows how wrong it can be (see `docs/certify.md`)."""
 
     @property

@@ -45,7 +45,7 @@ class Quantized:
     Raises:
       HireRewriteError: another number of bits, or a block that is not even, or one for 8 bits.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, hire_rewrite as hire
       >>> rows = jax.random.normal(jax.random.key(0), (512, 64))
       >>> state = jax.tree.map(lambda array: array[None], hire.Quantized(8).fit(rows))  # one layer

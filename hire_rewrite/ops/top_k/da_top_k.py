@@ -84,7 +84,7 @@ def da_top_k(
     Raises:
       HireRewriteError: an argument does not fit; it says which and what would.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, hire_rewrite as hire
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
       >>> logits = jnp.sin(jnp.arange(64.0))[None]

@@ -8,11 +8,14 @@ to jaxlib 0.11, where one of the two results is not used.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from hire_rewrite.errors import HireRewriteError
@@ -63,7 +66,6 @@ def top_k_operation(scores: Array, *, k: int) -> tuple[Array, Array]:
     )
 
 
-@KernelOperation
 def set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Array]:
     """The groups of values with the greatest scores, and the values that are left.
 
@@ -77,18 +79,42 @@ def set_apart(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Ar
       apart: [tokens, k · n / G], their values, in this order.
       others: [tokens, n], all values with those zero.
 
-    Example:
+    Examples:
       >>> places, apart, others = set_apart(jnp.array([[3.0, -5, 1]]), jnp.array([[3, 5, 1]]), k=1)
       >>> places.tolist(), apart.tolist(), others.tolist()
       ([[1]], [[-5.0]], [[3.0, 0.0, 1.0]])
     """
-    (tokens, n), groups = values.shape, scores.shape[1]
+    return _set_apart(values, scores, k)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _set_apart(values: Array, scores: Array, k: int) -> tuple[Array, Array, Array]:
+    return set_apart_operation(values, scores, k=k)
+
+
+@_set_apart.defjvp
+def _(k: int, primals: Any, tangents: Any) -> Any:
+    """In the order of the places that were returned, which a kernel chooses."""
+    places, apart, others = _set_apart(*primals, k)
+    none = np.zeros(places.shape, jax.dtypes.float0)
+    moved = _split(tangents[0], places, primals[1].shape[1])
+    return (places, apart, others), (none, *moved)
+
+
+@KernelOperation
+def set_apart_operation(values: Array, scores: Array, *, k: int) -> tuple[Array, Array, Array]:
+    """What platforms may compute otherwise in `set_apart`."""
     places = top_k(scores, k)[1]
+    return places, *_split(values, places, scores.shape[1])
+
+
+def _split(values: Array, places: Array, groups: int) -> tuple[Array, Array]:
+    """The values of the groups at these places, and all values with those zero."""
+    tokens, n = values.shape
     by_group = values.reshape(tokens, groups, n // groups)
     apart = jnp.take_along_axis(by_group, places[..., None], axis=1)
-    apart = apart.reshape(tokens, k * (n // groups))
     others = jnp.where(marked(places, groups)[..., None], jnp.zeros_like(by_group), by_group)
-    return places, apart, others.reshape(tokens, n)
+    return apart.reshape(tokens, places.shape[1] * (n // groups)), others.reshape(tokens, n)
 
 
 def sharded_top_k(scores: Array, k: int, num_shards: int) -> tuple[Array, Array]:

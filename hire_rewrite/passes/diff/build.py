@@ -14,7 +14,7 @@ from hire_rewrite.passes.diff.align import Alignment
 from hire_rewrite.passes.diff.code import Code, Inner, Line
 from hire_rewrite.passes.diff.keys import type_of
 from hire_rewrite.passes.diff.notes import Notes, Path
-from hire_rewrite.passes.diff.reads import bytes_read
+from hire_rewrite.passes.diff.reads import bytes_read, stacks_inside
 from hire_rewrite.passes.diff.regions import regions_of
 from hire_rewrite.passes.diff.value import Block, Call, Equation, Listing, Note, Region, Row, Same
 
@@ -23,11 +23,13 @@ Names = dict[Any, str]
 
 @dataclasses.dataclass(frozen=True)
 class _Around:
-    """Where a block stands: the path of equations, the words for it, and how often it runs."""
+    """Where a block stands: the path of equations, the words for it, how often it runs, and in a
+    site the values that hold a layer for each run."""
 
     path: Path = ()
     inside: tuple[str, ...] = ()
     runs: int | None = 1
+    stacks: frozenset[Any] = frozenset()
 
 
 class Builder:
@@ -201,14 +203,18 @@ class Builder:
             file=file,
             line=number,
             function=function,
-            bytes=bytes_read(line) * (around.runs or 1),
+            bytes=bytes_read(line, around.stacks) * (around.runs or 1),
             milliseconds=self._notes.milliseconds.get(path) if notes else None,
             notes=self._notes.at(path) if notes and inner else (),
             inner=tuple(listings),
         )
 
     def _listing(self, line: Line, inner: Inner, names: Names, around: _Around) -> Listing:
-        around = _inside(around, line, inner, line.primitive)
+        stacks = around.stacks
+        if line.is_site:  # what is packed has an axis of layers
+            stacks = frozenset(v for v, name in names.items() if self._notes.is_packed(name))
+        stacks = stacks_inside(line, inner, stacks)
+        around = dataclasses.replace(_inside(around, line, inner, line.primitive), stacks=stacks)
         inside = self._inner_names(line, inner, names)
         inside |= {v: f"closure[{type_of(v)}]" for v in inner.code.constants}
         self._letters_for(inner.code, inside)

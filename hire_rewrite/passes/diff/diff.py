@@ -35,7 +35,7 @@ class Diff:
 
     Prints as text; a notebook shows it as HTML.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, hire_rewrite as hire
       >>> changes = hire.diff(lambda x: jnp.exp(jnp.sin(x)), lambda x: jnp.exp(x * 2), 1.0)
       >>> changes
@@ -111,7 +111,7 @@ class Diff:
     def to_json(self, path: str | None = None) -> str:
         """The diff as JSON, equal wherever it is made; written to `path` if it is given.
 
-        Example:
+        Examples:
           >>> import json, jax.numpy as jnp, hire_rewrite as hire
           >>> changes = hire.diff(jnp.sin, jnp.cos, jnp.ones(3))
           >>> json.loads(changes.to_json())["regions"][0]["bytes"]
@@ -126,7 +126,7 @@ class Diff:
         """Write it to a file, in the form that the name's ending says: `.html`, `.json`, `.dot`,
         or text.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
           >>> import pathlib, tempfile
           >>> with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from hire_rewrite.cost import machine as machines
@@ -28,6 +29,14 @@ class Notes:
     def at(self, path: Path) -> tuple[Note, ...]:
         """The notes of an equation and of all inside it."""
         return self.notes.get(path, ())
+
+    @functools.cached_property
+    def _packed(self) -> frozenset[str]:
+        return frozenset(note.packed for notes in self.notes.values() for note in notes)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a value of this name is an array that a site packed, with all of its layers."""
+        return name.rpartition(":")[0] in self._packed - {""} and not name.endswith("]")
 
 
 def notes_of(plan: Plan, decisions: Sequence[Decision], detection: Detection) -> Notes:

@@ -21,7 +21,7 @@ class Box:
     """Layers that differ in the numbers of their names alone.
 
     Attributes:
-      name: of all, as `layers/{0…29}/w_up`.
+      name: of all, as `layers/{0..29}/w_up`.
       layer: the first of them.
       count: runs of all of them in one call.
       bytes_before, bytes_after: of all of them.

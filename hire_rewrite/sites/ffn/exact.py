@@ -39,14 +39,20 @@ class Positives(NamedTuple):
 class RawBlock:
     """A block on its weights as they are, run in two halves: to its hidden activations, and on."""
 
-    def __init__(self, match: FFNMatch, spec: FFNSpec) -> None:
-        self.match, self.spec = match, spec
+    def __init__(self, match: FFNMatch, spec: FFNSpec | None = None) -> None:
+        self.match, self._spec = match, spec
         nodes = sorted(match.nodes, key=lambda node: node.index)
         made = {value for node in nodes for value in node.outs}
         reads = (value for node in nodes for value in node.ins if value not in made)
         self.inputs = arguments((*reads, match.x))
         front = [node for node in nodes if node not in match.tail]
         self._front = _steps(front, {*self.inputs, *made})
+
+    @property
+    def spec(self) -> FFNSpec:
+        """What is chosen, where a top k is."""
+        assert self._spec is not None
+        return self._spec
 
     def exact_ffn(self, ins: Sequence[Any]) -> list[Any]:
         """The outputs of the exact top k in dense arithmetic, of the arrays for `inputs`."""
@@ -82,7 +88,7 @@ class RawBlock:
             run_node(step, env)
         region = self.match.region
         hidden = to_tokens(env[region.value], (region.axis,))
-        by_output = getattr(self.spec, "criterion", None) == "output"
+        by_output = self._spec is not None and self._spec.criterion == "output"
         return env, hidden, self._norms(env) if by_output else None
 
     def _down(self, env: Mapping[Value, Any], hidden: Any) -> Any:

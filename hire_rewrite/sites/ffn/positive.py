@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -14,18 +15,20 @@ import numpy as np
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.certify import rounding
-from hire_rewrite.ops.encodings import Encoding, Float, narrowest
+from hire_rewrite.ops.encodings import Encoding, Float, Stored, narrowest
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
+from hire_rewrite.ops.ffn.sharded import positive_specs, sharded_positive_ffn
 from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
 from hire_rewrite.rules import count
+from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.activation import zeroing_gates
 from hire_rewrite.sites.ffn.block import BlockOperation
 from hire_rewrite.sites.ffn.exact import Positives, RawBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import second_rows, siblings
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
+from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
 from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
@@ -64,14 +67,19 @@ def positive_operation(
     """
     match: FFNMatch = site.match
     told = told or PositiveStatistics()
-    if site.sharding.mesh is not None or site.sharding.region is not None:
-        where = f"sharded over {site.sharding}" if site.sharding.axes else "in a shard_map"
-        raise Unfit(f'it is {where}, which k="positive" does not support; give a number or share')
+    if site.sharding.region is not None:
+        raise Unfit('it is in a shard_map, which k="positive" does not support; give a number')
     gates = zeroing_gates(match.region) if match.activation.keeps is None else ()
     if not gates:
         raise Unfit(
             f"its activation ({match.activation.name}) is not seen to make a neuron zero, and "
             'k="positive" leaves out those that are; give a number or share'
+        )
+    devices = site.sharding.num_shards
+    if devices > 1 and (len(gates) > 1 or rule.exact is not None or match.region.size % devices):
+        raise Unfit(
+            f"it is sharded over {site.sharding}, and its neurons can be divided alike only with "
+            "one gate and rows as the model has them"
         )
     known = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
     up, down, width = match.linears[0], match.down, match.region.size
@@ -193,7 +201,8 @@ class PositiveOperation(BlockOperation):
 
     @property
     def examines(self) -> bool:
-        return self.rule.exact is None and self._told.up is None
+        sharded = self.site.sharding.mesh is not None
+        return self.rule.exact is None and self._told.up is None and not sharded
 
     @property
     def needs_calibration(self) -> bool:
@@ -209,11 +218,14 @@ class PositiveOperation(BlockOperation):
         else:
             how = f"guessed by {spec.predictor} within {spec.margin} standard deviations"
         stored = "" if isinstance(spec.up, Float) else f", rows as {spec.up}"
-        return f"the neurons of {spec.width} that are not zero{seen}, {how}{stored}"
+        where = self.site.sharding.describe()
+        return f"the neurons of {spec.width} that are not zero{seen}, {how}{stored}{where}"
 
     def reads(self, tokens: int) -> list[Read]:
         """Rows of several tokens are counted as if they shared none."""
-        spec, d, share = self.spec, self.site.d_model, self._share
+        d, share, devices = self.site.d_model, self._share, self.site.sharding.num_shards
+        width, budget = (count // devices for count in (self.spec.width, self.spec.budget))
+        spec = dataclasses.replace(self.spec, width=width, budget=max(1, budget))
         reads, picked = self._shared_reads(tokens), tokens * math.ceil(share * spec.width)
         if share * spec.width > spec.budget:  # then all are read, in one piece
             rows = spec.width * len(spec.picked)
@@ -227,12 +239,14 @@ class PositiveOperation(BlockOperation):
         if spec.predictor is None:
             return [*reads, *spec.up.reads(len(spec.gates) * spec.width, d, tokens)]
         dtype = narrow(self._match.linears[0].weight).dtype
-        return [*reads, *reads_of(spec.predictor, *self.scored, dtype, tokens)]
+        return [*reads, *reads_of(spec.predictor, len(spec.gates) * width, d, dtype, tokens)]
 
-    def examine(self, weights: WeightRows) -> PositiveStatistics:
+    def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match = self._match
         up = jnp.concatenate([weights.projection(p) for p in match.region.projections], axis=1)
         down, _ = second_rows(self.site, weights)
+        if not all(bool(jnp.isfinite(rows).all()) for rows in (up, down)):
+            return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
         first, second = (narrowest(np.asarray(rows)) for rows in (up, down))
         return dataclasses.replace(
             self._told,
@@ -250,6 +264,7 @@ class PositiveOperation(BlockOperation):
         up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
         layers, _, _, d_in = up.shape
         down, joined = second_rows(self.site, weights)
+        up = self.site.sharding.put_rows(up, 2)
         rows = up[:, spec.gates, :, :].reshape(layers, -1, d_in)
         picked = jnp.swapaxes(up[:, spec.picked, :, :], 1, 2).reshape(layers, -1, d_in)
         guess: Any = {}
@@ -259,24 +274,40 @@ class PositiveOperation(BlockOperation):
             bound = map_layers(spec.predictor.fit_bound, rows.astype(spec.compute_dtype), guess)
         wide = up.astype(spec.compute_dtype)
         return PositiveFFNState(
-            gates=stored_rows(spec.up, rows) if spec.predictor is None else {},
-            up=stored_rows(spec.up, picked) if spec.picked else {},
-            down=stored_rows(spec.down, down),
+            gates=self._stored(spec.up, rows) if spec.predictor is None else {},
+            up=self._stored(spec.up, picked) if spec.picked else {},
+            down=self._stored(spec.down, down),
             vectors=weights.vectors(match.region),
             predictor=guess,
             bound=bound,
             norms=rounding.norms(wide),
-            never=~(jnp.isfinite(wide).all((1, 3)) & jnp.isfinite(down).all(2)),
             fused=siblings(match, weights),
             joined=joined,
         )
+
+    def _stored(self, encoding: Encoding, rows: Any) -> Stored:
+        if self.site.sharding.mesh is None:
+            return stored_rows(encoding, rows)
+        return encoding.store(rows)  # no device has all of them
+
+    def partition_specs(self, arrays: Any) -> Any:
+        assert isinstance(self.site.sharding, RowSharding)
+        return positive_specs(arrays, self.spec, self.site.sharding)
+
+    def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
+        stored = jax.tree.leaves((arrays.gates, arrays.up, arrays.down))
+        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
 
     @property
     def holds_weights(self) -> bool:
         return self.rule.exact is None
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        return self._replacements(silent(ops.positive_ffn), arrays, ("rewritten",))
+        block, sharding = ops.positive_ffn, self.site.sharding
+        if isinstance(sharding, RowSharding):
+            together = bool(self._match.region.sides)
+            block = functools.partial(sharded_positive_ffn, sharding=sharding, together=together)
+        return self._replacements(silent(block), arrays, ("rewritten", sharding))
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.dense_positive_ffn), arrays, ("dense",))
@@ -288,7 +319,7 @@ class PositiveOperation(BlockOperation):
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 
     def observed(self) -> SiteReplacement:
-        block = RawBlock(self._match, self.spec)
+        block = RawBlock(self._match)
 
         def run(ins: Sequence[Any], *_: Any) -> Any:
             return block.positive(ins)

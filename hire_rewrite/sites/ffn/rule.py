@@ -23,7 +23,7 @@ _OF_PREDICTED = (*_ENCODINGS, "round_inputs")
 class FFN(Rule):
     """Run FFN blocks on the neurons that count: the top k, or those that are not zero.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> hire.FFN(k=0.05, candidates=0.1, predictor=hire.LowRank(128))
       FFN(k=0.05, candidates=0.1, predictor=LowRank(rank=128))
@@ -132,7 +132,7 @@ class FFN(Rule):
         """Raise HireRewriteError if a setting is for a top k, or for another k than "positive"."""
         margin, positive = self.margin, self.k == "positive"
         number = isinstance(margin, numbers.Real) and not isinstance(margin, bool)
-        if margin != "proved" and not (number and 0 < float(margin) < math.inf):  # type: ignore[arg-type]
+        if margin != "proved" and not (number and 0 < float(margin) < math.inf):
             raise HireRewriteError(
                 f'FFN: margin={margin!r} must be "proved" or a positive number of standard '
                 "deviations, such as 3.0"

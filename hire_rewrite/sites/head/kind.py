@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hire_rewrite.ops.encodings import Coarse
 from hire_rewrite.ops.predictors import Quantized
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.sharding.manual import vocabulary_shards
@@ -14,6 +16,7 @@ from hire_rewrite.sites.head.operation import HeadOperation
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.head.sizes import head_spec
 from hire_rewrite.sites.kind import Functions, Logits, MatchedSite, SiteKind
+from hire_rewrite.sites.lookup import lookups_of
 
 
 class HeadKind(SiteKind):
@@ -25,7 +28,10 @@ class HeadKind(SiteKind):
     def match(self, linear: Linear, context: MatchContext, rules: Sequence[Any]) -> HeadMatch:
         widths = {rule.min_width for rule in rules}
         least = min(width or MIN_WIDTH for width in widths) if widths - {None} else None
-        return match_head(linear, context, least, vocabulary_shards(context.trace, linear))
+        match = match_head(linear, context, least, vocabulary_shards(context.trace, linear))
+        if any(rule.exact is not None and rule.lookups for rule in rules):
+            return dataclasses.replace(match, lookups=lookups_of(linear, context))
+        return match
 
     def default_rule(self, match: HeadMatch) -> Head | None:
         return Head() if match.doubt is None else None
@@ -54,9 +60,12 @@ class HeadKind(SiteKind):
         return Logits(value, *match.places[value])
 
     def trials(self, site: MatchedSite, rule: Head | None) -> Sequence[Head]:
-        return [(rule or Head()).replace(predictor=Quantized(bits)) for bits in (4, 8)]
+        rule = rule or Head()
+        if isinstance(rule.guesses_by, Coarse):
+            return [rule]
+        return [rule.replace(predictor=Quantized(bits)) for bits in (4, 8)]
 
     def resolve(
         self, site: MatchedSite, rule: Head, statistics: Any, functions: Functions
     ) -> HeadOperation:
-        return HeadOperation(site, rule, head_spec(site, rule))
+        return HeadOperation(site, rule, head_spec(site, rule), lossless=statistics is True)

@@ -42,6 +42,7 @@ class HeadMatch(Match):
       places: the vocabulary in each value from the logits to the outputs.
       results: the values that others read.
       top_ks: the operations behind them that look for the greatest of the whole vocabulary.
+      lookups: where rows of its weight are looked up, if a rule may ask for these.
       doubt: why it is a vocabulary only if a rule says so (by `min_width`); None if it surely is.
     """
 
@@ -52,6 +53,7 @@ class HeadMatch(Match):
     results: tuple[Value, ...]
     top_ks: tuple[LogitTopK, ...] = ()
     doubt: str | None = None
+    lookups: tuple[Node, ...] = ()
 
     @property
     def axis(self) -> int:
@@ -70,6 +72,10 @@ class HeadMatch(Match):
     @property
     def nodes(self) -> frozenset[Node]:
         return frozenset({*self.product, *self.epilogue})
+
+    @property
+    def shared(self) -> frozenset[Node]:
+        return frozenset(self.lookups)
 
     @property
     def side_inputs(self) -> tuple[Value, ...]:

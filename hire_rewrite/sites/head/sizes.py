@@ -6,9 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify.proof import chain_of
+from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.head.spec import HeadSpec
 from hire_rewrite.ops.predictors import Cascade, certifies
 from hire_rewrite.ops.top_k.recall import kept_per_shard
@@ -30,10 +33,10 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
     linear, width, sharding = match.linear, match.width, site.sharding
     k = count(rule.k, width, f"{site.name}: k")
     candidates = candidate_count(site.name, rule, k, min(width, max(256, 4 * k)), width)
-    num_shards = sharding.num_shards
+    num_shards, predictor = sharding.num_shards, rule.guesses_by
     if num_shards > 1:
-        if rule.certify or isinstance(rule.predictor, Cascade):
-            what = "proofs are" if rule.certify else f"{rule.predictor} is"
+        if rule.certify or isinstance(predictor, Cascade):
+            what = "proofs are" if rule.certify else f"{predictor} is"
             raise Unfit(f"its rows are sharded over {sharding}, where {what} not supported")
         last = width - (num_shards - 1) * -(-width // num_shards)
         kept = kept_per_shard(width, candidates, num_shards, rule.recall_target)
@@ -54,8 +57,35 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
         starts=tuple(match.places[value][1] for value in match.outputs),
         num_shards=num_shards,
         recall_target=rule.recall_target,
+        exact=rule.exact,
     )
+    if rule.exact is not None:
+        _check_exact(site, rule.exact, spec)
     return _certified(site, rule, spec) if rule.certify else spec
+
+
+def _check_exact(site: MatchedSite, exact: Encoding, spec: HeadSpec) -> None:
+    """Raise Unfit if the rows of a head cannot be stored so."""
+    sharding = site.sharding
+    if sharding.region is not None:
+        raise Unfit("it is in a shard_map, which exact= does not support; leave exact out")
+    if sharding.mesh is not None and _of_several_processes(sharding.mesh):
+        raise Unfit(
+            "its rows are sharded over devices of several processes, which exact= does not "
+            "support; leave exact out"
+        )
+    if jnp.float64 in (spec.out_dtype, spec.compute_dtype):
+        raise Unfit(
+            "it computes in float64, and stored numbers are multiplied in float32; leave exact out"
+        )
+    try:
+        exact.check(spec.shard_rows, site.d_model, site=site.name)
+    except HireRewriteError as error:
+        raise Unfit(str(error)) from None
+
+
+def _of_several_processes(mesh: Any) -> bool:
+    return isinstance(mesh, Mesh) and len({d.process_index for d in mesh.devices.flat}) > 1
 
 
 def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
@@ -66,10 +96,10 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
       Unfit: nothing can be proved about this head.
     """
     match: HeadMatch = site.match
-    if not certifies(rule.predictor):
+    if not certifies(rule.guesses_by):
         raise HireRewriteError(
-            f"{site.name}: certify needs a predictor that bounds its errors, and {rule.predictor} "
-            "does not: give Quantized(), or leave certify out"
+            f"{site.name}: certify needs a predictor that bounds its errors, and "
+            f"{rule.guesses_by} does not: give Quantized(), or leave certify out"
         )
     if int(rule.certify) > spec.k:
         raise HireRewriteError(

@@ -20,10 +20,10 @@ from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.rules import Rule, count
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit
-from hire_rewrite.sites.linear.lookup import lookups_of
 from hire_rewrite.sites.linear.operation import LinearOperation
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.linear.shards import shard_size
+from hire_rewrite.sites.lookup import lookups_of
 
 _ENCODINGS = (Blocks(4, minimum=True), Blocks(8))
 _INPUTS = (0, 0.02, 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -21,17 +22,19 @@ from hire_rewrite.ops.linear.linear import (
     exact_linear,
     hire_linear,
     hire_linears,
+    tokenwise_linear,
 )
-from hire_rewrite.ops.linear.sharded import sharded_linears, sharded_lookup
+from hire_rewrite.ops.linear.sharded import sharded_linears
+from hire_rewrite.ops.lookup import sharded_lookup
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.kind import MatchedSite, StaysDense
 from hire_rewrite.sites.linear.experts import on_tokens
-from hire_rewrite.sites.linear.lookup import looked_up
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.linear.shards import narrowest_of_shards, shard_size, stored_shards
+from hire_rewrite.sites.lookup import lookup_replacements
 from hire_rewrite.sites.operation import Operation, SiteCalibration, reporting
 from hire_rewrite.sites.replacement import Joint, SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
@@ -74,6 +77,10 @@ class LinearOperation(Operation):
     def scored(self) -> tuple[int, int]:
         """Of one device."""
         return shard_size(self.layer, self.site.sharding)
+
+    @property
+    def keeps_gradient(self) -> bool:
+        return self.rule.encoding is None and not self.spec.round_inputs
 
     def describe(self) -> str:
         spec, where = self.spec, self.site.sharding.describe()
@@ -161,7 +168,7 @@ class LinearOperation(Operation):
 
     def measured(self, arrays: LinearState, *, follow_exact: bool) -> list[SiteReplacement]:
         def both(x: Array, state: LinearState, layer: Any) -> Measured:
-            runs = _exact_each, _hire_each
+            runs = _exact_each, _tokenwise_each
             exact, rewritten = (self._products(run, x, [state], layer)[0] for run in runs)
             return Measured(exact, rewritten, Comparison(exact, exact, rewritten))
 
@@ -191,27 +198,23 @@ class LinearOperation(Operation):
 
     def _looking_up(self, arrays: LinearState) -> list[SiteReplacement]:
         """What takes the place of the lookups of rows."""
-        site, encoding, n = self.site, self.spec.encoding, self.layer.out_dim
+        encoding, sharding = self.spec.encoding, self.site.sharding
 
         def of_device(state: LinearState, layer: Any, places: Array) -> Array:
             if state.dense is not None:
                 return gather_rows(state.dense, layer, places)
             return encoding.decode_rows(state.rows, layer, places)
 
-        def replacement(node: Node) -> SiteReplacement:
-            def run(ins: Sequence[Any], layer: Any, state: LinearState) -> Any:
-                def decode(places: Array) -> Array:
-                    if isinstance(site.sharding, RowSharding):
-                        where = {"n": n, "sharding": site.sharding}
-                        return sharded_lookup(of_device, state, layer, places, **where)
-                    return of_device(state, layer, places)
-
-                return [looked_up(node, ins[0], decode)], None
-
-            where = frozenset({node}), (node.ins[1],), tuple(node.outs)
-            return SiteReplacement(site.name, *where, run, arrays, site.sharding.region, site.loops)
-
-        return [replacement(node) for node in self._lookups]
+        decode = of_device
+        if isinstance(sharding, RowSharding):
+            decode = functools.partial(
+                sharded_lookup,
+                of_device,
+                count=self.scored[0],
+                specs=PartitionSpec(sharding.axes),
+                sharding=sharding,
+            )
+        return lookup_replacements(self.site, self._lookups, arrays, decode)
 
     def _hired(self, arrays: LinearState) -> SiteReplacement:
         """The layer from its copy, together with others of the same input."""
@@ -252,6 +255,7 @@ class LinearOperation(Operation):
 _hire = jax.jit(hire_linear, static_argnames="spec")
 _hire_several = jax.jit(hire_linears, static_argnames="spec")
 _exact = jax.jit(exact_linear, static_argnames="spec")
+_tokenwise = jax.jit(tokenwise_linear, static_argnames="spec")
 """In a jaxpr and a profile each is one call with a name."""
 
 
@@ -268,3 +272,9 @@ def _exact_each(
     x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
 ) -> Sequence[Array]:
     return [_exact(x, state, layer, spec=spec) for state in states]
+
+
+def _tokenwise_each(
+    x: Array, states: Sequence[LinearState], layer: Any, *, spec: LinearSpec
+) -> Sequence[Array]:
+    return [_tokenwise(x, state, layer, spec=spec) for state in states]

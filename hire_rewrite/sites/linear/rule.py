@@ -20,7 +20,7 @@ class Linear(Rule):
     Of a weight that is sharded over a mesh, by its outputs, its inputs or both, each device encodes
     and reads its own part. Experts are layers side by side, each with the k of its own inputs.
 
-    Example:
+    Examples:
       >>> import hire_rewrite as hire
       >>> hire.Linear(k=0.02, encoding=hire.Blocks(8))
       Linear(k=0.02, encoding=Blocks(bits=8))

@@ -208,24 +208,30 @@ def test_what_was_stored_is_stored_exactly(encoding):
     stored = jax.jit(jax.vmap(encoding.store))(jnp.asarray(ROWS))
     rows = np.stack([np.asarray(encoding.decode(stored, layer)) for layer in range(L)])
     again = encoding.store_exactly(rows)
-    assert again is not None or isinstance(encoding, Nested)
-    for name, array in (again or stored).items():
+    assert again is not None
+    for name, array in again.items():
         assert (array.shape, array.dtype) == (stored[name].shape, stored[name].dtype)
     for layer in range(L):
-        decoded = encoding.decode(jax.tree.map(jnp.asarray, again or stored), layer)
+        decoded = encoding.decode(jax.tree.map(jnp.asarray, again), layer)
         np.testing.assert_array_equal(decoded, rows[layer])
     assert encoding.store_exactly(ROWS) is None
 
 
-def test_nested_rows_hold_grids_of_which_one_end_is_in_use():
-    scale = np.float32(2.0**-7)
-    integers = np.float32(np.random.default_rng(0).integers(-127, 120, (L, N, DIM)))
-    for rows in (integers * scale, -integers * scale):
-        stored = Nested().store_exactly(rows)
-        decoded = Nested().decode(jax.tree.map(jnp.asarray, stored), 1)
-        np.testing.assert_array_equal(decoded, rows[1])
-    integers[0, 0, :2] = 127, -127
-    assert Nested().store_exactly(integers * scale) is None
+@pytest.mark.parametrize(("block", "dtype"), [(32, "float16"), (None, "float32")])
+def test_nested_rows_hold_every_grid_of_8_bits(block, dtype):
+    """Q8_0's and one scale for each row, with blocks that use both ends."""
+    rng = np.random.default_rng(0)
+    integers = np.float32(rng.integers(-127, 128, (L, N, DIM // (block or DIM), block or DIM)))
+    integers[..., 0], integers[..., 1] = 127, -127
+    integers[0, 0, 0, 2] = -128
+    scale = np.float32(rng.uniform(1e-3, 1e-2, integers.shape[:3]).astype(dtype))
+    rows = (integers * scale[..., None]).reshape(L, N, DIM)
+    stored = Nested(block, dtype).store_exactly(rows)
+    stored = jax.tree.map(jnp.asarray, stored)
+    for layer in range(L):
+        np.testing.assert_array_equal(Nested(block, dtype).decode(stored, layer), rows[layer])
+    rows[1, 2, 3] *= 1.001
+    assert Nested(block, dtype).store_exactly(rows) is None
 
 
 def test_other_numbers_are_refused_by_a_few_of_them():

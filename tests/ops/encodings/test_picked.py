@@ -17,6 +17,7 @@ ENCODINGS = (
     Blocks(4, 16, scale="bfloat16"),
     Float("bfloat16"),
     Nested(),
+    Nested(None),
 )
 
 

@@ -45,6 +45,27 @@ class Signs:
         return (Read("scored_int8", self.bytes(n, d), tokens),)
 
 
+@register_encoding
+@dataclasses.dataclass(frozen=True)
+class SignsFirst(Signs):
+    """The rows themselves, which are guessed from their signs."""
+
+    def store(self, rows):
+        return super().store(rows) | {"rows": rows.astype(jnp.float32)}
+
+    def decode(self, stored, layer):
+        return stored["rows"][layer]
+
+    def coarse(self, x, stored, layer, *, round_inputs=False):
+        return x @ Signs.decode(self, stored, layer).T
+
+    def bytes(self, n, d):
+        return super().bytes(n, d) + 4 * n * d
+
+    def coarse_reads(self, n, d, tokens=1):
+        return (Read("scored_int8", Signs.bytes(self, n, d), tokens),)
+
+
 @register_predictor
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -78,6 +99,27 @@ def test_a_predictor_of_an_encoding_runs_and_is_saved(encoding, tmp_path):
     path = str(tmp_path / "rules.json")
     hire.save_rules(rules, path)
     assert hire.load_rules(path) == rules
+
+
+def test_a_head_guesses_by_a_part_of_its_rows(tmp_path):
+    params, x = {"head": normal(0, 64, 512)}, normal(1, 3, 64)
+    rule = hire.Head(k=4, candidates=300, min_width=64, exact=SignsFirst(), force=True)
+    step = hire.transform(lambda params, x: x @ params["head"], rule)
+    packed = step.pack(params, x)
+    assert [leaf.shape for leaf in packed.sites["params/head"].predictor.values()] == []
+    want = np.asarray(x @ params["head"])
+    best = np.argsort(-want, axis=1)[:, :4]
+    got = np.asarray(step(packed, x))
+    np.testing.assert_array_equal(np.argsort(-got, axis=1)[:, :4], best)
+    np.testing.assert_allclose(
+        *(np.take_along_axis(logits, best, axis=1) for logits in (got, want)), rtol=1e-4
+    )
+    assert step.plan(params, x[:1]).sites[0].bytes_after == 512 * 68 + 300 * (64 * 5 + 4)
+    path = str(tmp_path / "rules.json")
+    hire.save_rules([rule], path)
+    assert hire.load_rules(path) == (rule,)
+    with pytest.raises(hire.HireRewriteError, match="certify needs a predictor that bounds"):
+        hire.inspect(step.fn, params, x, rules=[rule.replace(certify=True)])
 
 
 def test_they_are_known_by_name():

@@ -25,7 +25,7 @@ BLOCKS = [
     Blocks(4, 96, minimum=True),
     Blocks(4, 12, minimum=True, scale="float32"),
 ]
-EVERY = [Float(), Float("bfloat16"), Nested(12), *BLOCKS]
+EVERY = [Float(), Float("bfloat16"), Nested(12), Nested(None, "float32"), *BLOCKS]
 
 
 @pytest.fixture(params=["kernels", "chunks", "other backends"])
@@ -57,7 +57,7 @@ def decoded(encoding, arrays):
         return np.where(signed & (numbers > 7), numbers - 16, numbers)
 
     if isinstance(encoding, Nested):
-        integers = 16 * nibbles(arrays["high"], True) + nibbles(arrays["low"], True)
+        integers = 16 * nibbles(arrays["high"], False) + nibbles(arrays["low"], False) - 128
     elif encoding.bits == 4:
         integers = nibbles(arrays["integers"], not encoding.minimum)
     else:
@@ -73,7 +73,7 @@ def steps(encoding, rows):
     blocks = rows.reshape(*rows.shape[:2], -1, encoding.block or rows.shape[-1])
     span = np.ptp(blocks, axis=-1)
     if isinstance(encoding, Nested):
-        return np.abs(blocks).max(-1) / 119
+        return np.abs(blocks).max(-1) / 127
     if encoding.minimum:
         return span / (2**encoding.bits - 1)
     return np.abs(blocks).max(-1) / (127 if encoding.bits == 8 else 7.5)
@@ -143,17 +143,42 @@ def test_inputs_of_bfloat16_rows_stay_float32(platform):
         assert ("tensor<3x16xbf16>" in lowered.as_text()) == round_inputs
 
 
-def test_half_of_nested_rows_are_a_copy_in_4_bits(form):
+@pytest.mark.parametrize("block", [32, None])
+def test_half_of_nested_rows_are_a_copy_in_4_bits(form, block):
     rows, x = normal(0, L, N, DIM), normal(1, 3, DIM)
-    arrays = stored(Nested(), rows)
-    coarse = {"integers": arrays["high"], "scale": 16 * arrays["scale"]}
-    want = Blocks(4, scale="bfloat16").product(x, coarse, 1)
-    np.testing.assert_allclose(Nested().coarse(x, arrays, 1), want, rtol=1e-5, atol=1e-5)
-    copy = decoded(Blocks(4, scale="bfloat16"), coarse)
-    other = Blocks(4, scale="bfloat16")
+    encoding = Nested(block)
+    arrays = stored(encoding, rows)
+    scale = np.asarray(arrays["scale"], np.float64)[..., None]
+    integers = np.rint(decoded(encoding, arrays).reshape(*scale.shape[:3], -1) / scale)
+    middles = 16 * (integers // 16) + 8  # of all that have the same four bits
+    copy = (middles * scale).reshape(L, N, DIM)
+    got = encoding.coarse(x, arrays, 1)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ copy[1].T, rtol=1e-5, atol=1e-4)
+    other = Blocks(4, block)
     usual = decoded(other, stored(other, rows))
     off, usual_off = (np.abs(np.asarray(rows) - r).mean() for r in (copy, usual))
     assert off < 1.1 * usual_off
+    (read,) = encoding.coarse_reads(N, DIM)
+    assert read.bytes == sum(arrays[name][0].nbytes for name in ("high", "scale"))
+
+
+@pytest.mark.parametrize("encoding", [Nested(), Nested(None), Nested(96, "bfloat16")], ids=str)
+def test_how_far_off_the_copy_in_4_bits_may_be(form, encoding):
+    rows, x = normal(0, N, DIM), normal(1, 9, DIM).at[0].multiply(1e3)
+    arrays = stored(encoding, rows[None])
+
+    def fn(rows, arrays, x):
+        extra = encoding.fit_coarse_bound(rows, jax.tree.map(lambda a: a[0], arrays))
+        extra = jax.tree.map(lambda a: a[None], extra)
+        guesses = encoding.coarse(x, arrays, 0, round_inputs=True)
+        return extra, encoding.coarse_bound(arrays, extra, x, 0), guesses
+
+    extra, bound, got = run(fn, rows, arrays, x)
+    bound, got = (np.asarray(a, np.float64) for a in (bound, got))
+    off = np.abs(got - np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T)
+    assert (off <= bound).all()
+    assert (bound <= 0.2 * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(rows, axis=1)).all()
+    assert (extra["norm"][0] >= np.linalg.norm(rows, axis=1)).all()
 
 
 @pytest.mark.parametrize("encoding", EVERY, ids=str)
@@ -197,7 +222,11 @@ def test_a_number_that_the_scale_cannot_hold_is_not_finite():
     rows = jnp.full((1, 32), 1e7)
     for encoding in (Blocks(8), Blocks(4), Blocks(8, minimum=True), Blocks(4, minimum=True)):
         assert not np.isfinite(encoding.decode(stored(encoding, rows[None]), 0)).any()
-    for encoding in (Blocks(8, scale="bfloat16"), Blocks(4, scale="float32"), Nested()):
+    for encoding in (
+        Blocks(8, scale="bfloat16"),
+        Blocks(4, scale="float32"),
+        Nested(scale="bfloat16"),
+    ):
         np.testing.assert_allclose(encoding.decode(stored(encoding, rows[None]), 0), 1e7, rtol=0.1)
 
 
@@ -222,7 +251,8 @@ def test_no_widened_copy_of_all_rows():
         (lambda: Blocks(8, 32, minimum=1), "minimum=1"),
         (lambda: Blocks(8, scale="int8"), "scale='int8'"),
         (lambda: Float("float16"), "dtype='float16'"),
-        (lambda: Nested(0), "block=0"),
+        (lambda: Nested(0), "Nested: block=0"),
+        (lambda: Nested(scale="int8"), "Nested: scale='int8'"),
         (lambda: Blocks(8, 64).check(10, 96, site="layers/w"), "layers/w: .*block=64.*block=48"),
         (lambda: Nested(64).check(10, 96, site="layers/w"), "layers/w: .*block=64.*block=48"),
         (lambda: Blocks(4, None).check(10, 95), "95 is odd: give bits=8"),
@@ -239,4 +269,4 @@ def test_settings_that_do_not_fit(make, reason):
 def test_they_print_as_they_are_written():
     assert repr(Blocks(4, 32, minimum=True, scale="float16")) == "Blocks(bits=4, minimum=True)"
     assert eval(repr(Blocks(8, None, scale="float32"))) == Blocks(8, None, scale="float32")
-    assert eval(repr(Nested(64))) == Nested(64)
+    assert eval(repr(Nested(None, "float32"))) == Nested(None, "float32")

@@ -24,7 +24,8 @@ def case(bits, d, block, minimum, dtype):
     integers = rng.integers(-128, 128, (LAYERS, N, width)).astype(np.int8)
     shape = (LAYERS, N, d // block)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, shape) * rng.choice([1e-3, 1], shape), dtype)
-    return jnp.asarray(integers), scale, jnp.asarray(-5 * scale, dtype) if minimum else None
+    minima = {True: jnp.asarray(-5 * scale, dtype), "of scales": -7.5, False: None}
+    return jnp.asarray(integers), scale, minima[minimum]
 
 
 def tokens_of(count, d):
@@ -37,8 +38,9 @@ def want(x, integers, scale, minimum, layer, bits, round_inputs):
     """The products in float64, and the sums of their terms' sizes."""
     if round_inputs:
         x = jax.jit(rounded_blocks, static_argnums=1)(x, input_block(x, scale))
-    at = [None if array is None else array[layer] for array in (integers, scale, minimum)]
-    rows, x = (np.asarray(a, np.float64) for a in (widened(*at, bits=bits), x))
+    here = minimum[layer] if np.ndim(minimum) else minimum
+    rows = widened(integers[layer], scale[layer], here, bits=bits)
+    rows, x = (np.asarray(a, np.float64) for a in (rows, x))
     return x @ rows.T, np.abs(x) @ np.abs(rows).T
 
 
@@ -48,7 +50,7 @@ def calls_kernel(x, *operands, **settings):
 
 
 @pytest.mark.parametrize("round_inputs", [False, True])
-@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("minimum", [False, True, "of scales"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("d", "block", "dtype"),
@@ -68,11 +70,12 @@ def test_block_product(bits, d, block, minimum, dtype, round_inputs):
 
 @pytest.mark.parametrize("round_inputs", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("minimum", [False, True, "of scales"])
 def test_several_matrices_are_read_in_one_call(bits, round_inputs, minimum):
     wide = case(bits, 576, 32, minimum, jnp.float16)
     one, *others = [
-        tuple(array if array is None else array[:, :count] for array in wide) for count in (N, 1, 8)
+        tuple(array[:, :count] if np.ndim(array) else array for array in wide)
+        for count in (N, 1, 8)
     ]
     settings = {"bits": bits, "round_inputs": round_inputs}
     run = jax.jit(functools.partial(block_products, **settings))

@@ -92,6 +92,18 @@ def test_batches():
     np.testing.assert_array_equal(got, WANT[None] + 1)
 
 
+def test_forward_mode():
+    with register_kernel(affine, "cpu", by_hand):
+        square = jax.jacfwd(lambda x: affine(x, SCALE, power=2))(X)
+        np.testing.assert_array_equal(square.sum((2, 3)), np.full(X.shape, 4.0))
+
+
+def test_what_is_not_mapped_is_computed_once():
+    with register_kernel(affine, "cpu", by_hand):
+        _, once = jax.vmap(lambda y: (y, affine(X, SCALE, power=2)), out_axes=(0, None))(X)
+    np.testing.assert_array_equal(once, WANT + 1)
+
+
 def test_one_that_cannot_be_batched_leaves_batches_to_the_reference():
     @jax.custom_batching.custom_vmap
     def one_more(x):

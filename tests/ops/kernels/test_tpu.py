@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite.ops import narrow, quantize
-from hire_rewrite.ops.encodings import Blocks
+from hire_rewrite.ops.encodings import Blocks, product
 from hire_rewrite.ops.kernels.tpu import blocks, common, fits
 from hire_rewrite.ops.kernels.tpu import rows as rows_module
 from hire_rewrite.ops.kernels.tpu import scores as scores_module
@@ -55,7 +55,7 @@ def test_rounded_tokens(monkeypatch, tokens, d, block):
     close(got, exact(*want), d)
 
 
-@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("minimum", [False, True, -7.5])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("tokens", "d", "block", "dtype"),
@@ -68,14 +68,17 @@ def test_rounded_tokens(monkeypatch, tokens, d, block):
 )
 def test_block_product(monkeypatch, tokens, d, block, dtype, bits, minimum):
     monkeypatch.setattr(common, "BLOCK", 128 * d)
-    encoding = Blocks(bits, block, minimum, jnp.dtype(dtype).name)
+    encoding = Blocks(bits, block, minimum is not False, jnp.dtype(dtype).name)
     stored = jax.vmap(encoding.store)(normal(2, 300, d))
     x = normal(tokens, d, seed=1)
+    if minimum not in (False, True):
+        stored["minimum"] = minimum
     arrays = stored["integers"], stored["scale"], stored.get("minimum")
     assert fits.fits_blocks(x, *arrays[:2], bits=bits)
     run = functools.partial(blocks.block_product, bits=bits, interpret=True)
     got = run(x, None, *arrays, jnp.int32(1))
-    close(got, exact(x.astype(jnp.bfloat16), encoding.decode(stored, 1)), 4 * d)
+    here = (array[1] if np.ndim(array) else array for array in arrays)
+    close(got, exact(x.astype(jnp.bfloat16), product.widened(*here, bits=bits)), 4 * d)
 
 
 def test_half_precision_scales_are_read_as_they_are():

@@ -151,3 +151,11 @@ def test_set_apart(group, dtype, kernels, monkeypatch):
     np.testing.assert_array_equal(apart.reshape(tokens, k, group), by_group[token, places])
     by_group[token, places] = 0
     np.testing.assert_array_equal(others, by_group.reshape(tokens, -1))
+
+
+def test_set_apart_is_differentiated_in_the_order_of_its_places():
+    values = jnp.asarray(np.random.default_rng(0).standard_normal((1, 64)), jnp.float32)
+    run = jax.jit(lambda v: select.set_apart(v, jax.lax.stop_gradient(abs(v)), k=9))
+    (places, _, others), (_, apart, left) = jax.jvp(run, (values,), (jnp.arange(64.0)[None],))
+    np.testing.assert_array_equal(apart, np.asarray(places, np.float32))
+    np.testing.assert_array_equal(left, np.where(others != 0, np.arange(64.0), 0))

@@ -1,21 +1,17 @@
-"""The page of a diff in Chromium, where there is one: playwright, and a `chromium` on the path or
-playwright's own."""
+"""The page of a diff in Chromium, where there is one."""
 
 from __future__ import annotations
-
-import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import hire_rewrite as hire
+from tests.browser import brightness, browser, is_dark, watched
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+__all__ = ["browser"]
 
 LAYERS, D = 4, 32
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 RULES = hire.Linear(encoding=hire.Blocks(8), force=True), hire.Head(k=8, force=True)
 
 
@@ -45,43 +41,17 @@ def url(changes, tmp_path_factory):
     return path.as_uri()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with api.sync_playwright() as playwright:
-        try:
-            started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield started
-        started.close()
-
-
 @pytest.fixture(params=["light", "dark"])
 def page(request, browser, url):
     context = browser.new_context(
         color_scheme=request.param, viewport={"width": 1400, "height": 1000}
     )
-    page, errors = context.new_page(), []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.on("request", lambda asked: errors.append(asked.url) if asked.url != url else None)
+    page, errors = watched(context, lambda asked: asked == url)
     page.goto(url)
     page.scheme = request.param
     yield page
     context.close()
     assert errors == []  # nothing is loaded from elsewhere either
-
-
-def brightness(page, selector, what):
-    """0 to 1, of a color."""
-    color = page.eval_on_selector(selector, f"e => getComputedStyle(e).{what}")
-    red, green, blue = map(int, re.findall(r"\d+", color)[:3])
-    return (red + green + blue) / 765
-
-
-def is_dark(page):
-    return brightness(page, "body", "backgroundColor") < 0.3
 
 
 def test_it_shows_every_region(page, changes):

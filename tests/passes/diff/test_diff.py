@@ -495,6 +495,44 @@ def test_a_loop_reads_what_its_sites_read():
     assert site.bytes_after <= loop.after.bytes < site.bytes_after + layers * 20 * d
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        hire.Linear(encoding=hire.Blocks(8), force=True),
+        hire.FFN(k=0.25, tail="predicted", encoding=hire.Blocks(8), force=True),
+    ],
+)
+def test_equations_inside_a_site_of_a_loop_read_one_layer_each_time(rule):
+    layers, d = 12, 64
+
+    def step(params, x):
+        def block(x, w):
+            return x + jax.nn.silu(x @ w["up"]) @ w["down"], None
+
+        return lax.scan(block, x, params)[0]
+
+    weights = {
+        "up": jax.ShapeDtypeStruct((layers, d, 4 * d), jnp.float32),
+        "down": jax.ShapeDtypeStruct((layers, 4 * d, d), jnp.float32),
+    }
+    changes = hire.transform(step, rule).diff(weights, jax.ShapeDtypeStruct((1, d), jnp.float32))
+    calls = [e for region in changes.regions for e in region.after if e.is_site]
+    assert calls
+    packed = {
+        argument.path: argument.bytes for argument in changes.arguments if not argument.before
+    }
+
+    def inside(equations):
+        for equation in equations:
+            parts = [each for listing in equation.inner for each in listing.equations]
+            yield from inside(parts) if parts else [equation]
+
+    read = sum(e.bytes for e in inside(calls) if not packed.keys().isdisjoint(e.reads))
+    # Without kernels two branches read the copies; of exact rows few are read. Values of a token
+    # count too.
+    assert sum(packed.values()) / 8 < read < 2 * sum(packed.values()) + layers * 400 * d
+
+
 def test_a_closed_over_ref_is_itself_alone():
     refs = jax.new_ref(jnp.zeros(3)), jax.new_ref(jnp.zeros(3))
 

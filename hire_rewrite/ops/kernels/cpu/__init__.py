@@ -41,7 +41,7 @@ from hire_rewrite.ops.top_k.listed import listed
 
 __all__ = ["status", "usable"]
 
-_VERSION = 7
+_VERSION = 8
 """Of the targets' operands; see `targets.cc`."""
 
 _TARGETS = (
@@ -117,7 +117,7 @@ def _block_product(
     x: Array,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array | int,
     *,
     bits: int,
@@ -200,11 +200,14 @@ def _fits_picked_float(vectors: Array, *operands: Any) -> bool:
 
 
 def _operands(several: Sequence[Matrix]) -> list[Array]:
-    """Of each matrix its three arrays, of which the last may be empty."""
+    """Of each matrix its three arrays; the last may be empty, or one number."""
     operands: list[Array] = []
     for integers, scale, minimum in several:
-        none = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
-        operands += integers, scale, none if minimum is None else minimum
+        if minimum is None:
+            minimum = jnp.zeros((*scale.shape[:2], 0), scale.dtype)
+        elif jnp.ndim(minimum) == 0:
+            minimum = jnp.asarray(minimum, jnp.float32).reshape(1)
+        operands += integers, scale, jnp.asarray(minimum)
     return operands
 
 
@@ -216,7 +219,7 @@ def _fits_blocks(
     x: Array,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array | int,
     *,
     bits: int,
@@ -226,8 +229,9 @@ def _fits_blocks(
     if not usable(x) or integers.size == 0:
         return False
     d, blocks = x.shape[1], scale.shape[2]
-    factors = (scale,) if minimum is None else (scale, minimum)
-    known = all(jnp.dtype(factor.dtype) in _FACTORS for factor in factors)
+    known = jnp.dtype(scale.dtype) in _FACTORS
+    if minimum is not None and jnp.ndim(minimum):
+        known = known and jnp.result_type(minimum) in _FACTORS
     whole = d % (32 * blocks) == 0 and (bits == 8 or d // 2 % 32 == 0)
     return known and whole and d <= 65536 and integers.dtype == jnp.int8
 
@@ -353,7 +357,7 @@ for _operation, _function, _supports in (
     (picked_float_sum, _picked_float_sum, _fits_picked_float),
     (gather.gathered_matmul, _gathered_matmul, _fits_matmul),
     (gather.gathered_sum, _gathered_sum, _fits_sum),
-    (select.set_apart, _set_apart, _fits_set_apart),
+    (select.set_apart_operation, _set_apart, _fits_set_apart),
     (select.top_k_operation, _top_k, _fits_top_k),
     (listed, _listed, lambda mask, *, k: k > 0 and usable(mask)),
 ):

@@ -35,7 +35,7 @@ struct Matrix {
   float* out;
 };
 
-// Rows of a layer of a stack.
+// Rows of a layer of a stack. A minimum of one axis is one number: how many scales each of them is.
 ffi::Error SetRows(int64_t d, int64_t layer, S8 integers, ffi::AnyBuffer scale, ffi::AnyBuffer minimum,
                     Blocks& rows) {
   const int64_t n = integers.dimensions()[1], size = integers.dimensions()[2];
@@ -47,10 +47,15 @@ ffi::Error SetRows(int64_t d, int64_t layer, S8 integers, ffi::AnyBuffer scale, 
   const int64_t last = integers.dimensions()[0] - 1;  // as XLA's slices take what lies outside
   const int64_t before = std::clamp<int64_t>(layer, 0, last) * n;
   rows.integers = integers.typed_data() + before * size;
+  const bool ratio = minimum.dimensions().size() == 1;
+  if (ratio && (minimum.element_count() != 1 || minimum.element_type() != ffi::F32)) {
+    return ffi::Error::InvalidArgument("the ratio of minima to scales is one number of float32");
+  }
   if (!SetFactors(scale, before * blocks, rows.scale) ||
-      !SetFactors(minimum, before * blocks, rows.minimum)) {
+      (!ratio && !SetFactors(minimum, before * blocks, rows.minimum))) {
     return ffi::Error::InvalidArgument("scales must be float32, bfloat16 or float16");
   }
+  if (ratio) rows.ratio = *Data<float>(minimum);
   return ffi::Error::Success();
 }
 

@@ -53,6 +53,7 @@ struct Blocks {
   bool narrow;             // 4 bits: −8 to 7, or 0 to 15 where there are minima
   bool minima;
   Factors scale, minimum;  // [n, blocks]
+  float ratio;             // where minima are so many scales each, and not stored
   int64_t d, bytes, blocks;
   int64_t pieces;  // of a block
   int64_t second;  // the block of the first number in the high bits, and how many pieces of it

@@ -228,7 +228,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_listed, Listed,
                               ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::PRED>>().Ret<S32>().Ret<S32>());
 
 // Which operands the targets take; to be raised here and in `__init__.py` when these change.
-extern "C" int hire_version() { return 7; }
+extern "C" int hire_version() { return 8; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_product, Product,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<F32>().Arg<ffi::AnyBuffer>()

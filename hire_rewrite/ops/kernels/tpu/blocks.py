@@ -28,7 +28,7 @@ def block_product(
     steps: Array | None,
     integers: Array,
     scale: Array,
-    minimum: Array | None,
+    minimum: Array | float | None,
     layer: Array,
     *,
     bits: int,
@@ -41,7 +41,7 @@ def block_product(
       steps: f32[tokens, B], a factor of x for each block, or None.
       integers: i8[L, n, d] for 8 bits, i8[L, n, d/2] for 4 (see `ops.encodings.block_product`).
       scale: [L, n, B], float16, bfloat16 or float32; B is even for 4 bits, or 1.
-      minimum: as `scale`, or None.
+      minimum: as `scale`; or one number, for so many scales; or None.
       layer: i32[].
 
     Returns:
@@ -52,13 +52,17 @@ def block_product(
     form = _Form(tokens, d, width, scale.shape[2])
     step = step_of(n, width)
     x = x.astype(jnp.bfloat16)
-    stored = (scale,) if minimum is None else (scale, minimum)
+    signed, ratio = minimum is None, 1.0 if minimum is None else minimum
+    stored = [scale]
+    if jnp.ndim(ratio):
+        stored, ratio = [scale, jnp.asarray(minimum)], 1.0
     factors = [_Factors.of(array, layer, step) for array in stored]
     given = [form.masked(x)]
     if steps is not None:
         given.append(form.of_blocks(steps))
-    if minimum is not None:
+    if not signed:
         sums = x.astype(jnp.float32).reshape(tokens, form.blocks, -1).sum(-1)
+        sums = sums * ratio
         given.append(form.of_blocks(sums if steps is None else sums * steps))
 
     def kernel(_: Any, *refs: Any) -> None:
@@ -66,9 +70,9 @@ def block_product(
         masked, *others = small
         scales, *minima = (f.read(ref) for f, ref in zip(factors, stored, strict=True))
         total = jnp.zeros(scores.shape, jnp.float32)
-        if minima:
-            total += (others[-1][...] * minima[0][:, None]).sum(0)
-        for half, numbers in enumerate(_numbers(rows[...], bits, signed=minimum is None)):
+        if not signed:
+            total += (others[-1][...] * (minima or [scales])[0][:, None]).sum(0)
+        for half, numbers in enumerate(_numbers(rows[...], bits, signed=signed)):
             for span in range(form.spans):
                 columns = numbers[:, span * form.span : (span + 1) * form.span]
                 products = times(masked[half, span], columns).reshape(form.each, tokens, step)

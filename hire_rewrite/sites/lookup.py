@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax.lax import GatherScatterMode
 
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.patterns.linear import Linear, MatchContext
+from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.replacement import SiteReplacement
 
 
 def lookups_of(linear: Linear, context: MatchContext) -> tuple[Node, ...]:
@@ -21,6 +23,29 @@ def lookups_of(linear: Linear, context: MatchContext) -> tuple[Node, ...]:
         return ()
     users = context.uses.users(rows)
     return tuple(n for n, i in users if i == 0 and _takes_rows(n) and n not in context.taken)
+
+
+def lookup_replacements(
+    site: MatchedSite,
+    lookups: Sequence[Node],
+    arrays: Any,
+    decode: Callable[[Any, Any, Array], Array],
+) -> list[SiteReplacement]:
+    """What takes the place of lookups of rows.
+
+    Args:
+      arrays: the packed arrays of the site.
+      decode: (packed arrays, layer, numbers of rows: i32[...]) to the rows, f32[..., d].
+    """
+
+    def replacement(node: Node) -> SiteReplacement:
+        def run(ins: Sequence[Any], layer: Any, state: Any) -> Any:
+            return [looked_up(node, ins[0], lambda places: decode(state, layer, places))], None
+
+        where = frozenset({node}), (node.ins[1],), tuple(node.outs)
+        return SiteReplacement(site.name, *where, run, arrays, site.sharding.region, site.loops)
+
+    return [replacement(node) for node in lookups]
 
 
 def looked_up(node: Node, places: Array, decode: Callable[[Array], Array]) -> Array:
