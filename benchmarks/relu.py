@@ -145,7 +145,7 @@ class Relu:
         rng = np.random.default_rng(3)
         for d, f in ((512, 2048), (2048, 8192)):
             for dtype in ("float32", "bfloat16"):
-                (w,) = relu_blocks.made(d, f, 1, dtype, self._often, 0.2)
+                (w,) = relu_blocks.made(d, f, 1, dtype, self._often[0], 0.2)
                 block = relu_proofs.Block(w["up"], w["bias"], w["down"])
                 x = rng.standard_normal((few, d), np.float32)
                 row = {"what": f"random, {d} / {f}, {dtype}"}
@@ -155,11 +155,11 @@ class Relu:
         return rows
 
     @functools.cached_property
-    def _often(self) -> np.ndarray:
+    def _often(self) -> tuple[np.ndarray, dict[str, float]]:
         return marian.often(self.english, self._inputs("english"))
 
     def blocks(self) -> dict[str, Any]:
-        real = self._often
+        real, means = self._often
         found = []
         for (d, f), layers in SIZES.items():
             if self.sizes and f"{d}x{f}" not in self.sizes:
@@ -176,10 +176,11 @@ class Relu:
                     jax.clear_caches()
         quantiles = np.quantile(real, (0.1, 0.25, 0.5, 0.75, 0.9))
         about = {"neurons": len(real), "mean": float(real.mean()), "quantiles": quantiles.tolist()}
+        about |= means
         return {"real": about, "read_gb_s": round(self._bandwidth / 1e9, 2), "blocks": found}
 
     def crossing(self) -> list[dict[str, Any]]:
-        chosen = LENGTHS
+        chosen: Sequence[int] = LENGTHS
         if self.sizes:
             chosen = tuple(d for d in LENGTHS if any(s.startswith(f"{d}x") for s in self.sizes))
         return relu_blocks.crossing(chosen, CROSSING, (0.1, 0.2, 0.5), self.rounds, self._bandwidth)
@@ -190,7 +191,7 @@ class Relu:
         up = rng.standard_normal((d, f), np.float32) / np.sqrt(d)
         bias = np.full(f, float(ndtri(0.2)))
         great = rng.standard_t(3, (n, d)) / np.sqrt(3)
-        data = {
+        data: dict[str, Any] = {
             "normal": (rng.standard_normal((n, d)), up, bias),
             "Student's t of 3 degrees": (great, up, bias),
         }

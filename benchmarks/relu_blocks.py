@@ -106,9 +106,8 @@ class Side:
     def measured(self, x: Array) -> dict[str, float]:
         """The share of neurons read, of positive ones missed, of tokens that ran whole; and the
         relative error of what the layers add, for x: [tokens, d]."""
-        want, got = forward(self._params, x), self._run(self._packed, x)
-        base = np.asarray(x, np.float64)
-        want, got = (np.asarray(y, np.float64) - base for y in (want, got))
+        results = forward(self._params, x), self._run(self._packed, x)
+        want, got = (np.asarray(y, np.float64) - np.asarray(x, np.float64) for y in results)
         found = {"error": float(np.linalg.norm(got - want) / np.linalg.norm(want))}
         sites = self._step.evaluate(self._packed, [(x,)], weights=self._params).sites
         reads = [site.read for site in sites]
@@ -125,8 +124,9 @@ class Side:
         if share is None:
             return sum(site.bytes_after for site in self._step.plan(self._packed, x).sites)
         up = self._params[0]["up"]
+        d, f = up.shape
         assert isinstance(self.rule, hire.FFN)
-        one = ffn_bytes(self.rule, *up.shape, up.dtype, share, len(x))
+        one = ffn_bytes(self.rule, d, f, up.dtype, share, len(x))
         return len(self._params) * one
 
 
@@ -170,7 +170,9 @@ def measure(
     }
 
 
-def statistics(w: Mapping[str, Array], rng: np.random.Generator, tokens: int = 64) -> dict:
+def statistics(
+    w: Mapping[str, Array], rng: np.random.Generator, tokens: int = 64
+) -> dict[str, float]:
     """`positive`, the share of neurons; `again`, how many of a token's are the next one's too."""
     up, bias = (np.asarray(w[name], np.float32) for name in ("up", "bias"))
     x = rng.standard_normal((tokens, up.shape[0]), np.float32)
@@ -211,9 +213,9 @@ def crossing(
             row: dict[str, Any] = {"d": d, "f": f, "mean": mean, "read": {}, "bytes": {}}
             chosen = rules("float32", mean)
             for name in (TOLD, PROVED, PROVED4):
-                rule = chosen[name]
-                share = mean
-                if rule.predictor is not None:
+                rule, share = chosen[name], mean
+                assert isinstance(rule, hire.FFN)
+                if isinstance(rule.predictor, hire.Quantized):
                     share = share_read(block, jnp.asarray(x), rule.predictor, "proved")
                 row["read"][name] = share
                 size = ffn_bytes(rule, d, f, "float32", share)

@@ -50,10 +50,11 @@ Let w be a neuron's row of the first matrix, ŵ what is stored of it in 8 or 4 b
   lies a part 1 / √d of it: c ‖x‖ ‖r‖ / √d stands in the place of the bound. This is not proved; few
   positive neurons are missed, and the tables say how many.
 
-Told and proved lose nothing: what is left out is zero in the dense model too, whatever the order of
-its sums. The results are the dense ones up to the order in which the second product adds. Where a
-token has more neurons than the budget, the call reads all rows. A neuron whose rows hold a NaN or
-an infinity is always read. What the proof supposes is in
+Told and proved lose nothing. What is proved is zero in the dense model too, whatever the order of
+its sums; what is told is zero in the same product, summed in our order. The results are the dense
+ones up to the order in which both products add. Where a token has more neurons than the budget,
+the call reads all rows. A block whose weights hold a NaN or an infinity stays dense, for a zero
+does not undo those. What the proof supposes is in
 [the page on certified heads](certify.md#what-is-supposed-and-not-proved).
 """
 
@@ -242,8 +243,10 @@ def _blocks(result: Row) -> Iterable[str]:
         "Random weights. Biases are such that a neuron is as often positive as a neuron of Marian "
         f"({real['neurons']:,} of them: {real['mean']:.1%} on average; 10th, 25th, 50th, 75th and "
         f"90th percentile {quantiles}), all moved alike on the scale of a normal deviate to a mean "
-        "of 10 or 20 %. So some neurons are nearly always positive, and the same ones again; "
-        "inputs of successive tokens are independent. All that is of one layer of several one "
+        "of 10 or 20 %. So some neurons are nearly always positive, and the same ones again. "
+        "Inputs of successive tokens are independent, which those of Marian are not: there "
+        f"{real['positive']:.0%} of a layer's neurons are positive, and {real['again']:.0%} of "
+        "them in the next token too. All that is of one layer of several one "
         "after another, each with arrays of its own, cold caches. Bytes count the rows of each "
         "token, with the share that was measured; the error is that of what the layers add, beside "
         f"the dense ones. {result['read_gb_s']} GB/s. The top k is another model, and 8 bits "
@@ -346,9 +349,10 @@ def _tighter(rows: Sequence[Row]) -> Iterable[str]:
     yield (
         "An analysis in float64 (`python -m benchmarks.relu --parts tighter`); none of this but "
         "the first line and the last is done. By blocks of columns |x·r| ≤ Σ ‖x_b‖ ‖r_b‖, which "
-        "is never above ‖x‖ ‖r‖, for one more norm a row and block. With the residuals of the columns of the "
-        "greatest |x| read exactly (in float32), the rest is bounded by what is left of both "
-        "norms. The share of neurons that is read, and in parentheses the bytes a row that tell it."
+        "is never above ‖x‖ ‖r‖, for one more norm a row and block. With the residuals of the "
+        "columns of the greatest |x| read exactly (in float32), the rest is bounded by what is "
+        "left of both norms. The share of neurons that is read, and in parentheses the bytes a row "
+        "that tell it."
     )
     cases = list(dict.fromkeys((row["data"], row["d"], row["bits"]) for row in rows))
     by_bound: dict[str, dict[Any, Row]] = {}

@@ -34,7 +34,7 @@ CALIBRATED = 512  # tokens
 
 
 def rules() -> dict[str, tuple[Rule, ...]]:
-    """The sides beside the dense one. Other layers are as without rules."""
+    """The sides beside the dense one. Layers other than FFNs are as without rules."""
     positive = functools.partial(hire.FFN, k="positive", max_tokens=None, force=True)
     few = functools.partial(positive, predictor=hire.Quantized(4))
     blocks = {
@@ -43,7 +43,8 @@ def rules() -> dict[str, tuple[Rule, ...]]:
         "4 bits, 3 deviations": few(margin=3.0),
         "4 bits, 2 deviations": few(margin=2.0),
     }
-    return {"no rules": (), **{name: (rule, hire.Linear()) for name, rule in blocks.items()}}
+    both = {name: (rule, hire.Linear()) for name, rule in blocks.items()}
+    return {"no rules": (), "the same numbers, all read": (hire.Linear(),), **both}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Side:
     """One way to translate: an encoder and a step of the decoder, with what they are called with
     for weights."""
 
-    encode: Callable[[Any, Array, Array], Array]
+    encode: Callable[[Any, Any, Any], Array]
     step: search.Step
     weights: tuple[Any, Any]
 
@@ -149,10 +150,13 @@ class Translation:
             (other,) = np.nonzero((tokens != dense[name]).any(1))
             found[name] = {"same": len(tokens) - len(other), "of": len(tokens)}
             if name == "greedy":
-                gaps = [self._gap(i, tokens[i], dense[name][i]) for i in other]
+                gaps = [self._gap(int(i), tokens[i], dense[name][i]) for i in other]
                 found[name]["gaps"] = sorted(round(gap, 6) for gap in gaps)
             else:
-                scores = [self._score(i, dense[name][i]) - self._score(i, tokens[i]) for i in other]
+                scores = [
+                    self._score(int(i), dense[name][i]) - self._score(int(i), tokens[i])
+                    for i in other
+                ]
                 found[name]["scores"] = sorted(round(score, 6) for score in scores)
         return found
 
@@ -267,12 +271,13 @@ def layer(w: Mapping[str, Array], x: np.ndarray, rule: Rule) -> dict[str, float]
     batches = [(rest[i : i + CALIBRATED],) for i in range(0, len(rest), CALIBRATED)]
     (site,) = step.evaluate(packed, batches, weights=w).sites
     assert site.read is not None
+    assert site.whole is not None
     return {
         "read": site.read[0],
         "missed": 1 - site.recall[0],
         "whole": site.whole,
         "error": site.error,
-    }  # type: ignore[dict-item]
+    }
 
 
 def layers(
@@ -291,13 +296,17 @@ def layers(
     return rows
 
 
-def often(translation: Translation, inputs: Mapping[str, list[np.ndarray]]) -> np.ndarray:
-    """f64[neurons of all layers], how often each is positive."""
+def often(
+    translation: Translation, inputs: Mapping[str, list[np.ndarray]]
+) -> tuple[np.ndarray, dict[str, float]]:
+    """f64[neurons of all layers], how often each is positive; and the layers' mean `overlap`."""
     every = [
-        (inputs[part][i] @ np.asarray(block.up) + np.asarray(block.bias) > 0).mean(0)
+        inputs[part][i] @ np.asarray(block.up) + np.asarray(block.bias) > 0
         for part, i, block in translation.blocks()
     ]
-    return np.concatenate(every)
+    both = [overlap(positive) for positive in every]
+    means = {name: float(np.mean([each[name] for each in both])) for name in both[0]}
+    return np.concatenate([positive.mean(0) for positive in every]), means
 
 
 def proofs(
