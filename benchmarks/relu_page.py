@@ -351,17 +351,13 @@ def _tighter(rows: Sequence[Row]) -> Iterable[str]:
         "the first line and the last is done. By blocks of columns |x·r| ≤ Σ ‖x_b‖ ‖r_b‖, which "
         "is never above ‖x‖ ‖r‖, for one more norm a row and block. With the residuals of the "
         "columns of the greatest |x| read exactly (in float32), the rest is bounded by what is "
-        "left of both norms. The share of neurons that is read, and in parentheses the bytes a row "
-        "that tell it."
+        "left of both norms. The share of neurons that is read, and in parentheses all bytes that "
+        "are, as a share of the dense block's in float32."
     )
     cases = list(dict.fromkeys((row["data"], row["d"], row["bits"]) for row in rows))
     by_bound: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        name = row["bound"]
-        if name.startswith("by blocks"):  # a quarter of the columns is not the same for all
-            size = int(name.split()[3])
-            name = "by blocks of d / 4 columns" if size * 4 == row["d"] else name
-        by_bound.setdefault(name, {})[row["data"], row["d"], row["bits"]] = row
+        by_bound.setdefault(row["bound"], {})[row["data"], row["d"], row["bits"]] = row
     for bits in dict.fromkeys(row["bits"] for row in rows):
         some = [case for case in cases if case[2] == bits]
         yield ""
@@ -381,7 +377,7 @@ def _tighter(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _bound(row: Row | None) -> str:
-    return "" if row is None else f"{row['read']:.1%} ({row['bytes']:.0f})"
+    return "" if row is None else f"{row['read']:.1%} ({row['bytes']:.1%})"
 
 
 if __name__ == "__main__":

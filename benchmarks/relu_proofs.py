@@ -154,7 +154,7 @@ def bounds(x: np.ndarray, residual: np.ndarray) -> Iterator[Bound]:
     left out. Norms and exact residuals are float32 where they are read."""
     d, squares = x.shape[1], np.square(residual)
     yield Bound("Cauchy–Schwarz", 0.0, np.outer(norm(x), norm(residual)), 4)
-    for size in (d // 4, 64, 16):
+    for size in (64, 16):
         parts = norm(x.reshape(len(x), -1, size)) @ norm(residual.reshape(-1, d // size, size)).T
         yield Bound(f"by blocks of {size} columns", 0.0, parts, 4 * d / size)
     for count in (4, 16, 64):
@@ -172,7 +172,8 @@ def bounds(x: np.ndarray, residual: np.ndarray) -> Iterator[Bound]:
 def tighter(
     data: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], bits: tuple[int, ...] = (8, 4)
 ) -> list[dict[str, Any]]:
-    """The share of neurons that each of `bounds` reads.
+    """The share of neurons that each of `bounds` reads, and bytes as a share of the dense block's,
+    in float32.
 
     Args:
       data: of each name tokens [n, d], up [d, f] and bias [f].
@@ -189,7 +190,8 @@ def tighter(
             own = hire.Quantized(count).bytes(1, d, "float32")
             for bound in bounds(x, residual):
                 share = float((score + bound.known + bound.off > 0).mean())
-                more = {"bound": bound.name, "read": share, "bytes": own + bound.bytes}
+                size = own + bound.bytes + share * 8 * d
+                more = {"bound": bound.name, "read": share, "bytes": size / (8 * d)}
                 found.append(row | more)
     return found
 

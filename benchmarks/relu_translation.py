@@ -290,7 +290,10 @@ def layers(
         w = translation.params[part][i]["ffn"]
         row: dict[str, Any] = {"part": part, "layer": i, "tokens": len(x)}
         row |= overlap(x @ np.asarray(block.up) + np.asarray(block.bias) > 0)
-        row["rules"] = {name: layer(w, x, chosen[0]) for name, chosen in rules().items() if chosen}
+        blocks = {name: chosen[0] for name, chosen in rules().items() if chosen}
+        row["rules"] = {
+            name: layer(w, x, rule) for name, rule in blocks.items() if isinstance(rule, hire.FFN)
+        }
         print(row, flush=True)
         rows.append(row)
     return rows
