@@ -119,9 +119,10 @@ def _translation(result: Mapping[str, Row]) -> Iterable[str]:
         f"{len(first['layers'])} FFNs of 256 / 1536 with a plain ReLU, encoder and decoder "
         "rewritten, batch 1. English sentences are from help texts, licenses and the World English "
         "Bible; Portuguese ones are what the model made of them. The weights are of 8 bits in the "
-        "file, so that without rules the same numbers are read from 8 bits; other layers than FFNs "
-        "are so at all rewritten sides. A guess in 8 bits then reads as much as the rows "
-        "themselves: what a proof can save is to be seen in the larger blocks below."
+        "file, and every rewritten side reads the same numbers from 8 bits, of other layers too; "
+        "“no rules” also leaves out zeros where that is expected to pay. A guess in 8 bits reads "
+        "as much as the rows themselves: what a proof can save is to be seen in the larger blocks "
+        "below."
     )
     for language, found in result.items():
         yield from _direction(language, found)

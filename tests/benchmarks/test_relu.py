@@ -188,6 +188,22 @@ def test_what_a_rule_reads_of_a_layer(translation, rng):
     assert found["error"] < 1e-5
 
 
+def test_every_layer_is_looked_at_by_every_rule(translation, monkeypatch):
+    asked = []
+    monkeypatch.setattr(marian, "layer", lambda w, x, rule: asked.append((x.shape, rule)) or {})
+    tokens = np.array([[5, 7, END], [9, END, END], [4, 6, END]], np.int32)
+    inputs = translation.inputs(tokens)
+    rows = marian.layers(translation, inputs, most=7)
+    where = [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
+    assert [(row["part"], row["layer"]) for row in rows] == where
+    assert {shape for shape, _ in asked} == {(7, TINY.d_model)}
+    assert all(rule.k == "positive" for _, rule in asked)
+    assert {len(row["rules"]) for row in rows} == {4}
+    often, means = marian.often(translation, inputs)
+    assert often.shape == (4 * TINY.d_ff,)
+    assert means["positive"] == pytest.approx(often.mean())
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
