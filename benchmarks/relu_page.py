@@ -153,6 +153,13 @@ def _direction(language: str, found: Row) -> Iterable[str]:
         )  # fmt: skip
     yield from table(["", *(f"same, {how}" for how in searches), "MB", *dense], rows)
     yield ""
+    one, several = (dense[how]["dense"]["median_ms"] for how in searches)
+    if one > several:
+        yield (
+            "The dense model takes longer for one token than for those of a beam together: what "
+            "leaving out zeros changes is to be seen beside “the same numbers, all read”."
+        )
+        yield ""
     yield from _differing(found["sides"], searches)
     logits = found["logits"]
     yield (
