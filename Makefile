@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench mesh quality pretrain tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain tpu gpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
+	@echo "make relu      translations and blocks without what a ReLU makes zero, and docs/relu.md"
 	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
@@ -54,6 +55,10 @@ bench: $(VENV)/.peers
 
 quality: $(VENV)/.demo
 	$(RUN) -m benchmarks.quality
+
+# Both: the models, and the text to translate.
+relu: $(VENV)/.translate $(VENV)/.pretrain
+	$(RUN) -m benchmarks.relu $(QUICK)
 
 pretrain: $(VENV)/.pretrain
 	$(RUN) -m examples.pretrain
