@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Hashable, Iterable
 from types import FrameType
+from typing import TypeVar
 
 import jax
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class HireRewriteError(ValueError):
@@ -32,3 +36,26 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, HireRewriteWarning, stacklevel=level if frame else 2)
+
+
+class Warner:
+    """Warns of each thing about a function once.
+
+    Args:
+      name: of the function, with which messages begin.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: set[Hashable] = set()
+
+    def __call__(self, message: str, key: Hashable = None) -> None:
+        """Warn, unless that was done of what has this key, by default the message."""
+        if self.new([key or message]):
+            warn(f"{self._name}: {message}")
+
+    def new(self, keys: Iterable[Key]) -> list[Key]:
+        """Those that nothing was said of yet, and now is."""
+        found = [key for key in keys if key not in self._said]
+        self._said.update(found)
+        return found

@@ -197,3 +197,12 @@ class Packed:
         arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
+
+
+def check_arrays(name: str, packed: Packed | None) -> None:
+    """Raise HireRewriteError if a `Packed`, given to the function of this name, holds shapes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed)):
+        raise HireRewriteError(
+            f"{name}: the Packed was made of shapes, and holds no arrays to compute with: "
+            "restore a checkpoint into it, or pack the weights themselves"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
-from hire_rewrite.errors import HireRewriteError, warn
+from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.gradient import announcing, gradient_warning
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
-from hire_rewrite.packed import Packed
+from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
@@ -56,13 +56,13 @@ class Transformed:
         functools.update_wrapper(self, fn, updated=())
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
+        self._warn = Warner(self.name)
         self._settings = rules, weights, mesh, mode, on_miss
         self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn,
             exact=not mode.packs_on_sight, watch=self._dump,
         )  # fmt: skip
-        self._warned: set[Hashable] = set()
         self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
@@ -93,16 +93,8 @@ class Transformed:
         try:
             return self._compiled(*operands)
         except TypeError:
-            self._check_arrays(packed)
+            check_arrays(self.name, packed)
             raise
-
-    def _check_arrays(self, packed: Packed | None) -> None:
-        """Raise HireRewriteError if a `Packed` holds shapes."""
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed)):
-            raise HireRewriteError(
-                f"{self.name}: the Packed was made of shapes, and holds no arrays to compute with: "
-                "restore a checkpoint into it, or pack the weights themselves"
-            )
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
@@ -196,7 +188,7 @@ class Transformed:
         if not isinstance(packed, Packed):
             what = f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}"
             raise HireRewriteError(f"{what}: make it with .pack(...)")
-        self._check_arrays(packed)
+        check_arrays(self.name, packed)
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
@@ -361,13 +353,5 @@ class Transformed:
 
     def _warn_of_gradient(self, sites: Sequence[str]) -> None:
         """Warn once of each site."""
-        if new := [name for name in sites if ("gradient", name) not in self._warned]:
-            self._warned.update(("gradient", name) for name in new)
-            self._warn(gradient_warning(new))
-
-    def _warn(self, message: str, key: Hashable = None) -> None:
-        """Warn once of what has this key, by default the message."""
-        key = key or message
-        if key not in self._warned:
-            self._warned.add(key)
-            warn(f"{self.name}: {message}")
+        if new := self._warn.new(("gradient", name) for name in sites):
+            self._warn(gradient_warning([name for _, name in new]))
