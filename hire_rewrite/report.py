@@ -30,11 +30,11 @@ class SiteReport:
       error: mean relative error of the output (of a head, of its probabilities) against dense.
       error_exact: the same against the exact top k, which the predictor alone is to blame for.
       proved: share of tokens whose greatest logits were proved; None without `certify`.
+      bytes_dense, bytes_read: weight bytes for one token, in all layers.
+      curve: recall for other numbers of candidates, as (candidates, bytes, recall of each layer).
       read: for each layer the share of units that were read; None where it does not vary.
       whole: share of tokens that asked for more units than are read one by one, and read all; None
         alike.
-      bytes_dense, bytes_read: weight bytes for one token, in all layers.
-      curve: recall for other numbers of candidates, as (candidates, bytes, recall of each layer).
     """
 
     name: str
@@ -49,11 +49,11 @@ class SiteReport:
     error: float
     error_exact: float
     proved: float | None
-    read: tuple[float, ...] | None
-    whole: float | None
     bytes_dense: int
     bytes_read: int
     curve: tuple[tuple[int, int, tuple[float, ...]], ...]
+    read: tuple[float, ...] | None = None
+    whole: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

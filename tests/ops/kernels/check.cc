@@ -295,6 +295,10 @@ void CheckKernels(const hire::Kernels& kernels) {
     CheckAllBlocks(kernels, tokens);
   }
   CheckAllBlocks(kernels, 17);
+  // More tokens than stay in the cache, and more columns than are widened together.
+  CheckDot(kernels.dot_f32, Normal(5 * 4099), 37, 5, 4099);
+  CheckDot(kernels.dot_i8, Integers(6 * 700, -127, 127), 9, 6, 700);
+  CheckBlocks(kernels, &hire::Factors::float16, 37, 5, 4096, 32, true, true);
   CheckBlocks(kernels, &hire::Factors::float16, 1, 3, 32768, 32, true, true);
   CheckBlocks(kernels, &hire::Factors::float16, 2, 2, 65536, 32, false, false);
   CheckChoices(kernels);
@@ -335,9 +339,7 @@ void CheckCallers() {
   for (std::thread& caller : callers) caller.join();
 }
 
-}  // namespace
-
-int main() {
+void CheckAllKernels() {
   CheckKernels(hire::kPortable);
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -349,6 +351,13 @@ int main() {
     CheckKernels(hire::kVnni);
   }
 #endif
+}
+
+}  // namespace
+
+// With an argument threads alone are checked: the kernels run on one.
+int main(int arguments, char**) {
+  if (arguments == 1) CheckAllKernels();
   for (int64_t count : {0, 1, 7, 1000}) {
     for (int64_t grain : {1, 3, 2000}) CheckShare(count, grain);
   }
