@@ -7,6 +7,9 @@ k: how many neurons are read the data say, token by token.
 
 `dense_positive_ffn` is what this computes, up to the rounding of sums. With a bound that is not
 proved, but a multiple of the error's standard deviation, few positive neurons are missed.
+
+Which neurons are left out is a constant to a derivative: where a ReLU is zero it does not rise, so
+that the derivative is the dense one too. (At zero itself it is what jax says of `jax.nn.relu`.)
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ __all__ = [
     "positive_ffn",
     "unsettled",
 ]
+
+_AROUND = 2.0**-64
+"""A small number whose products with what activations hold are not flushed to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +352,10 @@ class _Layer:
         return rounding.at_least(bound + dense.below(length, norms))
 
     def _reach(self, x: Array) -> Array:
-        """f32[tokens, P, f], what no pre-activation exceeds."""
+        """f32[tokens, P, f], what no pre-activation exceeds, here and around x: where x is zero,
+        a neuron whose gate is open is zero too, but its derivative is not."""
         length = rounding.norms(x)[:, None, None]
-        return 1.01 * length * lax.dynamic_index_in_dim(self.state.norms, self.layer)
+        return _AROUND + 1.01 * length * lax.dynamic_index_in_dim(self.state.norms, self.layer)
 
     def _split(self, gates: Array) -> tuple[Array, ...]:
         return tuple(jnp.split(gates, len(self.spec.gates), axis=1))
