@@ -28,6 +28,10 @@ def said(run):
     return [str(w.message) for w in caught if 'mode="exact"' in str(w.message)]
 
 
+def gated_relu(params, x):
+    return (jax.nn.relu(x @ params["up"] + params["bias"]) * (x @ params["gate"])) @ params["down"]
+
+
 def forward(fn):
     return lambda x: jax.jvp(fn, (x,), (x,))
 
@@ -86,6 +90,55 @@ def test_where_nothing_is_wrong_nothing_is_said():
     assert not said(lambda: jax.grad(lambda x: step(packed, x).sum())(prompt))
     got = jax.grad(lambda x: step(packed, x).sum())(prompt)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+POSITIVE = {
+    "told": hire.FFN(k="positive", force=True),
+    "proved": hire.FFN(k="positive", predictor=hire.Quantized(), force=True),
+    "few": hire.FFN(k="positive", predictor=hire.Quantized(), budget=0.1, force=True),
+}
+
+
+@pytest.mark.parametrize("rule", POSITIVE.values(), ids=POSITIVE)
+@pytest.mark.parametrize("fn", [block, gated_relu])
+def test_blocks_without_their_zeros_have_the_models_gradient(fn, rule):
+    """Also where a token is zero, so that a gated neuron is zero and has a slope."""
+    params = PARAMS | {"gate": UP[:, ::-1], "bias": jnp.ones(F)}
+    step = hire.transform(fn, rule)
+    packed = step.pack(params, X)
+    xs = jnp.concatenate([X, 2 * X, 0 * X]).reshape(3, 1, D)
+
+    def under(run):
+        """The derivative alone, under `vmap`, in a loop, and forwards."""
+        gradient = jax.grad(lambda x: jnp.sin(run(x)).sum())
+        ones = jnp.ones_like(X)
+        looped = jax.grad(lambda x: jax.lax.scan(lambda c, _: (run(c), 0), x, length=2)[0].sum())
+        return jax.jit(
+            lambda: (
+                gradient(X),
+                jax.vmap(gradient)(xs),
+                jax.lax.map(gradient, xs),
+                looped(0.01 * X),
+                jax.jvp(run, (X,), (ones,)),
+            )
+        )()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hire.HireRewriteWarning)
+        got = under(functools.partial(step, packed))
+    for a, b in zip(
+        jax.tree.leaves(got), jax.tree.leaves(under(lambda x: fn(params, x))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_what_may_miss_a_neuron_or_round_is_named():
+    guessed = hire.FFN(k="positive", predictor=hire.Quantized(4), margin=3.0, force=True)
+    rounded = hire.FFN(k="positive", exact=hire.Blocks(8), force=True)
+    for rule in (guessed, rounded):
+        step = hire.transform(block, rule)
+        packed = step.pack(PARAMS, X)
+        assert len(said(lambda s=step, p=packed: jax.grad(lambda x: s(p, x).sum())(X))) == 1
 
 
 def gated(params, x):

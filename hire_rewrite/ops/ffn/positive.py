@@ -7,6 +7,9 @@ k: how many neurons are read the data say, token by token.
 
 `dense_positive_ffn` is what this computes, up to the rounding of sums. With a bound that is not
 proved, but a multiple of the error's standard deviation, few positive neurons are missed.
+
+Which neurons are left out is a constant to a derivative: where a ReLU is zero it does not rise, so
+that the derivative is the dense one too. (At zero itself it is what jax says of `jax.nn.relu`.)
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ from hire_rewrite.ops.predictors import Certifying, State
 
 __all__ = ["PositiveFFNSpec", "PositiveFFNState", "PositiveLayer"]
 
+_AROUND = 2.0**-64
+"""A small number whose products with what activations hold are not flushed to zero."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PositiveFFNSpec(ProductSpec):
@@ -233,9 +236,10 @@ class PositiveLayer:
         return rounding.at_least(bound + dense.below(length, norms))
 
     def _reach(self, x: Array) -> Array:
-        """f32[tokens, P, f], what no pre-activation exceeds."""
+        """f32[tokens, P, f], what no pre-activation exceeds, here and around x: where x is zero,
+        a neuron whose gate is open is zero too, but its derivative is not."""
         length = rounding.norms(x)[:, None, None]
-        return 1.01 * length * lax.dynamic_index_in_dim(self.state.norms, self.layer)
+        return _AROUND + 1.01 * length * lax.dynamic_index_in_dim(self.state.norms, self.layer)
 
     def _split(self, gates: Array) -> tuple[Array, ...]:
         return tuple(jnp.split(gates, len(self.spec.gates), axis=1))

@@ -302,6 +302,12 @@ class PositiveOperation(BlockOperation):
     def holds_weights(self) -> bool:
         return self.rule.exact is None
 
+    @property
+    def keeps_gradient(self) -> bool:
+        # Another activation may pass through zero at a point, with a slope.
+        lossless = self.rule.exact is None and self.spec.margin == "proved"
+        return lossless and self._match.activation.sparse
+
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         block, sharding = ops.positive_ffn, self.site.sharding
         if isinstance(sharding, RowSharding):
