@@ -28,7 +28,7 @@ def transform(
     mode: str = "hire",
     on_miss: str = "warn",
 ) -> Any:
-    """Rewrite the FFN blocks and vocabulary heads of a JAX function.
+    """Rewrite the vocabulary heads, FFN blocks and other linear layers of a JAX function.
 
     Works on a function (`transform(step, Head())`), as a decorator (`@transform`) and as a
     decorator with arguments (`@transform(Head(), weights=1)`).
@@ -36,8 +36,9 @@ def transform(
     Args:
       fn: any function of arrays that JAX can trace.
       rules: what to rewrite and how; the first that fits a site decides. Without any, what does
-        not change the model: `Head()` for every head, and for FFN blocks that select a top-k by
-        themselves their own k.
+        not change the model: the same numbers in fewer bits, for every layer that they fit;
+        `Head()` for other heads; FFN blocks that select a top-k by themselves by their own k, and
+        those behind a ReLU without what it makes zero, where that pays.
       weights: the positions of the arguments that hold weights, as `argnums` in `jax.grad`.
         Arrays that `fn` closes over are weights too; `()` if there are no others.
       mesh: shard the rows of sites over all devices of this mesh, where their weights are not
