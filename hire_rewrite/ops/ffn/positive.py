@@ -9,7 +9,8 @@ k: how many neurons are read the data say, token by token.
 proved, but a multiple of the error's standard deviation, few positive neurons are missed.
 
 Which neurons are left out is a constant to a derivative: where a ReLU is zero it does not rise, so
-that the derivative is the dense one too. (At zero itself it is what jax says of `jax.nn.relu`.)
+that the derivative is the dense one too (but where a pre-activation is zero itself, and a ReLU has
+none: jax takes 0 in `jax.nn.relu` and 1/2 in `jnp.maximum`).
 """
 
 from __future__ import annotations
