@@ -7,7 +7,7 @@ a `register_encoding`.
 from hire_rewrite.ops.encodings.blocks import Blocks
 from hire_rewrite.ops.encodings.coarse import Coarse
 from hire_rewrite.ops.encodings.exact import narrowest
-from hire_rewrite.ops.encodings.floats import Float
+from hire_rewrite.ops.encodings.floats import Float, fetched_kind
 from hire_rewrite.ops.encodings.nested import Nested
 from hire_rewrite.ops.encodings.picked import picked_products, picked_sums
 from hire_rewrite.ops.encodings.product import block_product
@@ -35,6 +35,7 @@ __all__ = [
     "Stored",
     "block_product",
     "encoding_types",
+    "fetched_kind",
     "narrowest",
     "picked_products",
     "picked_sums",

@@ -13,12 +13,12 @@ from jax import Array, lax
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings.host import float32_of, pieces, sample
 from hire_rewrite.ops.encodings.picked import picked_float_products, picked_float_sum
-from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
+from hire_rewrite.ops.encodings.protocol import Encoding, Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.narrow import matmul, times
 from hire_rewrite.ops.predictors.protocol import Read
 
-__all__ = ["Float"]
+__all__ = ["Float", "fetched_kind"]
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -134,3 +134,8 @@ class Float:
     def reads(self, n: int, d: int, tokens: int = 1) -> tuple[Read, ...]:
         """See `Encoding.reads`."""
         return (Read(f"scored_{self.dtype}", self.bytes(n, d), tokens),)
+
+
+def fetched_kind(encoding: Encoding) -> str:
+    """The kind of a `Read` of rows in an encoding that are fetched by number."""
+    return f"fetched_{encoding.dtype if isinstance(encoding, Float) else 'int8'}"

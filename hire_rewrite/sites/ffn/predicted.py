@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
-from hire_rewrite.ops.encodings import Blocks, Encoding, Float
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float, fetched_kind
 from hire_rewrite.ops.ffn import tail as ops
 from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.predictors import Predictor, Read
@@ -147,7 +147,7 @@ class PredictedFFNOperation(BlockOperation):
             return [*first, *spec.exact.reads(width, d_out, tokens), *shared]
         pieces = tokens * spec.k_groups
         neurons = pieces * spec.group
-        kind = f"fetched_{spec.exact.dtype if isinstance(spec.exact, Float) else 'int8'}"
+        kind = fetched_kind(spec.exact)
         size = spec.exact.bytes(neurons * projections, d_in) + spec.exact.bytes(neurons, d_out)
         scores = tokens * spec.groups
         return [*copy, Read(kind, size, pieces=2 * pieces, scores=scores), *shared]

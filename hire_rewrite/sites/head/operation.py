@@ -14,7 +14,7 @@ from jax import Array
 from hire_rewrite.cost.machine import gathered
 from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.graph.weights import narrow
-from hire_rewrite.ops.encodings import Coarse, Float
+from hire_rewrite.ops.encodings import Coarse, fetched_kind
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.head import head as ops
 from hire_rewrite.ops.head.logits import exact_values
@@ -117,7 +117,7 @@ class HeadOperation(Operation):
             read = gathered(candidates, candidates * d, dtype, 1)
             distinct = min(candidates, rows) * d * dtype.itemsize
         else:
-            kind = f"fetched_{spec.exact.dtype if isinstance(spec.exact, Float) else 'int8'}"
+            kind = fetched_kind(spec.exact)
             read = Read(kind, spec.exact.bytes(candidates, d), pieces=candidates)
             distinct = spec.exact.bytes(min(candidates, rows), d)
         return [*reads, read._replace(distinct=distinct)]
