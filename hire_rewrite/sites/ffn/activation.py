@@ -68,6 +68,9 @@ class Activation:
       gate_bias: the number of the vector that is added to the gate first, if there is one.
       keeps: how many positions the region itself selects, if it does (at most, and by a count on
         random numbers where a statistic selects).
+      zeroing: the projections that tell which neurons are zero, whatever the others are: one if one
+        does, otherwise all; none if the code is not seen to make any zero, from bounds of its
+        arguments.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Activation:
     sparse: bool = False
     gate_bias: int | None = None
     keeps: int | None = None
+    zeroing: tuple[int, ...] = ()
 
 
 def classify(region: Region) -> Activation:
@@ -86,9 +90,9 @@ def classify(region: Region) -> Activation:
     with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
         if region.selection:
             return _selecting(region)
-        if len(region.projections) > 2:
-            return Activation("custom")
-        return _Probe(region).activation()
+        probe = _Probe(region)
+        found = Activation("custom") if probe.count > 2 else probe.activation()
+        return dataclasses.replace(found, zeroing=_zeroing(probe))
 
 
 def _selecting(region: Region) -> Activation:
@@ -127,16 +131,14 @@ def _selecting(region: Region) -> Activation:
     return Activation(name, gates[-1] if gates else 0, sparse=True, keeps=most)
 
 
-def zeroing_gates(region: Region) -> tuple[int, ...]:
-    """The projections that tell which neurons are zero, whatever the others are: one if one does,
-    otherwise all; none if the code is not seen to make any zero, from bounds of its arguments."""
-    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
-        dtype = region.projections[0].linear.out.dtype
-        if region.selection or jnp.dtype(dtype) not in map(jnp.dtype, ("float32", "bfloat16")):
-            return ()
-        probe, every = _Probe(region), tuple(range(len(region.projections)))
-        choices = [(p,) for p in every] + ([every] if len(every) > 1 else [])
-        return next((gates for gates in choices if probe.zeroes(gates)), ())
+def _zeroing(probe: _Probe) -> tuple[int, ...]:
+    """See `Activation.zeroing`."""
+    dtype = jnp.dtype(probe.region.projections[0].linear.out.dtype)
+    if dtype not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        return ()
+    every = tuple(range(probe.count))
+    choices = [(p,) for p in every] + ([every] if len(every) > 1 else [])
+    return next((gates for gates in choices if probe.zeroes(gates)), ())
 
 
 class _Probe:

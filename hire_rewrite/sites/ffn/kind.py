@@ -9,7 +9,6 @@ from hire_rewrite.ops.encodings import Blocks
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.ffn.activation import zeroing_gates
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
 from hire_rewrite.sites.ffn.positive import PositiveStatistics, positive_operation
@@ -38,13 +37,13 @@ class FFNKind(SiteKind):
         """What the graph itself selects, by its own k; of a ReLU what is not zero."""
         if match.activation.keeps is not None:
             return FFN(k=selected_k(match.activation, match.region.size), group=1)
-        return FFN(k="positive") if zeroing_gates(match.region) else None
+        return FFN(k="positive") if match.activation.zeroing else None
 
     def unasked(self, match: FFNMatch) -> str:
         name = match.activation.name
         if match.activation.keeps is not None:
             return f"no rule asks for it; FFN(k=...) does ({name} selects neurons by itself)"
-        if zeroing_gates(match.region):
+        if match.activation.zeroing:
             return f'no rule asks for it; FFN(k="positive") does, and leaves out what {name} zeroes'
         return (
             f"{name} zeroes no neuron, so a top-k changes a model that was not trained with one; "

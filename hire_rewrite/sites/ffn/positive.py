@@ -15,14 +15,13 @@ import numpy as np
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.certify import rounding
-from hire_rewrite.ops.encodings import Encoding, Float, Stored, narrowest
+from hire_rewrite.ops.encodings import Encoding, Float, Stored, fetched_kind, narrowest
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
 from hire_rewrite.ops.ffn.sharded import positive_specs, sharded_positive_ffn
 from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.ffn.activation import zeroing_gates
 from hire_rewrite.sites.ffn.block import BlockOperation
 from hire_rewrite.sites.ffn.exact import Positives, RawBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
@@ -69,7 +68,7 @@ def positive_operation(
     told = told or PositiveStatistics()
     if site.sharding.region is not None:
         raise Unfit('it is in a shard_map, which k="positive" does not support; give a number')
-    gates = zeroing_gates(match.region) if match.activation.keeps is None else ()
+    gates = match.activation.zeroing
     if not gates:
         raise Unfit(
             f"its activation ({match.activation.name}) is not seen to make a neuron zero, and "
@@ -345,5 +344,4 @@ class PositiveOperation(BlockOperation):
 def _fetched(encoding: Encoding, rows: int, d: int) -> list[Read]:
     if not rows:
         return []
-    kind = f"fetched_{encoding.dtype if isinstance(encoding, Float) else 'int8'}"
-    return [Read(kind, encoding.bytes(rows, d), pieces=rows)]
+    return [Read(fetched_kind(encoding), encoding.bytes(rows, d), pieces=rows)]
