@@ -15,6 +15,7 @@ none: jax takes 0 in `jax.nn.relu` and 1/2 in `jnp.maximum`).
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.ffn.block import Activation
@@ -54,7 +55,7 @@ def positive_ffn(
       spec.down_dtype[tokens, d_out]. NaN where x is.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax
       >>> from hire_rewrite.ops.encodings import Float
       >>> up, down = jax.random.normal(jax.random.key(0), (2, 64, 32))  # a row for each neuron
       >>> f32, rows = jnp.dtype("float32"), Float("float32")
@@ -74,9 +75,14 @@ def positive_ffn(
       True
     """
     block = PositiveLayer(state, layer, spec, activation)
-    gates, mask = block.read(x)
+    gates = block.gates(x)
+    mask = block.unsettled(x, gates)
+
+    def whole() -> Array:
+        return block.down(_masked(block.hidden(x, gates), mask))
+
     if not isinstance(x.shape[0], int):  # a symbol
-        return block.whole(x, gates, mask)
+        return whole()
     neurons, counts = listed(mask, k=spec.budget)
 
     def gathered() -> Array:
@@ -84,7 +90,7 @@ def positive_ffn(
 
     if spec.budget == spec.width:
         return gathered()
-    return lax.cond((counts > spec.budget).any(), lambda: block.whole(x, gates, mask), gathered)
+    return lax.cond((counts > spec.budget).any(), whole, gathered)
 
 
 def dense_positive_ffn(
@@ -96,7 +102,8 @@ def dense_positive_ffn(
     activation: Activation,
 ) -> Array:
     """The block on all of its neurons in dense arithmetic, for x: [tokens, d_in]."""
-    return PositiveLayer(state, layer, spec, activation).dense(x)[1]
+    block = PositiveLayer(state, layer, spec, activation)
+    return block.down(block.hidden(x, block.gates(x)))
 
 
 def measured_positive_ffn(
@@ -109,8 +116,9 @@ def measured_positive_ffn(
 ) -> Measured:
     """Results [tokens, d_out] for x: [tokens, d_in]; the exact one is the dense one."""
     block = PositiveLayer(state, layer, spec, activation)
-    (h, dense), (gates, mask) = block.dense(x), block.read(x)
-    rewritten = block.whole(x, gates, mask)
+    gates = block.gates(x)
+    h, mask = block.hidden(x, gates), block.unsettled(x, gates)
+    dense, rewritten = block.down(h), block.down(_masked(h, mask))
     reading = Reading(h != 0, mask, mask.sum(1) > spec.budget)
     return Measured(dense, rewritten, Comparison(dense, dense, rewritten, reading=reading))
 
@@ -124,4 +132,10 @@ def unsettled(
     activation: Activation,
 ) -> Array:
     """bool[tokens, f], the neurons that may not be zero, for x: [tokens, d_in]."""
-    return PositiveLayer(state, layer, spec, activation).read(x)[1]
+    block = PositiveLayer(state, layer, spec, activation)
+    return block.unsettled(x, block.gates(x))
+
+
+def _masked(h: Array, mask: Array) -> Array:
+    """h where the mask is true, and zero elsewhere; [tokens, f] both."""
+    return jnp.where(mask, h, jnp.zeros_like(h))

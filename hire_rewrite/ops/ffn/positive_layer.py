@@ -111,25 +111,32 @@ class PositiveLayer:
     spec: PositiveFFNSpec
     activation: Activation
 
-    def read(self, x: Array) -> tuple[Array | None, Array]:
-        """What is computed first for x: [tokens, d_in].
+    def gates(self, x: Array) -> Array | None:
+        """The pre-activations of the gates, up_dtype[tokens, gates · f], for x: [tokens, d_in];
+        None where they are guessed."""
+        spec = self.spec
+        if spec.predictor is not None:
+            return None
+        return spec.up.product(x, self.state.gates, self.layer).astype(spec.up_dtype)
 
-        Returns:
-          The pre-activations of the gates, up_dtype[tokens, gates · f], None where they are
-          guessed; and bool[tokens, f], which neurons may not be zero.
+    def unsettled(self, x: Array, gates: Array | None) -> Array:
+        """bool[tokens, f], which neurons may not be zero.
+
+        Args:
+          x: [tokens, d_in].
+          gates: what `gates` returned for it.
         """
         spec, state = self.spec, self.state
-        if spec.predictor is None:
-            exact = spec.up.product(x, state.gates, self.layer).astype(spec.up_dtype)
-            gates = self._split(exact.astype(jnp.float32))
-            off = (jnp.float32(0.0),) * len(gates)
+        if gates is not None:
+            middles = self._split(gates.astype(jnp.float32))
+            off = (jnp.float32(0.0),) * len(middles)
         else:
-            exact = None
+            assert spec.predictor is not None
             scores = lax.stop_gradient(spec.predictor.score(state.predictor, x, self.layer))
-            gates, off = self._split(scores), self._split(self._off(x))
+            middles, off = self._split(scores), self._split(self._off(x))
         ends = {
-            p: Interval(gate - error, gate + error)
-            for p, gate, error in zip(spec.gates, gates, off, strict=True)
+            p: Interval(middle - error, middle + error)
+            for p, middle, error in zip(spec.gates, middles, off, strict=True)
         }
         if len(ends) < spec.projections:
             reach = self._reach(x)
@@ -144,13 +151,13 @@ class PositiveLayer:
             [ends[p] for p in range(spec.projections)],
             spec.up_dtype,
         )
-        return exact, ~within.is_zero
+        return ~within.is_zero
 
     def gathered(self, x: Array, gates: Array | None, neurons: Array) -> Array:
         """[tokens, d_out] from some neurons of each token, i32[tokens, n], for x: [tokens, d_in].
 
         Args:
-          gates: the first that `read` returned.
+          gates: what `gates` returned for it.
         """
         spec, state = self.spec, self.state
         tokens, n = neurons.shape
@@ -171,22 +178,8 @@ class PositiveLayer:
         (y,) = picked_sums(spec.down, [empty], h, [state.down], self.layer, neurons)
         return y.astype(spec.down_dtype)
 
-    def whole(self, x: Array, gates: Array | None, mask: Array) -> Array:
-        """The same from all rows, for any number of tokens; what is not in the mask is zero."""
-        h = self._hidden(x, gates)
-        return self._down(jnp.where(mask, h, jnp.zeros_like(h)))
-
-    def dense(self, x: Array) -> tuple[Array, Array]:
-        """h: [tokens, f] of all neurons, and what comes out."""
-        spec = self.spec
-        gates = None
-        if spec.predictor is None:
-            gates = spec.up.product(x, self.state.gates, self.layer).astype(spec.up_dtype)
-        h = self._hidden(x, gates)
-        return h, self._down(h)
-
-    def _hidden(self, x: Array, gates: Array | None) -> Array:
-        """h: [tokens, f] of all neurons."""
+    def hidden(self, x: Array, gates: Array | None) -> Array:
+        """h: [tokens, f] of all neurons, from all rows; the arguments are those of `gathered`."""
         spec, tokens, pre = self.spec, x.shape[0], dict[int, Array]()
         if spec.picked:
             every = spec.up.product(x, self.state.up, self.layer)
@@ -196,7 +189,8 @@ class PositiveLayer:
             pre |= dict(zip(spec.gates, self._split(gates), strict=True))
         return self.activation(tuple(pre[p] for p in range(spec.projections)), self._vectors())
 
-    def _down(self, h: Array) -> Array:
+    def down(self, h: Array) -> Array:
+        """[tokens, d_out] of h: [tokens, f], from all rows."""
         rows = self.spec.down.decode(self.state.down, self.layer)
         y = jnp.matmul(h.astype(jnp.float32), rows, precision=lax.Precision.HIGHEST)
         return y.astype(self.spec.down_dtype)
