@@ -8,16 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_rewrite.names import grouped
-
-_NAMES = 8
-"""Names of sites that the warning lists."""
+from hire_rewrite.names import first_names
 
 
 def gradient_warning(sites: Sequence[str]) -> str:
     """What a user is told of a gradient through these sites."""
-    names = grouped(sites)
-    some = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+    some = first_names(sites)
     return (
         f'a gradient is taken in mode "hire" through {some}, and is not the model\'s: what is not '
         "chosen and what is rounded has none, and a Packed is not what you train. Give "

@@ -12,6 +12,9 @@ Item = TypeVar("Item")
 _Choices = tuple[tuple[str, ...], ...]
 """For each part of a name what may stand there."""
 
+_LISTED = 8
+"""Names that a message lists."""
+
 _NUMBER = re.compile(r"\d+")
 _DIVIDERS = re.compile(r"([/:])")
 _REPEATED = "\0"
@@ -28,6 +31,17 @@ def grouped(names: Sequence[str]) -> list[str]:
       ['Model/block_{0..1}:p/block_{0..1}/up']
     """
     return [name for name, _ in groups(names, lambda name: name, lambda name: ())]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The names as a message lists them: `grouped`, and no more than eight of those.
+
+    Examples:
+      >>> first_names(["p/0/q", "p/1/q", "p/head"])
+      'p/{0..1}/q, p/head'
+    """
+    some = grouped(names)
+    return ", ".join(some[:_LISTED]) + (", ..." if len(some) > _LISTED else "")
 
 
 def groups(

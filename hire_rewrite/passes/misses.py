@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.trace import Argument, Trace
-from hire_rewrite.names import grouped
+from hire_rewrite.names import first_names
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.diff.value import megabytes
 from hire_rewrite.patterns.linear import as_linear
@@ -18,9 +18,6 @@ from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
-
-_NAMES = 8
-"""Names of sites that a message lists."""
 
 
 def unused_rules(plan: Plan, decisions: Sequence[Decision]) -> list[tuple[Hashable, str]]:
@@ -34,9 +31,9 @@ def unused_rules(plan: Plan, decisions: Sequence[Decision]) -> list[tuple[Hashab
 def _there(rule: Rule, plan: Plan, decisions: Sequence[Decision]) -> str:
     """What a function has of the kind that a rule asks for."""
     kind = next(kind.name for kind in site_kinds() if isinstance(rule, kind.rule))
-    names = grouped([d.name for d in decisions if d.site.kind.name == kind])
+    names = [d.name for d in decisions if d.site.kind.name == kind]
     if names:
-        some = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+        some = first_names(names)
         return f"sites of its kind are {some}: change its path or sizes, and see .plan(...)"
     near = (r for r in plan.rejected if r.near and r.refusal is not Refusal.UNSUPPORTED)
     layer = next(near, None)

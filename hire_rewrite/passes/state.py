@@ -16,10 +16,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Scope, Value, source_of
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
-from hire_rewrite.names import grouped
-
-_NAMES = 8
-"""Names of arrays that a message lists."""
+from hire_rewrite.names import first_names
 
 _ALIASES = Trait.KEEPS | Trait.CASTS | Trait.MOVES | Trait.CUTS
 _COUNTS = Trait.POINTWISE | Trait.MOVES | Trait.CUTS | Trait.EXTENDS
@@ -38,8 +35,7 @@ def state_among_weights(trace: Trace) -> str | None:
             found[trace.paths[i]] = sign
     if not found:
         return None
-    names = grouped(list(found))
-    some = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+    some = first_names(list(found))
     what, node = next(iter(found.values()))
     return (
         f"{some} among the weights {'looks' if len(found) == 1 else 'look'} like state, not like "
