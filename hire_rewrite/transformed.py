@@ -81,7 +81,7 @@ class Transformed:
         return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        packed, args = self._split(args, kwargs)
+        packed = self._packed_among(args, kwargs)
         if packed is None and self.mode.packs_on_sight:
             packed = self._sight.pack(tuple(self._weight_leaves(args)), args, kwargs)
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
@@ -98,7 +98,7 @@ class Transformed:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
-        packed, args = self._split(args, kwargs)
+        packed = self._packed_among(args, kwargs)
         return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
@@ -125,7 +125,7 @@ class Transformed:
           HireRewriteError: a calibration batch has another structure than the call, or holds a
             NaN or an infinity; a weight does; or a rule needs calibration and there is none.
         """
-        self._split(args, kwargs)
+        self._packed_among(args, kwargs)
         leaves = self._weight_leaves(args)
         shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         if shapes and (calibration is not None or len(shapes) < len(leaves)):
@@ -270,7 +270,7 @@ class Transformed:
           >>> changes.regions[0].sites[0].name
           'params/vocabulary'
         """
-        packed, args = self._split(args, kwargs)
+        packed = self._packed_among(args, kwargs)
         return self._diff(self._analyses.of(packed, args, kwargs), packed, args, kwargs)
 
     def _diff(
@@ -342,11 +342,8 @@ class Transformed:
             diff = functools.partial(self._diff, analysis, packed, args, kwargs, own=own)
             dump(folder, self.name, analysis, diff)
 
-    def _split(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Packed | None, tuple[Any, ...]]:
-        """The `Packed` among the arguments, if there is one, and the arguments."""
-        return packed_among(self.name, self.weights, args, kwargs), args
+    def _packed_among(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed | None:
+        return packed_among(self.name, self.weights, args, kwargs)
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
