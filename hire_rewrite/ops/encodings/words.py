@@ -37,7 +37,8 @@ class Words:
       >>> stored = Words().store_exactly(np.arange(12.0, dtype=np.float32).reshape(1, 3, 4))
       >>> stored["words"].shape, stored["words"].dtype
       ((1, 3, 2), dtype('uint32'))
-      >>> Words().decode_rows(stored, 0, jnp.array([2, 0])).tolist()
+      >>> device = {"words": jnp.asarray(stored["words"])}
+      >>> Words().decode_rows(device, 0, jnp.array([2, 0])).tolist()
       [[8.0, 9.0, 10.0, 11.0], [0.0, 1.0, 2.0, 3.0]]
     """
 

@@ -387,7 +387,7 @@ def _kernels_fit(encoding: Encoding, d: int, lists: tuple[int, int]) -> bool:
     """Whether the kernels for TPU take so many tokens' lists of so many rows of length d."""
     if not isinstance(encoding, Float | Words):
         return False
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     (row,) = jax.tree.leaves(jax.eval_shape(encoding.store, shape((1, d), jnp.float32)))
     x, picked = shape((lists[0], d), jnp.float32), shape(lists, jnp.int32)
     return fits_picked(x, shape((1, *row.shape), row.dtype), picked)
