@@ -72,9 +72,10 @@ default budget of half of the neurons, [told or proved](relu.md). **Of the expec
 "rows read" is the share of a token's neurons that [relu.md](relu.md) measured, and the bytes are \
 those of the rows of so many, for each token its own. "Full list" is what the program moves where \
 each token has as many as the budget. XLA's gather, of the same arrays, reads the full list \
-always, and but for one token of the smaller block writes a copy of it in float32. The kernels stop where a list ends: its length is in scalar \
-memory, nothing is copied behind it, and chunks that lie there are passed over. A token with more \
-neurons than the budget makes the call read all rows, which is not counted here.
+always, and but for one token of the smaller block writes a copy of it in float32. The kernels \
+stop where a list ends: its length is in scalar memory, nothing is copied behind it, and chunks \
+that lie there are passed over. A token with more neurons than the budget makes the call read all \
+rows, which is not counted here.
 
 {markdown(list(relu[0]), [list(row.values()) for row in relu])}
 

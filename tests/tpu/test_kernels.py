@@ -46,8 +46,8 @@ def kernels(shape, tokens):
         h = shape(tokens, 103, members)
         yield rows.gathered_sum, (h, groups, shape(103, dtype=jnp.int32)), most
     lists, ends = shape(tokens, 1024, dtype=jnp.int32), shape(tokens, dtype=jnp.int32)
-    for single, width in ((jnp.float32, 4096), (jnp.uint32, 2048)):
-        every, most = shape(16 * 8192, width, dtype=single), tokens * 1024 * width * 4
+    for kind, width in ((jnp.float32, 4096), (jnp.uint32, 2048)):
+        every, most = shape(16 * 8192, width, dtype=kind), tokens * 1024 * width * 4
         yield picked.picked_products, (shape(tokens, 4096), every, lists, ends), most
         yield picked.picked_sum, (shape(tokens, 1024), every, lists, ends), most
     own = shape(tokens, 256, dtype=jnp.int32)
