@@ -12,13 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire_rewrite.cost.machine import fetches_words
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.certify import rounding
-from hire_rewrite.ops.encodings import Encoding, Float, Stored, fetched_kind, narrowest
+from hire_rewrite.ops.encodings import (
+    Encoding,
+    Float,
+    Stored,
+    Words,
+    fetched_kind,
+    in_words,
+    narrowest,
+)
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
 from hire_rewrite.ops.ffn.sharded import positive_specs, sharded_positive_ffn
+from hire_rewrite.ops.kernels.tpu.fits import fits_picked
 from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
 from hire_rewrite.rules import count
 from hire_rewrite.sharding.rows import RowSharding
@@ -33,7 +43,7 @@ from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
 
 _BEST = Quantized()
-_SHARE = 0.5
+SHARE = 0.5
 """Of neurons that are taken to be positive where nobody has looked: of weights that are symmetric
 around zero half are."""
 
@@ -85,8 +95,9 @@ def positive_operation(
     if up.out.dtype not in known or down.out.dtype not in known:
         raise Unfit(f'k="positive" is for products in float32 and bfloat16, not {up.out.dtype}')
     d, projections = up.in_dim, len(match.region.projections)
-    first = rule.exact or told.up or _as_the_model(up)
-    second = rule.exact or told.down or _as_the_model(down)
+    first, second = rule.exact or told.up, rule.exact or told.down
+    if first is None or second is None:
+        first, second = _apart(site, _as_the_model(up), _as_the_model(down))
     predictor = rule.predictor or _guess(first, len(gates) * width, d, told, up)
     if predictor is not None and not certifies(predictor):
         raise Unfit(
@@ -130,6 +141,13 @@ def _as_the_model(linear: Any) -> Float:
     return Float("bfloat16" if jnp.dtype("bfloat16") in dtypes else "float32")
 
 
+def _apart(site: MatchedSite, up: Encoding, down: Encoding) -> tuple[Encoding, Encoding]:
+    """The encodings of both layers' rows, so that the machine can fetch each row alone."""
+    if site.sharding.mesh is not None or not fetches_words():
+        return up, down
+    return in_words(up, site.d_model), in_words(down, site.match.down.out_dim)
+
+
 def _guess(rows: Encoding, n: int, d: int, told: PositiveStatistics, up: Any) -> Predictor | None:
     """A guess of the gates where calibration tells that it saves bytes; None to read them whole."""
     if told.share is None:
@@ -153,7 +171,7 @@ def _spread(predictor: Predictor, margin: float | str, d: int) -> float:
 
 def _read_share(spec: PositiveFFNSpec, d: int, share: float | None) -> float:
     """Of neurons that are read one by one."""
-    share = _SHARE if share is None else share
+    share = SHARE if share is None else share
     if spec.predictor is not None:
         share += _spread(spec.predictor, spec.margin, d)
     return min(1.0, share)
@@ -216,16 +234,24 @@ class PositiveOperation(BlockOperation):
             how = f"proved from {spec.predictor}"
         else:
             how = f"guessed by {spec.predictor} within {spec.margin} standard deviations"
-        stored = "" if isinstance(spec.up, Float) else f", rows as {spec.up}"
+        rows = spec.whole
+        stored = "" if isinstance(rows, Float) else f", rows as {rows}"
         where = self.site.sharding.describe()
         return f"the neurons of {spec.width} that are not zero{seen}, {how}{stored}{where}"
 
     def reads(self, tokens: int) -> list[Read]:
-        """Rows of several tokens are counted as if they shared none."""
+        """Rows of several tokens are counted as if they shared none.
+
+        A list is read to its end, but on TPU only by kernels: what they do not take is a gather of
+        the whole budget.
+        """
         d, share, devices = self.site.d_model, self._share, self.site.sharding.num_shards
         width, budget = (count // devices for count in (self.spec.width, self.spec.budget))
         spec = dataclasses.replace(self.spec, width=width, budget=max(1, budget))
-        reads, picked = self._shared_reads(tokens), tokens * math.ceil(share * spec.width)
+        reads, each = self._shared_reads(tokens), math.ceil(share * spec.width)
+        if fetches_words() and not self._fits(spec, tokens):
+            each = spec.budget
+        picked = tokens * each
         if share * spec.width > spec.budget:  # then all are read, in one piece
             rows = spec.width * len(spec.picked)
             reads += [
@@ -240,6 +266,15 @@ class PositiveOperation(BlockOperation):
         dtype = narrow(self._match.linears[0].weight).dtype
         return [*reads, *reads_of(spec.predictor, len(spec.gates) * width, d, dtype, tokens)]
 
+    def _fits(self, spec: PositiveFFNSpec, tokens: int) -> bool:
+        """Whether the kernels for TPU take a device's lists of rows."""
+        every = [(spec.up, self.site.d_model, len(spec.picked)), (spec.down, spec.d_out, 1)]
+        return all(
+            _kernels_fit(rows, d, (tokens, spec.budget * several))
+            for rows, d, several in every
+            if several
+        )
+
     def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match = self._match
         up = jnp.concatenate([weights.projection(p) for p in match.region.projections], axis=1)
@@ -247,11 +282,12 @@ class PositiveOperation(BlockOperation):
         if not all(bool(jnp.isfinite(rows).all()) for rows in (up, down)):
             return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
         first, second = (narrowest(np.asarray(rows)) for rows in (up, down))
-        return dataclasses.replace(
-            self._told,
-            up=_as_the_model(match.linears[0]) if first is None else first[0],
-            down=_as_the_model(match.down) if second is None else second[0],
+        stored_up, stored_down = _apart(
+            self.site,
+            _as_the_model(match.linears[0]) if first is None else first[0],
+            _as_the_model(match.down) if second is None else second[0],
         )
+        return dataclasses.replace(self._told, up=stored_up, down=stored_down)
 
     def pack(
         self,
@@ -273,7 +309,7 @@ class PositiveOperation(BlockOperation):
             bound = map_layers(spec.predictor.fit_bound, rows.astype(spec.compute_dtype), guess)
         wide = up.astype(spec.compute_dtype)
         return PositiveFFNState(
-            gates=self._stored(spec.up, rows) if spec.predictor is None else {},
+            gates=self._stored(spec.whole, rows) if spec.predictor is None else {},
             up=self._stored(spec.up, picked) if spec.picked else {},
             down=self._stored(spec.down, down),
             vectors=weights.vectors(match.region),
@@ -345,3 +381,13 @@ def _fetched(encoding: Encoding, rows: int, d: int) -> list[Read]:
     if not rows:
         return []
     return [Read(fetched_kind(encoding), encoding.bytes(rows, d), pieces=rows)]
+
+
+def _kernels_fit(encoding: Encoding, d: int, lists: tuple[int, int]) -> bool:
+    """Whether the kernels for TPU take so many tokens' lists of so many rows of length d."""
+    if not isinstance(encoding, Float | Words):
+        return False
+    shape: Any = jax.ShapeDtypeStruct
+    (row,) = jax.tree.leaves(jax.eval_shape(encoding.store, shape((1, d), jnp.float32)))
+    x, picked = shape((lists[0], d), jnp.float32), shape(lists, jnp.int32)
+    return fits_picked(x, shape((1, *row.shape), row.dtype), picked)
