@@ -14,7 +14,7 @@ import numpy as np
 import hire_rewrite as hire
 
 from . import batches, model
-from .train import RULE, K
+from .train import GROUP, K
 
 CANDIDATES = 0.1  # twice the k of the training
 PREDICTORS = (hire.LowRank(48), hire.Quantized(4), hire.Quantized(8))
@@ -81,9 +81,7 @@ def converted(
     found = []
     for predictor in predictors:
         # So small a model gains nothing; what it loses is measured.
-        rule = hire.FFN(
-            k=K, candidates=CANDIDATES, group=RULE.group, predictor=predictor, force=True
-        )
+        rule = hire.FFN(k=K, candidates=CANDIDATES, group=GROUP, predictor=predictor, force=True)
         _, site, losses = convert(config, params, rule, training, validation, context)
         dense, exact, rewritten = losses
         found.append(
@@ -96,8 +94,8 @@ def converted(
                 },
                 "above_exact": round(rewritten / exact - 1, 5),
                 "recall": [round(recall, 4) for recall in site.recall],
-                "candidates": site.candidates * RULE.group,
-                "k": site.k * RULE.group,
+                "candidates": site.candidates * GROUP,
+                "k": site.k * GROUP,
                 "bytes": [site.bytes_dense, site.bytes_read],
             }
         )

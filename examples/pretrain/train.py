@@ -29,8 +29,8 @@ from .batches import Batches
 Loss = Callable[[model.Params, Array], Array]
 
 # `force`: the top-k is wanted for its meaning, also while k is too large to save anything.
-K = 0.05
-RULE = hire.FFN(k=K, group=8, force=True)
+K, GROUP = 0.05, 8
+RULE = hire.FFN(k=K, group=GROUP, force=True)
 
 
 @dataclasses.dataclass(frozen=True)
