@@ -18,7 +18,8 @@ help:
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make relu      translations and blocks without what a ReLU makes zero, and docs/relu.md"
-	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
+	@echo "make pretrain  train models dense and with a top-k, and convert them (45 minutes on two"
+	@echo "               cores; ARGS=--convert: convert them again)"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
@@ -61,7 +62,7 @@ relu: $(VENV)/.translate $(VENV)/.pretrain
 	$(RUN) -m benchmarks.relu $(QUICK)
 
 pretrain: $(VENV)/.pretrain
-	$(RUN) -m examples.pretrain
+	$(RUN) -m examples.pretrain $(ARGS)
 
 zoo: $(VENV)/.test
 	$(PYTEST) -m zoo tests/zoo
