@@ -43,7 +43,7 @@ def test_what_is_planted_is_found(part):
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_laws_that_need_no_numbers(part):
-    _holds(TRACED, 12, part)
+    _holds(TRACED, 8, part)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
