@@ -220,7 +220,7 @@ class Near(Step):
 
     @property
     def tokenwise(self) -> bool:  # type: ignore[override]
-        return self.form != "weights computed"
+        return self.form not in ("weights computed", "dropout")
 
     def weights(self, rng: np.random.Generator, lead: tuple[int, ...]) -> dict[str, Any]:
         shapes = {
