@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -22,6 +22,7 @@ help:
 	@echo "               cores; ARGS=--convert: convert them again)"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
+	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped)"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
 	@echo "make docs      the generated pages of docs/, and the site in out/site"
@@ -70,6 +71,11 @@ zoo: $(VENV)/.test
 mesh: $(VENV)/.test
 	$(PYTEST) -m mesh tests/zoo
 	$(RUN) -m benchmarks.mesh
+
+# A run that was stopped goes on; FUZZ='--graphs 1000 --first 7000' tries others.
+fuzz: $(VENV)/.test
+	$(RUN) -m tests.fuzz.replay
+	$(RUN) -m tests.fuzz $(FUZZ)
 
 # In an environment of its own: with libtpu installed, jax looks for a TPU.
 tpu:
