@@ -232,13 +232,14 @@ def _trained(result: Mapping[str, Any]) -> Iterable[str]:
     header = ["FFN", "trained dense", "trained with top-k", "predictor", "neurons", "rewritten",
               "recall of the worst layer", "MB read"]  # fmt: skip
     yield from table(header, rows)
-    if all("lossless" in arms["dense"] for arms in result["architectures"].values()):
-        yield from _lossless(result)
+    architectures = result["architectures"]
+    every = {name: arms for name, arms in architectures.items() if "lossless" in arms["dense"]}
+    if every:
+        yield from _lossless(result, every)
 
 
-def _lossless(result: Mapping[str, Any]) -> Iterable[str]:
+def _lossless(result: Mapping[str, Any], every: Mapping[str, Any]) -> Iterable[str]:
     """The dense models without what their ReLUs make zero."""
-    every = result["architectures"]
     config = next(iter(every.values()))["dense"]["setting"]["config"]
     decoded = next(iter(every.values()))["dense"]["lossless"][0]["decoded"]
     others = ", ".join(f"{name} {arms['topk']['other_way']:.4f}" for name, arms in every.items())

