@@ -5,22 +5,43 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.fingerprint import fingerprint
+from hire_rewrite.graph.trace import abstract
+from hire_rewrite.names import first_names
 from hire_rewrite.rules import Rule
+
+if TYPE_CHECKING:
+    from hire_rewrite.transformed import Transformed
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a `Packed` was made from: the structure, paths, shapes and dtypes of the weights."""
+    """What a `Packed` was made from.
+
+    Two that differ in `call` or `fingerprint` alone are equal: programs compiled for one serve the
+    other.
+
+    Attributes:
+      tree: the structure of the tuple of weight arguments.
+      paths, specs: of each weight the path, and the shape, dtype and sharding.
+      call: shapes of the call that it was packed for: the other arguments, and those by keyword.
+      fingerprint: as `fingerprint.fingerprint` has it; None where the numbers were not known.
+    """
 
     tree: Any
     paths: tuple[str, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
+    call: Any = dataclasses.field(default=None, compare=False, repr=False)
+    fingerprint: tuple[int | None, ...] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def argument(self) -> str | None:
@@ -84,6 +105,11 @@ class PackedInfo:
     def _hash(self) -> int:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
+
+    @functools.cached_property
+    def without_fingerprint(self) -> PackedInfo:
+        """The same of arrays that are traced: compiled once, and run on others too."""
+        return dataclasses.replace(self, origin=dataclasses.replace(self.origin, fingerprint=None))
 
     @functools.cached_property
     def short_names(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -161,6 +187,10 @@ class Packed:
         """The `Packed` of some leaves, or of what JAX and others put in the place of its trees."""
         names = ({short: name for name, short in known.items()} for known in info.short_names)
         weights, sites = map(_renamed, trees, names)
+        if info.origin.fingerprint is not None and any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((weights, sites))
+        ):
+            info = info.without_fingerprint
         return cls(weights, sites, info)
 
     @property
@@ -181,22 +211,134 @@ class Packed:
         ]
         return tuple(f"{name}:{rest}" if rest else name for name, rest in names)
 
-    def check(self) -> None:
-        """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
+    def check(self, *weights: Any) -> None:
+        """Check the arrays against what was packed and, if they are given, the weights themselves.
+
+        An update of the weights is seen in a few numbers of each. What changes one number alone is
+        not, so far as it is not among these.
+
+        Args:
+          weights: the arguments that hold the weights, in order.
+
+        Examples:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+          >>> params = {"vocabulary": jnp.sin(jnp.arange(128.0)).reshape(8, 16)}
+          >>> packed = step.pack(params, jnp.zeros((1, 8)))
+          >>> packed.check(params)
+          >>> packed.check({"vocabulary": 0.99 * params["vocabulary"]})
+          Traceback (most recent call last):
+          hire_rewrite.errors.HireRewriteError: params/vocabulary has changed since it was packed...
+
+        Raises:
+          HireRewriteError: an array has not the shape and dtype that it was packed with; a weight
+            is not the one that was packed; or nobody knows, as it was packed in a trace.
+        """
         leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
+        if len(leaves) != len(self.info.shapes):
+            raise HireRewriteError(
+                f"the Packed has {len(leaves)} arrays, but was packed with "
+                f"{len(self.info.shapes)}: restore all of them, or pack again from the weights"
+            )
         for (path, leaf), want in zip(leaves, self.info.shapes, strict=True):
-            if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+            shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+            if (shape, dtype) != (want.shape, want.dtype):
+                found = type(leaf).__name__ if shape is None else f"{dtype}{list(shape)}"
                 raise HireRewriteError(
-                    f"Packed{jax.tree_util.keystr(path[1:])} is {leaf.dtype}{list(leaf.shape)} but "
+                    f"Packed{jax.tree_util.keystr(path[1:])} is {found} but "
                     f"was packed for {want.dtype}{list(want.shape)}: pack again from the weights "
                     "instead of changing the packed arrays"
                 )
+        if weights:
+            check_origin(self.info.origin, weights)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a directory (Orbax), or to one file if the path ends in `.safetensors`.
+
+        A file is replaced when the new one is complete. A directory holds sharded arrays, which
+        several processes may write together and which go to any number of devices; it must not be
+        there yet. It needs `pip install orbax-checkpoint`.
+
+        Raises:
+          HireRewriteError: the arrays are shapes or traced, the path is taken, or something that is
+            needed is not installed.
+        """
+        from hire_rewrite.checkpoint import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], step: Transformed, *args: Any, **kwargs: Any
+    ) -> Packed:
+        """What `save` wrote, for a function: the dense weights are not needed.
+
+        The function is traced and packed as shapes, and what the checkpoint holds must be that;
+        each array has a checksum.
+
+        Args:
+          step: the function, transformed with the rules that it was packed with, or with those that
+            `load_rules(path)` returns.
+          args, kwargs: a call's arguments as for `step.pack`, arrays or shapes; where arrays are to
+            be sharded, weights have shardings. Without them they are those that it was packed for,
+            if the weights were in dicts, lists and tuples, and are put on one device.
+
+        Raises:
+          HireRewriteError: the checkpoint is damaged or incomplete, or is of another model, shape,
+            rule or version; or the arguments are needed.
+        """
+        from hire_rewrite.checkpoint import load
+
+        return load(path, step, args, kwargs)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.weights, self.sites))
         arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
+
+
+def check_origin(origin: Origin, weights: Sequence[Any]) -> None:
+    """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from."""
+    check_specs(origin, weights)
+    leaves = jax.tree.leaves(tuple(weights))
+    if origin.fingerprint is None:
+        raise HireRewriteError(
+            "the Packed does not know the numbers that it was packed from, as it was packed or "
+            "passed on in a trace: pack outside of jit to have it checked"
+        )
+    found = fingerprint(leaves)
+    for path, before, now in zip(origin.paths, origin.fingerprint, found, strict=True):
+        if before != now:
+            raise HireRewriteError(
+                f"{path} has changed since it was packed: pack again with the weights as they are"
+            )
+
+
+def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
+    """Raise HireRewriteError if weight arguments, arrays or shapes, have another structure, shape
+    or dtype than those that a `Packed` was made from. Names of arguments may differ."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(weights))
+    what = "the Packed was made of other weights"
+    if len(leaves) != len(origin.specs):
+        raise HireRewriteError(
+            f"{what}: of {len(origin.specs)} arrays ({first_names(origin.paths)}), and these are "
+            f"{len(leaves)}: pack again for this model"
+        )
+    for path, want, (keys, leaf) in zip(origin.paths, origin.specs, leaves, strict=True):
+        here = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
+        before = path.partition("/")[2]
+        spec = abstract(leaf)
+        if here != before:
+            raise HireRewriteError(
+                f"{what}: of {path}, where these have {here or 'one array'}: pack again for this "
+                "model"
+            )
+        if (spec.shape, spec.dtype) != (want.shape, want.dtype):
+            raise HireRewriteError(
+                f"{what}: {path} was {want.dtype}{list(want.shape)} and is "
+                f"{spec.dtype}{list(spec.shape)}: pack again for this model"
+            )
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:
