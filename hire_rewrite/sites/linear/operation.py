@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.nodes import Node
-from hire_rewrite.ops.encodings import Encoding, narrowest
+from hire_rewrite.ops.encodings import Encoding, Float, narrowest
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.linear.linear import (
     LinearSpec,
@@ -143,6 +143,11 @@ class LinearOperation(Operation):
         if spec.columns is not None:
             columns = stored_shards(shards, spec.columns, sharding, transposed=True)
         return LinearState(stored_shards(shards, spec.encoding, sharding), columns)
+
+    def rows(self, arrays: LinearState) -> Sequence[Any]:
+        # Floats hold a NaN and an infinity as they are, and their products are the dense ones.
+        both = ((self.spec.encoding, arrays.rows), (self.spec.columns, arrays.columns))
+        return [stored for encoding, stored in both if not isinstance(encoding, Float)]
 
     def partition_specs(self, arrays: LinearState) -> Any:
         return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
