@@ -145,9 +145,10 @@ class LinearOperation(Operation):
         return LinearState(stored_shards(shards, spec.encoding, sharding), columns)
 
     def rows(self, arrays: LinearState) -> Sequence[Any]:
-        # Floats hold a NaN and an infinity as they are, and their products are the dense ones.
-        both = ((self.spec.encoding, arrays.rows), (self.spec.columns, arrays.columns))
-        return [stored for encoding, stored in both if not isinstance(encoding, Float)]
+        # Floats hold a NaN and an infinity as they are, and their products are the dense ones; but
+        # a column is not read where its input is zero.
+        rows = {} if isinstance(self.spec.encoding, Float) else arrays.rows
+        return rows, arrays.columns
 
     def partition_specs(self, arrays: LinearState) -> Any:
         return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)

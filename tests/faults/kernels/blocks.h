@@ -55,7 +55,7 @@ std::vector<Matrix> Matrices(Bytes& bytes, const Sizes& s, int64_t count, bool a
   const int64_t form = bytes.Next(2);
   matrices.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t d = blocks * pieces * 32, own = alike ? std::max<int64_t>(0, s.rows - i) : s.rows;
+    const int64_t d = blocks * pieces * 32, own = alike ? std::max(std::min<int64_t>(1, s.rows), s.rows - i) : s.rows;
     matrices.emplace_back(bytes, s.layers, own, d, blocks, narrow, form);
   }
   return matrices;

@@ -147,7 +147,8 @@ void ListedSum(Bytes& bytes) {
     sum.Add(onto.data<float>()[i], 1);
     for (int64_t j = i / d * count; j < (i / d + 1) * count && lists.data<int32_t>()[j] >= 0; ++j) {
       const int64_t row = here * s.rows + lists.data<int32_t>()[j];
-      sum.Add(h.data<float>()[j], Number(rows, type, row * d + i % d));
+      // A row of weight zero is not read, whatever it holds.
+      if (h.data<float>()[j] != 0) sum.Add(h.data<float>()[j], Number(rows, type, row * d + i % d));
     }
     Check("listed sum", i, out.data<float>()[i], sum);
   }
