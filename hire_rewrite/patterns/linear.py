@@ -111,7 +111,9 @@ def as_linear(node: Node, provenance: Provenance) -> Linear | None:
         return None
     side = is_weight.index(True)
     if any(isinstance(size, int) and size == 0 for size in node.ins[side].shape):
-        raise NoMatch(Refusal.UNSUPPORTED, "its weight has an axis of size 0: nothing is read", node)
+        raise NoMatch(
+            Refusal.UNSUPPORTED, "its weight has an axis of size 0: nothing is read", node
+        )
     if node.primitive is p.dot_general_p:
         return _dot(node, side, **node.params)
     if node.primitive is p.conv_general_dilated_p:
