@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix`: one interpreter for each version of jax that is to be tested.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -25,6 +25,8 @@ help:
 	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped)"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
+	@echo "make faults    odd values, sizes, dtypes and settings at every kind of site; writes a record"
+	@echo "make fuzz-kernels  the C++ kernels on random bytes under sanitizers; writes a record"
 	@echo "make docs      the generated pages of docs/, and the site in out/site"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS"
@@ -97,6 +99,14 @@ docs: $(VENV)/.test $(VENV)/.docs
 	$(RUN) -m benchmarks.da_top_k
 	$(RUN) -m hire_rewrite draw examples.smollm2.target:step --pack -o docs/smollm2.svg
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# Ten minutes and the builds before; under libFuzzer too where there is clang++.
+SECONDS_OF_FUZZING ?= 600
+fuzz-kernels: $(VENV)/.test
+	$(RUN) -m tests.faults.kernels --seconds $(SECONDS_OF_FUZZING)
+
+faults: $(VENV)/.test
+	$(RUN) -m tests.faults.values
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

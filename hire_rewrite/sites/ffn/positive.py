@@ -330,8 +330,7 @@ class PositiveOperation(BlockOperation):
         return positive_specs(arrays, self.spec, self.site.sharding)
 
     def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
-        stored = jax.tree.leaves((arrays.gates, arrays.up, arrays.down))
-        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+        return arrays.gates, arrays.up, arrays.down, arrays.predictor
 
     @property
     def holds_weights(self) -> bool:

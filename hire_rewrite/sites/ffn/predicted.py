@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
@@ -187,8 +186,7 @@ class PredictedFFNOperation(BlockOperation):
         return arrays._replace(dense=(up, second_rows(self.site, weights)[0]))
 
     def rows(self, arrays: PredictedFFNState) -> Sequence[Any]:
-        stored = jax.tree.leaves((arrays.up, arrays.down, arrays.exact_up, arrays.exact_down))
-        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+        return arrays.up, arrays.down, arrays.exact_up, arrays.exact_down
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.hire_predicted_ffn), arrays, ("rewritten",))
