@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.names import first_names
 from hire_rewrite.rules import Rule
 
 
@@ -171,15 +174,50 @@ class Packed:
         return self.info.rules
 
     @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Its arrays in a plain dictionary, for what knows nothing of this package: exported
+        programs, files. A weight has the name of its path, an array of a site the site's name and
+        what it is there: `embed:rows/scale`. `with_arrays` is the way back.
+
+        Examples:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+          >>> packed = step.pack({"vocabulary": jnp.ones((8, 16))}, jnp.zeros((1, 8)))
+          >>> list(packed.arrays), packed.with_arrays(packed.arrays)
+          (['vocabulary'], Packed(1 weights, 0 sites, 0.0 MB))
+        """
+        return dict(zip(self._named(str), jax.tree.leaves(self), strict=True))
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> Packed:
+        """This one with other arrays, those of a dictionary like `arrays`.
+
+        Raises:
+          HireRewriteError: names are missing, or are not of this `Packed`.
+        """
+        names = [*self._named(str)]
+        for what, odd in (("lack", set(names) - set(arrays)), ("have", set(arrays) - set(names))):
+            if odd:
+                raise HireRewriteError(
+                    f"with_arrays: the arrays {what} {first_names(sorted(odd))}, unlike this "
+                    "Packed: give those of Packed.arrays of one with the same rules and shapes"
+                )
+        tree = jax.tree.structure(self)
+        return jax.tree.unflatten(tree, [arrays[name] for name in names])
+
+    @property
     def paths(self) -> tuple[str, ...]:
-        """A name for each array: a weight's path, or, as `params/embed:rows/scale`, its site's name
-        and what it is there."""
-        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
-        names = [
-            (path[1].key, jax.tree_util.keystr(path[2:], simple=True, separator="/"))
-            for path, _ in leaves
-        ]
-        return tuple(f"{name}:{rest}" if rest else name for name, rest in names)
+        """A name for each array, in the order of `jax.tree.leaves`: as in `arrays`, with the name
+        of the argument that held the weights."""
+        known = self.info.short_names
+        long = {short: name for names in known for name, short in names.items()}
+        return tuple(self._named(lambda name: long.get(name, name)))
+
+    def _named(self, written: Callable[[str], str]) -> Iterator[str]:
+        """A name for each array, those of weights and sites written somehow."""
+        trees, _ = self.tree_flatten()
+        for path, _ in jax.tree_util.tree_leaves_with_path(trees):
+            inside = jax.tree_util.keystr(path[2:], simple=True, separator="/")
+            yield written(path[1].key) + (f":{inside}" if inside else "")
 
     def check(self) -> None:
         """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
@@ -197,6 +235,23 @@ class Packed:
         arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
+
+
+def _refuse(_: Any) -> Any:
+    raise HireRewriteError(
+        "jax.export: a Packed is an argument of the exported function, and no program that is "
+        "serialized can have one, for only this package knows its structure: export `lambda "
+        "arrays, *rest: step(packed.with_arrays(arrays), *rest)` and give it packed.arrays"
+    )
+
+
+with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
+    jax.export.register_pytree_node_serialization(
+        Packed,
+        serialized_name="hire_rewrite.Packed",
+        serialize_auxdata=_refuse,
+        deserialize_auxdata=_refuse,
+    )
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:

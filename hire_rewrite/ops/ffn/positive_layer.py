@@ -17,6 +17,7 @@ from hire_rewrite.ops.encodings import Encoding, Stored, picked_products, picked
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState
 from hire_rewrite.ops.ffn.guessed import members
 from hire_rewrite.ops.gather import gather_rows
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.predictors import Certifying, State
 
 __all__ = ["PositiveFFNSpec", "PositiveFFNState", "PositiveLayer"]
@@ -70,6 +71,7 @@ class PositiveFFNSpec(ProductSpec):
         return tuple(p for p in every if self.predictor is not None or p not in self.gates)
 
 
+@exportable
 class PositiveFFNState(NamedTuple):
     """The arrays of a block, with a leading axis of layers.
 
