@@ -1,13 +1,18 @@
 """What the package promises about itself: public jax names, light imports."""
 
+import ast
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
+
+import pytest
 
 import hire_rewrite
 
 ROOT = pathlib.Path(hire_rewrite.__file__).parent
+PROJECT = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 
@@ -22,6 +27,35 @@ def test_only_compat_looks_at_versions():
         p.name for p in SOURCES if "__version" in p.read_text() and "jax.__v" in p.read_text()
     ]
     assert set(asking) <= {"_compat.py"}
+
+
+def dead_guards(code, floor):
+    """Versions of jax that code compares with, and that are not above the oldest one supported."""
+    comparisons = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Compare))
+    sides = [(node.left, *node.comparators) for node in comparisons]
+    names = [{getattr(part, "attr", None) for side in all_ for part in ast.walk(side)} for all_ in sides]
+    guards = [
+        ast.literal_eval(side)
+        for all_, found in zip(sides, names, strict=True)
+        for side in all_
+        if "__version_info__" in found and isinstance(side, ast.Tuple)
+    ]
+    return [guard for guard in guards if guard <= floor[: len(guard)]]
+
+
+def test_no_guard_of_a_version_below_the_floor():
+    (pinned,) = (d for d in PROJECT["project"]["dependencies"] if d.startswith("jax>="))
+    floor = tuple(map(int, pinned.removeprefix("jax>=").split(".")))
+    assert dead_guards((ROOT / "_compat.py").read_text(), floor) == []
+
+
+@pytest.mark.parametrize(
+    ("guard", "dead"),
+    [((0, 9), True), ((0, 10), True), ((0, 10, 2), True), ((0, 10, 3), False), ((0, 11), False)],
+)
+@pytest.mark.parametrize("code", ["jax.__version_info__ < {}", "{} <= jax.__version_info__[:3]"])
+def test_such_guards_are_found(guard, dead, code):
+    assert dead_guards(code.format(guard), (0, 10, 2)) == [guard] * dead
 
 
 def test_public_names():

@@ -135,6 +135,8 @@ def decide(
         decider.machine.name,
         layers=layers_of(detection, shown, rejected),
     )
+    if plan.rewritten and decider.machine.name.startswith("cpu"):
+        kernels.cpu.announce()
     return plan, tuple(decisions)
 
 
