@@ -1,8 +1,10 @@
 """What the package promises about itself: public jax names, light imports."""
 
 import ast
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -29,17 +31,37 @@ def test_only_compat_looks_at_versions():
     assert set(asking) <= {"_compat.py"}
 
 
+def test_what_is_packaged_runs_without_the_kernels_and_says_so_once(tmp_path):
+    """Where there was no compiler: the sources and the data that pyproject.toml lists, no more."""
+    packages = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {path for pattern in packages["hire_rewrite"] for path in ROOT.glob(pattern)}
+    for path in {*SOURCES, *listed}:
+        copy = tmp_path / "hire_rewrite" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    smoke = shutil.copy(pathlib.Path(__file__).with_name("smoke.py"), tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HIRE")}
+    subprocess.run(
+        [sys.executable, smoke, "not-built"], check=True,
+        env=environment | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_every_source_of_the_kernels_is_packaged():
+    packages = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {path for pattern in packages["hire_rewrite"] for path in ROOT.glob(pattern)}
+    data = {path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    others = data - listed - set(SOURCES)
+    assert {path.suffix for path in others} <= {".so"}
+
+
 def dead_guards(code, floor):
     """Versions of jax that code compares with, and that are not above the oldest one supported."""
-    comparisons = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Compare))
-    sides = [(node.left, *node.comparators) for node in comparisons]
-    names = [{getattr(part, "attr", None) for side in all_ for part in ast.walk(side)} for all_ in sides]
-    guards = [
-        ast.literal_eval(side)
-        for all_, found in zip(sides, names, strict=True)
-        for side in all_
-        if "__version_info__" in found and isinstance(side, ast.Tuple)
-    ]
+    guards = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare) and "__version_info__" in ast.unparse(node):
+            sides = (node.left, *node.comparators)
+            guards += [ast.literal_eval(side) for side in sides if isinstance(side, ast.Tuple)]
     return [guard for guard in guards if guard <= floor[: len(guard)]]
 
 
