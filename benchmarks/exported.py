@@ -212,7 +212,7 @@ def exported(folder: Path, tokens: int, rules: Mapping[str, Any], counts: Counts
                 np.save(here / "tokens.npy", best[:-1])
                 np.save(here / "cache.npy", np.zeros(empty_cache(batch).shape, np.float32))
                 wanted[str(here)] = best[1:]
-            if jax.tree.structure(from_shapes) == jax.tree.structure(packed):
+            if from_shapes.info == packed.info:
                 ahead = run.lower(from_shapes, *call_of(batch)).compile()
                 wrong = int((decoded(ahead, packed, batch, tokens) != best).sum())
                 counts.add(
