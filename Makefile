@@ -5,10 +5,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Each worker begins with neighbors, which share what a file compiles once.
 PYTEST := $(RUN) -m pytest -n auto --dist worksteal
-# For `make matrix`: one interpreter for each version of jax that is to be tested.
+# For `make matrix` and `make wheels`: names or paths of interpreters.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -29,7 +29,8 @@ help:
 	@echo "make fuzz-kernels  the C++ kernels on random bytes under sanitizers; writes a record"
 	@echo "make docs      the generated pages of docs/, and the site in out/site"
 	@echo "make lint      ruff and mypy"
-	@echo "make matrix    the tests on every interpreter of PYTHONS"
+	@echo "make matrix    the tests on every interpreter of PYTHONS, versions of jax, and the oldest"
+	@echo "make wheels    wheels for every interpreter of PYTHONS and the sdist, installed and tried"
 
 demo: $(VENV)/.demo $(VENV)/.llama
 	$(RUN) -m examples.smollm2.demo
@@ -117,11 +118,13 @@ format: $(VENV)/.lint
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-matrix:
-	@for python in $(PYTHONS); do \
-	  echo "== $$python"; \
-	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$(basename $$python) || exit 1; \
-	done
+# All of it takes an hour. For a quick look: make matrix ARGS='tests/graph tests/passes tests/sites'
+matrix: $(VENV)/.test
+	$(RUN) -m tests.matrix $(PYTHONS) -- $(or $(ARGS),-n auto --dist worksteal)
+
+# Each is installed into an empty environment and tried; the sdist without a compiler too.
+wheels: $(VENV)/.wheels
+	$(RUN) -m tests.wheels out/wheels $(PYTHONS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

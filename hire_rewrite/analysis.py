@@ -17,7 +17,8 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
 from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
 from hire_rewrite.log import timed
-from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.origin import Origin
+from hire_rewrite.packed import Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.examine import examine, weight_stacker

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.export
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.fingerprint import fingerprint
-from hire_rewrite.graph.trace import abstract
 from hire_rewrite.names import first_names
+from hire_rewrite.origin import Origin, check_origin
 from hire_rewrite.rules import Rule
 
 if TYPE_CHECKING:
     from hire_rewrite.transformed import Transformed
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What a `Packed` was made from.
-
-    Two that differ in `call` or `fingerprint` alone are equal: programs compiled for one serve the
-    other.
-
-    Attributes:
-      tree: the structure of the tuple of weight arguments.
-      paths, specs: of each weight the path, and the shape, dtype and sharding.
-      call: shapes of the call that it was packed for: the other arguments, and those by keyword.
-      fingerprint: as `fingerprint.fingerprint` has it; None where the numbers were not known.
-    """
-
-    tree: Any
-    paths: tuple[str, ...]
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-    call: Any = dataclasses.field(default=None, compare=False, repr=False)
-    fingerprint: tuple[int | None, ...] | None = dataclasses.field(
-        default=None, compare=False, repr=False
-    )
-
-    @property
-    def argument(self) -> str | None:
-        """The name of the argument that held them; None if there were several."""
-        if self.tree.num_leaves == 0 or len(self.tree.children()) != 1:
-            return None
-        return self.paths[0].partition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,15 +172,50 @@ class Packed:
         return self.info.rules
 
     @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Its arrays in a plain dictionary, for what knows nothing of this package: exported
+        programs, files. A weight has the name of its path, an array of a site the site's name and
+        what it is there: `embed:rows/scale`. `with_arrays` is the way back.
+
+        Examples:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+          >>> packed = step.pack({"vocabulary": jnp.ones((8, 16))}, jnp.zeros((1, 8)))
+          >>> list(packed.arrays), packed.with_arrays(packed.arrays)
+          (['vocabulary'], Packed(1 weights, 0 sites, 0.0 MB))
+        """
+        return dict(zip(self._named(str), jax.tree.leaves(self), strict=True))
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> Packed:
+        """This one with other arrays, those of a dictionary like `arrays`.
+
+        Raises:
+          HireRewriteError: names are missing, or are not of this `Packed`.
+        """
+        names = [*self._named(str)]
+        for what, odd in (("lack", set(names) - set(arrays)), ("have", set(arrays) - set(names))):
+            if odd:
+                raise HireRewriteError(
+                    f"with_arrays: the arrays {what} {first_names(sorted(odd))}, unlike this "
+                    "Packed: give those of Packed.arrays of one with the same rules and shapes"
+                )
+        tree = jax.tree.structure(self)
+        return jax.tree.unflatten(tree, [arrays[name] for name in names])
+
+    @property
     def paths(self) -> tuple[str, ...]:
-        """A name for each array: a weight's path, or, as `params/embed:rows/scale`, its site's name
-        and what it is there."""
-        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
-        names = [
-            (path[1].key, jax.tree_util.keystr(path[2:], simple=True, separator="/"))
-            for path, _ in leaves
-        ]
-        return tuple(f"{name}:{rest}" if rest else name for name, rest in names)
+        """A name for each array, in the order of `jax.tree.leaves`: as in `arrays`, with the name
+        of the argument that held the weights."""
+        known = self.info.short_names
+        long = {short: name for names in known for name, short in names.items()}
+        return tuple(self._named(lambda name: long.get(name, name)))
+
+    def _named(self, written: Callable[[str], str]) -> Iterator[str]:
+        """A name for each array, those of weights and sites written somehow."""
+        trees, _ = self.tree_flatten()
+        for path, _ in jax.tree_util.tree_leaves_with_path(trees):
+            inside = jax.tree_util.keystr(path[2:], simple=True, separator="/")
+            yield written(path[1].key) + (f":{inside}" if inside else "")
 
     def check(self, *weights: Any) -> None:
         """Check the arrays against what was packed and, if they are given, the weights themselves.
@@ -298,47 +304,21 @@ class Packed:
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
 
 
-def check_origin(origin: Origin, weights: Sequence[Any]) -> None:
-    """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from."""
-    check_specs(origin, weights)
-    leaves = jax.tree.leaves(tuple(weights))
-    if origin.fingerprint is None:
-        raise HireRewriteError(
-            "the Packed does not know the numbers that it was packed from, as it was packed or "
-            "passed on in a trace: pack outside of jit to have it checked"
-        )
-    found = fingerprint(leaves)
-    for path, before, now in zip(origin.paths, origin.fingerprint, found, strict=True):
-        if before != now:
-            raise HireRewriteError(
-                f"{path} has changed since it was packed: pack again with the weights as they are"
-            )
+def _refuse(_: Any) -> Any:
+    raise HireRewriteError(
+        "jax.export: a Packed is an argument of the exported function, and no program that is "
+        "serialized can have one, for only this package knows its structure: export `lambda "
+        "arrays, *rest: step(packed.with_arrays(arrays), *rest)` and give it packed.arrays"
+    )
 
 
-def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
-    """Raise HireRewriteError if weight arguments, arrays or shapes, have another structure, shape
-    or dtype than those that a `Packed` was made from. Names of arguments may differ."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(weights))
-    what = "the Packed was made of other weights"
-    if len(leaves) != len(origin.specs):
-        raise HireRewriteError(
-            f"{what}: of {len(origin.specs)} arrays ({first_names(origin.paths)}), and these are "
-            f"{len(leaves)}: pack again for this model"
-        )
-    for path, want, (keys, leaf) in zip(origin.paths, origin.specs, leaves, strict=True):
-        here = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
-        before = path.partition("/")[2]
-        spec = abstract(leaf)
-        if here != before:
-            raise HireRewriteError(
-                f"{what}: of {path}, where these have {here or 'one array'}: pack again for this "
-                "model"
-            )
-        if (spec.shape, spec.dtype) != (want.shape, want.dtype):
-            raise HireRewriteError(
-                f"{what}: {path} was {want.dtype}{list(want.shape)} and is "
-                f"{spec.dtype}{list(spec.shape)}: pack again for this model"
-            )
+with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
+    jax.export.register_pytree_node_serialization(
+        Packed,
+        serialized_name="hire_rewrite.Packed",
+        serialize_auxdata=_refuse,
+        deserialize_auxdata=_refuse,
+    )
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:

@@ -22,7 +22,8 @@ from hire_rewrite.checkpoint.metadata import (
     trees_of,
 )
 from hire_rewrite.errors import HireRewriteError, is_out_of_memory
-from hire_rewrite.packed import Origin, Packed, PackedInfo, check_specs
+from hire_rewrite.origin import Origin, check_specs
+from hire_rewrite.packed import Packed, PackedInfo
 from hire_rewrite.transformed import Transformed
 
 _LARGE = 2**20

@@ -17,6 +17,7 @@ from hire_rewrite.ops.encodings import Encoding, Stored, out_of_words, picked_pr
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState
 from hire_rewrite.ops.ffn.guessed import members
 from hire_rewrite.ops.gather import gather_rows
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.predictors import Certifying, State
 
 __all__ = ["PositiveFFNSpec", "PositiveFFNState", "PositiveLayer"]
@@ -75,6 +76,7 @@ class PositiveFFNSpec(ProductSpec):
         return out_of_words(self.up)
 
 
+@exportable
 class PositiveFFNState(NamedTuple):
     """The arrays of a block, with a leading axis of layers.
 
