@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.evaluate import run_node
@@ -15,6 +17,7 @@ from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.ops.quality import Measured, Quality, quality
+from hire_rewrite.ops.usage import Usage, tally
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.kind import MatchedSite
@@ -120,6 +123,34 @@ class Operation(abc.ABC):
     @abc.abstractmethod
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         """Predict, gather, and compute: what takes the site's place in mode "hire"."""
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        """`rewritten`, which reports a `tally` besides; one for each of its experts."""
+        site, *others = self.rewritten(arrays)
+        return [self.tallied(site, Usage()), *others]
+
+    def tallied(self, replacement: SiteReplacement, usage: Usage) -> SiteReplacement:
+        """A replacement that reports a usage that no data decide."""
+        site = self.site
+        report = tally(site.tokens, usage)
+        if site.experts > 1:
+            report = jnp.broadcast_to(report, (site.experts, *report.shape))
+        return dataclasses.replace(replacement, reports=True, known={site.name: report})
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it reads some units one by one, and not all."""
+        return bool(self.k) or self.reads_vary
+
+    @property
+    def counted_units(self) -> int:
+        """Of how many units a tally's `read` is, on one device."""
+        return self.scored[0]
+
+    @property
+    def counted_by_call(self) -> bool:
+        """Whether a tally counts units once for all tokens of a call, not once for each."""
+        return False
 
     @abc.abstractmethod
     def exact(self, arrays: Any) -> list[SiteReplacement]:
@@ -259,6 +290,16 @@ def row_predictors(ranks: Sequence[int], d: int) -> list[Predictor]:
 def silent(function: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
     """A function that reports nothing beside its result."""
     return lambda *args, **settings: (function(*args, **settings), None)
+
+
+def counting(function: Callable[..., tuple[Any, Usage]]) -> Callable[..., tuple[Any, Array]]:
+    """A function of tokens x: [tokens, d], ..., that reports the tally of what it read."""
+
+    def run(x: Array, *args: Any, **settings: Any) -> tuple[Any, Array]:
+        result, usage = function(x, *args, **settings)
+        return result, tally(x.shape[0], usage)
+
+    return run
 
 
 def reporting(
