@@ -27,7 +27,7 @@ def transform(
     mesh: Mesh | None = None,
     mode: str = "hire",
     on_miss: str = "warn",
-    telemetry: bool = False,
+    telemetry: bool | float = False,
 ) -> Any:
     """Rewrite the vocabulary heads, FFN blocks and other linear layers of a JAX function.
 
@@ -51,7 +51,8 @@ def transform(
       on_miss: what to do when a rule fits no site or rewrites none of its sites, or without rules
         nothing is rewritten: `"warn"` (once, a `HireRewriteWarning`), `"raise"` or `"ignore"`.
       telemetry: whether calls return a pair, the result of `fn` and a `Telemetry`: counters of
-        what each packed site read, to be added up and watched while it serves.
+        what each packed site read, to be added up and watched while it serves. A number between 0
+        and 1 is the share of a site's runs in which its recall is measured too, beside all rows.
 
     Returns:
       A `Transformed`, called like `fn` with a `Packed` in place of the weights.
@@ -82,7 +83,7 @@ def _transform(
     mesh: Mesh | None,
     mode: str,
     on_miss: str,
-    telemetry: bool,
+    telemetry: bool | float,
 ) -> Transformed:
     if not callable(fn):
         raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
@@ -117,8 +118,12 @@ def _transform(
         raise HireRewriteError(
             f"transform: mesh={mesh!r} is not a jax.sharding.Mesh: give one, or None"
         )
-    if not isinstance(telemetry, bool):
-        raise HireRewriteError(f"transform: telemetry={telemetry!r} must be True or False")
+    if not isinstance(telemetry, bool) and not (
+        isinstance(telemetry, float | int) and 0 < telemetry <= 1
+    ):
+        raise HireRewriteError(
+            f"transform: telemetry={telemetry!r} must be True, False or a share between 0 and 1"
+        )
     positions = tuple(sorted(set(positions)))
     return Transformed(fn, rules, positions, mesh, MODES[mode], on_miss, telemetry)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import groups
-from hire_rewrite.ops.usage import FIELDS
+from hire_rewrite.ops.usage import FIELDS, RECALL
 from hire_rewrite.plan import table
 
 
@@ -47,6 +47,8 @@ class SiteCounts(NamedTuple):
     whole: np.ndarray
     whole_tokens: np.ndarray
     proved: np.ndarray
+    sampled: np.ndarray
+    recalled: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class SiteUsage:
       whole: share of calls that read all units, for tokens asked for more than are read one by one,
         had no proof, or were too many; None alike.
       proved: share of tokens whose result was proved; None without `certify`.
+      recall: share of the true top k (or of neurons that are not zero) that was read, of the tokens
+        that were measured; None where none was.
     """
 
     calls: int
@@ -67,6 +71,7 @@ class SiteUsage:
     read: float | None
     whole: float | None
     proved: float | None
+    recall: float | None
 
 
 @jax.tree_util.register_dataclass
@@ -80,12 +85,13 @@ class Telemetry:
     million tokens have gone by, and go on from there with a new sum.
 
     Attributes:
-      counts: u32[rows, 6], the rows of all sites one after the other; i64 on the host. Under
+      counts: u32[rows, 8], the rows of all sites one after the other; i64 on the host. Under
         `vmap` with the mapped axis in front. The columns, summed over calls:
         calls, tokens: runs of the site, and tokens in them.
         read: units that were read one by one.
         whole, whole_tokens: runs that read all units, and the tokens in them.
         proved: tokens whose result was proved.
+        sampled, recalled: tokens whose recall was measured, and 4096 times the sum of it.
       sites: in the order of the plan.
 
     Examples:
@@ -98,7 +104,7 @@ class Telemetry:
       >>> logits, telemetry = step(packed, jnp.ones((1, 16)))
       >>> logits, more = step(packed, jnp.ones((1, 16)))
       >>> (telemetry + more).summary()["params/vocabulary"]
-      SiteUsage(calls=2, tokens=2, read=0.125, whole=0.0, proved=None)
+      SiteUsage(calls=2, tokens=2, read=0.125, whole=0.0, proved=None, recall=None)
     """
 
     counts: Any
@@ -159,13 +165,12 @@ class Telemetry:
             usage = summary[site.name]
             return site.kind, site.units, usage.calls, usage.tokens, site.chooses, site.proves
 
-        rows = [["site", "calls", "tokens", "read", "whole", "proved"]]
+        shown = ("read", "whole", "proved", "recall")
+        rows = [["site", "calls", "tokens", *shown]]
         for name, sites in groups(self.sites, lambda site: site.name, alike):
             usages = [summary[site.name] for site in sites]
             label = f"{name} ({len(sites)})" if len(sites) > 1 else name
-            shares = (
-                [getattr(usage, field) for usage in usages] for field in ("read", "whole", "proved")
-            )
+            shares = ([getattr(usage, field) for usage in usages] for field in shown)
             first = usages[0]
             rows.append([label, str(first.calls), str(first.tokens), *map(_range, shares)])
         return table(rows) if self.sites else "no site is counted"
@@ -175,7 +180,7 @@ def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telem
     """The telemetry of a call.
 
     Args:
-      reports: for each site u32[rows, 6].
+      reports: for each site u32[rows, 8].
     """
     every = [reports[site.name] for site in sites]
     if not every:
@@ -184,7 +189,7 @@ def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telem
 
 
 def _by_name(telemetry: Telemetry) -> dict[str, Any]:
-    """The counters of each site, [..., rows, 6]."""
+    """The counters of each site, [..., rows, 8]."""
     found, start = {}, 0
     for site in telemetry.sites:
         found[site.name] = telemetry.counts[..., start : start + site.rows, :]
@@ -202,8 +207,10 @@ def _usage(site: CountedSite, counts: SiteCounts) -> SiteUsage:
         read = units / max(1, site.units * (calls if site.by_call else tokens))
         whole = int(counts.whole.sum()) / calls
     proved = int(counts.proved.sum()) / tokens if site.proves and tokens else None
+    sampled = int(counts.sampled.sum())
+    recall = int(counts.recalled.sum()) / (RECALL * sampled) if sampled else None
     most = int(counts.calls.max(initial=0)), int(counts.tokens.max(initial=0))
-    return SiteUsage(*most, read, whole, proved)
+    return SiteUsage(*most, read, whole, proved, recall)
 
 
 def _range(shares: Sequence[float | None]) -> str:

@@ -56,7 +56,7 @@ class Transformed:
         mesh: Mesh | None,
         mode: Mode,
         on_miss: str,
-        telemetry: bool = False,
+        telemetry: bool | float = False,
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
@@ -313,7 +313,7 @@ class Transformed:
           marked: whether to say so where it is differentiated and should not be.
           counted: whether to return its telemetry, if it has some.
         """
-        counted = counted and self._telemetry
+        counted = counted and self._telemetry is not False
         nothing = collected((), {}) if counted else None
 
         def original() -> Any:
@@ -329,7 +329,8 @@ class Transformed:
                 return original()  # nothing is packed, or nothing is asked for
             swaps = analysis.exact_forms
         else:
-            packing = counting(self.mode) if counted else self.mode.packed
+            share = 0.0 if self._telemetry is True else float(self._telemetry)
+            packing = counting(self.mode, share) if counted else self.mode.packed
             swaps = analysis.replacements(packed, packing)
         inputs = analysis.inputs(packed, args, kwargs)
         rewritten = rewrite(analysis.trace, swaps)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from hire_rewrite import HireRewriteError
-from tests.cases import FEW, close, packed, run
+from tests.cases import FEW, Oracle, close, packed, run
 from tests.cases_ffn import FFN_CASES
 from tests.cases_head import HEAD_CASES
 from tests.sharding import test_manual as manual
@@ -66,7 +66,7 @@ def test_without_telemetry_nothing_is_counted():
     held = off.pack(weights(), TOKEN)
     jaxprs = [jax.make_jaxpr(step)(held, TOKEN) for step in (off, on)]
     counted = [
-        [v for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars if v.aval.shape == (6,)]
+        [v for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars if v.aval.shape == (8,)]
         for jaxpr in jaxprs
     ]
     assert not counted[0]
@@ -240,8 +240,9 @@ def test_raw_weights_and_other_modes():
         assert not telemetry.sites
         _, telemetry = step(step.pack(w, TOKEN), TOKEN)
         assert all(usage.whole == 1.0 for usage in telemetry.summary().values())
-    with pytest.raises(HireRewriteError, match="telemetry"):
-        hire.transform(model, telemetry="yes")
+    for wrong in ("yes", 2, -0.5, 0):
+        with pytest.raises(HireRewriteError, match="telemetry"):
+            hire.transform(model, telemetry=wrong)
 
 
 def test_methods_and_gradients():
@@ -260,6 +261,45 @@ def test_methods_and_gradients():
     held = on.pack(p, x)
     got, _ = jax.grad(lambda x: (lambda y, t: (y.sum(), t))(*on(held, x)), has_aux=True)(x)
     np.testing.assert_allclose(got, jax.grad(lambda x: off(held, x).sum())(x), rtol=1e-6)
+
+
+def drifting(noise):
+    """A head whose predictor errs so much, and tokens."""
+    rule = hire.Head(k=8, candidates=16, predictor=Oracle(noise), force=True, min_width=100)
+    rows = jax.random.normal(jax.random.key(1), (512, D))
+    return (lambda params, x: x @ params.T), rule, rows
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_recall_is_measured_in_a_share_of_runs(noise):
+    fn, rule, rows = drifting(noise)
+    steps = [hire.transform(fn, rule, telemetry=share) for share in (1.0, 0.25)]
+    held = steps[0].pack(rows, jnp.ones((2, D)))
+    xs = jax.random.normal(jax.random.key(2), (200, 2, D))
+    (report,) = steps[0].evaluate(held, [(x,) for x in xs[:100]]).sites
+    _, always = jax.jit(lambda xs: lax.map(lambda x: steps[0](held, x), xs))(xs[:100])
+    always = always.on_host()
+    (usage,) = always.summary().values()
+    assert usage.recall == pytest.approx(report.recall[0], abs=1e-3)
+    assert (usage.recall < 0.9) == (noise > 0)
+    _, total = jax.jit(lambda xs: lax.map(lambda x: steps[1](held, x), xs))(xs)
+    (name,) = total.summary()
+    assert 20 <= total[name].sampled.sum() / 2 <= 90
+    assert total[name].tokens.sum() == 400
+    assert total.summary()[name].recall == pytest.approx(usage.recall, abs=0.1)
+
+
+def test_recall_of_blocks_in_a_scan():
+    on = hire.transform(model, FFN, HEAD, telemetry=1.0)
+    held = on.pack(weights(), TOKEN[:1])
+    off = hire.transform(model, FFN, HEAD)
+    result, telemetry = on(held, TOKEN[:1])
+    np.testing.assert_array_equal(result, off(held, TOKEN[:1]))
+    assert telemetry["layers"].sampled.tolist() == [1] * LAYERS
+    report = off.evaluate(held, [(TOKEN[:1],)])
+    for site in report.sites:
+        recall = telemetry.summary()[site.name].recall
+        assert recall == pytest.approx(np.mean(site.recall), abs=1e-3)
 
 
 # On meshes

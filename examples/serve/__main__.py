@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_model(given: argparse.Namespace) -> backend.Model:
     """The model that is asked for: dense, packed here, or from a folder that has it packed."""
     sizes: dict[str, Any] = {"slots": given.slots, "max_len": given.max_len}
+    sizes["sample"] = given.sample
     folder = given.pack
     if folder is not None and packs.exists(folder):
         packed, rules, config = packs.load(folder)
@@ -108,6 +109,7 @@ def _given(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--queue", type=int, default=32, help="requests that may wait (%(default)s)")
     add("--dense", action="store_true", help="the model as it is")
     add("--certify", action="store_true", help="prove that each token is the dense model's")
+    add("--sample", type=float, help="the share of steps in which recall is measured")
     add("--pack", type=Path, help="a folder to keep the packed weights in, and to start from")
     add("--load", type=int, default=0, help="send so many requests from here, and end")
     add("--clients", type=int, default=12, help="with --load, how many at a time (%(default)s)")

@@ -37,6 +37,9 @@ def example(config: Config, slots: int, max_len: int) -> tuple[Any, ...]:
 class Model:
     """A `Backend`: SmolLM2 on dense params, or rewritten on a `Packed`.
 
+    Args:
+      sample: the share of steps in which the recall of sites is measured; None for none.
+
     Attributes:
       telemetry: of decode steps and of prompts, on the host; None for a dense model.
     """
@@ -47,6 +50,7 @@ class Model:
         weights: Params | hire.Packed,
         *,
         rules: tuple[Any, ...] = (),
+        sample: float | None = None,
         slots: int = 4,
         max_len: int = 512,
         chunk: int = 64,
@@ -57,8 +61,9 @@ class Model:
         rewritten = isinstance(weights, hire.Packed)
         if rewritten:
             # What a rule finds in one function need not be in the other.
-            transformed: Any = functools.partial(hire.transform, telemetry=True, on_miss="ignore")
-            decode, read = transformed(decode, *rules), transformed(read, *rules)
+            transformed: Any = functools.partial(hire.transform, on_miss="ignore")
+            decode = transformed(decode, *rules, telemetry=sample or True)
+            read = transformed(read, *rules, telemetry=True)
         else:
             decode, read = _uncounted(decode), _uncounted(read)
         # The weights are arguments; the cache and the counters are given up for new ones.

@@ -20,6 +20,8 @@ _SITE = {
     "read": ("hire_site_read_units_total", "Rows, groups of neurons or inputs read one by one"),
     "whole": ("hire_site_whole_calls_total", "Runs that read all of them"),
     "proved": ("hire_site_proved_tokens_total", "Tokens whose greatest values were proved"),
+    "sampled": ("hire_site_sampled_tokens_total", "Tokens whose recall was measured"),
+    "recalled": ("hire_site_recall_sum", "The sum of their recall, times 4096"),
 }
 
 
@@ -47,7 +49,7 @@ def of_sites(telemetry: Mapping[str, hire.Telemetry]) -> list[str]:
         for phase, counts in telemetry.items():
             for site in counts.sites:
                 if (field == "proved" and not site.proves) or (
-                    field in ("read", "whole") and not site.chooses
+                    field in ("read", "whole", "sampled", "recalled") and not site.chooses
                 ):
                     continue
                 value = int(getattr(counts[site.name], field).sum())

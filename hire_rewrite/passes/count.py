@@ -14,12 +14,17 @@ from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.telemetry import CountedSite, Telemetry, collected
 
 
-def counting(mode: Mode) -> Packing:
-    """What takes the place of packed sites in a mode, and counts."""
+def counting(mode: Mode, share: float) -> Packing:
+    """What takes the place of packed sites in a mode, and counts.
+
+    Args:
+      share: of runs in which recall is measured.
+    """
 
     def counted(decision: Decision, arrays: Any) -> list[SiteReplacement]:
         if mode is HIRE and decision.rewritten:
-            return decision.op.counted(arrays)
+            operation = decision.op
+            return operation.sampled(arrays, share) if share else operation.counted(arrays)
         site, *others = mode.packed(decision, arrays)
         return [decision.op.tallied(site, Usage(whole=True)), *others]
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from hire_rewrite import _compat
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.ops.quality import Measured, Quality, quality
-from hire_rewrite.ops.usage import Usage, tally
+from hire_rewrite.ops.usage import Usage, picked, recall_tally, tally
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.kind import MatchedSite
@@ -128,6 +129,32 @@ class Operation(abc.ABC):
         """`rewritten`, which reports a `tally` besides; one for each of its experts."""
         site, *others = self.rewritten(arrays)
         return [self.tallied(site, Usage()), *others]
+
+    def sampled(self, arrays: Any, share: float) -> list[SiteReplacement]:
+        """`counted`, which in about such a share of its runs measures its recall besides.
+
+        Not where devices or experts run it by themselves: then nothing is measured.
+        """
+        counted, *others = self.counted(arrays)
+        sharding = self.site.sharding
+        together = sharding.mesh is None and sharding.region is None and self.site.experts == 1
+        if not together or not self.chooses or counted.known:
+            return [counted, *others]
+        measured, *_ = self.measured(arrays, follow_exact=False)
+
+        def run(ins: Sequence[Any], layer: Any, state: Any) -> tuple[Sequence[Any], Any]:
+            results, counts = counted.run(ins, layer, state)
+            operands = lax.stop_gradient((list(ins), layer, state))
+
+            def measure() -> Any:
+                return _compat.varying(recall_tally(measured.run(*operands)[1]))
+
+            def nothing() -> Any:
+                return _compat.varying(jnp.zeros_like(counts))
+
+            return results, counts + lax.cond(picked(operands[0][0], share), measure, nothing)
+
+        return [dataclasses.replace(counted, run=run), *others]
 
     def tallied(self, replacement: SiteReplacement, usage: Usage) -> SiteReplacement:
         """A replacement that reports a usage that no data decide."""

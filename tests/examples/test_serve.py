@@ -194,7 +194,9 @@ def test_what_does_not_fit_is_refused():
     engine.tick()
     engine.submit(Request("d", (1,), 4))
     with pytest.raises(ValueError, match="divide"):
-        Engine(dataclasses.make_dataclass("E", [], bases=(Echo,), namespace={"chunk": 7})(), queue=1)
+        Engine(
+            dataclasses.make_dataclass("E", [], bases=(Echo,), namespace={"chunk": 7})(), queue=1
+        )
 
 
 def test_a_long_prompt_does_not_hold_up_the_others():
@@ -262,10 +264,11 @@ def test_packed_weights_on_disk_say_the_same(models, tmp_path):
 
 
 def test_the_rows_of_a_record():
-    first = {"steps": 10, "tokens": 30, "wrong": 0, "warm": 5, "compiled": 0, "rss": 9, "rss_first": 9}
-    last = first | {"steps": 30, "tokens": 50, "wrong": 1, "compiled": 2, "rss": 9 + 2 * day.GROWTH}
-    head = {"proved": 0.5}
-    lines = [{"begun": "packed"}, first, {"begun": "packed"}, first, last | {"telemetry": {"h": head}}]
+    size = {"rss": 9, "rss_first": 9}
+    first = {"steps": 10, "tokens": 30, "wrong": 0, "warm": 5, "compiled": 0, **size}
+    last = {"steps": 30, "tokens": 50, "wrong": 1, "warm": 5, "compiled": 2, **size}
+    last |= {"rss": 9 + 2 * day.GROWTH, "telemetry": {"head": {"proved": 0.5}}}
+    lines = [{"begun": "packed"}, first, {"begun": "packed"}, first, last]
     rows = day.counted("certify", lines)
     assert [(row["tried"], row["wrong"]) for row in rows] == [(80, 1), (10, 2), (2, 1), (1, 1)]
 
