@@ -32,6 +32,12 @@ def both(fn, *rules, **settings):
     return made(), made(telemetry=True)
 
 
+@functools.cache
+def held_by(*rules):
+    """The weights of `model`, packed once for all tests."""
+    return hire.transform(model, *rules).pack(weights(), TOKEN)
+
+
 def numbers(telemetry, name):
     return {kind: getattr(telemetry[name], kind).tolist() for kind in KINDS}
 
@@ -63,7 +69,7 @@ def test_the_result_is_the_same_beside_counters(name):
 
 def test_without_telemetry_nothing_is_counted():
     off, on = both(model, FFN, PROVED)
-    held = off.pack(weights(), TOKEN)
+    held = held_by(FFN, PROVED)
     jaxprs = [jax.make_jaxpr(step)(held, TOKEN) for step in (off, on)]
     counted = [
         [v for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars if v.aval.shape == (8,)]
@@ -81,7 +87,7 @@ def test_what_is_counted_is_what_is_read():
     that choose for all."""
     tokens = TOKEN[:2]
     _, on = both(model, FFN, PROVED)
-    held = on.pack(weights(), tokens)
+    held = held_by(FFN, PROVED)
     _, telemetry = on(held, tokens)
     head, layers = telemetry["head"], telemetry["layers"]
     assert head.calls.tolist() == [1]
@@ -162,7 +168,7 @@ def test_a_failed_proof_is_counted():
 
 def test_sums_on_the_device_and_on_the_host():
     _, on = both(model, FFN, HEAD)
-    held = on.pack(weights(), TOKEN)
+    held = held_by(FFN, HEAD)
     _, once = on(held, TOKEN)
 
     @jax.jit
@@ -189,7 +195,7 @@ def test_sums_over_functions_of_other_sites():
         return x @ params["head"]
 
     _, on = both(model, FFN, HEAD)
-    held = on.pack(weights(), TOKEN)
+    held = held_by(FFN, HEAD)
     other = hire.transform(head_alone, HEAD, telemetry=True)
     _, a = on(held, TOKEN)
     _, b = other(other.pack(weights(), jnp.ones((4, 64))), jnp.ones((4, 64)))
@@ -205,7 +211,7 @@ def test_sums_over_functions_of_other_sites():
 
 def test_mapped_calls():
     _, on = both(model, FFN, PROVED)
-    held = on.pack(weights(), TOKEN)
+    held = held_by(FFN, PROVED)
     _, telemetry = jax.vmap(on, (None, 0))(held, jnp.stack([TOKEN, TOKEN, TOKEN]))
     _, once = on(held, TOKEN)
     assert telemetry["head"].calls.tolist() == [3]
@@ -238,7 +244,7 @@ def test_raw_weights_and_other_modes():
         step = hire.transform(model, FFN, HEAD, mode=mode, telemetry=True, on_miss="ignore")
         _, telemetry = step(w, TOKEN)
         assert not telemetry.sites
-        _, telemetry = step(step.pack(w, TOKEN), TOKEN)
+        _, telemetry = step(held_by(FFN, HEAD), TOKEN)
         assert all(usage.whole == 1.0 for usage in telemetry.summary().values())
     for wrong in ("yes", 2, -0.5, 0):
         with pytest.raises(HireRewriteError, match="telemetry"):
@@ -291,7 +297,7 @@ def test_recall_is_measured_in_a_share_of_runs(noise):
 
 def test_recall_of_blocks_in_a_scan():
     on = hire.transform(model, FFN, HEAD, telemetry=1.0)
-    held = on.pack(weights(), TOKEN[:1])
+    held = held_by(FFN, HEAD)
     off = hire.transform(model, FFN, HEAD)
     result, telemetry = on(held, TOKEN[:1])
     np.testing.assert_array_equal(result, off(held, TOKEN[:1]))

@@ -36,7 +36,7 @@ PROMPTS = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = _given(argv)
+    given = arguments(argv)
     model = load_model(given)
     print("compiling", flush=True)
     model.warm_up()
@@ -98,7 +98,7 @@ def serve_load(app: Any, prompts: Sequence[Any], **settings: Any) -> load.Outcom
     return outcome
 
 
-def _given(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.serve")
     parser.description = "Serve SmolLM2 over HTTP, in the manner of OpenAI's completions."
     add = parser.add_argument

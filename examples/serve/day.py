@@ -154,7 +154,7 @@ def _load(folder: Path, requests: int) -> dict[str, Any]:
     from .words import SmolWords
 
     form = next(iter(lockstep.FORMS))
-    given = serve._given(["--pack", str(folder / form / "pack")])
+    given = serve.arguments(["--pack", str(folder / form / "pack")])
     model = serve.load_model(given)
     model.warm_up()
     app, _ = serve.application(model, SmolWords(), queue=8)

@@ -195,7 +195,7 @@ def run(folder: Path, form: str, steps: int, begin: int, seed: int) -> None:
     for model in (dense, rewritten):
         model.warm_up()
     words = SmolWords()
-    prompts = text.help_text(20_000, words._tokenizer)
+    prompts = text.help_text(20_000, words.tokenizer)
     pair = Pair(dense, rewritten)
 
     def told(line: dict[str, Any]) -> None:

@@ -34,13 +34,13 @@ class SmolWords:
     """SmolLM2's."""
 
     def __init__(self) -> None:
-        self._tokenizer: Tokenizer = tokenizer.load()
-        self.end = int(self._tokenizer.token_to_id(tokenizer.END) or 0)
-        self.vocab: int = self._tokenizer.get_vocab_size()
+        self.tokenizer: Tokenizer = tokenizer.load()
+        self.end = int(self.tokenizer.token_to_id(tokenizer.END) or 0)
+        self.vocab: int = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
+        return list(self.tokenizer.encode(text).ids)
 
     def speaker(self) -> Callable[[int], str]:
         stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+        return lambda token: stream.step(self.tokenizer, token) or ""
