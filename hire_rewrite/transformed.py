@@ -20,6 +20,7 @@ from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
+from hire_rewrite.passes.count import counting, telemetry
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
@@ -32,6 +33,7 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sight import OnSight, traced, tracing
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.telemetry import collected
 from hire_rewrite.tuned import Tuned
 
 _INSTANCES = 64
@@ -51,6 +53,8 @@ class Transformed:
 
     It traces the function once for each set of shapes, and is compiled by `jax.jit` unless it is
     traced itself; for donation, wrap it: `jax.jit(step, donate_argnums=2)`.
+
+    With `telemetry=True` a call returns a pair: what the function returns, and a `Telemetry`.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class Transformed:
         mesh: Mesh | None,
         mode: Mode,
         on_miss: str,
+        telemetry: bool | float = False,
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._warn = Warner(self.name)
-        self._settings = rules, weights, mesh, mode, on_miss
+        self._settings = rules, weights, mesh, mode, on_miss, telemetry
+        self._telemetry = telemetry
         self._bound: dict[int, Transformed] = {}
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn,
@@ -293,7 +299,8 @@ class Transformed:
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
         with timed(self.name, "diff") as found:
-            settings: Any = {"marked": False, "analysis": None if own else analysis}
+            settings: Any = {"marked": False, "counted": False}
+            settings["analysis"] = None if own else analysis
             after = jax.make_jaxpr(lambda *operands: self._run(*operands, **settings))(*specs)
             changes = compared(analysis, self.name, packed, after)
             found("%r", changes)
@@ -309,32 +316,46 @@ class Transformed:
         analysis: Analysis | None = None,
         *,
         marked: bool = True,
+        counted: bool = True,
     ) -> Any:
         """The function on a `Packed` (`args` have None for the weights) or on raw weights.
 
         Args:
           marked: whether to say so where it is differentiated and should not be.
+          counted: whether to return its telemetry, if it has some.
         """
+        counted = counted and self._telemetry is not False
+        nothing = collected((), {}) if counted else None
+
+        def original() -> Any:
+            result = self.fn(*args, **kwargs)
+            return (result, nothing) if counted else result
+
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
-            return self.fn(*args, **kwargs)
+            return original()
         analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
-                return self.fn(*args, **kwargs)  # nothing is packed, or nothing is asked for
+                return original()  # nothing is packed, or nothing is asked for
             swaps = analysis.exact_forms
         else:
-            swaps = analysis.replacements(packed, self.mode.packed)
+            share = 0.0 if self._telemetry is True else float(self._telemetry)
+            packing = counting(self.mode, share) if counted else self.mode.packed
+            swaps = analysis.replacements(packed, packing)
         inputs = analysis.inputs(packed, args, kwargs)
         rewritten = self._rewritten(analysis, swaps, inputs)
         with timed(self.name, "rewrite") as found:
-            results, _ = rewritten(inputs)
+            results, reports = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
         infers = packed is not None and not self.mode.differentiable and marked
         if infers and (sites := analysis.other_gradients):
             mark = announcing(lambda: self._warn_of_gradient(sites))
             results = mark(results, inputs.values())
-        return jax.tree.unflatten(analysis.trace.out_tree, results)
+        result = jax.tree.unflatten(analysis.trace.out_tree, results)
+        if not counted:
+            return result
+        return result, nothing if packed is None else telemetry(analysis.packing, reports)
 
     def _rewritten(
         self, analysis: Analysis, swaps: Sequence[SiteReplacement], inputs: Mapping[int, Any]

@@ -113,9 +113,9 @@ class _Writer:
         last = max(unit.nodes, key=lambda node: node.index)  # all are annotated alike
         with traced_context(last.eqn, inside=True):
             results, report = unit.emit(ins, around.index, around.states.get(unit, unit.state))
+        reports = {**unit.known} if report is None else {**unit.known, unit.name: report}
         # One type for all reports: loops and branches put zeros in their place.
-        reports = {} if report is None else {unit.name: jax.tree.map(_compat.varying, report)}
-        return results, reports
+        return results, jax.tree.map(_compat.varying, reports)
 
     def _run_call(
         self, item: Call, ins: Sequence[Any], around: _Around
@@ -201,7 +201,8 @@ class _LoopWriter:
     def split_reports(
         self, body: Body, reports: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        loops = {unit.name: unit.loops for unit in self.writer.units.values()}
+        units = self.writer.units.values()
+        loops = {name: unit.loops for unit in units for name in unit.reported}
         apart = {name: r for name, r in reports.items() if body.scope in loops[name]}
         return apart, {name: r for name, r in reports.items() if name not in apart}
 

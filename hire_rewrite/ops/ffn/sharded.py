@@ -18,10 +18,11 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn.ffn import hire_ffn
-from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState, positive_ffn
+from hire_rewrite.ops.ffn.ffn import counted_ffn
+from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState, counted_positive_ffn
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.predictors.sharded import fitted_specs
+from hire_rewrite.ops.usage import tally
 from hire_rewrite.sharding.rows import RowSharding
 
 __all__ = ["ffn_specs", "positive_specs", "sharded_ffn", "sharded_positive_ffn"]
@@ -38,16 +39,18 @@ def sharded_ffn(
     sharding: RowSharding,
     together: bool,
     budget: int | None = None,
-) -> Array:
+    counted: bool = False,
+) -> Any:
     """`hire_ffn` on arrays that are sharded as `ffn_specs` says, a shard for each device.
 
     Args:
       together: keep the tokens together, for the activation knows something of each.
+      counted: return the `tally` of each device too, u32[devices, ...].
     """
     share = None if budget is None else -(-budget // spec.num_shards)
-    block = functools.partial(hire_ffn, spec=spec.shard, predictor=predictor, budget=share)
+    block = functools.partial(counted_ffn, spec=spec.shard, predictor=predictor, budget=share)
     specs = ffn_specs(state, spec, predictor, sharding)
-    return _on_shards(block, x, state, layer, activation, specs, sharding, together)
+    return _on_shards(block, x, state, layer, activation, specs, sharding, together, counted)
 
 
 def sharded_positive_ffn(
@@ -59,7 +62,8 @@ def sharded_positive_ffn(
     activation: Activation,
     sharding: RowSharding,
     together: bool,
-) -> Array:
+    counted: bool = False,
+) -> Any:
     """`positive_ffn` on arrays that are sharded as `positive_specs` says: see `sharded_ffn`.
 
     A device reads all of its rows where its neurons alone are more than its share of the budget.
@@ -68,13 +72,13 @@ def sharded_positive_ffn(
     own = dataclasses.replace(
         spec, width=spec.width // devices, budget=max(1, spec.budget // devices)
     )
-    block = functools.partial(positive_ffn, spec=own)
+    block = functools.partial(counted_positive_ffn, spec=own)
     specs = positive_specs(state, spec, sharding)
-    return _on_shards(block, x, state, layer, activation, specs, sharding, together)
+    return _on_shards(block, x, state, layer, activation, specs, sharding, together, counted)
 
 
 def _on_shards(
-    block: Callable[..., Array],
+    block: Callable[..., Any],
     x: Array,
     state: Any,
     layer: Array | int,
@@ -82,7 +86,8 @@ def _on_shards(
     specs: Any,
     sharding: RowSharding,
     together: bool,
-) -> Array:
+    counted: bool,
+) -> Any:
     """The sum of what each device's rows make of x: [tokens, d_in]."""
     count = x.shape[0]
 
@@ -92,11 +97,15 @@ def _on_shards(
         h = activation(tuple(jnp.pad(array, missing) for array in pre), vectors)
         return h[: pre[0].shape[0]]
 
-    def on_shard(x: Array, state: Any, layer: Array) -> Array:
-        return lax.psum(block(x, state, layer, activation=on_some), sharding.axes)
+    def on_shard(x: Array, state: Any, layer: Array) -> Any:
+        y, usage = block(x, state, layer, activation=on_some)
+        y = lax.psum(y, sharding.axes)
+        return (y, tally(x.shape[0], usage)[None]) if counted else y
 
-    tokens = PartitionSpec(() if together else sharding.token_axes(count))
-    return sharding.map(on_shard, (tokens, specs, PartitionSpec()), tokens)(x, state, layer)
+    some = () if together else sharding.token_axes(count)
+    tokens, devices = PartitionSpec(some), PartitionSpec((*sharding.axes, *some))
+    results = (tokens, devices) if counted else tokens
+    return sharding.map(on_shard, (tokens, specs, PartitionSpec()), results)(x, state, layer)
 
 
 def ffn_specs(

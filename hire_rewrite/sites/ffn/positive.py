@@ -38,7 +38,7 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import second_rows, siblings
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
-from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
+from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
 
@@ -343,11 +343,28 @@ class PositiveOperation(BlockOperation):
         return lossless and self._match.activation.sparse
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block, sharding = ops.positive_ffn, self.site.sharding
+        return self._without_zeros(arrays, counted=False)
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        return self._without_zeros(arrays, counted=True)
+
+    @property
+    def counted_units(self) -> int:
+        return self.spec.width // self.site.sharding.num_shards
+
+    def _without_zeros(self, arrays: Any, *, counted: bool) -> list[SiteReplacement]:
+        sharding = self.site.sharding
+        block: Callable[..., Any]
         if isinstance(sharding, RowSharding):
             together = bool(self._match.region.sides)
-            block = functools.partial(sharded_positive_ffn, sharding=sharding, together=together)
-        return self._replacements(silent(block), arrays, ("rewritten", sharding))
+            block = functools.partial(
+                sharded_positive_ffn, sharding=sharding, together=together, counted=counted
+            )
+            block = block if counted else silent(block)
+        else:
+            block = counting(ops.counted_positive_ffn) if counted else silent(ops.positive_ffn)
+        key = ("rewritten", sharding, counted)
+        return self._replacements(block, arrays, key, reports=counted)
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.dense_positive_ffn), arrays, ("dense",))

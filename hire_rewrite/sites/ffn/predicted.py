@@ -21,7 +21,7 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import second_rows, siblings
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
-from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
+from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
 
@@ -190,6 +190,14 @@ class PredictedFFNOperation(BlockOperation):
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.hire_predicted_ffn), arrays, ("rewritten",))
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        block = counting(ops.counted_predicted_ffn)
+        return self._replacements(block, arrays, ("counted",), reports=True)
+
+    @property
+    def counted_units(self) -> int:
+        return self.spec.groups
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.dense_predicted_ffn), arrays, ("dense",))
