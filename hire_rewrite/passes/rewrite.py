@@ -18,6 +18,7 @@ from jax.extend import source_info_util
 from jax.extend.source_info_util import NameStack
 
 from hire_rewrite import _compat
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.calls import BodyResult, inline_call, structured_calls
 from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
@@ -54,6 +55,27 @@ def rewrite(trace: Trace, replacements: Sequence[SiteReplacement]) -> Rewritten:
     live = liveness(trace.scope, units)
     needs = frozenset(i for i, value in enumerate(trace.scope.inputs) if value in live.values)
     return Rewritten(trace.scope, units, live, needs)
+
+
+def rewrite_for(
+    trace: Trace, replacements: Sequence[SiteReplacement], inputs: Mapping[int, Any], name: str
+) -> Rewritten:
+    """`rewrite` for a call with such inputs.
+
+    Args:
+      name: of the function.
+
+    Raises:
+      HireRewriteError: it reads weights that are not among the inputs.
+    """
+    rewritten = rewrite(trace, replacements)
+    missing = [trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
+    if missing:
+        raise HireRewriteError(
+            f"{name}: the Packed lacks {', '.join(missing)}, which this call reads outside the "
+            "packed sites: pack for a call like this one"
+        )
+    return rewritten
 
 
 @dataclasses.dataclass(frozen=True)
