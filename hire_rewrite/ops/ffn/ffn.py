@@ -10,6 +10,7 @@ is `hire_ffn` in dense arithmetic: the same candidates, nothing gathered.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -185,15 +186,24 @@ def _gathered(
         h = jnp.where(candidates[:, :, None], h, jnp.zeros_like(h))
     if tokens == 1 and (candidates is None or spec.num_shards == 1):
         best = sharded_top_k(rank, spec.k_groups, spec.num_shards)[1][0]
-        return block.gathered_down(h[:, best], groups[best])
-    kept = _best_gathered(rank, groups, candidates, spec)
+        few = functools.partial(block.gathered_down, h[:, best], groups[best])
+        if not spec.keeps_all:
+            return few()
+        ties = (rank > 0).sum() > spec.k_groups
+        return lax.cond(ties, lambda: block.gathered_down(h, groups), few)
+    kept = rank > 0 if spec.keeps_all else _best_gathered(rank, groups, candidates, spec)
     h = jnp.where(kept[:, :, None], h, jnp.zeros_like(h))
-    if tokens * spec.k_groups < groups.size:
-        union = kept.any(0)
-        places = _places(union, tokens * spec.k_groups)
-        valid = (jnp.arange(places.size) < union.sum())[None, :, None]
-        h, groups = jnp.where(valid, h[:, places], jnp.zeros_like(h[:, places])), groups[places]
-    return block.gathered_down(h, groups)
+    room = tokens * spec.k_groups
+    if room >= groups.size:
+        return block.gathered_down(h, groups)
+    union = kept.any(0)
+    places = _places(union, room)
+    valid = (jnp.arange(places.size) < union.sum())[None, :, None]
+    some = jnp.where(valid, h[:, places], jnp.zeros_like(h[:, places]))
+    few = functools.partial(block.gathered_down, some, groups[places])
+    if not spec.keeps_all:
+        return few()
+    return lax.cond(union.sum() > room, lambda: block.gathered_down(h, groups), few)
 
 
 def _places(mask: Array, count: int) -> Array:

@@ -102,14 +102,17 @@ def top_groups(h: Array, norms: Array | None, spec: FFNSpec, among: Array | None
       norms: see `importance`.
       among: bool[tokens, G], the groups that may be kept; None for all.
     """
-    if among is None and spec.k_groups == spec.groups:
+    if among is None and (spec.k_groups == spec.groups or spec.keeps_all):
         return h
-    rank = importance(h, norms, spec.group)
-    if among is not None:
-        rank = jnp.where(among, rank, -1.0)
-    kept = best_mask(rank, spec.k_groups, spec)
-    if among is not None:
-        kept &= among
+    if among is not None and spec.keeps_all:
+        kept = among
+    else:
+        rank = importance(h, norms, spec.group)
+        if among is not None:
+            rank = jnp.where(among, rank, -1.0)
+        kept = best_mask(rank, spec.k_groups, spec)
+        if among is not None:
+            kept &= among
     return jnp.where(jnp.repeat(kept, spec.group, axis=1), h, jnp.zeros_like(h))
 
 

@@ -99,6 +99,7 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
         sparse=activation.sparse,
         gate_bias=activation.gate_bias if activation.sparse else None,
         selects=activation.keeps is not None,
+        keeps_all=activation.keeps is not None and k >= selected_k(activation, width),
         criterion=rule.criterion or "hidden",
         common_groups=min(-(-common // group), -(-candidates // group)),
         num_shards=num_shards,
