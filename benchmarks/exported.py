@@ -232,7 +232,7 @@ def exported(folder: Path, tokens: int, rules: Mapping[str, Any], counts: Counts
 
 
 def versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each of pytest's reports (`make versions`), named like its environment."""
+    """A row for each of pytest's reports (`make matrix`), named like its environment."""
     for path in sorted(folder.glob("*.xml")):
         suites = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
         numbers = [{k: int(suite.get(k, 0)) for k in _COUNTED} for suite in suites]
@@ -265,7 +265,7 @@ def main() -> None:
         f"{BATCHES[0]} and {BATCHES[1]}, {options.tokens} tokens each: exported for "
         f"{', '.join(PLATFORMS)}, and run on CPU by a process that has jax alone. Programs for TPU "
         "and CUDA are made and loaded, not run. Tests on versions of jax and its neighbors are a "
-        "selection (`make versions`)."
+        "selection (`make matrix`)."
     )
     result = {"about": about, "rows": [*rows, *versions(options.versions)]}
     path = timing.write(
