@@ -5,10 +5,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Each worker begins with neighbors, which share what a file compiles once.
 PYTEST := $(RUN) -m pytest -n auto --dist worksteal
-# For `make matrix`: one interpreter for each version of jax that is to be tested.
+# For `make matrix` and `make wheels`: names or paths of interpreters.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain tpu gpu docs lint format matrix clean help
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -18,14 +18,19 @@ help:
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make relu      translations and blocks without what a ReLU makes zero, and docs/relu.md"
-	@echo "make pretrain  train models with a top-k, and convert them (45 minutes on two cores)"
+	@echo "make pretrain  train models dense and with a top-k, and convert them (45 minutes on two"
+	@echo "               cores; ARGS=--convert: convert them again)"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
+	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped)"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
+	@echo "make faults    odd values, sizes, dtypes and settings at every kind of site; writes a record"
+	@echo "make fuzz-kernels  the C++ kernels on random bytes under sanitizers; writes a record"
 	@echo "make docs      the generated pages of docs/, and the site in out/site"
 	@echo "make lint      ruff and mypy"
-	@echo "make matrix    the tests on every interpreter of PYTHONS"
+	@echo "make matrix    the tests on every interpreter of PYTHONS, versions of jax, and the oldest"
+	@echo "make wheels    wheels for every interpreter of PYTHONS and the sdist, installed and tried"
 
 demo: $(VENV)/.demo $(VENV)/.llama
 	$(RUN) -m examples.smollm2.demo
@@ -61,7 +66,7 @@ relu: $(VENV)/.translate $(VENV)/.pretrain
 	$(RUN) -m benchmarks.relu $(QUICK)
 
 pretrain: $(VENV)/.pretrain
-	$(RUN) -m examples.pretrain
+	$(RUN) -m examples.pretrain $(ARGS)
 
 zoo: $(VENV)/.test
 	$(PYTEST) -m zoo tests/zoo
@@ -69,6 +74,11 @@ zoo: $(VENV)/.test
 mesh: $(VENV)/.test
 	$(PYTEST) -m mesh tests/zoo
 	$(RUN) -m benchmarks.mesh
+
+# A run that was stopped goes on; FUZZ='--graphs 1000 --first 7000' tries others.
+fuzz: $(VENV)/.test
+	$(RUN) -m tests.fuzz.replay
+	$(RUN) -m tests.fuzz $(FUZZ)
 
 # In an environment of its own: with libtpu installed, jax looks for a TPU.
 tpu:
@@ -91,6 +101,14 @@ docs: $(VENV)/.test $(VENV)/.docs
 	$(RUN) -m hire_rewrite draw examples.smollm2.target:step --pack -o docs/smollm2.svg
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
+# Ten minutes and the builds before; under libFuzzer too where there is clang++.
+SECONDS_OF_FUZZING ?= 600
+fuzz-kernels: $(VENV)/.test
+	$(RUN) -m tests.faults.kernels --seconds $(SECONDS_OF_FUZZING)
+
+faults: $(VENV)/.test
+	$(RUN) -m tests.faults.values
+
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -100,11 +118,13 @@ format: $(VENV)/.lint
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-matrix:
-	@for python in $(PYTHONS); do \
-	  echo "== $$python"; \
-	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$(basename $$python) || exit 1; \
-	done
+# All of it takes an hour. For a quick look: make matrix ARGS='tests/graph tests/passes tests/sites'
+matrix: $(VENV)/.test
+	$(RUN) -m tests.matrix $(PYTHONS) -- $(or $(ARGS),-n auto --dist worksteal)
+
+# Each is installed into an empty environment and tried; the sdist without a compiler too.
+wheels: $(VENV)/.wheels
+	$(RUN) -m tests.wheels out/wheels $(PYTHONS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -42,7 +42,8 @@ class Traffic:
       cycles: what the compiler thinks that it takes, times the number of runs; only beside what
         is written.
       scope: the names that the model's code gave, from the metadata.
-      branch: whether not every call runs it.
+      choice: the conditional and the number of its branch in which it is, the inner ones; None
+        where every call runs it.
     """
 
     argument: int | None
@@ -52,7 +53,11 @@ class Traffic:
     instruction: str
     opcode: str
     scope: str
-    branch: bool
+    choice: tuple[str, int] | None
+
+    @property
+    def branch(self) -> bool:
+        return self.choice is not None
 
 
 def traffic(text: str) -> list[Traffic]:
@@ -77,33 +82,37 @@ class _Reader(hlo.Program):
         self.callers: dict[str, tuple[str, Instruction, int]] = {}
 
     def walk(self) -> Iterator[Traffic]:
-        yield from self._walk(self.entry, 1, branch=False)
+        yield from self._walk(self.entry, 1, None)
 
-    def _walk(self, computation: str, runs: int, *, branch: bool) -> Iterator[Traffic]:
+    def _walk(
+        self, computation: str, runs: int, choice: tuple[str, int] | None
+    ) -> Iterator[Traffic]:
         for one in self.computations[computation].values():
             if one.opcode == "while":
                 body = one.called("body")
                 self.callers[body] = (computation, one, 0)
                 trips = self._trips(one.called("condition"))
-                yield from self._walk(body, runs * trips, branch=branch)
+                yield from self._walk(body, runs * trips, choice)
             elif one.opcode == "conditional":
                 for i, name in enumerate(one.branches):
                     self.callers[name] = (computation, one, i + 1)
-                    yield from self._walk(name, runs, branch=True)
+                    yield from self._walk(name, runs, (one.name, i))
             elif one.opcode == "call":
                 self.callers[one.called("to_apply")] = (computation, one, 0)
-                yield from self._walk(one.called("to_apply"), runs, branch=branch)
+                yield from self._walk(one.called("to_apply"), runs, choice)
             elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
-                yield from self._of(computation, one, runs, branch)
+                yield from self._of(computation, one, runs, choice)
 
-    def _of(self, computation: str, one: Instruction, runs: int, branch: bool) -> Iterator[Traffic]:
+    def _of(
+        self, computation: str, one: Instruction, runs: int, choice: tuple[str, int] | None
+    ) -> Iterator[Traffic]:
         scope = re.search(r'op_name="([^"]*)"', one.rest)
         record = functools.partial(
             Traffic,
             instruction=one.name,
             opcode=one.opcode,
             scope=scope[1] if scope else "",
-            branch=branch,
+            choice=choice,
         )
         reads, written = self._moved(computation, one)
         for operand, read in zip(one.operands, reads, strict=True):

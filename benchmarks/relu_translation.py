@@ -1,7 +1,7 @@
 """Marian's translations with the neurons left out that its ReLUs make zero.
 
 Encoder and decoder are rewritten, sentence by sentence. Tokens are compared with the dense model's,
-greedy and with a beam; each layer alone is looked at on the inputs that it has there.
+greedy and with a beam.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jax import Array, lax
 
 import hire_rewrite as hire
 from benchmarks import timing
-from benchmarks.relu_blocks import DENSE, ffn_bytes, overlap
-from benchmarks.relu_proofs import Block, check
+from benchmarks.relu_blocks import DENSE, ffn_bytes
+from benchmarks.relu_proofs import Block
 from examples.translate import model, search
 from examples.translate.tokenizer import END, UNKNOWN
 from hire_rewrite.rules import Rule
@@ -30,7 +30,6 @@ TOLD, PROVED = "told by the first product", "proved from 8 bits"
 EXACT = hire.Blocks(8, None, scale="float32")
 """What holds the numbers of these models, as packing finds without a rule."""
 BATCH = 50  # sentences that are read at once for their layers' inputs
-CALIBRATED = 512  # tokens
 
 
 def rules() -> dict[str, tuple[Rule, ...]]:
@@ -256,74 +255,6 @@ def length(tokens: np.ndarray) -> int:
     return int(np.argmax(tokens == END)) + 1 if (tokens == END).any() else len(tokens)
 
 
-def apart(w: Mapping[str, Array], x: Array) -> Array:
-    """A layer's FFN, without its norm."""
-    return jax.nn.relu(x @ w["w1"] + w["b1"]) @ w["w2"]
-
-
-def layer(w: Mapping[str, Array], x: np.ndarray, rule: Rule) -> dict[str, float]:
-    """What a rule reads of one FFN on tokens: [n, d], after calibration on the first of them."""
-    w = {name: w[name] for name in ("w1", "b1", "w2")}
-    step = hire.transform(apart, rule)
-    few = min(CALIBRATED, len(x) // 2)
-    first, rest = x[:few], x[few:]
-    packed = step.pack(w, first[:1], calibration=[(first,)])
-    batches = [(rest[i : i + CALIBRATED],) for i in range(0, len(rest), CALIBRATED)]
-    (site,) = step.evaluate(packed, batches, weights=w).sites
-    assert site.read is not None
-    assert site.whole is not None
-    return {
-        "read": site.read[0],
-        "missed": 1 - site.recall[0],
-        "whole": site.whole,
-        "error": site.error,
-    }
-
-
-def layers(
-    translation: Translation, inputs: Mapping[str, list[np.ndarray]], most: int
-) -> list[dict[str, Any]]:
-    """Of each FFN the share of positive neurons, and what each rule reads."""
-    rows = []
-    for part, i, block in translation.blocks():
-        x = inputs[part][i][:most]
-        w = translation.params[part][i]["ffn"]
-        row: dict[str, Any] = {"part": part, "layer": i, "tokens": len(x)}
-        row |= overlap(x @ np.asarray(block.up) + np.asarray(block.bias) > 0)
-        blocks = {name: chosen[0] for name, chosen in rules().items() if chosen}
-        row["rules"] = {
-            name: layer(w, x, rule) for name, rule in blocks.items() if isinstance(rule, hire.FFN)
-        }
-        print(row, flush=True)
-        rows.append(row)
-    return rows
-
-
-def often(
-    translation: Translation, inputs: Mapping[str, list[np.ndarray]]
-) -> tuple[np.ndarray, dict[str, float]]:
-    """f64[neurons of all layers], how often each is positive; and the layers' mean `overlap`."""
-    every = [
-        inputs[part][i] @ np.asarray(block.up) + np.asarray(block.bias) > 0
-        for part, i, block in translation.blocks()
-    ]
-    both = [overlap(positive) for positive in every]
-    means = {name: float(np.mean([each[name] for each in both])) for name in both[0]}
-    return np.concatenate([positive.mean(0) for positive in every]), means
-
-
-def proofs(
-    translation: Translation, inputs: Mapping[str, list[np.ndarray]], most: int
-) -> list[dict[str, Any]]:
-    """`check` of each FFN under "proved"."""
-    rows = []
-    for part, i, block in translation.blocks():
-        found = check(block, inputs[part][i][:most], hire.Quantized(8))
-        rows.append({"what": f"{part} {i}"} | found)
-        print(rows[-1], flush=True)
-    return rows
-
-
 def logits(
     translation: Translation, side: Side, tokens: np.ndarray, sentences: int
 ) -> dict[str, Any]:
@@ -353,11 +284,12 @@ def logits(
 
 
 def times(
-    translation: Translation, sides: Mapping[str, Side], said: np.ndarray, rounds: int, some: int
+    translation: Translation, sides: Mapping[str, Side], rounds: int, sentences: int
 ) -> dict[str, Any]:
     """Milliseconds of a token of the decoder, greedy and with a beam, and of the encoder for a
     sentence: the same sentences by each side, in turn."""
-    places = range(0, len(said), max(1, len(said) // some))
+    count = len(translation.ids)
+    places = range(0, count, max(1, count // sentences))
     states = {name: [translation.begin(side, i) for i in places] for name, side in sides.items()}
     found: dict[str, Any] = {}
 

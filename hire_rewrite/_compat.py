@@ -220,6 +220,15 @@ def invariant_over(aval: Any, axes: Sequence[str]) -> Any:
     )
 
 
+def at_most(size: Any, most: int) -> bool:
+    """Whether a size is known to be at most so much. A symbol of `jax.export` is where its
+    constraints say so."""
+    try:
+        return bool(size <= most)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def is_exported(context: Any) -> bool:
     """Whether what is lowered (in the context of a lowering rule) is to be serialized."""
     return bool(context.module_context.lowering_parameters.for_export)

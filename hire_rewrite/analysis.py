@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from hire_rewrite.arguments import check_call, not_traced
+from hire_rewrite.arguments import check_call, not_traced, without_weights
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.fingerprint import fingerprint
 from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_context
 from hire_rewrite.log import timed
-from hire_rewrite.packed import Origin, Packed
+from hire_rewrite.origin import Origin
+from hire_rewrite.packed import Packed
 from hire_rewrite.passes.decide import Decision, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.examine import examine, weight_stacker
@@ -90,10 +94,12 @@ class Analysis:
         """The weights, arrays or shapes, in packed form."""
         shapes = any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights)
         sites = calibration.sites if calibration is not None else {}
-        calibration = Calibration(sites, self.statistics)
+        calibration, origin = Calibration(sites, self.statistics), self.origin
+        if not shapes and not any(isinstance(w, jax.core.Tracer) for w in weights):
+            origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
         with packing_context(weights):
             make = pack_shapes if shapes else pack
-            return make(self.trace, self.decisions, self.origin, weights, calibration)
+            return make(self.trace, self.decisions, origin, weights, calibration)
 
     def with_weights(self, packed: Packed, weights: Sequence[Any] | None) -> Packed:
         """A `Packed` with the weights of sites that hold rounded ones alone, to compare with.
@@ -147,6 +153,17 @@ class Analysis:
         ]
 
 
+_REMEMBERED = 256
+"""Analyses of one function that are kept: of others it is traced again."""
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add an item, in place of the oldest where there are many."""
+    while len(known) >= _REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value
+
+
 @dataclasses.dataclass(eq=False)
 class Analyses:
     """The analyses of one function, each made once.
@@ -157,6 +174,7 @@ class Analyses:
       on_miss, warn: what to do when a rule rewrites nothing, and how: `warn` is given a message and
         what it is told apart by.
       exact: whether sites on raw weights have their exact form, whether that pays or not.
+      lock: held by the thread that makes an analysis, or packs weights at first sight.
       watch: called with each analysis that is asked for, and for what call: `self`, and what `of`
         returns and is given.
     """
@@ -170,6 +188,9 @@ class Analyses:
     warn: Callable[[str, Hashable], None]
     exact: bool = False
     watch: Callable[[Analyses, Analysis, Packed | None, Any, Any], None] = lambda *_: None
+    lock: AbstractContextManager[Any] = dataclasses.field(
+        default_factory=threading.RLock, init=False, repr=False
+    )
     _known: dict[Any, Analysis] = dataclasses.field(default_factory=dict, init=False)
     _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
         default_factory=dict, init=False
@@ -208,12 +229,17 @@ class Analyses:
             raise
         traced = ((trace_context(), site_kinds()), tree, tuple(leaves))
         told = packed.info if packed is not None else tuple(sorted((statistics or {}).items()))
-        if (traced, told) not in self._known:
-            self._known[traced, told] = self._new(traced, packed, statistics or {})
+        analysis = self._known.get((traced, told))
+        if analysis is None:
+            with self.lock:  # of several threads one makes it
+                analysis = self._known.get((traced, told))
+                if analysis is None:
+                    analysis = self._new(traced, packed, statistics or {})
+                    _remember(self._known, (traced, told), analysis)
         if packed is not None:
             packed.check()
-        self.watch(self, self._known[traced, told], packed, args, kwargs)
-        return self._known[traced, told]
+        self.watch(self, analysis, packed, args, kwargs)
+        return analysis
 
     def examined(
         self, analysis: Analysis, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Any
@@ -246,7 +272,7 @@ class Analyses:
         _, tree, specs = traced
         args, kwargs = jax.tree.unflatten(tree, specs)
         if traced not in self._detections:
-            self._detections[traced] = self._detect(args, kwargs, packed)
+            _remember(self._detections, traced, self._detect(args, kwargs, packed))
         graph, detection = self._detections[traced]
         info = None if packed is None else packed.info
         with timed(self.name, "decide") as found:
@@ -268,7 +294,8 @@ class Analyses:
             misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
         self._report(misses, plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
-        origin = Origin(tree, tuple(graph.paths[i] for i in graph.weights), tuple(leaves))
+        paths = tuple(graph.paths[i] for i in graph.weights)
+        origin = Origin(tree, paths, tuple(leaves), (without_weights(args, self.weights), kwargs))
         return Analysis(graph, detection, plan, decisions, origin, statistics)
 
     def _detect(

@@ -22,6 +22,12 @@ EXTRA = "pip install '.[{}]' in a checkout"
 """How an extra is installed, while the package is not on PyPI: `EXTRA.format("plot")`."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of a device, does not suffice."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted or isinstance(error, MemoryError)
+
+
 class HireRewriteWarning(UserWarning):
     """Something runs, and not as it was meant: slower, less exact, or not rewritten."""
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["check_pattern", "fits", "site_pattern", "sites_pattern", "whole_name"]
+__all__ = ["check_pattern", "fits", "is_literal", "site_pattern", "sites_pattern", "whole_name"]
 
 _NUMBER = re.compile(r"\d+")
 
@@ -111,6 +111,25 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
 def whole_name(name: str) -> str:
     """A regular expression for this name alone, with its scope."""
     return rf"\A{re.escape(name)}\Z"
+
+
+_LITERAL = re.compile(
+    r"(?:\^\(\.\*:\)\?(?:\[\^/:\]\+/)?(?P<name>N*+)\$|\\A(?P<whole>N*+)\\Z)".replace(
+        "N", r"(?:[^\\.^$*+?{}\[\]|()]|\\[^A-Za-z0-9])"
+    ),
+    re.DOTALL,
+)
+
+
+def is_literal(pattern: str) -> bool:
+    """Whether a pattern is for one name alone, as `site_pattern` and `whole_name` write it: such a
+    one of a stranger's may be searched for, and takes no time.
+
+    Examples:
+      >>> [is_literal(p) for p in (site_pattern("Layer:p/0/q[1]"), whole_name("p/q"), "(a+)+$")]
+      [True, True, False]
+    """
+    return len(pattern) < 4096 and _LITERAL.fullmatch(pattern) is not None
 
 
 def sites_pattern(names: Sequence[str], others: Sequence[str]) -> str:

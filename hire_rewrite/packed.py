@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.export
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.names import first_names
+from hire_rewrite.origin import Origin, check_origin
 from hire_rewrite.rules import Rule
 
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What a `Packed` was made from: the structure, paths, shapes and dtypes of the weights."""
-
-    tree: Any
-    paths: tuple[str, ...]
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-
-    @property
-    def argument(self) -> str | None:
-        """The name of the argument that held them; None if there were several."""
-        if self.tree.num_leaves == 0 or len(self.tree.children()) != 1:
-            return None
-        return self.paths[0].partition("/")[0]
+if TYPE_CHECKING:
+    from hire_rewrite.transformed import Transformed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +76,11 @@ class PackedInfo:
     def _hash(self) -> int:
         """Computed once: a `jit` asks for it at every call."""
         return hash((self.origin.paths, self.sites))
+
+    @functools.cached_property
+    def without_fingerprint(self) -> PackedInfo:
+        """The same of arrays that are traced: compiled once, and run on others too."""
+        return dataclasses.replace(self, origin=dataclasses.replace(self.origin, fingerprint=None))
 
     @functools.cached_property
     def short_names(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -161,6 +158,10 @@ class Packed:
         """The `Packed` of some leaves, or of what JAX and others put in the place of its trees."""
         names = ({short: name for name, short in known.items()} for known in info.short_names)
         weights, sites = map(_renamed, trees, names)
+        if info.origin.fingerprint is not None and any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((weights, sites))
+        ):
+            info = info.without_fingerprint
         return cls(weights, sites, info)
 
     @property
@@ -171,32 +172,153 @@ class Packed:
         return self.info.rules
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """A name for each array: a weight's path, or, as `params/embed:rows/scale`, its site's name
-        and what it is there."""
-        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
-        names = [
-            (path[1].key, jax.tree_util.keystr(path[2:], simple=True, separator="/"))
-            for path, _ in leaves
-        ]
-        return tuple(f"{name}:{rest}" if rest else name for name, rest in names)
+    def arrays(self) -> dict[str, jax.Array]:
+        """Its arrays in a plain dictionary, for what knows nothing of this package: exported
+        programs, files. A weight has the name of its path, an array of a site the site's name and
+        what it is there: `embed:rows/scale`. `with_arrays` is the way back.
 
-    def check(self) -> None:
-        """Raise `HireRewriteError` if an array has not the shape and dtype it was packed with."""
-        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
-        for (path, leaf), want in zip(leaves, self.info.shapes, strict=True):
-            if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+        Examples:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+          >>> packed = step.pack({"vocabulary": jnp.ones((8, 16))}, jnp.zeros((1, 8)))
+          >>> list(packed.arrays), packed.with_arrays(packed.arrays)
+          (['vocabulary'], Packed(1 weights, 0 sites, 0.0 MB))
+        """
+        return dict(zip(self._named(str), jax.tree.leaves(self), strict=True))
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> Packed:
+        """This one with other arrays, those of a dictionary like `arrays`.
+
+        Raises:
+          HireRewriteError: names are missing, or are not of this `Packed`.
+        """
+        names = [*self._named(str)]
+        for what, odd in (("lack", set(names) - set(arrays)), ("have", set(arrays) - set(names))):
+            if odd:
                 raise HireRewriteError(
-                    f"Packed{jax.tree_util.keystr(path[1:])} is {leaf.dtype}{list(leaf.shape)} but "
+                    f"with_arrays: the arrays {what} {first_names(sorted(odd))}, unlike this "
+                    "Packed: give those of Packed.arrays of one with the same rules and shapes"
+                )
+        tree = jax.tree.structure(self)
+        return jax.tree.unflatten(tree, [arrays[name] for name in names])
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """A name for each array, in the order of `jax.tree.leaves`: as in `arrays`, with the name
+        of the argument that held the weights."""
+        known = self.info.short_names
+        long = {short: name for names in known for name, short in names.items()}
+        return tuple(self._named(lambda name: long.get(name, name)))
+
+    def _named(self, written: Callable[[str], str]) -> Iterator[str]:
+        """A name for each array, those of weights and sites written somehow."""
+        trees, _ = self.tree_flatten()
+        for path, _ in jax.tree_util.tree_leaves_with_path(trees):
+            inside = jax.tree_util.keystr(path[2:], simple=True, separator="/")
+            yield written(path[1].key) + (f":{inside}" if inside else "")
+
+    def check(self, *weights: Any) -> None:
+        """Check the arrays against what was packed and, if they are given, the weights themselves.
+
+        An update of the weights is seen in a few numbers of each. What changes one number alone is
+        not, so far as it is not among these.
+
+        Args:
+          weights: the arguments that hold the weights, in order.
+
+        Examples:
+          >>> import jax.numpy as jnp, hire_rewrite as hire
+          >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
+          >>> params = {"vocabulary": jnp.sin(jnp.arange(128.0)).reshape(8, 16)}
+          >>> packed = step.pack(params, jnp.zeros((1, 8)))
+          >>> packed.check(params)
+          >>> packed.check({"vocabulary": 0.99 * params["vocabulary"]})
+          Traceback (most recent call last):
+          hire_rewrite.errors.HireRewriteError: params/vocabulary has changed since it was packed...
+
+        Raises:
+          HireRewriteError: an array has not the shape and dtype that it was packed with; a weight
+            is not the one that was packed; or nobody knows, as it was packed in a trace.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
+        if len(leaves) != len(self.info.shapes):
+            raise HireRewriteError(
+                f"the Packed has {len(leaves)} arrays, but was packed with "
+                f"{len(self.info.shapes)}: restore all of them, or pack again from the weights"
+            )
+        for (path, leaf), want in zip(leaves, self.info.shapes, strict=True):
+            shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+            if (shape, dtype) != (want.shape, want.dtype):
+                found = type(leaf).__name__ if shape is None else f"{dtype}{list(shape)}"
+                raise HireRewriteError(
+                    f"Packed{jax.tree_util.keystr(path[1:])} is {found} but "
                     f"was packed for {want.dtype}{list(want.shape)}: pack again from the weights "
                     "instead of changing the packed arrays"
                 )
+        if weights:
+            check_origin(self.info.origin, weights)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a directory (Orbax), or to one file if the path ends in `.safetensors`.
+
+        A file is replaced when the new one is complete. A directory holds sharded arrays, which
+        several processes may write together and which go to any number of devices; it must not be
+        there yet. It needs `pip install orbax-checkpoint`.
+
+        Raises:
+          HireRewriteError: the arrays are shapes or traced, the path is taken, or something that is
+            needed is not installed.
+        """
+        from hire_rewrite.checkpoint import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], step: Transformed, *args: Any, **kwargs: Any
+    ) -> Packed:
+        """What `save` wrote, for a function: the dense weights are not needed.
+
+        The function is traced and packed as shapes, and what the checkpoint holds must be that;
+        each array has a checksum.
+
+        Args:
+          step: the function, transformed with the rules that it was packed with, or with those that
+            `load_rules(path)` returns.
+          args, kwargs: a call's arguments as for `step.pack`, arrays or shapes; where arrays are to
+            be sharded, weights have shardings. Without them they are those that it was packed for,
+            if the weights were in dicts, lists and tuples, and are put on one device.
+
+        Raises:
+          HireRewriteError: the checkpoint is damaged or incomplete, or is of another model, shape,
+            rule or version; or the arguments are needed.
+        """
+        from hire_rewrite.checkpoint import load
+
+        return load(path, step, args, kwargs)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.weights, self.sites))
         arrays = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
         size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
+
+
+def _refuse(_: Any) -> Any:
+    raise HireRewriteError(
+        "jax.export: a Packed is an argument of the exported function, and no program that is "
+        "serialized can have one, for only this package knows its structure: export `lambda "
+        "arrays, *rest: step(packed.with_arrays(arrays), *rest)` and give it packed.arrays"
+    )
+
+
+with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
+    jax.export.register_pytree_node_serialization(
+        Packed,
+        serialized_name="hire_rewrite.Packed",
+        serialize_auxdata=_refuse,
+        deserialize_auxdata=_refuse,
+    )
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from jax.export import is_symbolic_dim
+
 from hire_rewrite.names import grouped, groups
 from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
@@ -247,7 +249,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Refusal):
         return value.name.lower()
-    return str(value) if isinstance(value, Rule) else value
+    return str(value) if isinstance(value, Rule) or is_symbolic_dim(value) else value
 
 
 def layer_of(site: Site) -> Layer:

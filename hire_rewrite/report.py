@@ -26,7 +26,8 @@ class SiteReport:
       recall: for each layer the share of the true top k that was among the candidates.
       recall_p1: for each layer the 1st percentile over tokens of that share.
       best: share of tokens whose greatest unit was among the candidates, of all layers.
-      mass: share of the true top k's mass (of what ranks groups, or of probability) among them.
+      mass: share of the true top k's mass (of the squares of activations, or of probability) among
+        them.
       error: mean relative error of the output (of a head, of its probabilities) against dense.
       error_exact: the same against the exact top k, which the predictor alone is to blame for.
       proved: share of tokens whose greatest logits were proved; None without `certify`.

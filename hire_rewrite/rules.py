@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.name_patterns import check_pattern, fits, site_pattern, sites_pattern, whole_name
 from hire_rewrite.ops.encodings import Encoding
@@ -48,9 +49,9 @@ class Rule:
         """Whether the rule asks for a site of this name."""
         return self.path is None or fits(self.path, site)
 
-    def takes(self, tokens: int) -> bool:
-        """Whether so many tokens in a call are few enough."""
-        return self.max_tokens is None or tokens <= self.max_tokens
+    def takes(self, tokens: Any) -> bool:
+        """Whether so many tokens in a call are known to be few enough."""
+        return self.max_tokens is None or _compat.at_most(tokens, self.max_tokens)
 
     def for_site(self: Self, site: str, **settings: Any) -> Self:
         """This rule with other settings, for the site of that name alone."""

@@ -33,21 +33,25 @@ def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str]) -> None:
             raise HireRewriteError(
                 f"save_rules: {rule!r} is not a rule: give packed.rules, say, or those of tune"
             )
-    text = json.dumps([_plain(rule) for rule in rules], indent=1)
+    text = json.dumps([plain(rule, rule_types()) for rule in rules], indent=1)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
 def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
-    """The rules in a file of `save_rules`.
+    """The rules in a file of `save_rules`, or of what was written by `Packed.save`.
 
     Raises:
       HireRewriteError: the file holds something else.
     """
+    from hire_rewrite.checkpoint import is_checkpoint, read_rules  # which need this module
+
+    if is_checkpoint(path):
+        return read_rules(path)
     with open(path, encoding="utf-8") as file:
         text = file.read()
     try:
-        rules = tuple(_built(item) for item in json.loads(text))
+        rules = tuple(built(item, rule_types()) for item in json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HireRewriteError(f"load_rules: {path} holds no rules: {error}") from error
     for rule in rules:
@@ -56,30 +60,48 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     return rules
 
 
-def _plain(item: Any) -> Any:
+def plain(item: Any, types: Mapping[str, type], what: str = "save_rules") -> Any:
+    """A setting as JSON has it: a dataclass as its fields and `type`, a tuple as a list.
+
+    Args:
+      types: the dataclasses that there may be, by their names.
+      what: the function that messages begin with.
+    """
+    if isinstance(item, tuple):
+        return [plain(value, types, what) for value in item]
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     name = type(item).__name__
-    if rule_types().get(name) is not type(item):
+    if types.get(name) is not type(item):
         raise HireRewriteError(
-            f"save_rules: {item!r} is none of {', '.join(rule_types())}: register its class with "
+            f"{what}: {item!r} is none of {', '.join(types)}: register its class with "
             "register_predictor or register_encoding, or its kind of site with register_kind"
         )
-    fields = {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
+    fields = {
+        field.name: plain(getattr(item, field.name), types, what)
+        for field in dataclasses.fields(item)
+    }
     return {"type": name, **fields}
 
 
-def _built(item: Any) -> Any:
+def built(item: Any, types: Mapping[str, type], what: str = "load_rules") -> Any:
+    """Of what `plain` returned.
+
+    Raises:
+      HireRewriteError: there is no such dataclass.
+      ValueError, TypeError, KeyError: it is something else.
+    """
+    if isinstance(item, list):
+        return tuple(built(value, types, what) for value in item)
     if not isinstance(item, dict):
         return item
-    fields = {name: _built(value) for name, value in item.items() if name != "type"}
-    if item["type"] not in rule_types():
+    fields = {name: built(value, types, what) for name, value in item.items() if name != "type"}
+    if item["type"] not in types:
         raise HireRewriteError(
-            f"load_rules: there is no {item['type']}, only {', '.join(rule_types())}: register its "
-            "class with register_predictor or register_encoding, or its kind of site with "
-            "register_kind"
+            f"{what}: there is no {item['type']}, only {', '.join(types)}: register its class with "
+            "register_predictor or register_encoding, or its kind of site with register_kind"
         )
-    return rule_types()[item["type"]](**fields)
+    return types[item["type"]](**fields)
 
 
 def rule_types() -> Mapping[str, type]:

@@ -35,9 +35,19 @@ class OnSight:
     ) -> Packed | None:
         """A `Packed` made of the raw weights in a call's arguments; None if no site asks for one.
 
+        Several threads pack the same weights once: the others wait.
+
         Args:
           leaves: the weights among `args`.
         """
+        if traced(leaves):  # nothing is remembered
+            return self._pack(leaves, args, kwargs)
+        with self._analyses.lock:
+            return self._pack(leaves, args, kwargs)
+
+    def _pack(
+        self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Packed | None:
         seen, known = self._seen
         same = len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
         if not self._analyses.weights and known:

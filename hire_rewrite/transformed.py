@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from hire_rewrite.analysis import Analyses, Analysis
-from hire_rewrite.arguments import packed_among
+from hire_rewrite.arguments import packed_among, with_packed
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.gradient import announcing, gradient_warning
@@ -20,16 +20,25 @@ from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
+from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
-from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.rewrite import Rewritten, rewrite
 from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
 from hire_rewrite.sight import OnSight, traced, tracing
+from hire_rewrite.sites.linear.rule import Linear
+from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.tuned import Tuned
+
+_INSTANCES = 64
+"""Instances whose methods are known; they are held, and so is what was packed for them."""
+
+_NOTHING = Linear(path=r"(?!)")
+"""A rule that asks for no site. (Without rules there are default ones.)"""
 
 
 class Transformed:
@@ -66,7 +75,7 @@ class Transformed:
         self._sight = OnSight(self._analyses, self._warn)
         self._compiled = jax.jit(self._run)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
-        self._compiled_for = functools.cache(
+        self._compiled_for = functools.lru_cache(256)(
             lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
         )
 
@@ -77,6 +86,8 @@ class Transformed:
         bound = self._bound.get(id(instance))
         if bound is None or bound.fn.__self__ is not instance:  # type: ignore[attr-defined]
             bound = Transformed(self.fn.__get__(instance, owner), *self._settings)
+            while len(self._bound) >= _INSTANCES:
+                del self._bound[next(iter(self._bound))]
             self._bound[id(instance)] = bound
         return bound
 
@@ -315,13 +326,7 @@ class Transformed:
         else:
             swaps = analysis.replacements(packed, self.mode.packed)
         inputs = analysis.inputs(packed, args, kwargs)
-        rewritten = rewrite(analysis.trace, swaps)
-        missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
-        if missing:
-            raise HireRewriteError(
-                f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
-                "outside the packed sites: pack for a call like this one"
-            )
+        rewritten = self._rewritten(analysis, swaps, inputs)
         with timed(self.name, "rewrite") as found:
             results, _ = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
@@ -330,6 +335,65 @@ class Transformed:
             mark = announcing(lambda: self._warn_of_gradient(sites))
             results = mark(results, inputs.values())
         return jax.tree.unflatten(analysis.trace.out_tree, results)
+
+    def _rewritten(
+        self, analysis: Analysis, swaps: Sequence[SiteReplacement], inputs: Mapping[int, Any]
+    ) -> Rewritten:
+        """The rewritten function.
+
+        Raises:
+          HireRewriteError: it reads weights that are not among the inputs.
+        """
+        rewritten = rewrite(analysis.trace, swaps)
+        missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
+        if missing:
+            raise HireRewriteError(
+                f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
+                "outside the packed sites: pack for a call like this one"
+            )
+        return rewritten
+
+    # How it is restored.
+
+    def _packed_shapes(
+        self,
+        rules: tuple[Rule, ...],
+        told: Callable[[Decision], Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Packed:
+        """The `Packed` of shapes of a call with arrays or shapes.
+
+        Args:
+          rules: those that sites are packed by.
+          told: what calibration, or a look at its numbers, told about a site; None for nothing.
+        """
+        analyses = self._analyses.again(rules or (_NOTHING,))
+        analysis = analyses.of(None, args, kwargs)
+        known = {d.site.label: statistics for d in analysis.decisions if (statistics := told(d))}
+        if known:
+            analysis = analyses.of(None, args, kwargs, known)
+        analysis.check_decided()
+        return analysis.pack([placed(leaf) for leaf in self._weight_leaves(args)])
+
+    def _check_serves(self, packed: Packed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise HireRewriteError if a `Packed`, of arrays or shapes, does not serve a call.
+
+        Args:
+          args: the arguments of the call on weights.
+        """
+        held = tuple(with_packed(args, self.weights, packed))
+        analysis = self._analyses.of(packed, held, kwargs)
+        rest = self._analyses.without_weights(held, packed)
+        swaps = analysis.replacements(packed, self.mode.packed)
+        self._rewritten(analysis, swaps, analysis.inputs(packed, rest, kwargs))
+
+    def _restored(self, target: Packed, leaves: Iterable[jax.Array]) -> Packed:
+        """A `Packed` of shapes with arrays in their places."""
+        packed = jax.tree.unflatten(jax.tree.structure(target), list(leaves))
+        if not self.weights:
+            self._sight.keep(packed)
+        return packed
 
     def _dump(
         self, analyses: Analyses, analysis: Analysis, packed: Packed | None, args: Any, kwargs: Any

@@ -45,7 +45,7 @@ class Oracle:
 
     def score(self, state: Any, x: Any, layer: Any, choose: Any = None) -> Any:
         exact = jnp.matmul(x.astype(jnp.float32), state["rows"][layer].T)
-        return exact + self.noise * state["error"][layer]
+        return exact + self.noise * state["error"][layer][None]
 
     def bytes(self, n: int, d: int, dtype: Any, tokens: int = 1) -> int:
         return 0

@@ -1,4 +1,5 @@
-"""The Python blocks of the guide run, one after the other in each page; links lead somewhere."""
+"""The Python blocks of the guide and of the proofs run, one after the other in each page; links
+lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs" / "guide").glob("*.md")), ROOT / "docs" / "certify.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import hire_rewrite as hire
 from tests.cases import D, V, inputs, rand
@@ -19,6 +20,7 @@ CONTEXTS = {
     "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "leaks": jax.checking_leaks,
     "transfers": lambda: jax.transfer_guard("disallow"),
+    "no jit": jax.disable_jit,
     "none": contextlib.nullcontext,
 }
 
@@ -38,6 +40,31 @@ def test_it_answers_as_jit_does(name):
         assert [array.dtype for array in got] == [array.dtype for array in want]
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_without_jit_loops_are_loops():
+    """A `Packed` that was made before serves, and the package's own operations run."""
+    layers = {"up": rand(2, D, V), "down": rand(2, V, D)}
+
+    def fn(params, x):
+        block = lambda x, w: (x + jax.nn.relu(x @ w["up"]) @ w["down"], None)  # noqa: E731
+        return jax.lax.scan(block, x, params)[0]
+
+    rewritten = hire.transform(fn, hire.FFN(k=1.0, candidates=1.0, force=True))
+    packed, want = rewritten.pack(layers, X), jax.jit(fn)(layers, X)
+    with jax.disable_jit():
+        (site,) = rewritten.plan(layers, X).sites
+        got = rewritten(packed, X)
+    assert (site.status, site.repeats) == ("rewritten", 2)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("jit", ["jit", "no jit"])
+def test_da_top_k_without_jit(jit):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    with jax.disable_jit(jit != "jit"):
+        values, places = hire.da_top_k(X, 3, mesh=mesh, spec=PartitionSpec(None, "x"))
+    np.testing.assert_array_equal(values, jnp.take_along_axis(X, places, -1))
 
 
 def test_plans_see_the_context():

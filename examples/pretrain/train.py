@@ -29,8 +29,8 @@ from .batches import Batches
 Loss = Callable[[model.Params, Array], Array]
 
 # `force`: the top-k is wanted for its meaning, also while k is too large to save anything.
-K = 0.05
-RULE = hire.FFN(k=K, group=8, force=True)
+K, GROUP = 0.05, 8
+RULE = hire.FFN(k=K, group=GROUP, force=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,22 @@ def train(setting: Setting, tokens: np.ndarray, folder: Path, name: str = "") ->
                     record["seconds"] = spent + time.perf_counter() - since
                     _save(manager, step + 1, state, record)
     return Trained(state[0], record["seconds"], tuple(record["history"]))
+
+
+def load(setting: Setting, folder: Path) -> Trained:
+    """The model after its last step, as `train` left it in `folder`.
+
+    Raises:
+      ValueError: it is not trained to the end there, or is of another setting.
+    """
+    if folder.exists():
+        begin = functools.partial(_begin, setting)
+        shapes = jax.eval_shape(begin, jax.random.key(setting.seed))
+        with ocp.CheckpointManager(folder.absolute()) as manager:
+            if manager.latest_step() == setting.steps:
+                state, record = _restore(manager, setting.steps, shapes, setting)
+                return Trained(state[0], record["seconds"], tuple(record["history"]))
+    raise ValueError(f"{folder} holds no model after {setting.steps} steps: train it first")
 
 
 def topk_loss(config: model.Config, k: float) -> Loss:

@@ -40,7 +40,9 @@ class Estimate:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as dense."""
+        """How many times as fast as dense; 1 where there is nothing to read at all."""
+        if self.rewritten == 0:
+            return math.inf if self.dense > 0 else 1.0
         return self.dense / self.rewritten
 
 

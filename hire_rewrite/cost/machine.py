@@ -168,6 +168,12 @@ def current() -> Machine:
     return load(Path(given))
 
 
+def fetches_words() -> bool:
+    """Whether rows are fetched in words of 32 bits, as on TPU: of narrower numbers those of several
+    rows lie in one."""
+    return jax.default_backend() == "tpu" or current().name.startswith("tpu")
+
+
 def default_name() -> str:
     """Which machine stands for the default backend of jax."""
     backend = jax.default_backend()

@@ -37,7 +37,13 @@ class Liveness:
 
 
 def liveness(root: Scope, units: Mapping[Node, Unit] | None = None) -> Liveness:
-    """The live values and nodes of a function whose `units` are replaced."""
+    """The live values and nodes of a function whose `units` are replaced.
+
+    Args:
+      units: None to look into loops and calls for what they need themselves. Where nothing is
+        replaced ({}) they stay as they are, and need all that they are given.
+    """
+    looks_inside = units is None or bool(units)
     units = units or {}
     ends = {max(unit.nodes, key=lambda node: node.index) for unit in units.values()}
     live = Liveness(set(), set(), set())
@@ -52,7 +58,10 @@ def liveness(root: Scope, units: Mapping[Node, Unit] | None = None) -> Liveness:
                     live.values.update(units[node].inputs)
             elif _compat.has_effects(node.eqn) or any(value in live.values for value in node.outs):
                 live.nodes.add(node)
-                if node.bodies:
+                if not looks_inside:
+                    for frame in node.frame.around():
+                        live.values.update(frame.ins)
+                if node.bodies and looks_inside:
                     visit_bodies(node)
                 else:
                     live.values.update(node.ins)

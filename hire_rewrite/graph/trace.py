@@ -97,7 +97,8 @@ def trace(
     # JAX is to number the leaves in what it says, not to give them names of the function's.
     flat.__signature__ = _FLAT  # type: ignore[attr-defined]
     try:
-        closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
+        with jax.disable_jit(False):  # loops are to be loops, for a `Packed` made without it
+            closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaf for _, leaf in leaves))
     except (TypeError, ValueError) as error:
         message = _explained(fn, error, dict(zip(paths, (leaf for _, leaf in leaves), strict=True)))
         if message is None:

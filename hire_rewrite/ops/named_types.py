@@ -1,12 +1,15 @@
-"""Classes by their names, as saved rules name them."""
+"""Classes by their names, as saved rules and exported programs name them."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TypeVar
+
+import jax.export
 
 from hire_rewrite.errors import HireRewriteError
 
-__all__ = ["register_type"]
+__all__ = ["exportable", "register_type"]
 
 Type = TypeVar("Type", bound=type)
 
@@ -27,4 +30,12 @@ def register_type(types: dict[str, type], cls: Type, decorator: str) -> Type:
             f"{cls.__name__} already: give the class another name"
         )
     types[cls.__name__] = cls
+    return cls
+
+
+def exportable(cls: Type) -> Type:
+    """A decorator of named tuples of arrays: exported programs that take one can be serialized."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
+        jax.export.register_namedtuple_serialization(cls, serialized_name=name)
     return cls

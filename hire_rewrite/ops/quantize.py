@@ -1,20 +1,24 @@
-"""Rows in few bits: 8 with a scale for each row, 4 with a scale for each block of columns."""
+"""Rows in few bits: 8 with a scale for each row, 4 with a scale for each block of columns; and
+rows whose narrow numbers lie in words."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 __all__ = [
     "dequantize_blocks",
     "pack",
+    "pack_words",
     "quantize_blocks",
     "quantize_rows",
     "round_blocks",
     "rounded_blocks",
     "unpack",
+    "unpack_words",
 ]
 
 
@@ -46,6 +50,29 @@ def unpack(packed: Array) -> Array:
     So laid out, both halves come out whole and nothing has to be interleaved.
     """
     return jnp.concatenate([(packed << 4) >> 4, packed >> 4], axis=-1)
+
+
+def pack_words(rows: Any) -> Any:
+    """u32[..., d/2] of bf16[..., d], of JAX or NumPy: two numbers to a word, d/2 columns apart, the
+    first in the low half.
+
+    Examples:
+      >>> words = pack_words(jnp.array([1.0, 2.0, 3.0, 4.0], jnp.bfloat16))
+      >>> words.shape, unpack_words(words).tolist()
+      ((2,), [1.0, 2.0, 3.0, 4.0])
+    """
+    if isinstance(rows, np.ndarray):
+        bits: Any = rows.view(np.uint16).astype(np.uint32)
+    else:
+        bits = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.uint32)
+    half = rows.shape[-1] // 2
+    return bits[..., :half] | (bits[..., half:] << 16)
+
+
+def unpack_words(words: Array) -> Array:
+    """f32[..., d], the numbers of u32[..., d/2] (see `pack_words`)."""
+    halves = (words << 16, words & jnp.uint32(0xFFFF0000))
+    return jnp.concatenate([lax.bitcast_convert_type(half, jnp.float32) for half in halves], -1)
 
 
 def quantize_blocks(rows: Array, block: int) -> tuple[Array, Array]:

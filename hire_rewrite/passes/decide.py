@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from hire_rewrite import _compat
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import Estimate, dense_bytes, estimate
 from hire_rewrite.cost.machine import Machine
@@ -132,6 +135,8 @@ def decide(
         decider.machine.name,
         layers=layers_of(detection, shown, rejected),
     )
+    if plan.rewritten and decider.machine.name.startswith("cpu"):
+        kernels.cpu.announce()
     return plan, tuple(decisions)
 
 
@@ -250,7 +255,7 @@ class _Decider:
         if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True
         if not rule.takes(tokens):
-            reason = f"{tokens} tokens are more than max_tokens={rule.max_tokens}"
+            reason = _too_many(tokens, rule.max_tokens)
         else:
             advice = "ask for fewer candidates or a smaller predictor, or give "
             reason = (
@@ -271,9 +276,18 @@ class _Decider:
             return ""
         for tokens in sizes:
             pays = estimate(operation, tokens, self.machine).pays
-            if tokens >= operation.site.tokens and not pays:
+            if _compat.at_most(operation.site.tokens, tokens) and not pays:
                 return f"; from {tokens} tokens on it is no faster than dense"
         return f"; for up to {sizes[-1]} tokens it is faster than dense"
+
+
+def _too_many(tokens: Any, most: int | None) -> str:
+    if not jax.export.is_symbolic_dim(tokens):
+        return f"{tokens} tokens are more than max_tokens={most}"
+    return (
+        f"{tokens} tokens may be more than max_tokens={most}: give max_tokens=None, or "
+        f"jax.export.symbolic_shape(..., constraints=['{tokens} <= {most}'])"
+    )
 
 
 def _differences(before: Rule | None, now: Rule) -> tuple[str, str]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
-from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.errors import HireRewriteError, is_out_of_memory
 from hire_rewrite.graph.trace import Trace, abstract
 from hire_rewrite.graph.weights import Stacker
-from hire_rewrite.packed import ExaminedSite, Origin, Packed, PackedInfo, PackedSite
+from hire_rewrite.origin import Origin
+from hire_rewrite.packed import ExaminedSite, Packed, PackedInfo, PackedSite
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.examine import weight_stacker
 from hire_rewrite.passes.modes import HIRE
@@ -56,7 +57,8 @@ def pack(
 
     Raises:
       HireRewriteError: a site's weights hold a NaN or an infinity, its calibration has too few
-        tokens for its predictor, or its rule needs calibration and there is none.
+        tokens for its predictor, its rule needs calibration and there is none, or memory does not
+        suffice.
     """
     arrays = dict(zip(trace.weights, weights, strict=True))
     stacker = weight_stacker(trace, weights)
@@ -65,7 +67,17 @@ def pack(
     sites: dict[str, Any] = {}
     with progress("packing", "layer", sum(d.site.layers for d in firsts)) as advance:
         for decision in firsts:
-            sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
+            try:
+                sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                sites.clear()  # a traceback that somebody keeps would keep them too
+                raise HireRewriteError(
+                    f"{decision.name}: memory does not suffice to pack it ({error}): nothing is "
+                    "kept of what was packed before it. Free memory, or give rules with fewer bits "
+                    "or for fewer layers (path=)"
+                ) from error.with_traceback(None)
     swaps = [swap for d in packing for swap in HIRE.packed(d, sites[d.packed_name])]
     needs = rewrite(trace, swaps).needs
     kept = {  # a `jax.Ref` as it is
@@ -174,13 +186,16 @@ def _packed_site(
     return arrays
 
 
-def _check_finite(name: str, rows: Sequence[Any]) -> None:
-    """Raise HireRewriteError if a site's rows hold a NaN or an infinity."""
-    for array in rows:
-        if not isinstance(array, jax.core.Tracer) and not bool(_all_finite(array)):
+def _check_finite(name: str, rows: Any) -> None:
+    """Raise HireRewriteError if what is stored of a site's rows holds a NaN or an infinity."""
+    for array in jax.tree.leaves(rows):
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        if floating and not isinstance(array, jax.core.Tracer) and not bool(_all_finite(array)):
             raise HireRewriteError(
                 f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
-                "predicted: look at the weights, or exclude the site with a rule's path="
+                "predicted, or numbers too large to be stored or predicted as its rule says (a "
+                "scale of float16 is at most 65504): look at the weights, exclude the site with a "
+                'rule\'s path=, or give scale="bfloat16" to the encoding'
             )
 
 

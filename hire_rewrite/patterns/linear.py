@@ -92,8 +92,8 @@ def as_linear(node: Node, provenance: Provenance) -> Linear | None:
     """The linear layer that a node computes; None if it is not a product with one weight.
 
     Raises:
-      NoMatch: the weight is chosen by an activation, or it is a convolution over more than one
-        position.
+      NoMatch: the weight is chosen by an activation, or holds no numbers, or it is a convolution
+        over more than one position.
     """
     if not has(node.primitive, Trait.MULTIPLIES):
         return None
@@ -110,6 +110,10 @@ def as_linear(node: Node, provenance: Provenance) -> Linear | None:
                 )
         return None
     side = is_weight.index(True)
+    if any(isinstance(size, int) and size == 0 for size in node.ins[side].shape):
+        raise NoMatch(
+            Refusal.UNSUPPORTED, "its weight has an axis of size 0: nothing is read", node
+        )
     if node.primitive is p.dot_general_p:
         return _dot(node, side, **node.params)
     if node.primitive is p.conv_general_dilated_p:

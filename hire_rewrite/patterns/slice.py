@@ -215,7 +215,7 @@ class _Walk:
         if self._end in taken:
             raise self._read_by(user)
         self.nodes |= taken
-        self._selection.update(dict.fromkeys(sorted(taken, key=lambda node: node.index)))
+        self._selection.update(dict.fromkeys(_in_order(taken)))
 
     def _mask(self, node: Node) -> None:
         """Back from a mask, or from selected values, to the hidden axis that they were found on."""
@@ -232,7 +232,7 @@ class _Walk:
                 continue
             is_weight = self.context.provenance.is_weight
             makers = {v.node for v in current.ins if v.node and not is_weight(v)}
-            stack += makers - seen - self.nodes
+            stack += _in_order(makers - seen - self.nodes)
             seen |= makers
 
     def _check_selection(self) -> None:
@@ -248,7 +248,7 @@ class _Walk:
             if outside or value in uses.results:
                 reason = "what selects hidden positions is also read elsewhere"
                 raise self._refuse(Refusal.READ_ELSEWHERE, reason, self._end)
-        for node in self.nodes - self._selection.keys():
+        for node in _in_order(self.nodes - self._selection.keys()):
             read = [i for i, value in enumerate(node.ins) if value in made]
             if not read or has(node.primitive, Trait.COMPARES):
                 continue
@@ -319,6 +319,11 @@ def _makes_mask(node: Node | None) -> bool:
     if node.primitive in (p.reduce_sum_p, p.reduce_max_p):
         return is_one_hot(node.ins[0])
     return node.primitive is p.sort_p or has(node.primitive, Trait.SCATTERS)
+
+
+def _in_order(nodes: Collection[Node]) -> list[Node]:
+    """Nodes as they were traced: sets have another order in each process and at each trace."""
+    return sorted(nodes, key=lambda node: node.index)
 
 
 def _traced_order(projection: Projection) -> tuple[int, Any]:

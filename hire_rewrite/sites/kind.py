@@ -167,12 +167,15 @@ class SiteKind(abc.ABC):
       leftover: whether it takes the linear layers that sites of other kinds leave dense.
       divides_columns: whether a site, of one linear layer, may be sharded along its inputs. Where
         it is not, what is sharded so is packed with sharded rows.
+      statistics_types: the dataclasses of `Operation.statistics` and `Operation.examine`, of plain
+        numbers, for checkpoints (registered encodings and `StaysDense` need not be among them).
     """
 
     name: str
     rule: type[Rule]
     leftover: bool = False
     divides_columns: bool = False
+    statistics_types: tuple[type, ...] = ()
 
     @abc.abstractmethod
     def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> Match:

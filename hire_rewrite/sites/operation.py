@@ -114,7 +114,8 @@ class Operation(abc.ABC):
         raise NotImplementedError
 
     def rows(self, arrays: Any) -> Sequence[Any]:
-        """The copies of weights among the packed arrays, in which no number may be infinite."""
+        """What is stored of weights among the packed arrays, in which no number may be infinite;
+        in any pytree, with integers or not."""
         return ()
 
     @abc.abstractmethod

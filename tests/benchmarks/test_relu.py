@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
-from benchmarks import relu_blocks, relu_page, relu_proofs, timing
+from benchmarks import relu_blocks, relu_layers, relu_page, relu_proofs, timing
 from benchmarks import relu_translation as marian
 from examples.translate import model
 from examples.translate.tokenizer import END, UNKNOWN
@@ -180,7 +180,7 @@ def test_what_a_rule_reads_of_a_layer(translation, rng):
     w = translation.params["encoder"][0]["ffn"]
     x = rng.standard_normal((20, TINY.d_model)).astype(np.float32)
     rule = hire.FFN(k="positive", max_tokens=None, force=True)
-    found = marian.layer(w, x, rule)
+    found = relu_layers.layer(w, x, rule)
     positive = x[10:] @ np.asarray(w["w1"]) + np.asarray(w["b1"]) > 0
     # After calibration a guess in 8 bits is expected to pay, so that a few more are read.
     assert positive.mean() <= found["read"] < positive.mean() + 0.05
@@ -190,16 +190,18 @@ def test_what_a_rule_reads_of_a_layer(translation, rng):
 
 def test_every_layer_is_looked_at_by_every_rule(translation, monkeypatch):
     asked = []
-    monkeypatch.setattr(marian, "layer", lambda w, x, rule: asked.append((x.shape, rule)) or {})
+    monkeypatch.setattr(
+        relu_layers, "layer", lambda w, x, rule: asked.append((x.shape, rule)) or {}
+    )
     tokens = np.array([[5, 7, END], [9, END, END], [4, 6, END]], np.int32)
     inputs = translation.inputs(tokens)
-    rows = marian.layers(translation, inputs, most=7)
+    rows = relu_layers.layers(translation, inputs, most=7)
     where = [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
     assert [(row["part"], row["layer"]) for row in rows] == where
     assert {shape for shape, _ in asked} == {(7, TINY.d_model)}
     assert all(rule.k == "positive" for _, rule in asked)
     assert {len(row["rules"]) for row in rows} == {4}
-    often, means = marian.often(translation, inputs)
+    often, means = relu_layers.often(translation, inputs)
     assert often.shape == (4 * TINY.d_ff,)
     assert means["positive"] == pytest.approx(often.mean())
 

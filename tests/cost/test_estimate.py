@@ -10,6 +10,7 @@ import hire_rewrite as hire
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.machine import KINDS
 from hire_rewrite.ops.predictors import Read, reads_of
+from hire_rewrite.sites.ffn import positive
 from tests.cases import Oracle
 
 FREE = machines.current()
@@ -212,6 +213,24 @@ def test_a_read_of_no_kind():
 def test_signs_on_machines_that_are_known(on, name, rule, tokens, n, d, pays):
     on(name)
     assert (planned(rule, tokens, n=n, d=d).status == "rewritten") == pays
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share", "pays"), [(1, 0.1, True), (2, 0.02, True), (4, 0.1, False), (1, 0.5, False)]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_a_tpu_a_block_without_its_zeros_stays_dense_where_rows_are_many(
+    on, monkeypatch, tokens, share, pays, dtype
+):
+    on("tpu v5e")
+    monkeypatch.setattr(positive, "SHARE", share)
+    weights = {"up": shapes(4096, 16_384, dtype=dtype), "down": shapes(16_384, 4096, dtype=dtype)}
+    args = weights, shapes(tokens, 4096, dtype=dtype)
+    step = hire.transform(lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"])
+    (site,) = step.plan(*args).sites
+    assert (site.status == "rewritten") == pays
+    if pays:
+        assert site.bytes_after * 1.2 < site.bytes_before
 
 
 def test_the_plan_names_its_machine(on):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +12,13 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
+from benchmarks import quality_page, timing
 from examples.pretrain import __main__ as command
 from examples.pretrain import batches, corpus, model
 from examples.pretrain.convert import converted
 from examples.pretrain.evaluate import both_ways, validation_loss
-from examples.pretrain.train import Setting, topk_loss, train
+from examples.pretrain.lossless import RULES, TOLD, lossless
+from examples.pretrain.train import Setting, load, topk_loss, train
 from tests.cases import Oracle
 
 VOCAB = 64
@@ -215,9 +220,15 @@ def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, mon
         np.testing.assert_array_equal(a, b)
     done = train(setting, text, tmp_path / "broken")
     assert steps == [2, 3, 4, 5]
-    assert done.seconds == broken.seconds
+    loaded = load(setting, tmp_path / "broken")
+    assert done.seconds == loaded.seconds == broken.seconds
+    assert done.history == loaded.history
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(done.params), strict=True):
+        np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="setting"):
         train(dataclasses.replace(setting, rate=1.0), text, tmp_path / "broken")
+    with pytest.raises(ValueError, match="no model after 7 steps"):
+        load(dataclasses.replace(setting, steps=7), tmp_path / "broken")
 
 
 @ONE_ARCHITECTURE
@@ -264,3 +275,72 @@ def test_a_model_is_converted_and_measured(config, params, text, monkeypatch):
     assert losses["rewritten"] == pytest.approx(losses["exact"], abs=1e-4)
     assert min(found["recall"]) == 1.0
     assert found["candidates"] == found["k"] == 8  # of 64, in groups of 8
+
+
+def test_positive_neurons_are_those_of_the_model(text, monkeypatch):
+    """Without attention a few lines of NumPy are the model."""
+    monkeypatch.setattr("examples.pretrain.convert.HEAD", hire.Head(min_width=64, path="nowhere"))
+    config = model.Config("relu2", vocab=VOCAB, d_model=32, d_ff=128, layers=2, heads=2)
+    params = model.init(config, jax.random.key(0))
+    params["layers"]["wo"] *= 0
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(x):
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_eps)
+
+    (rows,) = batches.in_order(text[:300], 16, 16)
+    x, shares = p["embed"][rows[:, :-1]], []
+    for up, down in zip(p["layers"]["w_up"], p["layers"]["w_down"], strict=True):
+        h = norm(x) @ up
+        shares.append((h > 0).mean())
+        x = x + np.square(np.maximum(h, 0)) @ down
+    logits = norm(x) @ p["head"]
+    picked = np.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]
+    loss = (np.log(np.exp(logits).sum(-1)) - picked).mean()
+
+    (told,) = lossless(config, params, text, text[:300], 16, {"told": TOLD})
+    assert told["read"] == pytest.approx(shares, abs=1e-3)
+    figures = *told["losses"].values(), told["decoded"]["dense"], told["decoded"]["rewritten"]
+    assert figures == pytest.approx([loss] * 4, abs=1e-5)
+    rows, norms = 2 * 4 * 32 * 128, 2 * 4 * 128  # bytes of one matrix of both layers
+    read = pytest.approx(rows + norms + np.mean(shares) * rows, rel=1e-3)
+    assert told["bytes"] == [2 * rows, read]
+
+
+def test_the_command_trains_converts_and_records(text, tmp_path, monkeypatch):
+    """A tiny model of one architecture, on a tiny text; zeros that are left out lose nothing."""
+    words = types.SimpleNamespace(get_vocab_size=lambda: VOCAB)
+    monkeypatch.setattr(corpus, "load", lambda: corpus.Corpus(text, text[:2100], words))
+    monkeypatch.setattr("examples.pretrain.convert.HEAD", hire.Head(min_width=64, path="nowhere"))
+    monkeypatch.setattr(model, "ARCHITECTURES", ("relu2",))
+    monkeypatch.setattr(command, "WIDTHS", {"relu2": 160})
+    monkeypatch.setattr(command, "STAGES", command.STAGES | {"topk": ((0.0, 0.125),)})
+    monkeypatch.setattr(command, "STEPS", 3)
+    before = timing.read("pretrain")["architectures"]["relu2"]["topk"]["converted"]
+    monkeypatch.setattr(command, "converted", lambda *_: before)  # another test measures them
+    shutil.copy(timing.RESULTS / "quality.json", tmp_path)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality_page, "PAGE", tmp_path / "quality.md")
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--convert", "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="train it first"):
+        command.main()
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path / "out")])
+    command.main()
+
+    record = json.loads((tmp_path / "pretrain.json").read_text(encoding="utf-8"))
+    arms = record["architectures"]["relu2"]
+    assert [row["way"] for row in arms["dense"]["lossless"]] == list(RULES)
+    for row in arms["dense"]["lossless"]:
+        loss, decoded, exact = row["losses"], row["decoded"], row["way"] in list(RULES)[:2]
+        assert loss["dense"] == pytest.approx(arms["dense"]["validation_loss"], abs=1e-4)
+        assert loss["rewritten"] == pytest.approx(loss["dense"], abs=1e-6 if exact else 1e-3)
+        assert decoded["rewritten"] == pytest.approx(decoded["dense"], abs=1e-6 if exact else 1e-3)
+        assert decoded["difference"] < (1e-4 if exact else 0.1)
+        assert decoded["tokens"] == 16 * 128
+        assert max(row["missed"]) <= (0 if exact else 0.01)
+        assert all(0.2 < share < 0.8 for share in row["read"])
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    for way in RULES:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| relu2 | {way} |")]
+        assert len(line.split("|")) == 13

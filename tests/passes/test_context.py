@@ -1,11 +1,13 @@
 """A replacement stands under the names and the annotations of what it replaces."""
 
+import inspect
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -15,6 +17,7 @@ from tests.cases import FEW, FULL, D, F, close, inputs, packed, rand, run
 LAYERS = 4
 PARAMS = [{"up": rand(D, F, seed=i), "down": rand(F, D, seed=i)} for i in range(LAYERS)]
 X = inputs(1, D)
+IS_CALL = "out_memory_spaces" in inspect.signature(compute_on).parameters
 
 
 def block(layer, x):
@@ -130,10 +133,8 @@ def test_metadata(fn):
     close(run(step, weights, X), run(fn, PARAMS, X))
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="there, compute_on is a call")
+@pytest.mark.skipif(IS_CALL, reason="there, compute_on is a call")
 def test_compute_type():
-    from jax.experimental.compute_on import compute_on
-
     def fn(params, x):
         def step(x, _):
             with compute_on("device_host"):

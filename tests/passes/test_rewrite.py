@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core import primitives as p
+from jax.sharding import AxisType, PartitionSpec
 
 from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.rewrite import rewrite
 from tests.cases import inputs, run
 from tests.cases_ffn import FFN_CASES
 from tests.cases_head import HEAD_CASES
+from tests.fuzz.evaluate import structure
 from tests.same import Same, chain, nodes_of, replaced, same
 
 X = inputs(3, 4)
@@ -42,6 +44,36 @@ def test_no_replacement_gives_the_same_jaxpr():
         again = jax.make_jaxpr(lambda x, t=traced: rewrite(t, [])({0: x})[0])(X)
         want = jax.make_jaxpr(fn)(X)
         assert [str(e.primitive) for e in again.eqns] == [str(e.primitive) for e in want.eqns]
+
+
+UNREAD = {
+    "scan": lambda w, x: lax.scan(lambda c, r: (c + r[1], None), x[0], (w, x))[0],
+    "scan, carried": lambda w, x: lax.scan(lambda c, r: ((c[0], c[1] + r), None), (w, x[0]), x)[0][
+        1
+    ],
+    "while": lambda w, x: lax.while_loop(
+        lambda s: s[2] < 2, lambda s: (s[0], s[1] * 2, s[2] + 1), (w, x, 0)
+    )[1],
+    "jit": lambda w, x: jax.jit(lambda w, x: x * 2)(w, x),
+    "jit in checkpoint": jax.checkpoint(lambda w, x: jax.jit(lambda w, x: x * 2)(w * 2, x)),
+    "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda w, x: x, lambda w, x: -x, w, x),
+    "shard_map": lambda w, x: jax.shard_map(
+        lambda w, x: x * 2,
+        mesh=jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]),
+        in_specs=(PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )(w, x),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_no_replacement_keeps_operands_that_nobody_reads(name):
+    """Such a loop or call is not written again: that is not what was asked for."""
+    fn = UNREAD[name]
+    traced = trace(fn, (X, X), {}, (0,))
+    rewritten = rewrite(traced, [])
+    again = jax.make_jaxpr(lambda w, x: rewritten({0: w, 1: x})[0])(X, X)
+    assert structure(again) == structure(jax.make_jaxpr(fn)(X, X))
 
 
 def test_calls_keep_their_form_around_a_replacement():

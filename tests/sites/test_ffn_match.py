@@ -233,6 +233,15 @@ def test_near_miss(name):
     assert refusals[LAST.get(name, "p/down")] is refusal
 
 
+def test_the_same_reason_each_time():
+    """Also where several operations are to blame: nodes are in sets, whose order is by chance."""
+
+    def fn(p, x):
+        return jax.nn.softmax(jax.nn.log_softmax(x @ p["up"])) @ p["down"]
+
+    assert len({plan_of(fn, PLAIN, inputs(T, D)).rejected for _ in range(12)}) == 1
+
+
 def _dynamic(p, x):
     """int8 by int8: both inputs are rounded to the range of their greatest entry."""
 

@@ -1,5 +1,6 @@
 """FFN blocks without the neurons that their activation makes zero: nothing is lost."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from hire_rewrite import Blocks, Quantized
+from hire_rewrite.cost import machine as machines
 from hire_rewrite.ops.ffn import positive as ops
 from tests.cases import close, packed, run
 from tests.cases_ffn import FFN_CASES
@@ -25,6 +27,7 @@ SOME = [
 ]
 TOLD = ["gated relu", "scan", "experts in a batch"]
 D, F = 64, 256
+TPU = dataclasses.replace(machines.current(), name="tpu")
 
 
 def positive(**settings):
@@ -262,6 +265,47 @@ def test_without_rules_and_with_calibration(monkeypatch):
         close(step(got, x), layers(p, x), 1e-5)
         (site,) = step.evaluate(got, [(tokens(64, 4),)]).sites
         assert len(site.read) == 2
+
+
+@pytest.mark.parametrize(("activation", "predictor"), [("relu", Quantized()), ("gated", None)])
+def test_for_tpu_single_rows_of_bfloat16_lie_in_words_of_their_own(
+    monkeypatch, activation, predictor
+):
+    gated, function = ACTIVATIONS[activation]
+
+    def fn(p, x):
+        return function(p, x @ p["up"], x @ p["gate"] if gated else None) @ p["down"]
+
+    p, x = weights(gated=gated, dtype=jnp.bfloat16), tokens(2, dtype=jnp.bfloat16)
+    step = hire.transform(fn, positive(predictor=predictor))
+    elsewhere = step.pack(p, x)
+    with monkeypatch.context() as here:
+        here.setattr(machines, "current", lambda: TPU)
+        got = step.pack(p, x)
+        (state,) = got.sites.values()
+        single = [state.down, state.up] if gated or predictor else [state.down]
+        assert all(stored["words"].dtype == jnp.uint32 for stored in single)
+        assert all(array.dtype == jnp.bfloat16 for array in jax.tree.leaves(state.gates))
+        for packs in (got, elsewhere):
+            close(step(packs, x), fn(p, x), 2e-2)
+        (site,) = step.evaluate(got, [(tokens(64, 2, jnp.bfloat16),)]).sites
+        assert site.recall == (1.0,)
+    close(step(got, x), fn(p, x), 2e-2)
+
+
+def test_for_tpu_lists_that_no_kernel_takes_count_with_the_whole_budget(monkeypatch):
+    monkeypatch.setattr(machines, "current", lambda: TPU)
+
+    def after(d, n, **settings):
+        shape = jax.ShapeDtypeStruct
+        p = {"up": shape((d, F), jnp.bfloat16), "down": shape((F, d), jnp.bfloat16)}
+        p["b"] = shape((F,), jnp.bfloat16)
+        step = hire.transform(block, positive(budget=0.75, **settings))
+        (site,) = step.plan(p, shape((n, d), jnp.bfloat16)).sites
+        return (site.bytes_after - d * F * 2) / (n * d * F * 2)
+
+    assert after(256, 2) == 0.5  # those that are expected where nobody has looked
+    assert after(256, 64) == after(192, 2) == 0.75
 
 
 @pytest.mark.parametrize("mode", ["exact", "dense"])

@@ -21,6 +21,7 @@ from hire_rewrite.ops.encodings.protocol import (
     encoding_types,
     register_encoding,
 )
+from hire_rewrite.ops.encodings.words import Words, in_words, out_of_words
 
 __all__ = [
     "Blocks",
@@ -33,10 +34,13 @@ __all__ = [
     "Nested",
     "PickedEncoding",
     "Stored",
+    "Words",
     "block_product",
     "encoding_types",
     "fetched_kind",
+    "in_words",
     "narrowest",
+    "out_of_words",
     "picked_products",
     "picked_sums",
     "register_encoding",

@@ -137,5 +137,6 @@ class Float:
 
 
 def fetched_kind(encoding: Encoding) -> str:
-    """The kind of a `Read` of rows in an encoding that are fetched by number."""
-    return f"fetched_{encoding.dtype if isinstance(encoding, Float) else 'int8'}"
+    """The kind of a `Read` of rows in an encoding that are fetched by number: encodings of
+    floating-point numbers have a `dtype`."""
+    return f"fetched_{getattr(encoding, 'dtype', 'int8')}"

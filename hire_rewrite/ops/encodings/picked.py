@@ -15,6 +15,7 @@ from hire_rewrite.ops.encodings.product import Matrix, taken, widened
 from hire_rewrite.ops.encodings.protocol import Encoding, PickedEncoding, Stored
 from hire_rewrite.ops.gather import gather_rows, token_products
 from hire_rewrite.ops.kernels import KernelOperation
+from hire_rewrite.ops.quantize import unpack_words
 
 __all__ = [
     "picked_block_products",
@@ -115,16 +116,26 @@ def picked_block_sums(
 
 @KernelOperation
 def picked_float_products(x: Array, stacked: Array, layer: Array | int, picked: Array) -> Array:
-    """`picked_products` of floating-point rows [L, n, d]; f32[tokens, k]."""
-    return _products(x, gather_rows(stacked, layer, jnp.maximum(picked, 0)), picked)
+    """`picked_products` of floating-point rows; f32[tokens, k].
+
+    Args:
+      stacked: [L, n, d] in floating point, or u32[L, n, d/2] (see `quantize.pack_words`).
+    """
+    return _products(x, _gathered(stacked, layer, picked), picked)
 
 
 @KernelOperation
 def picked_float_sum(
     onto: Array, h: Array, stacked: Array, layer: Array | int, picked: Array
 ) -> Array:
-    """`picked_sums` of one matrix of floating-point rows [L, n, d]; f32[tokens, d]."""
-    return _sum(onto, h, gather_rows(stacked, layer, jnp.maximum(picked, 0)), picked)
+    """`picked_sums` of one matrix, whose rows are as in `picked_float_products`; f32[tokens, d]."""
+    return _sum(onto, h, _gathered(stacked, layer, picked), picked)
+
+
+def _gathered(stacked: Array, layer: Array | int, picked: Array) -> Array:
+    """[tokens, k, d], floating-point rows, of which any stand behind the end of a list."""
+    rows = gather_rows(stacked, layer, jnp.maximum(picked, 0))
+    return unpack_words(rows) if rows.dtype == jnp.uint32 else rows
 
 
 def _products(x: Array, rows: Array, picked: Array) -> Array:

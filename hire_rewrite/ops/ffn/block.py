@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.predictors import State
 
 Activation = Callable[[tuple[Array, ...], tuple[Array, ...]], Array]
@@ -136,6 +137,7 @@ class FFNSpec(ProductSpec):
         return min(self.groups, worst, self.groups if budget is None else max(budget, least))
 
 
+@exportable
 class SiblingState(NamedTuple):
     """What is left of a matrix that holds a block's first one too, and is read elsewhere.
 
@@ -148,6 +150,7 @@ class SiblingState(NamedTuple):
     vectors: tuple[Array, ...]
 
 
+@exportable
 class FFNState(NamedTuple):
     """The arrays of a block; neuron j is number j % group of group j // group.
 

@@ -14,6 +14,7 @@ from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState, ch
 from hire_rewrite.ops.ffn.importance import importance
 from hire_rewrite.ops.ffn.layer import down_matmul, up_matmul
 from hire_rewrite.ops.gather import gather_rows
+from hire_rewrite.ops.named_types import exportable
 
 __all__ = ["GuessedLayer", "PredictedFFNSpec", "PredictedFFNState", "members"]
 
@@ -76,6 +77,7 @@ class PredictedFFNSpec(ProductSpec):
         return tokens * self.k_groups >= self.groups
 
 
+@exportable
 class PredictedFFNState(NamedTuple):
     """The arrays of a block, with a leading axis of layers.
 

@@ -74,15 +74,20 @@ def importance(h: Array, norms: Array | None, group: int) -> Array:
       norms: [n], of those neurons' second rows, for the criterion `"output"`; None for `"hidden"`.
 
     Returns:
-      f32[tokens, n / group], not negative; infinite for a group that holds a NaN, which must be
-      kept to come out of the block.
+      f32[tokens, n / group], the Euclidean norm of each group, of however small or great numbers;
+      infinite for a group that holds a NaN, which must be kept to come out of the block.
     """
-    values = lax.stop_gradient(h).astype(jnp.float32)
+    values = jnp.abs(lax.stop_gradient(h).astype(jnp.float32))
     if norms is not None:
         values = values * norms[None]
-    # Σ h² ranks as its square root does.
     tokens, n = values.shape
-    rank = jnp.square(values.reshape(tokens, n // group, group)).sum(-1)
+    rank = values
+    if group > 1:
+        members = values.reshape(tokens, n // group, group)
+        # Squares of numbers below 1e-19 would all be zero, and of those above 1e19 infinite.
+        greatest = members.max(-1)
+        unit = jnp.where((greatest > 0) & (greatest < jnp.inf), greatest, 1.0)
+        rank = unit * jnp.sqrt(jnp.square(members / unit[..., None]).sum(-1))
     # With its sign bit set a NaN would rank last.
     return jnp.where(jnp.isnan(rank), jnp.inf, rank)
 

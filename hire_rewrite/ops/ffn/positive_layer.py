@@ -13,10 +13,11 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.certify.dense import dense_error
 from hire_rewrite.ops.certify.interval import Interval, enclosure
-from hire_rewrite.ops.encodings import Encoding, Stored, picked_products, picked_sums
+from hire_rewrite.ops.encodings import Encoding, Stored, out_of_words, picked_products, picked_sums
 from hire_rewrite.ops.ffn.block import Activation, ProductSpec, SiblingState
 from hire_rewrite.ops.ffn.guessed import members
 from hire_rewrite.ops.gather import gather_rows
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.predictors import Certifying, State
 
 __all__ = ["PositiveFFNSpec", "PositiveFFNState", "PositiveLayer"]
@@ -74,7 +75,13 @@ class PositiveFFNSpec(ProductSpec):
         every = range(self.projections)
         return tuple(p for p in every if self.predictor is not None or p not in self.gates)
 
+    @property
+    def whole(self) -> Encoding:
+        """How gates are stored that are computed whole: of these no row is fetched alone."""
+        return out_of_words(self.up)
 
+
+@exportable
 class PositiveFFNState(NamedTuple):
     """The arrays of a block, with a leading axis of layers.
 
@@ -122,7 +129,7 @@ class PositiveLayer:
         spec = self.spec
         if spec.predictor is not None:
             return None
-        return spec.up.product(x, self.state.gates, self.layer).astype(spec.up_dtype)
+        return spec.whole.product(x, self.state.gates, self.layer).astype(spec.up_dtype)
 
     def unsettled(self, x: Array, gates: Array | None) -> Array:
         """bool[tokens, f], which neurons may not be zero.

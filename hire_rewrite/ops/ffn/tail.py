@@ -138,5 +138,5 @@ def measured_predicted_ffn(
     if state.dense is not None:
         h = block.hidden(x)
     rewritten = (block.guessed_down(others) + block.masked(h, chosen)).astype(dense.dtype)
-    choice = Choice(rank, guessed, groups, spec.k_groups, rank, 0.0)
+    choice = Choice(rank, guessed, groups, spec.k_groups, jnp.square(rank), 0.0)
     return Measured(dense, rewritten, Comparison(dense, dense, rewritten, choice))

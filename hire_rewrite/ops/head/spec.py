@@ -12,6 +12,7 @@ from jax import Array
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.encodings import Coarse, Encoding
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.predictors import State
 from hire_rewrite.ops.top_k.keys import lowest
 from hire_rewrite.ops.top_k.select import sharded_top_k
@@ -89,6 +90,7 @@ class HeadSpec:
         return self.num_shards * self.shard_rows
 
 
+@exportable
 class HeadState(NamedTuple):
     """The arrays of a head, with a leading axis of layers.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.encodings import Encoding, JointEncoding, Stored, picked_sums
+from hire_rewrite.ops.named_types import exportable
 from hire_rewrite.ops.narrow import times
 from hire_rewrite.ops.top_k.select import set_apart
 
@@ -54,6 +55,7 @@ class LinearSpec:
         return dataclasses.replace(self, k=-(-self.k // shards))
 
 
+@exportable
 class LinearState(NamedTuple):
     """The arrays of a linear layer, with a leading axis of layers.
 

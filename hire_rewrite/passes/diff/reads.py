@@ -7,6 +7,7 @@ from collections.abc import Set
 from typing import Any
 
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
 
 from hire_rewrite.passes.diff.code import Inner, Line
@@ -57,9 +58,10 @@ def stacks_inside(line: Line, inner: Inner, stacks: Set[Any]) -> frozenset[Any]:
 
 
 def size_of(aval: Any) -> int:
-    """Bytes of an array of a type; 0 if that is not known."""
+    """Bytes of an array of a type; 0 if that is not known. Symbolic sizes are taken for one."""
     try:
-        return math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+        sizes = (size for size in aval.shape if not is_symbolic_dim(size))
+        return math.prod(sizes) * np.dtype(aval.dtype).itemsize
     except (AttributeError, TypeError):
         return 0
 

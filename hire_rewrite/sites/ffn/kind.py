@@ -29,6 +29,7 @@ class FFNKind(SiteKind):
 
     name = "ffn"
     rule = FFN
+    statistics_types = (FFNStatistics, PositiveStatistics)
 
     def match(self, linear: Linear, context: MatchContext, rules: Sequence[Rule]) -> FFNMatch:
         return match_ffn(linear, context)

@@ -126,7 +126,7 @@ class FFNOperation(BlockOperation):
         return packed_ffn(self.site, self.predictor, self.spec, weights, calibration, advance)
 
     def rows(self, arrays: FFNState) -> Sequence[Any]:
-        return arrays.up, arrays.down
+        return arrays.up, arrays.down, arrays.predictor
 
     def partition_specs(self, arrays: Any) -> Any:
         assert isinstance(self.site.sharding, RowSharding)

@@ -13,13 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from hire_rewrite.cost.machine import fetches_words
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.certify import rounding
-from hire_rewrite.ops.encodings import Encoding, Float, Stored, fetched_kind, narrowest
+from hire_rewrite.ops.encodings import (
+    Encoding,
+    Float,
+    Stored,
+    Words,
+    fetched_kind,
+    in_words,
+    narrowest,
+)
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
 from hire_rewrite.ops.ffn.sharded import compared, summed
+from hire_rewrite.ops.kernels.tpu.fits import fits_picked
 from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
 from hire_rewrite.rules import count
 from hire_rewrite.sites.ffn.block import BlockOperation
@@ -33,7 +43,7 @@ from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
 
 _BEST = Quantized()
-_SHARE = 0.5
+SHARE = 0.5
 """Of neurons that are taken to be positive where nobody has looked: of weights that are symmetric
 around zero half are."""
 
@@ -80,8 +90,9 @@ def positive_operation(
     if up.out.dtype not in known or down.out.dtype not in known:
         raise Unfit(f'k="positive" is for products in float32 and bfloat16, not {up.out.dtype}')
     d, projections = up.in_dim, len(match.region.projections)
-    first = rule.exact or told.up or _as_the_model(up)
-    second = rule.exact or told.down or _as_the_model(down)
+    first, second = rule.exact or told.up, rule.exact or told.down
+    if first is None or second is None:
+        first, second = _apart(site, _as_the_model(up), _as_the_model(down))
     predictor = rule.predictor or _guess(first, len(gates) * width, d, told, up)
     if predictor is not None and not certifies(predictor):
         raise Unfit(
@@ -125,6 +136,13 @@ def _as_the_model(linear: Any) -> Float:
     return Float("bfloat16" if jnp.dtype("bfloat16") in dtypes else "float32")
 
 
+def _apart(site: MatchedSite, up: Encoding, down: Encoding) -> tuple[Encoding, Encoding]:
+    """The encodings of both layers' rows, so that the machine can fetch each row alone."""
+    if site.sharding.mesh is not None or not fetches_words():
+        return up, down
+    return in_words(up, site.d_model), in_words(down, site.match.down.out_dim)
+
+
 def _guess(rows: Encoding, n: int, d: int, told: PositiveStatistics, up: Any) -> Predictor | None:
     """A guess of the gates where calibration tells that it saves bytes; None to read them whole."""
     if told.share is None:
@@ -148,7 +166,7 @@ def _spread(predictor: Predictor, margin: float | str, d: int) -> float:
 
 def _read_share(spec: PositiveFFNSpec, d: int, share: float | None) -> float:
     """Of neurons that are read one by one."""
-    share = _SHARE if share is None else share
+    share = SHARE if share is None else share
     if spec.predictor is not None:
         share += _spread(spec.predictor, spec.margin, d)
     return min(1.0, share)
@@ -212,14 +230,22 @@ class PositiveOperation(BlockOperation):
             how = f"proved from {spec.predictor}"
         else:
             how = f"guessed by {spec.predictor} within {spec.margin} standard deviations"
-        stored = "" if isinstance(spec.up, Float) else f", rows as {spec.up}"
+        rows = spec.whole
+        stored = "" if isinstance(rows, Float) else f", rows as {rows}"
         where = self.site.sharding.describe()
         return f"the neurons of {spec.width} that are not zero{seen}, {how}{stored}{where}"
 
     def reads(self, tokens: int) -> list[Read]:
-        """Rows of several tokens are counted as if they shared none."""
+        """Rows of several tokens are counted as if they shared none.
+
+        A list is read to its end, but on TPU only by kernels: what they do not take is a gather of
+        the whole budget.
+        """
         d, share, spec = self.site.d_model, self._share, self.device_spec
-        reads, picked = self._shared_reads(tokens), tokens * math.ceil(share * spec.width)
+        reads, each = self._shared_reads(tokens), math.ceil(share * spec.width)
+        if fetches_words() and not self._fits(spec, tokens):
+            each = spec.budget
+        picked = tokens * each
         if share * spec.width > spec.budget:  # then all are read, in one piece
             rows = spec.width * len(spec.picked)
             reads += [
@@ -234,6 +260,15 @@ class PositiveOperation(BlockOperation):
         dtype = narrow(self._match.linears[0].weight).dtype
         return [*reads, *reads_of(spec.predictor, len(spec.gates) * spec.width, d, dtype, tokens)]
 
+    def _fits(self, spec: PositiveFFNSpec, tokens: int) -> bool:
+        """Whether the kernels for TPU take a device's lists of rows."""
+        every = [(spec.up, self.site.d_model, len(spec.picked)), (spec.down, spec.d_out, 1)]
+        return all(
+            _kernels_fit(rows, d, (tokens, spec.budget * several))
+            for rows, d, several in every
+            if several
+        )
+
     def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match, rows = self._match, device_rows(self.site, weights)
         up = rows.up.reshape(rows.up.shape[0], -1, rows.up.shape[-1])
@@ -243,11 +278,12 @@ class PositiveOperation(BlockOperation):
             narrowest(np.asarray(some)) if some.is_fully_addressable else None
             for some in (up, rows.down)
         )
-        return dataclasses.replace(
-            self._told,
-            up=_as_the_model(match.linears[0]) if first is None else first[0],
-            down=_as_the_model(match.down) if second is None else second[0],
+        stored_up, stored_down = _apart(
+            self.site,
+            _as_the_model(match.linears[0]) if first is None else first[0],
+            _as_the_model(match.down) if second is None else second[0],
         )
+        return dataclasses.replace(self._told, up=stored_up, down=stored_down)
 
     def pack(
         self,
@@ -282,7 +318,7 @@ class PositiveOperation(BlockOperation):
             guess = fit_predictor(spec.predictor, rows, None, advance)
             bound = map_layers(spec.predictor.fit_bound, rows.astype(spec.compute_dtype), guess)
         return PositiveFFNState(
-            gates={} if spec.predictor is not None else store(spec.up, rows),
+            gates={} if spec.predictor is not None else store(spec.whole, rows),
             up=store(spec.up, picked) if spec.picked else {},
             down=store(spec.down, own.down),
             vectors=own.vectors,
@@ -294,14 +330,13 @@ class PositiveOperation(BlockOperation):
     @property
     def _encodings(self) -> dict[str, Encoding]:
         spec = self.spec
-        return {"gates": spec.up, "up": spec.up, "down": spec.down}
+        return {"gates": spec.whole, "up": spec.up, "down": spec.down}
 
     def partition_specs(self, arrays: Any) -> Any:
         return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
-        stored = jax.tree.leaves((arrays.gates, arrays.up, arrays.down))
-        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+        return arrays.gates, arrays.up, arrays.down, arrays.predictor
 
     @property
     def holds_weights(self) -> bool:
@@ -350,3 +385,13 @@ def _fetched(encoding: Encoding, rows: int, d: int) -> list[Read]:
     if not rows:
         return []
     return [Read(fetched_kind(encoding), encoding.bytes(rows, d), pieces=rows)]
+
+
+def _kernels_fit(encoding: Encoding, d: int, lists: tuple[int, int]) -> bool:
+    """Whether the kernels for TPU take so many tokens' lists of so many rows of length d."""
+    if not isinstance(encoding, Float | Words):
+        return False
+    shape: Any = jax.ShapeDtypeStruct
+    (row,) = jax.tree.leaves(jax.eval_shape(encoding.store, shape((1, d), jnp.float32)))
+    x, picked = shape((lists[0], d), jnp.float32), shape(lists, jnp.int32)
+    return fits_picked(x, shape((1, *row.shape), row.dtype), picked)

@@ -210,8 +210,7 @@ class PredictedFFNOperation(BlockOperation):
         return arrays._replace(dense=(up, rows.down))
 
     def rows(self, arrays: PredictedFFNState) -> Sequence[Any]:
-        stored = jax.tree.leaves((arrays.up, arrays.down, arrays.exact_up, arrays.exact_down))
-        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+        return arrays.up, arrays.down, arrays.exact_up, arrays.exact_down
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         block = summed(ops.hire_predicted_ffn, self._row_axes)

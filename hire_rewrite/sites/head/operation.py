@@ -176,8 +176,7 @@ class HeadOperation(Operation):
         return arrays._replace(dense=self._model_rows(weights))
 
     def rows(self, arrays: HeadState) -> Sequence[Any]:
-        stored = jax.tree.leaves(arrays.rows)
-        return [array for array in stored if jnp.issubdtype(array.dtype, jnp.floating)]
+        return arrays.rows, arrays.predictor
 
     def partition_specs(self, arrays: Any) -> Any:
         assert isinstance(self.site.sharding, RowSharding)

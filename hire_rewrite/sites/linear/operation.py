@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.nodes import Node
-from hire_rewrite.ops.encodings import Encoding, narrowest
+from hire_rewrite.ops.encodings import Encoding, Float, narrowest
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.linear.linear import (
     LinearSpec,
@@ -143,6 +143,12 @@ class LinearOperation(Operation):
         if spec.columns is not None:
             columns = stored_shards(shards, spec.columns, sharding, transposed=True)
         return LinearState(stored_shards(shards, spec.encoding, sharding), columns)
+
+    def rows(self, arrays: LinearState) -> Sequence[Any]:
+        # Floats hold a NaN and an infinity as they are, and their products are the dense ones; but
+        # a column is not read where its input is zero.
+        rows = {} if isinstance(self.spec.encoding, Float) else arrays.rows
+        return rows, arrays.columns
 
     def partition_specs(self, arrays: LinearState) -> Any:
         return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hire_rewrite.ops import kernels
-from hire_rewrite.ops.encodings import Blocks, Float, Nested, picked_products, picked_sums
+from hire_rewrite.ops.encodings import Blocks, Float, Nested, Words, picked_products, picked_sums
 
 LAYERS, N, D, K = 2, 40, 192, 7
 ENCODINGS = (
@@ -16,6 +16,7 @@ ENCODINGS = (
     Blocks(8, None, scale="float32"),
     Blocks(4, 16, scale="bfloat16"),
     Float("bfloat16"),
+    Words(),
     Nested(),
     Nested(None),
 )

@@ -9,7 +9,7 @@ import pytest
 
 import hire_rewrite as hire
 from hire_rewrite.ops import narrow
-from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Nested, block_product
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Nested, Words, block_product
 from hire_rewrite.ops.encodings.product import input_block
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.quantize import rounded_blocks
@@ -25,7 +25,7 @@ BLOCKS = [
     Blocks(4, 96, minimum=True),
     Blocks(4, 12, minimum=True, scale="float32"),
 ]
-EVERY = [Float(), Float("bfloat16"), Nested(12), Nested(None, "float32"), *BLOCKS]
+EVERY = [Float(), Float("bfloat16"), Words(), Nested(12), Nested(None, "float32"), *BLOCKS]
 
 
 @pytest.fixture(params=["kernels", "chunks", "other backends"])
@@ -49,6 +49,9 @@ def decoded(encoding, arrays):
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     if isinstance(encoding, Float):
         return arrays["rows"].astype(np.float64)
+    if isinstance(encoding, Words):
+        halves = arrays["words"].view(np.uint16).reshape(L, N, DIM // 2, 2)
+        return np.moveaxis(halves.view(jnp.bfloat16), 3, 2).reshape(L, N, DIM).astype(np.float64)
     scale = arrays["scale"].astype(np.float64)
 
     def nibbles(packed, signed):
@@ -89,7 +92,7 @@ def test_what_is_decoded_is_near(encoding):
     assert isinstance(encoding, Encoding)
     assert sum(array.nbytes for array in arrays.values()) == L * encoding.bytes(N, DIM)
     assert sum(read.bytes for read in encoding.reads(N, DIM, 2)) == encoding.bytes(N, DIM)
-    if isinstance(encoding, Float):
+    if isinstance(encoding, Float | Words):
         assert np.abs(want - rows).max() <= (0 if encoding.dtype == "float32" else 2**-6)
         return
     off = np.abs(want - rows).reshape(L, N, -1, encoding.block or DIM).max(-1)

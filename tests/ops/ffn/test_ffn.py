@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
-from hire_rewrite.ops.ffn.importance import guess, top_groups
+from hire_rewrite.ops.ffn.importance import guess, importance, top_groups
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, ffn, fitted, normal
@@ -232,6 +232,16 @@ def test_a_neuron_of_nan_is_kept_whatever_its_sign():
     kept = top_groups(jnp.asarray(h), None, spec)
     assert np.isnan(kept[0, 50])
     assert np.isnan(kept[1, 7])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1.0, 1e19, 1e30])
+def test_numbers_whose_squares_vanish_or_overflow_are_ranked(group, factor):
+    h = np.array(normal(5, 3, 96), np.float64)
+    h[1] = 0
+    want = np.linalg.norm(h.reshape(3, -1, group), axis=-1)
+    rank = importance(jnp.asarray(factor * h, jnp.float32), None, group)
+    np.testing.assert_allclose(np.float64(rank) / factor, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("predictor", [Quantized(), LowRank(16)])

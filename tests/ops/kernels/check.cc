@@ -342,14 +342,8 @@ void CheckCallers() {
 void CheckAllKernels() {
   CheckKernels(hire::kPortable);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    CheckKernels(hire::kAvx2);
-  }
-  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vnni")) {
-    CheckKernels(hire::kVnni);
-  }
+  if (hire::RunsAvx2()) CheckKernels(hire::kAvx2);
+  if (hire::RunsVnni()) CheckKernels(hire::kVnni);
 #endif
 }
 

@@ -1,7 +1,6 @@
 """The kernels for TPU, interpreted, against the same in JAX."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,9 @@ import pytest
 
 from hire_rewrite.ops import narrow, quantize
 from hire_rewrite.ops.encodings import Blocks, product
+from hire_rewrite.ops.kernels import tpu
 from hire_rewrite.ops.kernels.tpu import blocks, common, fits
+from hire_rewrite.ops.kernels.tpu import picked as picked_module
 from hire_rewrite.ops.kernels.tpu import rows as rows_module
 from hire_rewrite.ops.kernels.tpu import scores as scores_module
 
@@ -29,6 +30,26 @@ def close(got, want, d):
 
 def exact(x, rows):
     return np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+
+
+def counted_copies(monkeypatch):
+    """A list to which every copy that a kernel starts from now on adds one."""
+    copied = []
+    own = rows_module.pltpu.make_async_copy
+
+    class Copy:
+        def __init__(self, *args):
+            self.copy = own(*args)
+
+        def start(self):
+            jax.debug.callback(lambda: copied.append(1))
+            self.copy.start()
+
+        def wait(self):
+            self.copy.wait()
+
+    monkeypatch.setattr(rows_module.pltpu, "make_async_copy", Copy)
+    return copied
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
@@ -121,6 +142,75 @@ def test_fetched_sum(monkeypatch, tokens, count, members):
     got = rows_module.gathered_sum(h, rows, chosen, interpret=True)
     want = np.einsum("tcm,cmd->td", np.asarray(h, np.float64), np.asarray(rows, np.float64)[chosen])
     close(got, want, 4 * count * members)
+
+
+ENDS = np.array([13, 0, 30], np.int32)
+"""How many rows the lists of three tokens have, of 30 places."""
+
+
+def lists(words, monkeypatch):
+    """Rows, what they are in float64, and lists of which most end early."""
+    monkeypatch.setattr(rows_module, "CHUNK", 8 * 256 * (2 if words else 4))
+    rows = normal(50, 256)
+    if words:
+        rows = rows.astype(jnp.bfloat16)
+    stored = quantize.pack_words(rows) if words else rows
+    return stored, np.asarray(rows, np.float64), index(3, 30, below=50)
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"), [(False, jnp.float32), (True, jnp.float32), (True, jnp.bfloat16)]
+)
+def test_lists_that_end_early(monkeypatch, words, dtype):
+    stored, rows, chosen = lists(words, monkeypatch)
+    x, h = normal(3, 256, dtype=dtype, seed=1), normal(3, 30, dtype=dtype, seed=2)
+    # Behind the end nothing counts, whatever stands there.
+    h = jnp.where(jnp.arange(30) < ENDS[:, None], h, jnp.nan)
+    products = picked_module.picked_products(x, stored, chosen, ENDS, interpret=True)
+    sums = picked_module.picked_sum(h, stored, chosen, ENDS, interpret=True)
+    for token, end in enumerate(ENDS):
+        own = rows[chosen[token, :end]]
+        want = own @ np.asarray(x[token], np.float64)
+        np.testing.assert_allclose(products[token, :end], want, atol=2e-5)
+        want = np.asarray(h[token, :end], np.float64) @ own
+        np.testing.assert_allclose(sums[token], want, atol=2e-5)
+
+
+def test_rows_that_are_not_in_a_list_may_hold_anything(monkeypatch):
+    stored, rows, chosen = lists(True, monkeypatch)
+    x, h = normal(3, 256, seed=1).at[0, 5].set(jnp.inf), normal(3, 30, seed=2)
+    read = np.unique([chosen[t, i] for t, end in enumerate(ENDS) for i in range(end)])
+    others = np.setdiff1d(np.arange(50), read)
+    spoiled = stored.at[others].set(jnp.uint32(0x7FC07FC0))  # NaN
+    assert others.size
+    products = np.asarray(picked_module.picked_products(x, spoiled, chosen, ENDS, interpret=True))
+    sums = picked_module.picked_sum(h, spoiled, chosen, ENDS, interpret=True)
+    assert np.isfinite(sums).all()
+    np.testing.assert_array_equal(products[0, :13], np.inf * np.sign(rows[chosen[0, :13], 5]))
+    assert np.isfinite(products[2]).all()
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_behind_the_end_of_a_list_nothing_is_copied(monkeypatch, words):
+    stored, _, chosen = lists(words, monkeypatch)
+    copied = counted_copies(monkeypatch)
+    for run, vectors in (
+        (picked_module.picked_products.__wrapped__, normal(3, 256)),
+        (picked_module.picked_sum.__wrapped__, normal(3, 30)),
+    ):
+        copied.clear()
+        jax.block_until_ready(run(vectors, stored, chosen, ENDS, interpret=True))
+        jax.effects_barrier()
+        assert len(copied) == ENDS.sum()
+
+
+def test_lists_of_a_mask_by_a_sort():
+    mask = np.random.default_rng(0).random((3, 300)) < [[0.1], [0.0], [0.9]]
+    places, counts = tpu.listed_by_sort(jnp.asarray(mask), k=40)
+    np.testing.assert_array_equal(counts, mask.sum(1))
+    for own, found in zip(mask, places, strict=True):
+        want = np.flatnonzero(own)[:40]
+        np.testing.assert_array_equal(found, np.pad(want, (0, 40 - want.size), constant_values=-1))
 
 
 def test_values_that_are_no_numbers():
@@ -229,26 +319,12 @@ def test_what_fetching_kernels_declare_is_what_they_copy(monkeypatch, count):
     """Copies are counted as they run: groups that are not fetched would be found in the result."""
     monkeypatch.setattr(rows_module, "CHUNK", 4 * 8 * 128 * 2)
     rows, x = normal(50, 8, 128, dtype=jnp.bfloat16), normal(2, 128, dtype=jnp.bfloat16)
-    copied = []
-    own = rows_module.pltpu.make_async_copy
-
-    class Copy:
-        def __init__(self, *args):
-            self.copy = own(*args)
-
-        def start(self):
-            jax.debug.callback(lambda: copied.append(1))
-            self.copy.start()
-
-        def wait(self):
-            self.copy.wait()
-
+    copied = counted_copies(monkeypatch)
     chosen = index(1, count, below=50)
-    with mock.patch.object(rows_module.pltpu, "make_async_copy", Copy):
-        run = jax.jit(lambda *args: rows_module._group_products(*args, interpret=True))
-        (params,) = calls(run, x, rows, chosen)
-        jax.block_until_ready(run(x, rows, chosen))
-        jax.effects_barrier()
+    run = jax.jit(lambda *args: rows_module._group_products(*args, interpret=True))
+    (params,) = calls(run, x, rows, chosen)
+    jax.block_until_ready(run(x, rows, chosen))
+    jax.effects_barrier()
     chunks = -(-count // 4)
     declared = params["cost_estimate"].bytes_accessed
     fetched = chunks * -(-count // chunks)

@@ -28,11 +28,11 @@ from hire_rewrite.ops.encodings.product import (
 )
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.kernels.cpu import blocks
-from hire_rewrite.ops.kernels.cpu.library import call, one, status, usable
+from hire_rewrite.ops.kernels.cpu.library import announce, call, one, status, usable
 from hire_rewrite.ops.top_k import select
 from hire_rewrite.ops.top_k.listed import listed
 
-__all__ = ["status", "usable"]
+__all__ = ["announce", "status", "usable"]
 
 
 def _product(

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["call", "calls", "one", "status", "usable"]
+from hire_rewrite.errors import warn
+
+__all__ = ["announce", "call", "calls", "one", "status", "usable"]
 
 _VERSION = 8
 """Of the targets' operands; see `targets.cc`."""
@@ -56,6 +58,13 @@ def status() -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"not in use: built for another jaxlib ({reason}); install again"
     return "in use"
+
+
+@functools.cache
+def announce() -> None:
+    """Warn, once in a process, that the kernels are not in use, unless that was asked for."""
+    if status() != "in use" and os.environ.get("HIRE_REWRITE_KERNELS") != "0":
+        warn(f"the kernels for CPU are {status()}. What is rewritten runs in JAX alone, slower")
 
 
 def usable(x: Array, *dtypes: Any) -> bool:

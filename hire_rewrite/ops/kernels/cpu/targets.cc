@@ -116,7 +116,8 @@ ffi::Error ListedProduct(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer rows, S32 l
   });
 }
 
-// The sum of the rows on each token's list, with its weights h.
+// The sum of the rows on each token's list, with its weights h. Rows of weight zero are not read, so
+// that none may hold a NaN.
 ffi::Error ListedSum(ffi::ThreadPool pool, F32 onto, F32 h, ffi::AnyBuffer rows, S32 layer, S32 lists,
                      Result out) {
   const int64_t n = rows.dimensions()[1], d = rows.dimensions()[2], count = lists.dimensions()[1];

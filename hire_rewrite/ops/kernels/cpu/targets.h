@@ -30,12 +30,8 @@ inline const Kernels& Best() {
   static const Kernels& best = []() -> const Kernels& {
     const char* variable = std::getenv("HIRE_REWRITE_KERNELS");
     const std::string asked = variable == nullptr ? "" : variable;
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool vnni = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vnni");
-    if (asked == "portable" || !avx2) return kPortable;
-    return asked == "avx2" || !vnni ? kAvx2 : kVnni;
+    if (asked == "portable" || !RunsAvx2()) return kPortable;
+    return asked == "avx2" || !RunsVnni() ? kAvx2 : kVnni;
   }();
   return best;
 #else

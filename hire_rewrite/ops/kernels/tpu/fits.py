@@ -14,6 +14,7 @@ __all__ = [
     "fits_blocks",
     "fits_groups",
     "fits_matmul",
+    "fits_picked",
     "fits_single",
     "span_of",
 ]
@@ -36,6 +37,9 @@ _SPAN = 512
 
 _VMEM = 128 << 20
 """Bytes, the most that a TPU has: XLA never brings a larger array there."""
+
+_LISTED = 1 << 16
+"""Numbers of rows, which are in scalar memory, at most."""
 
 _SCORED, _FETCHED = 16, 32
 """Tokens. More are a matrix product, and no longer bound by the rows."""
@@ -88,6 +92,18 @@ def fits_single(x: Array, stacked: Array, index: Array) -> bool:
     small = stacked.size * stacked.dtype.itemsize <= _VMEM
     tiled = stacked.shape[-2] % TILE == 0
     return tiled and small and _narrow(x, stacked) and 0 < index.size < tiles
+
+
+def fits_picked(x: Array, stacked: Array, picked: Array) -> bool:
+    """Whether `picked_products` and `picked_sum` take rows: those that a copy takes alone.
+
+    Args:
+      x: what they are multiplied with, [tokens, ...].
+      stacked: [L, n, d] in float32, or u32[L, n, d/2] in words.
+      picked: i32[tokens, k].
+    """
+    words = stacked.dtype in (jnp.float32, jnp.uint32) and stacked.shape[-1] % LANES == 0
+    return words and _few(x, _FETCHED) and 0 < picked.size <= _LISTED
 
 
 def _narrow(x: Array, stacked: Array) -> bool:

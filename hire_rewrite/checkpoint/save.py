@@ -1,0 +1,78 @@
+"""Write a `Packed` to a file or a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hire_rewrite.checkpoint import directory, one_file
+from hire_rewrite.checkpoint.arrays import StoredArray, checksum, on_host
+from hire_rewrite.checkpoint.metadata import array_names, checksummed, write_metadata
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.packed import Packed, check_arrays
+
+
+def save(packed: Packed, path: str | os.PathLike[str]) -> None:
+    """See `Packed.save`."""
+    path = _local(path)
+    check_arrays("save", packed)
+    packed.check()
+    leaves, names = jax.tree.leaves(packed), array_names(packed)
+    for name, leaf in zip(names, leaves, strict=True):
+        _check_leaf(name, leaf)
+    arrays = [StoredArray(n, leaf.shape, leaf.dtype) for n, leaf in zip(names, leaves, strict=True)]
+    devices = max((len(leaf.sharding.device_set) for leaf in leaves), default=1)
+
+    def description() -> bytes:
+        return checksummed(write_metadata(packed, arrays, devices))
+
+    def numbers() -> Iterator[np.ndarray]:
+        for i, leaf in enumerate(leaves):
+            array = on_host(leaf)
+            arrays[i] = dataclasses.replace(arrays[i], crc32=checksum(array))
+            yield array
+
+    description()  # what it cannot hold is known before anything is written
+    if path.suffix == one_file.SUFFIX:
+        if not all(leaf.is_fully_addressable for leaf in leaves):
+            raise HireRewriteError(
+                f"save: {path}: its arrays are sharded over several processes, which write a "
+                "directory together: give a path that does not end in .safetensors"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        one_file.write(path, description, arrays, numbers())
+        return
+    keys = directory.keys(arrays)
+    held = {key: leaf for key, leaf in zip(keys, leaves, strict=True) if key is not None}
+    directory.write(path, held)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        for _ in numbers():
+            pass
+    directory.describe(path, description())
+
+
+def _local(path: Any) -> Path:
+    """Raises HireRewriteError unless it is a path in the file system."""
+    if not isinstance(path, str | os.PathLike):
+        raise HireRewriteError(f"save: the path is a {type(path).__name__}: give a str or a Path")
+    if "://" in os.fspath(path):
+        raise HireRewriteError(
+            f"save: {os.fspath(path)} is not a path in the file system: save to one, and copy it"
+        )
+    return Path(path).absolute()
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if isinstance(leaf, jax.core.Tracer):
+        raise HireRewriteError("save: the Packed is traced: save it outside of jit")
+    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise HireRewriteError(
+            f"save: {name} is a {type(leaf).__name__}, and arrays of numbers alone can be saved"
+        )

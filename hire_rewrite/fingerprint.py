@@ -1,0 +1,68 @@
+"""A fingerprint of weights: cheap, and another one after an update."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hire_rewrite import _compat
+from hire_rewrite.sharding.rows import automatic
+
+SAMPLES = 64
+"""Numbers of each weight that are looked at. A step of an optimizer changes nearly all."""
+
+_MULTIPLIER = 2654435761  # Knuth's, 2**32 over the golden ratio: it leads to places all over
+
+
+def fingerprint(weights: Iterable[Any]) -> tuple[int | None, ...]:
+    """A checksum of up to `SAMPLES` numbers of each weight; the same however it is sharded.
+
+    None stands for what holds no numbers to sample: a `jax.Ref`, or keys of random numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> before, after = jnp.arange(1000.0), jnp.arange(1000.0) * 0.999
+      >>> fingerprint([before]) == fingerprint([after])
+      False
+    """
+    return tuple(map(_checksum, weights))
+
+
+def _checksum(array: Any) -> int | None:
+    aval = jax.typeof(array)
+    if _compat.is_ref(aval) or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return None
+    sampled = _sampled(array, _places(aval.shape)).astype(aval.dtype)
+    return zlib.crc32(np.ascontiguousarray(sampled).tobytes())
+
+
+def _sampled(array: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The numbers of an array at some places. No copy of it is made."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)[places]
+    if array.is_fully_addressable and [d.platform for d in array.devices()] == ["cpu"]:
+        # Another object with the same buffer: a view that the array itself kept would hold the
+        # buffer, which could then not be donated any more.
+        return np.array(np.asarray(array.addressable_data(0))[places])
+    array = automatic(array)
+    over_mesh = isinstance(array.sharding, NamedSharding)
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec()) if over_mesh else None
+    return np.asarray(jax.jit(lambda array: array[places], out_shardings=replicated)(array))
+
+
+def _places(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Places in an array of this shape, by axis: one in each of `SAMPLES` equal parts of it."""
+    size = math.prod(shape)
+    if not shape or not size:
+        return tuple(np.zeros(0, np.int64) for _ in shape)
+    part = max(size // SAMPLES, 1)
+    starts = [i * size // SAMPLES for i in range(SAMPLES)]
+    flat = [start + (i * _MULTIPLIER % 2**32 * part >> 32) for i, start in enumerate(starts)]
+    return np.unravel_index(np.array(flat, np.int64), shape)

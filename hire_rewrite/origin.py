@@ -1,0 +1,87 @@
+"""What a `Packed` was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.fingerprint import fingerprint
+from hire_rewrite.graph.trace import abstract
+from hire_rewrite.names import first_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a `Packed` was made from.
+
+    Two that differ in `call` or `fingerprint` alone are equal: programs compiled for one serve the
+    other.
+
+    Attributes:
+      tree: the structure of the tuple of weight arguments.
+      paths, specs: of each weight the path, and the shape, dtype and sharding.
+      call: shapes of the call that it was packed for: the other arguments, and those by keyword.
+      fingerprint: as `fingerprint.fingerprint` has it; None where the numbers were not known.
+    """
+
+    tree: Any
+    paths: tuple[str, ...]
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+    call: Any = dataclasses.field(default=None, compare=False, repr=False)
+    fingerprint: tuple[int | None, ...] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+
+    @property
+    def argument(self) -> str | None:
+        """The name of the argument that held them; None if there were several."""
+        if self.tree.num_leaves == 0 or len(self.tree.children()) != 1:
+            return None
+        return self.paths[0].partition("/")[0]
+
+
+def check_origin(origin: Origin, weights: Sequence[Any]) -> None:
+    """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from."""
+    check_specs(origin, weights)
+    leaves = jax.tree.leaves(tuple(weights))
+    if origin.fingerprint is None:
+        raise HireRewriteError(
+            "the Packed does not know the numbers that it was packed from, as it was packed or "
+            "passed on in a trace: pack outside of jit to have it checked"
+        )
+    found = fingerprint(leaves)
+    for path, before, now in zip(origin.paths, origin.fingerprint, found, strict=True):
+        if before != now:
+            raise HireRewriteError(
+                f"{path} has changed since it was packed: pack again with the weights as they are"
+            )
+
+
+def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
+    """Raise HireRewriteError if weight arguments, arrays or shapes, have another structure, shape
+    or dtype than those that a `Packed` was made from. Names of arguments may differ."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(weights))
+    what = "the Packed was made of other weights"
+    if len(leaves) != len(origin.specs):
+        raise HireRewriteError(
+            f"{what}: of {len(origin.specs)} arrays ({first_names(origin.paths)}), and these are "
+            f"{len(leaves)}: pack again for this model"
+        )
+    for path, want, (keys, leaf) in zip(origin.paths, origin.specs, leaves, strict=True):
+        here = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
+        before = path.partition("/")[2]
+        spec = abstract(leaf)
+        if here != before:
+            raise HireRewriteError(
+                f"{what}: of {path}, where these have {here or 'one array'}: pack again for this "
+                "model"
+            )
+        if (spec.shape, spec.dtype) != (want.shape, want.dtype):
+            raise HireRewriteError(
+                f"{what}: {path} was {want.dtype}{list(want.shape)} and is "
+                f"{spec.dtype}{list(spec.shape)}: pack again for this model"
+            )

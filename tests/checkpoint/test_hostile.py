@@ -1,0 +1,117 @@
+"""Damaged and hostile checkpoints (`benchmarks.reliability_checkpoints` has thousands)."""
+
+import random
+import resource
+
+import pytest
+
+import hire_rewrite as hire
+from benchmarks.reliability_checkpoints import (
+    OF_A_DIRECTORY,
+    OF_A_FILE,
+    edit_description,
+    saved,
+    trial,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    pytest.importorskip("orbax.checkpoint")
+    return saved(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_damage_is_refused_or_does_not_matter(checkpoint, place):
+    step, packed, places = checkpoint
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    damages = (OF_A_FILE, OF_A_DIRECTORY)[place]
+    for number in range(6):
+        for name, damage in damages.items():
+            found = trial(step, packed, places[place], damage, random.Random(number))
+            assert found in ("refused", "same"), (name, number)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 256 * 1024  # kilobytes
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_flipped_bit_among_the_numbers_is_seen(checkpoint, place, tmp_path):
+    """Also the very last one."""
+    step, packed, places = checkpoint
+
+    def last(path, rng):
+        file = path if path.is_file() else path / "arrays" / "000000" / "0"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+    assert trial(step, packed, places[place], last, random.Random(0)) == "refused"
+
+
+def test_damage_that_is_not_looked_for_is_found(checkpoint):
+    """The trial itself: without checksums a flipped bit is other numbers."""
+    step, packed, (file, _) = checkpoint
+
+    def without_checksums(path, rng):
+        def edit(told):
+            for array in told["arrays"]:
+                array["crc32"] = None
+
+        rewrite(path, edit)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    assert trial(step, packed, file, without_checksums, random.Random(0)).startswith(
+        "other numbers"
+    )
+
+
+def rewrite(path, edit):
+    """A description that is edited, with a right checksum."""
+    from benchmarks import reliability_checkpoints as reliability
+
+    def edited(told, rng):
+        edit(told)
+        return told
+
+    before, reliability.edited = reliability.edited, edited
+    try:
+        edit_description(path, random.Random(0))
+    finally:
+        reliability.edited = before
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda told: told.update(version="9.9.0"), "written by hire_rewrite '9.9.0'"),
+        (lambda told: told.update(format=0), "format 0"),
+        (lambda told: told["rules"][0].update(path="(a+)+$"), "rule for one layer"),
+        (lambda told: told["rules"][0].update(type="Popen"), "there is no Popen"),
+        (lambda told: told["sites"].pop(), "another function"),
+        (lambda told: told["sites"][0].update(layout="()"), "stored otherwise"),
+        (lambda told: told["sites"][0].update(key="0" * 16), "another function"),
+    ],
+)
+def test_what_is_wrong_is_said(checkpoint, tmp_path, edit, said):
+    step, packed, _ = checkpoint
+    path = tmp_path / "p.safetensors"
+    packed.save(path)
+    rewrite(path, edit)
+    with pytest.raises(hire.HireRewriteError, match=said):
+        hire.Packed.load(path, step)
+
+
+def test_huge_shapes_are_not_believed(checkpoint, tmp_path):
+    """Nothing is traced for them: a loop over them, or a table, would not end."""
+    step, packed, _ = checkpoint
+    path = tmp_path / "p.safetensors"
+    packed.save(path)
+
+    def edit(told):
+        told["origin"]["call"]["tree"]["tuple"][0]["tuple"][0]["leaf"][0] = [2**40, 32]
+
+    rewrite(path, edit)
+    with pytest.raises(hire.HireRewriteError, match="1099511627776 numbers"):
+        hire.Packed.load(path, step)

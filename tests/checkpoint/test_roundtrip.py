@@ -1,0 +1,257 @@
+"""What is saved is what is loaded: numbers, dtypes, and what was decided."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hire_rewrite as hire
+from hire_rewrite.checkpoint.arrays import on_host
+from tests.cases import inputs, rand
+
+D, F, V = 32, 64, 128
+X = inputs(2, D)
+RULES = (
+    hire.FFN(k=0.25, tail="predicted", encoding=hire.Blocks(4), force=True),
+    hire.Head(k=8, min_width=V, force=True),
+    hire.Linear(encoding=hire.Blocks(8), force=True),
+)
+KINDS = ["packed.safetensors", "packed"]
+
+
+def model(params, x):
+    x = jnp.tanh(x @ params["layers"][0]) + params["norm"]
+    x = x + jax.nn.silu(x @ params["up"]) @ params["down"]
+    return x @ params["head"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    layers = (rand(D, D),)
+    more = {"norm": inputs(D), "up": rand(D, F), "down": rand(F, D), "head": rand(D, V)}
+    return {"layers": layers, **more}
+
+
+@pytest.fixture(scope="module")
+def step():
+    return hire.transform(model, *RULES)
+
+
+@pytest.fixture(scope="module")
+def packed(step, params):
+    return step.pack(params, X)
+
+
+@pytest.fixture
+def place(request, tmp_path):
+    if request.param == "packed":
+        pytest.importorskip("orbax.checkpoint")
+    return tmp_path / request.param
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("place", KINDS, indirect=True)
+def test_what_is_saved_is_what_is_loaded(place, step, params, packed):
+    packed.save(place)
+    fresh = hire.transform(model, *RULES)
+    loaded = hire.Packed.load(place, fresh)
+    same(loaded, packed)
+    assert loaded.info == packed.info
+    np.testing.assert_array_equal(fresh(loaded, X), step(packed, X))
+    loaded.check(params)
+    with pytest.raises(hire.HireRewriteError, match="up has changed"):
+        loaded.check({**params, "up": params["up"] * 1.001})
+    with_arguments = hire.Packed.load(place, fresh, jax.eval_shape(lambda: params), X)
+    same(with_arguments, packed)
+
+
+@pytest.mark.parametrize("place", KINDS, indirect=True)
+def test_the_rules_are_in_it(place, packed, step):
+    packed.save(place)
+    rules = hire.load_rules(place)
+    assert rules == packed.rules
+    again = hire.transform(model, *rules)
+    np.testing.assert_array_equal(again(hire.Packed.load(place, again), X), step(packed, X))
+
+
+@pytest.mark.parametrize("place", KINDS[1:], indirect=True)
+def test_a_function_that_calls_the_argument_otherwise_loads_it(place, packed, step):
+    packed.save(place)
+    other = hire.transform(lambda weights, x: model(weights, x), *RULES)
+    loaded = hire.Packed.load(place, other)
+    assert all(name.startswith("weights/") for name in loaded.sites)
+    np.testing.assert_array_equal(other(loaded, X), step(packed, X))
+
+
+@pytest.mark.parametrize("place", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", "float16", "int4", "float8_e4m3fn", "float8_e5m2", "int8", "bool"],
+)
+def test_dtypes_survive(place, dtype):
+    """Of a weight that stays, of an odd number of numbers; nothing is packed besides."""
+    weight = jnp.asarray(np.arange(15).reshape(3, 5) % 7 - 3).astype(dtype)
+    weights = {"w": weight, "one": jnp.float32(2.0), "none": jnp.zeros((0, 3))}
+    fn = lambda p, x: x * p["w"].astype(jnp.float32).sum() * p["one"] + p["none"].sum()  # noqa: E731
+    step = hire.transform(fn)
+    packed = step.pack(weights, jnp.ones(()))
+    packed.save(place)
+    same(hire.Packed.load(place, hire.transform(fn)), packed)
+
+
+@pytest.mark.parametrize("place", KINDS[:1], indirect=True)
+def test_what_calibration_found_is_kept(place):
+    rule = hire.FFN(k="auto", keep=0.5, group=4, predictor=hire.LowRank(4), force=True)
+    fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]  # noqa: E731
+    step, weights = hire.transform(fn, rule), {"up": rand(D, F), "down": rand(F, D)}
+    packed = step.pack(weights, X, calibration=[(inputs(64, D),)])
+    packed.save(place)
+    fresh = hire.transform(fn, rule)
+    loaded = hire.Packed.load(place, fresh)
+    assert loaded.info == packed.info
+    assert loaded.info.sites[0].statistics.k
+    np.testing.assert_array_equal(fresh(loaded, X), step(packed, X))
+
+
+@pytest.mark.parametrize("place", KINDS[:1], indirect=True)
+@pytest.mark.parametrize("rules", [(), (hire.FFN(k="positive", force=True),)])
+def test_what_numbers_told_is_kept(place, rules):
+    """Without rules encodings are found by a look at the numbers."""
+    narrow = lambda *shape: rand(*shape).astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+    weights = {"up": narrow(D, F), "down": narrow(F, D), "out": narrow(D, D)}
+    fn = lambda p, x: (jax.nn.relu(x @ p["up"]) @ p["down"]) @ p["out"]  # noqa: E731
+    step = hire.transform(fn, *rules)
+    packed = step.pack(weights, X)
+    assert packed.sites
+    packed.save(place)
+    loaded = hire.Packed.load(place, hire.transform(fn, *rules))
+    same(loaded, packed)
+    assert loaded.info == packed.info
+
+
+def sharded(tree, mesh):
+    def put(w):
+        return jax.device_put(w, NamedSharding(mesh, P(None, "x") if w.ndim > 1 else P()))
+
+    return jax.tree.map(put, tree)
+
+
+def placed(tree, mesh):
+    like = jax.tree.map(lambda w: w.sharding, sharded(tree, mesh))
+    return jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), tree, like)
+
+
+@pytest.mark.parametrize("place", KINDS, indirect=True)
+def test_onto_another_mesh(place, params):
+    """Of as many shards: on half as many devices, or with the axes in another order."""
+    devices, rule = np.array(jax.devices()), hire.Linear(encoding=hire.Blocks(8), force=True)
+    step = hire.transform(model, rule)
+    packed = step.pack(sharded(params, Mesh(devices.reshape(2, 4), ("data", "x"))), X)
+    want = step(packed, X)
+    packed.save(place)
+    for mesh in (Mesh(devices[:4], ("x",)), Mesh(devices.reshape(4, 2), ("x", "data"))):
+        loaded = hire.Packed.load(place, step, placed(params, mesh), X)
+        leaves = jax.tree.leaves(loaded)
+        assert {len(leaf.sharding.device_set) for leaf in leaves} == {mesh.size}
+        assert any(not leaf.sharding.is_fully_replicated for leaf in leaves)
+        np.testing.assert_allclose(step(loaded, X), want, atol=1e-5)
+        loaded.check(params)
+    for arguments in ((), (placed(params, Mesh(devices, ("x",))), X)):
+        with pytest.raises(hire.HireRewriteError, match="sharded over 8 devices"):
+            hire.Packed.load(place, step, *arguments)
+
+
+class Box:
+    """A node whose type is not in JSON."""
+
+    def __init__(self, w):
+        self.w = w
+
+
+jax.tree_util.register_pytree_node(Box, lambda box: ((box.w,), None), lambda _, w: Box(*w))
+
+
+@pytest.mark.parametrize("place", KINDS[:1], indirect=True)
+def test_a_model_of_another_type_is_given_as_shapes(place):
+    fn = lambda box, x: jnp.tanh(x @ box.w)  # noqa: E731
+    rule, box = hire.Linear(encoding=hire.Blocks(8), force=True), Box(rand(D, D))
+    packed = hire.transform(fn, rule).pack(box, X)
+    packed.save(place)
+    fresh = hire.transform(fn, rule)
+    with pytest.raises(hire.HireRewriteError, match="give them"):
+        hire.Packed.load(place, fresh)
+    same(hire.Packed.load(place, fresh, jax.eval_shape(lambda: box), X), packed)
+
+
+@pytest.mark.parametrize("place", KINDS[:1], indirect=True)
+def test_several_weight_arguments_and_keywords(place):
+    def fn(x, a, b, *, scale):
+        return jnp.tanh(x @ a) @ b["w"] * scale
+
+    rule = hire.Linear(encoding=hire.Blocks(8), force=True)
+    step = hire.transform(fn, rule, weights=(1, 2))
+    packed = step.pack(X, rand(D, D), {"w": rand(D, D, seed=1)}, scale=2.0)
+    packed.save(place)
+    fresh = hire.transform(fn, rule, weights=(1, 2))
+    loaded = hire.Packed.load(place, fresh)
+    want = step(X, packed, None, scale=2.0)
+    np.testing.assert_array_equal(fresh(X, loaded, None, scale=2.0), want)
+    loaded.check(rand(D, D), {"w": rand(D, D, seed=1)})
+
+
+def test_a_function_that_closes_over_its_weights(tmp_path):
+    w = rand(D, D)
+    rule = hire.Linear(encoding=hire.Blocks(8), force=True)
+    step = hire.transform(lambda x: jnp.tanh(x @ w), rule, weights=())
+    step.pack(X).save(tmp_path / "p.safetensors")
+    fresh = hire.transform(lambda x: jnp.tanh(x @ w), rule, weights=())
+    hire.Packed.load(tmp_path / "p.safetensors", fresh)
+    np.testing.assert_array_equal(fresh(X), step(X))
+
+
+def test_other_programs_read_the_file(tmp_path, packed):
+    safetensors = pytest.importorskip("safetensors")
+    packed.save(tmp_path / "p.safetensors")
+    with safetensors.safe_open(tmp_path / "p.safetensors", "numpy") as file:
+        norm = file.get_tensor("weights/norm")
+        assert len(file.keys()) == len(jax.tree.leaves(packed))
+    np.testing.assert_array_equal(norm, packed.weights["params/norm"])
+
+
+def test_saving_keeps_no_copy_and_nothing_half_written(tmp_path, packed):
+    path = tmp_path / "deep" / "p.safetensors"
+    packed.save(path)
+    packed.save(path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    leaf = jax.tree.leaves(packed)[0] + 0
+    before = leaf.unsafe_buffer_pointer()
+    on_host(leaf)
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(leaf)
+    assert after.unsafe_buffer_pointer() == before  # it could be donated
+
+
+def test_in_another_process_without_the_weights(tmp_path, packed, step):
+    packed.save(tmp_path / "p.safetensors")
+    program = """
+        import json, sys
+        import hire_rewrite as hire
+        from tests.checkpoint.test_roundtrip import X, model
+        step = hire.transform(model, *hire.load_rules(sys.argv[1]))
+        print(json.dumps(step(hire.Packed.load(sys.argv[1], step), X).tolist()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "p.safetensors")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), step(packed, X), atol=1e-5)

@@ -1,0 +1,61 @@
+"""Try the laws on many random functions, on all cores, and write what came out.
+
+    python -m tests.fuzz                        100,000 functions, from seed 0
+    python -m tests.fuzz --graphs 500 --first 7000
+
+What is done is kept in out/fuzz: a run that was stopped goes on where it was. Every function is
+traced, planned and looked at; a share of them is rewritten, and a share of these run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+from tests.fuzz.run import CHUNK, chunk, one, record
+
+FOLDER = Path(__file__).parents[2] / "out" / "fuzz"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--graphs", type=int, default=100_000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, help="try one seed again, with all laws")
+    options = parser.parse_args()
+    if options.seed is not None:
+        return one(options.seed)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    results, todo = [], []
+    for first in range(options.first, options.first + options.graphs, CHUNK):
+        last = min(first + CHUNK, options.first + options.graphs)
+        path = FOLDER / f"{first}-{last}.json"
+        if path.exists():
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            todo.append((first, last, path))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        options.jobs, mp_context=context, max_tasks_per_child=8
+    ) as pool:
+        running = {pool.submit(chunk, first, last): path for first, last, path in todo}
+        for done in concurrent.futures.as_completed(running):
+            results.append(done.result())
+            running[done].write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
+            for seed, law, error, graph in results[-1]["wrong"]:
+                print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
+    from benchmarks.timing import write
+
+    command = f"python -m tests.fuzz --graphs {options.graphs} --first {options.first}"
+    made = record(results)
+    print(write("reliability_fuzz", made, command))
+    return int(bool(made["rows"][0]["wrong"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

