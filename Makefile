@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix` and `make wheels`: names or paths of interpreters.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels
+.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels serve serve-day
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -20,6 +20,8 @@ help:
 	@echo "make relu      translations and blocks without what a ReLU makes zero, and docs/relu.md"
 	@echo "make pretrain  train models dense and with a top-k, and convert them (45 minutes on two"
 	@echo "               cores; ARGS=--convert: convert them again)"
+	@echo "make serve     SmolLM2 over HTTP, on loopback (ARGS='--load 40' tries it, and ends)"
+	@echo "make serve-day 20,000 decode steps in lockstep with the dense model, with kills"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
 	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped)"
@@ -67,6 +69,14 @@ relu: $(VENV)/.translate $(VENV)/.pretrain
 
 pretrain: $(VENV)/.pretrain
 	$(RUN) -m examples.pretrain $(ARGS)
+
+serve: $(VENV)/.serve
+	$(RUN) -m examples.serve $(ARGS)
+
+# Hours on two cores. For a quick look, which writes no results: make serve-day DAY='--steps 200'
+DAY ?= --steps 20000 --record
+serve-day: $(VENV)/.serve
+	$(RUN) -m examples.serve.day $(DAY)
 
 zoo: $(VENV)/.test
 	$(PYTEST) -m zoo tests/zoo

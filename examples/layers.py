@@ -53,9 +53,12 @@ def remember(
 
 
 def rotate(x: Array, positions: Array, base: Array | float) -> Array:
-    """RoPE over x: [..., s, h]: the pair (x[i], x[i + h/2]) turns by position * base^(-2i/h)."""
+    """RoPE over x: [..., s, h]: the pair (x[i], x[i + h/2]) turns by position * base^(-2i/h).
+
+    positions: i32[s], or [..., s] where they are not the same for all of x.
+    """
     half = x.shape[-1] // 2
-    angle = positions[:, None] * base ** (-jnp.arange(half) / half)
+    angle = positions[..., None] * base ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -81,7 +84,7 @@ def attend_cache(
 ) -> Array:
     """`attend` on a layer of all keys and values, of which `filled` tokens are there: i32[].
 
-    mask: bool[s, max_len].
+    mask: bool[s, max_len], or with more axes as in `attend`.
     """
     operands = (q, *cache, layer, filled, mask)
     return lax.platform_dependent(*operands, cpu=_attend_filled, default=_attend_layer)
@@ -106,7 +109,7 @@ def _attend_filled(
             _, batch, heads, _, size = values.shape
             k = lax.dynamic_slice(keys, (layer, 0, 0, 0, 0), (1, batch, heads, size, length))
             v = lax.dynamic_slice(values, (layer, 0, 0, 0, 0), (1, batch, heads, length, size))
-            return attend(q, k[0], v[0], mask[:, :length])
+            return attend(q, k[0], v[0], mask[..., :length])
 
         return run
 

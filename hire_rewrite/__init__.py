@@ -23,6 +23,7 @@ from hire_rewrite.saved import load_rules, save_rules
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.head.rule import Head
 from hire_rewrite.sites.linear.rule import Linear
+from hire_rewrite.telemetry import Telemetry
 from hire_rewrite.tuned import Tuned
 
 __version__ = "0.1.0.dev0"
@@ -48,6 +49,7 @@ __all__ = [
     "Report",
     "Site",
     "SiteReport",
+    "Telemetry",
     "Tuned",
     "da_top_k",
     "diff",

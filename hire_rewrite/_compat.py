@@ -188,6 +188,14 @@ def explicit_spec(aval: Any) -> PartitionSpec | None:
     return sharding.spec
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """An array that is sharded nowhere, if its type says how it is sharded."""
+    if explicit_spec(jax.typeof(x)) is None:
+        return x
+    whole: jax.Array = jax.sharding.reshard(x, PartitionSpec())
+    return whole
+
+
 def automatic(mesh: Mesh | AbstractMesh) -> Any:
     """The same mesh with all axes left to the compiler."""
     kinds = (AxisType.Auto,) * len(mesh.axis_names)

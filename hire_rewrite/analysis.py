@@ -27,6 +27,7 @@ from hire_rewrite.passes.modes import Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
 from hire_rewrite.passes.state import state_among_weights
 from hire_rewrite.plan import Plan
+from hire_rewrite.recent import Recent
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import packing_context
 from hire_rewrite.sites import site_kinds
@@ -157,13 +158,6 @@ _REMEMBERED = 256
 """Analyses of one function that are kept: of others it is traced again."""
 
 
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Add an item, in place of the oldest where there are many."""
-    while len(known) >= _REMEMBERED:
-        del known[next(iter(known))]
-    known[key] = value
-
-
 @dataclasses.dataclass(eq=False)
 class Analyses:
     """The analyses of one function, each made once.
@@ -191,9 +185,11 @@ class Analyses:
     lock: AbstractContextManager[Any] = dataclasses.field(
         default_factory=threading.RLock, init=False, repr=False
     )
-    _known: dict[Any, Analysis] = dataclasses.field(default_factory=dict, init=False)
+    _known: dict[Any, Analysis] = dataclasses.field(
+        default_factory=lambda: Recent(_REMEMBERED), init=False
+    )
     _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
-        default_factory=dict, init=False
+        default_factory=lambda: Recent(_REMEMBERED), init=False
     )
 
     def again(self, rules: tuple[Rule, ...]) -> Analyses:
@@ -235,7 +231,7 @@ class Analyses:
                 analysis = self._known.get((traced, told))
                 if analysis is None:
                     analysis = self._new(traced, packed, statistics or {})
-                    _remember(self._known, (traced, told), analysis)
+                    self._known[traced, told] = analysis
         if packed is not None:
             packed.check()
         self.watch(self, analysis, packed, args, kwargs)
@@ -272,7 +268,7 @@ class Analyses:
         _, tree, specs = traced
         args, kwargs = jax.tree.unflatten(tree, specs)
         if traced not in self._detections:
-            _remember(self._detections, traced, self._detect(args, kwargs, packed))
+            self._detections[traced] = self._detect(args, kwargs, packed)
         graph, detection = self._detections[traced]
         info = None if packed is None else packed.info
         with timed(self.name, "decide") as found:

@@ -27,6 +27,7 @@ def transform(
     mesh: Mesh | None = None,
     mode: str = "hire",
     on_miss: str = "warn",
+    telemetry: bool | float = False,
 ) -> Any:
     """Rewrite the vocabulary heads, FFN blocks and other linear layers of a JAX function.
 
@@ -49,6 +50,9 @@ def transform(
         nobody knows how weights lie on a mesh: give `FFN(parts=...)`); `"dense"` is the original.
       on_miss: what to do when a rule fits no site or rewrites none of its sites, or without rules
         nothing is rewritten: `"warn"` (once, a `HireRewriteWarning`), `"raise"` or `"ignore"`.
+      telemetry: whether calls return a pair, the result of `fn` and a `Telemetry`: counters of
+        what each packed site read, to be added up and watched while it serves. A number between 0
+        and 1 is the share of a site's runs in which its recall is measured too, beside all rows.
 
     Returns:
       A `Transformed`, called like `fn` with a `Packed` in place of the weights.
@@ -66,9 +70,10 @@ def transform(
                     f"transform({fn!r}, {name})"
                 )
         return functools.partial(
-            _transform, rules=given, weights=weights, mesh=mesh, mode=mode, on_miss=on_miss
-        )
-    return _transform(fn, rules, weights, mesh, mode, on_miss)
+            _transform, rules=given, weights=weights, mesh=mesh, mode=mode, on_miss=on_miss,
+            telemetry=telemetry,
+        )  # fmt: skip
+    return _transform(fn, rules, weights, mesh, mode, on_miss, telemetry)
 
 
 def _transform(
@@ -78,6 +83,7 @@ def _transform(
     mesh: Mesh | None,
     mode: str,
     on_miss: str,
+    telemetry: bool | float,
 ) -> Transformed:
     if not callable(fn):
         raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
@@ -112,7 +118,14 @@ def _transform(
         raise HireRewriteError(
             f"transform: mesh={mesh!r} is not a jax.sharding.Mesh: give one, or None"
         )
-    return Transformed(fn, rules, tuple(sorted(set(positions))), mesh, MODES[mode], on_miss)
+    if not isinstance(telemetry, bool) and not (
+        isinstance(telemetry, float | int) and 0 < telemetry <= 1
+    ):
+        raise HireRewriteError(
+            f"transform: telemetry={telemetry!r} must be True, False or a share between 0 and 1"
+        )
+    positions = tuple(sorted(set(positions)))
+    return Transformed(fn, rules, positions, mesh, MODES[mode], on_miss, telemetry)
 
 
 def inspect(

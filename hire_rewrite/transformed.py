@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from hire_rewrite.analysis import Analyses, Analysis
-from hire_rewrite.arguments import packed_among, with_packed
+from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.gradient import announcing, gradient_warning
@@ -20,25 +20,22 @@ from hire_rewrite.log import timed
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.count import counting, telemetry
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
-from hire_rewrite.passes.rewrite import Rewritten, rewrite
+from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
+from hire_rewrite.recent import Recent
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
 from hire_rewrite.sight import OnSight, traced, tracing
-from hire_rewrite.sites.linear.rule import Linear
-from hire_rewrite.sites.replacement import SiteReplacement
+from hire_rewrite.telemetry import collected
 from hire_rewrite.tuned import Tuned
 
 _INSTANCES = 64
 """Instances whose methods are known; they are held, and so is what was packed for them."""
-
-_NOTHING = Linear(path=r"(?!)")
-"""A rule that asks for no site. (Without rules there are default ones.)"""
 
 
 class Transformed:
@@ -51,6 +48,8 @@ class Transformed:
 
     It traces the function once for each set of shapes, and is compiled by `jax.jit` unless it is
     traced itself; for donation, wrap it: `jax.jit(step, donate_argnums=2)`.
+
+    With `telemetry=True` a call returns a pair: what the function returns, and a `Telemetry`.
     """
 
     def __init__(
@@ -61,13 +60,15 @@ class Transformed:
         mesh: Mesh | None,
         mode: Mode,
         on_miss: str,
+        telemetry: bool | float = False,
     ) -> None:
         functools.update_wrapper(self, fn, updated=())
         self.name = getattr(fn, "__name__", None) or type(fn).__name__
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._warn = Warner(self.name)
-        self._settings = rules, weights, mesh, mode, on_miss
-        self._bound: dict[int, Transformed] = {}
+        self._settings = rules, weights, mesh, mode, on_miss, telemetry
+        self._telemetry = telemetry
+        self._bound: Recent[int, Transformed] = Recent(_INSTANCES)
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn,
             exact=not mode.packs_on_sight, watch=self._dump,
@@ -86,8 +87,6 @@ class Transformed:
         bound = self._bound.get(id(instance))
         if bound is None or bound.fn.__self__ is not instance:  # type: ignore[attr-defined]
             bound = Transformed(self.fn.__get__(instance, owner), *self._settings)
-            while len(self._bound) >= _INSTANCES:
-                del self._bound[next(iter(self._bound))]
             self._bound[id(instance)] = bound
         return bound
 
@@ -293,7 +292,8 @@ class Transformed:
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
         # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
         with timed(self.name, "diff") as found:
-            settings: Any = {"marked": False, "analysis": None if own else analysis}
+            settings: Any = {"marked": False, "counted": False}
+            settings["analysis"] = None if own else analysis
             after = jax.make_jaxpr(lambda *operands: self._run(*operands, **settings))(*specs)
             changes = compared(analysis, self.name, packed, after)
             found("%r", changes)
@@ -309,84 +309,48 @@ class Transformed:
         analysis: Analysis | None = None,
         *,
         marked: bool = True,
+        counted: bool = True,
     ) -> Any:
         """The function on a `Packed` (`args` have None for the weights) or on raw weights.
 
         Args:
           marked: whether to say so where it is differentiated and should not be.
+          counted: whether to return its telemetry, if it has some.
         """
+        counted = counted and self._telemetry is not False
+        nothing = collected((), {}) if counted else None
+
+        def original() -> Any:
+            result = self.fn(*args, **kwargs)
+            return (result, nothing) if counted else result
+
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
-            return self.fn(*args, **kwargs)
+            return original()
         analysis = analysis or self._analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
             if not (self.mode.exact_form and analysis.exact_forms):
-                return self.fn(*args, **kwargs)  # nothing is packed, or nothing is asked for
+                return original()  # nothing is packed, or nothing is asked for
             swaps = analysis.exact_forms
         else:
-            swaps = analysis.replacements(packed, self.mode.packed)
+            share = 0.0 if self._telemetry is True else float(self._telemetry)
+            packing = counting(self.mode, share) if counted else self.mode.packed
+            swaps = analysis.replacements(packed, packing)
         inputs = analysis.inputs(packed, args, kwargs)
-        rewritten = self._rewritten(analysis, swaps, inputs)
+        rewritten = rewrite_for(analysis.trace, swaps, inputs, self.name)
         with timed(self.name, "rewrite") as found:
-            results, _ = rewritten(inputs)
+            results, reports = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
         infers = packed is not None and not self.mode.differentiable and marked
         if infers and (sites := analysis.other_gradients):
             mark = announcing(lambda: self._warn_of_gradient(sites))
             results = mark(results, inputs.values())
-        return jax.tree.unflatten(analysis.trace.out_tree, results)
+        result = jax.tree.unflatten(analysis.trace.out_tree, results)
+        if not counted:
+            return result
+        return result, nothing if packed is None else telemetry(analysis.packing, reports)
 
-    def _rewritten(
-        self, analysis: Analysis, swaps: Sequence[SiteReplacement], inputs: Mapping[int, Any]
-    ) -> Rewritten:
-        """The rewritten function.
-
-        Raises:
-          HireRewriteError: it reads weights that are not among the inputs.
-        """
-        rewritten = rewrite(analysis.trace, swaps)
-        missing = [analysis.trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
-        if missing:
-            raise HireRewriteError(
-                f"{self.name}: the Packed lacks {', '.join(missing)}, which this call reads "
-                "outside the packed sites: pack for a call like this one"
-            )
-        return rewritten
-
-    # How it is restored.
-
-    def _packed_shapes(
-        self,
-        rules: tuple[Rule, ...],
-        told: Callable[[Decision], Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Packed:
-        """The `Packed` of shapes of a call with arrays or shapes.
-
-        Args:
-          rules: those that sites are packed by.
-          told: what calibration, or a look at its numbers, told about a site; None for nothing.
-        """
-        analyses = self._analyses.again(rules or (_NOTHING,))
-        analysis = analyses.of(None, args, kwargs)
-        known = {d.site.label: statistics for d in analysis.decisions if (statistics := told(d))}
-        if known:
-            analysis = analyses.of(None, args, kwargs, known)
-        analysis.check_decided()
-        return analysis.pack([placed(leaf) for leaf in self._weight_leaves(args)])
-
-    def _check_serves(self, packed: Packed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise HireRewriteError if a `Packed`, of arrays or shapes, does not serve a call.
-
-        Args:
-          args: the arguments of the call on weights.
-        """
-        held = tuple(with_packed(args, self.weights, packed))
-        analysis = self._analyses.of(packed, held, kwargs)
-        rest = self._analyses.without_weights(held, packed)
-        swaps = analysis.replacements(packed, self.mode.packed)
-        self._rewritten(analysis, swaps, analysis.inputs(packed, rest, kwargs))
+    # How it is restored: see `checkpoint`.
 
     def _restored(self, target: Packed, leaves: Iterable[jax.Array]) -> Packed:
         """A `Packed` of shapes with arrays in their places."""

@@ -49,4 +49,6 @@ def _together(group: Sequence[SiteReplacement]) -> SiteReplacement:
         [replacement.state for replacement in group],
         shards=first.shards,
         loops=first.loops,
+        reports=any(replacement.reports for replacement in group),
+        known={name: each for r in group for name, each in r.known.items()},
     )

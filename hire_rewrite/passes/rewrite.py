@@ -18,6 +18,7 @@ from jax.extend import source_info_util
 from jax.extend.source_info_util import NameStack
 
 from hire_rewrite import _compat
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.calls import BodyResult, inline_call, structured_calls
 from hire_rewrite.graph.evaluate import evaluate, look_up, traced_context
 from hire_rewrite.graph.liveness import Liveness, liveness
@@ -54,6 +55,27 @@ def rewrite(trace: Trace, replacements: Sequence[SiteReplacement]) -> Rewritten:
     live = liveness(trace.scope, units)
     needs = frozenset(i for i, value in enumerate(trace.scope.inputs) if value in live.values)
     return Rewritten(trace.scope, units, live, needs)
+
+
+def rewrite_for(
+    trace: Trace, replacements: Sequence[SiteReplacement], inputs: Mapping[int, Any], name: str
+) -> Rewritten:
+    """`rewrite` for a call with such inputs.
+
+    Args:
+      name: of the function.
+
+    Raises:
+      HireRewriteError: it reads weights that are not among the inputs.
+    """
+    rewritten = rewrite(trace, replacements)
+    missing = [trace.paths[i] for i in sorted(rewritten.needs - inputs.keys())]
+    if missing:
+        raise HireRewriteError(
+            f"{name}: the Packed lacks {', '.join(missing)}, which this call reads outside the "
+            "packed sites: pack for a call like this one"
+        )
+    return rewritten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +135,9 @@ class _Writer:
         last = max(unit.nodes, key=lambda node: node.index)  # all are annotated alike
         with traced_context(last.eqn, inside=True):
             results, report = unit.emit(ins, around.index, around.states.get(unit, unit.state))
+        reports = {**unit.known} if report is None else {**unit.known, unit.name: report}
         # One type for all reports: loops and branches put zeros in their place.
-        reports = {} if report is None else {unit.name: jax.tree.map(_compat.varying, report)}
-        return results, reports
+        return results, jax.tree.map(_compat.varying, reports)
 
     def _run_call(
         self, item: Call, ins: Sequence[Any], around: _Around
@@ -201,7 +223,8 @@ class _LoopWriter:
     def split_reports(
         self, body: Body, reports: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        loops = {unit.name: unit.loops for unit in self.writer.units.values()}
+        units = self.writer.units.values()
+        loops = {name: unit.loops for unit in units for name in unit.reported}
         apart = {name: r for name, r in reports.items() if body.scope in loops[name]}
         return apart, {name: r for name, r in reports.items() if name not in apart}
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
+from hire_rewrite import _compat
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.graph.evaluate import run_node
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.predictors import LowRank, Predictor, Quantized, Read
 from hire_rewrite.ops.quality import Measured, Quality, quality
+from hire_rewrite.ops.usage import Usage, picked, recall_tally, tally
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.kind import MatchedSite
@@ -121,6 +125,60 @@ class Operation(abc.ABC):
     @abc.abstractmethod
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
         """Predict, gather, and compute: what takes the site's place in mode "hire"."""
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        """`rewritten`, which reports a `tally` besides; one for each of its experts."""
+        site, *others = self.rewritten(arrays)
+        return [self.tallied(site, Usage()), *others]
+
+    def sampled(self, arrays: Any, share: float) -> list[SiteReplacement]:
+        """`counted`, which in about such a share of its runs measures its recall besides.
+
+        Not where devices or experts run it by themselves: then nothing is measured.
+        """
+        counted, *others = self.counted(arrays)
+        sharding = self.site.sharding
+        together = sharding.mesh is None and sharding.region is None and self.site.experts == 1
+        if not together or not self.chooses or counted.known:
+            return [counted, *others]
+        measured, *_ = self.measured(arrays, follow_exact=False)
+
+        def run(ins: Sequence[Any], layer: Any, state: Any) -> tuple[Sequence[Any], Any]:
+            results, counts = counted.run(ins, layer, state)
+            operands = lax.stop_gradient((list(ins), layer, state))
+
+            def measure() -> Any:
+                return _compat.varying(recall_tally(measured.run(*operands)[1]))
+
+            def nothing() -> Any:
+                return _compat.varying(jnp.zeros_like(counts))
+
+            return results, counts + lax.cond(picked(operands[0][0], share), measure, nothing)
+
+        return [dataclasses.replace(counted, run=run), *others]
+
+    def tallied(self, replacement: SiteReplacement, usage: Usage) -> SiteReplacement:
+        """A replacement that reports a usage that no data decide."""
+        site = self.site
+        report = tally(site.tokens, usage)
+        if site.experts > 1:
+            report = jnp.broadcast_to(report, (site.experts, *report.shape))
+        return dataclasses.replace(replacement, reports=True, known={site.name: report})
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it reads some units one by one, and not all."""
+        return bool(self.k) or self.reads_vary
+
+    @property
+    def counted_units(self) -> int:
+        """Of how many units a tally's `read` is, on one device."""
+        return self.scored[0]
+
+    @property
+    def counted_by_call(self) -> bool:
+        """Whether a tally counts units once for all tokens of a call, not once for each."""
+        return False
 
     @abc.abstractmethod
     def exact(self, arrays: Any) -> list[SiteReplacement]:
@@ -260,6 +318,16 @@ def row_predictors(ranks: Sequence[int], d: int) -> list[Predictor]:
 def silent(function: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
     """A function that reports nothing beside its result."""
     return lambda *args, **settings: (function(*args, **settings), None)
+
+
+def counting(function: Callable[..., tuple[Any, Usage]]) -> Callable[..., tuple[Any, Array]]:
+    """A function of tokens x: [tokens, d], ..., that reports the tally of what it read."""
+
+    def run(x: Array, *args: Any, **settings: Any) -> tuple[Any, Array]:
+        result, usage = function(x, *args, **settings)
+        return result, tally(x.shape[0], usage)
+
+    return run
 
 
 def reporting(

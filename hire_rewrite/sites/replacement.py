@@ -47,7 +47,8 @@ class SiteReplacement:
     packed arrays of the site. It returns those of `outputs`, and a report, None without `reports`.
     `shards` is the `shard_map` around, over whose devices the leading axis of `state` is sharded;
     `loops` are the scans around in whose iterations it has weights of its own; `joint` says how it
-    runs in one call with others, None for alone.
+    runs in one call with others, None for alone. `known` are reports that no data decide, by the
+    name of the site.
     """
 
     name: str
@@ -60,6 +61,12 @@ class SiteReplacement:
     loops: tuple[Scope, ...] = ()
     reports: bool = False
     joint: Joint | None = None
+    known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The names of the sites that it reports."""
+        return (self.name, *self.known)
 
     def emit(
         self, ins: Sequence[Any], index: Mapping[Scope, Any], state: Any

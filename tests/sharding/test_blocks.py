@@ -309,7 +309,13 @@ def test_experts_are_the_models(name, rule):
         assert sent == []
     (report,) = step.evaluate(packed, [(x,)]).sites
     assert report.error < 1e-6
+    told = jax.jit(hire.transform(layers_of_experts, rule, telemetry=True))(packed, x)[1]
+    (used,), (counted,) = told.summary().values(), told.sites
+    assert (used.whole, used.calls) == (0, 1)
+    # One for each layer, expert, and device that has some of its neurons, or of its tokens.
+    assert counted.rows == 2 * E * (8 if name == "one way and the other" else 2)
     if rule.k == "positive":
+        assert used.read == pytest.approx(np.mean(report.read), abs=1e-6)
         assert len(report.read) == 2 * E
         assert 0.4 < min(report.read) <= max(report.read) < 0.7
         assert report.recall == (1.0,) * (2 * E)

@@ -224,7 +224,7 @@ class ShardMap:
         )
         operands = [writer.read(body.inputs[i].outer) for i in live_in]
         results, reports = mapped(states, operands)
-        known = {unit.name: unit.shards for unit in units}
+        known = {name: unit.shards for unit in units for name in unit.reported}
         together = {name: known[name].combine(report) for name, report in reports.items()}
         return BodyResult(dict(zip(live_out, results, strict=True)), together)
 

@@ -21,8 +21,9 @@ from hire_rewrite.ops.head.logits import (
 )
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Certifying, Predictor, certifies
+from hire_rewrite.ops.usage import Usage
 
-__all__ = ["certified"]
+__all__ = ["certified", "counted_certified"]
 
 _BATCH = 16
 """Tokens whose candidates are gathered at a time."""
@@ -52,6 +53,23 @@ def certified(
     Raises:
       HireRewriteError: the predictor has no bound, or the endpoints may not be monotone.
     """
+    values, usage = counted_certified(
+        x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
+    )
+    assert usage.proved is not None
+    return values, usage.proved
+
+
+def counted_certified(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    *,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+) -> tuple[tuple[Array, ...], Usage]:
+    """`certified`, and what it read: rows of each token, and which tokens were proved."""
     if not isinstance(predictor, Certifying) or not certifies(predictor):
         raise HireRewriteError(
             f"certify: {predictor} has no bound of its errors: give Quantized(), or leave certify "
@@ -65,7 +83,7 @@ def certified(
         return exact_values(raw, spec=spec, endpoints=endpoints)
 
     if rows.shape[-1] >= spec.width:
-        return dense(), jnp.ones(x.shape[0], bool)
+        return dense(), Usage(whole=True, proved=jnp.ones(x.shape[0], bool))
     positive, negative, roundings = _signed_sums(x, state, layer, rows, spec)
     results = finished(scores, rows, positive - negative, places, spec, endpoints)
     proved = proof.proved(
@@ -84,7 +102,8 @@ def certified(
         both = zip(results, dense(), strict=True)
         return tuple(jnp.where(proved[:, None], result, other) for result, other in both)
 
-    return lax.cond(proved.all(), lambda: results, without_proof), proved
+    usage = Usage(rows.shape[0] * rows.shape[1], whole=None, proved=proved)
+    return lax.cond(proved.all(), lambda: results, without_proof), usage
 
 
 def _signed_sums(

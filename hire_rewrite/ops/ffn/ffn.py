@@ -10,6 +10,8 @@ is `hire_ffn` in dense arithmetic: the same candidates, nothing gathered.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -25,8 +27,9 @@ from hire_rewrite.ops.ffn.importance import (
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.top_k.select import marked, sharded_top_k
+from hire_rewrite.ops.usage import Usage
 
-__all__ = ["dense_ffn", "exact_ffn", "hire_ffn", "masked", "masked_ffn"]
+__all__ = ["counted_ffn", "dense_ffn", "exact_ffn", "hire_ffn", "masked", "masked_ffn"]
 
 
 def hire_ffn(
@@ -56,17 +59,35 @@ def hire_ffn(
     Returns:
       spec.down_dtype[tokens, d_out]. NaN where x is.
     """
+    settings: Any = {"spec": spec, "activation": activation, "predictor": predictor}
+    return counted_ffn(x, state, layer, **settings, budget=budget)[0]
+
+
+def counted_ffn(
+    x: Array,
+    state: FFNState,
+    layer: Array | int,
+    *,
+    spec: FFNSpec,
+    activation: Activation,
+    predictor: Predictor,
+    budget: int | None = None,
+) -> tuple[Array, Usage]:
+    """`hire_ffn`, and what it read: groups that any token asks for."""
     tokens, common = x.shape[0], spec.common_groups
     if not isinstance(tokens, int) or tokens == 0:  # a symbol, or nobody to gather for
-        return masked_ffn(x, state, layer, spec=spec, activation=activation, predictor=predictor)
+        y = masked_ffn(x, state, layer, spec=spec, activation=activation, predictor=predictor)
+        return y, Usage(whole=True)
     room = spec.gathered_groups(tokens, budget) - common
     count = spec.candidate_groups - common
     if common + room >= spec.groups:
-        return exact_ffn(x, state, layer, spec=spec, activation=activation)
+        y = exact_ffn(x, state, layer, spec=spec, activation=activation)
+        return y, Usage(whole=True)
     block = BlockLayer(state, layer, spec, activation)
     scores, rank = guess(x, block, predictor)
     if tokens == 1:
-        return _gathered(x, block, scores, best_places(rank, count, spec)[0], None)
+        places = best_places(rank, count, spec)[0]
+        return _gathered(x, block, scores, places, None), Usage(count, common)
     mask = best_mask(rank, count, spec)
     union = mask.any(0)
     wanted, places = union.sum(), _places(union, room)
@@ -76,12 +97,13 @@ def hire_ffn(
         return _gathered(x, block, scores, places, candidates)
 
     if room >= min(tokens * count, spec.groups - common):
-        return gathered()
+        return gathered(), Usage(wanted, common)
 
     def whole() -> Array:
         return masked(block.pre_activations(x), block, scores, mask)
 
-    return lax.cond(wanted > room, whole, gathered)
+    over = wanted > room
+    return lax.cond(over, whole, gathered), Usage(wanted, common, over)
 
 
 def dense_ffn(

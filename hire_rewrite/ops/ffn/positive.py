@@ -22,10 +22,12 @@ from hire_rewrite.ops.ffn.block import Activation
 from hire_rewrite.ops.ffn.positive_layer import PositiveFFNSpec, PositiveFFNState, PositiveLayer
 from hire_rewrite.ops.quality import Comparison, Measured, Reading
 from hire_rewrite.ops.top_k.listed import listed
+from hire_rewrite.ops.usage import Usage
 
 __all__ = [
     "PositiveFFNSpec",
     "PositiveFFNState",
+    "counted_positive_ffn",
     "dense_positive_ffn",
     "measured_positive_ffn",
     "positive_ffn",
@@ -74,6 +76,18 @@ def positive_ffn(
       >>> bool(jnp.allclose(y, jax.nn.relu(x @ up.T) @ down, atol=1e-4))
       True
     """
+    return counted_positive_ffn(x, state, layer, spec=spec, activation=activation)[0]
+
+
+def counted_positive_ffn(
+    x: Array,
+    state: PositiveFFNState,
+    layer: Array | int,
+    *,
+    spec: PositiveFFNSpec,
+    activation: Activation,
+) -> tuple[Array, Usage]:
+    """`positive_ffn`, and what it read: neurons of each token."""
     block = PositiveLayer(state, layer, spec, activation)
     gates = block.gates(x)
     mask = block.unsettled(x, gates)
@@ -82,15 +96,16 @@ def positive_ffn(
         return block.down(_masked(block.hidden(x, gates), mask))
 
     if not isinstance(x.shape[0], int):  # a symbol
-        return whole()
+        return whole(), Usage(whole=True)
     neurons, counts = listed(mask, k=spec.budget)
 
     def gathered() -> Array:
         return block.gathered(x, gates, neurons)
 
     if spec.budget == spec.width:
-        return gathered()
-    return lax.cond((counts > spec.budget).any(), whole, gathered)
+        return gathered(), Usage(counts)
+    over = (counts > spec.budget).any()
+    return lax.cond(over, whole, gathered), Usage(counts, whole=over)
 
 
 def dense_positive_ffn(

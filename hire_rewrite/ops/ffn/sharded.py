@@ -8,7 +8,6 @@ that is the all-reduce that the dense block has too.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +17,11 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
-from hire_rewrite.ops.ffn.ffn import hire_ffn
+from hire_rewrite.ops.ffn.ffn import counted_ffn
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.predictors.sharded import fitted_specs
 from hire_rewrite.ops.quality import Choice, Comparison, Measured, Reading
+from hire_rewrite.ops.usage import tally
 from hire_rewrite.sharding.rows import RowSharding
 
 __all__ = ["compared", "ffn_specs", "of_some", "on_shards", "over_tokens", "sharded_ffn", "summed"]
@@ -38,21 +38,23 @@ def sharded_ffn(
     sharding: RowSharding,
     together: bool,
     budget: int | None = None,
-) -> Array:
+    counted: bool = False,
+) -> tuple[Array, Any]:
     """`hire_ffn` on arrays that are sharded as `ffn_specs` says, a shard for each device.
 
     Args:
       together: keep the tokens together, for the activation knows something of each.
+      counted: return the `tally` of each device, u32[devices, 8]; None otherwise.
     """
     share = None if budget is None else -(-budget // spec.num_shards)
-    own = functools.partial(hire_ffn, spec=spec.shard, predictor=predictor, budget=share)
-    block = summed(own, sharding.axes)
 
-    def silent(*args: Any, activation: Activation) -> tuple[Array, None]:
-        return block(*args, activation=activation), None
+    def own(x: Array, state: FFNState, layer: Array, activation: Activation) -> tuple[Array, Any]:
+        settings: Any = {"activation": activation, "predictor": predictor, "budget": share}
+        y, usage = counted_ffn(x, state, layer, spec=spec.shard, **settings)
+        return y, tally(x.shape[0], usage) if counted else None
 
     return on_shards(
-        silent,
+        summed(own, sharding.axes),
         x,
         state,
         layer,
@@ -60,7 +62,8 @@ def sharded_ffn(
         sharding=sharding,
         together=together,
         specs=ffn_specs(state, spec, predictor, sharding),
-    )[0]
+        by_device=counted,
+    )
 
 
 def on_shards(
@@ -73,6 +76,7 @@ def on_shards(
     sharding: RowSharding,
     together: bool,
     specs: Any = None,
+    by_device: bool = False,
 ) -> tuple[Array, Any]:
     """A block on each device, of its own arrays.
 
@@ -81,17 +85,21 @@ def on_shards(
         together (see `summed`), [tokens, d_out], and a report, a pytree of sums over tokens.
       together: keep the tokens together, for the activation knows something of each.
       specs: how the arrays are sharded; None for the devices' own in a row on the leading axis.
+      by_device: return the report of each device, on a leading axis, and not of all tokens.
     """
     count = x.shape[0]
     some = () if together else sharding.token_axes(count)
 
     def on_shard(x: Array, state: Any, layer: Array) -> tuple[Array, Any]:
         y, report = block(x, state, layer, activation=of_some(activation, count))
+        if by_device:
+            return y, jax.tree.map(lambda leaf: leaf[None], report)
         return y, over_tokens(report, some)
 
     tokens = PartitionSpec(some)
+    devices = PartitionSpec((*sharding.axes, *some)) if by_device else PartitionSpec()
     specs = PartitionSpec(sharding.axes) if specs is None else specs
-    mapped = sharding.map(on_shard, (tokens, specs, PartitionSpec()), (tokens, PartitionSpec()))
+    mapped = sharding.map(on_shard, (tokens, specs, PartitionSpec()), (tokens, devices))
     results: tuple[Array, Any] = mapped(x, state, layer)
     return results
 
@@ -114,16 +122,24 @@ def over_tokens(report: Any, axes: Sequence[str]) -> Any:
     return jax.tree.map(lambda leaf: lax.psum(leaf, axes), report) if axes else report
 
 
-def summed(block: Callable[..., Array], axes: Sequence[str]) -> Callable[..., Array]:
-    """A block of some neurons as that of all, which are sharded over axes of the mesh."""
+def summed(
+    block: Callable[..., tuple[Array, Any]], axes: Sequence[str]
+) -> Callable[..., tuple[Array, Any]]:
+    """A block of some neurons, which reports something, as that of all neurons, which are sharded
+    over axes of the mesh; each device reports its own."""
     if not axes:
         return block
-    return lambda *args, **settings: lax.psum(block(*args, **settings), axes)
+
+    def run(*args: Any, **settings: Any) -> tuple[Array, Any]:
+        y, report = block(*args, **settings)
+        return lax.psum(y, axes), report
+
+    return run
 
 
 def compared(measured: Callable[..., Measured], axes: Sequence[str]) -> Callable[..., Measured]:
-    """`summed`, of a block that is measured. The units of all devices are compared together; a
-    token reads all where a device reads all of its own."""
+    """A block of some neurons that is measured as that of all (see `summed`). The units of all
+    devices are compared together; a token reads all where a device reads all of its own."""
     if not axes:
         return measured
 

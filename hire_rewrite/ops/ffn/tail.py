@@ -23,10 +23,12 @@ from hire_rewrite.ops.ffn.guessed import (
 )
 from hire_rewrite.ops.quality import Choice, Comparison, Measured
 from hire_rewrite.ops.top_k.select import marked, set_apart, top_k
+from hire_rewrite.ops.usage import Usage
 
 __all__ = [
     "PredictedFFNSpec",
     "PredictedFFNState",
+    "counted_predicted_ffn",
     "dense_predicted_ffn",
     "hire_predicted_ffn",
     "measured_predicted_ffn",
@@ -80,20 +82,35 @@ def hire_predicted_ffn(
       >>> bool(error(spec) < 0.8 * error(dataclasses.replace(spec, k_groups=0, exact=None)))
       True
     """
+    return counted_predicted_ffn(x, state, layer, spec=spec, activation=activation)[0]
+
+
+def counted_predicted_ffn(
+    x: Array,
+    state: PredictedFFNState,
+    layer: Array | int,
+    *,
+    spec: PredictedFFNSpec,
+    activation: Activation,
+) -> tuple[Array, Usage]:
+    """`hire_predicted_ffn`, and what it read: groups of each token."""
     tokens = x.shape[0]
     few = isinstance(tokens, int)  # otherwise a symbol
     if few and spec.takes_all(tokens):
-        return dense_predicted_ffn(x, state, layer, spec=spec, activation=activation)
+        y = dense_predicted_ffn(x, state, layer, spec=spec, activation=activation)
+        return y, Usage(whole=True)
     block = GuessedLayer(state, layer, spec, activation)
     guesses = block.guesses(x)
     if not spec.k_groups:
-        return block.guessed_down(guesses).astype(spec.down_dtype)
+        return block.guessed_down(guesses).astype(spec.down_dtype), Usage()
     groups, _, others = set_apart(guesses, block.rank(guesses), k=spec.k_groups)
     neurons, guessed = members(groups, spec.group), block.guessed_down(others)
     if few:
-        return block.gathered(x, neurons, guessed).astype(spec.down_dtype)
+        y = block.gathered(x, neurons, guessed).astype(spec.down_dtype)
+        return y, Usage(tokens * spec.k_groups)
     chosen = marked(neurons, spec.width)
-    return (guessed + block.masked(block.hidden(x), chosen)).astype(spec.down_dtype)
+    y = (guessed + block.masked(block.hidden(x), chosen)).astype(spec.down_dtype)
+    return y, Usage(whole=True)
 
 
 def dense_predicted_ffn(

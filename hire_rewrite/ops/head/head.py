@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jax import Array
 
-from hire_rewrite.ops.certify.head import certified
+from hire_rewrite.ops.certify.head import counted_certified
 from hire_rewrite.ops.head.logits import (
     candidates_of,
     dense_logits,
@@ -19,8 +19,17 @@ from hire_rewrite.ops.head.logits import (
 )
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.usage import Usage
 
-__all__ = ["Endpoints", "HeadSpec", "HeadState", "dense_head", "exact_head", "hire_head"]
+__all__ = [
+    "Endpoints",
+    "HeadSpec",
+    "HeadState",
+    "counted_head",
+    "dense_head",
+    "exact_head",
+    "hire_head",
+]
 
 
 def hire_head(
@@ -46,13 +55,30 @@ def hire_head(
     Returns:
       For each endpoint [tokens, V], in its own dtype. NaN where x is.
     """
+    return counted_head(x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor)[0]
+
+
+def counted_head(
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    *,
+    spec: HeadSpec,
+    endpoints: Endpoints,
+    predictor: Predictor,
+) -> tuple[tuple[Array, ...], Usage]:
+    """`hire_head`, and what it read: rows of each token, and which tokens were proved."""
     if spec.certify:
-        return certified(x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor)[0]
+        return counted_certified(
+            x, state, layer, spec=spec, endpoints=endpoints, predictor=predictor
+        )
     scores, places, rows = candidates_of(x, state, layer, spec, endpoints, predictor)
     if rows.shape[-1] >= spec.width:
-        return exact_head(x, state, layer, spec=spec, endpoints=endpoints)
+        values = exact_head(x, state, layer, spec=spec, endpoints=endpoints)
+        return values, Usage(whole=True)
     exact = gathered_logits(x, state, layer, rows, spec)
-    return finished(scores, rows, exact, places, spec, endpoints)
+    values = finished(scores, rows, exact, places, spec, endpoints)
+    return values, Usage(rows.shape[0] * rows.shape[1])
 
 
 def exact_head(

@@ -61,32 +61,40 @@ class BlockOperation(Operation):
         ]
 
     def _replacements(
-        self, block: Callable[..., Any], arrays: Any, key: Hashable, *, reports: bool = False
+        self,
+        block: Callable[..., Any],
+        arrays: Any,
+        key: Hashable,
+        *,
+        reports: bool = False,
+        by_device: bool = False,
     ) -> list[SiteReplacement]:
         """The replacement of the block, and that of what shares a product with it.
 
         Args:
           block: (x: [tokens, d], arrays, layer, spec, activation) to [tokens, d_out] and a report.
           key: what tells it from other blocks.
+          by_device: whether each device reports for itself.
         """
         spec = self.device_spec or self.spec
-        run = self._run(functools.partial(block, spec=spec), (key, self.site.sharding))
+        key = key, self.site.sharding
+        run = self._run(functools.partial(block, spec=spec), key, by_device)
         replacements = [self.replacement(run, arrays, reports=reports)]
         if self._match.shared:
             replacements.append(self._fused(arrays))
         return replacements
 
-    def _run(self, block: Callable[..., Any], key: Hashable) -> Run:
+    def _run(self, block: Callable[..., Any], key: Hashable, by_device: bool) -> Run:
         match, region, spec = self._match, self._match.region, self.spec
         sharding = self._divided
         side_inputs = len(region.sides)
         key = (region.signature, match.piece.axis, spec, key)
         if match.experts > 1:
-            return side_by_side(match, block, self._functions, key, sharding)
+            return side_by_side(match, block, self._functions, key, sharding, by_device)
         if sharding is not None:
-            block = functools.partial(
-                on_shards, block, sharding=sharding, together=bool(region.sides)
-            )
+            together = bool(region.sides)
+            settings: Any = {"sharding": sharding, "together": together, "by_device": by_device}
+            block = functools.partial(on_shards, block, **settings)
 
         def hire_ffn(x: Any, ins: Sequence[Any], arrays: Any, layer: Any) -> Any:
             known = dict(zip(region.sides, ins[:side_inputs], strict=True))

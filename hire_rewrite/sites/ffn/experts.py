@@ -30,6 +30,7 @@ def side_by_side(
     functions: Functions,
     key: Hashable,
     sharding: RowSharding | None = None,
+    by_device: bool = False,
 ) -> Run:
     """`block` for all experts of a match; `functions` remembers it under `key`.
 
@@ -37,6 +38,8 @@ def side_by_side(
       block: (x: [tokens, d_in], state, layer: i32[], activation) to [tokens, d_out] and a report.
         Those of all experts are stacked.
       sharding: over which devices the arrays are, each device's own in a row; None for one device.
+      by_device: whether devices that have parts of an expert, or some of its tokens, report each
+        for itself, on an axis behind that of experts.
     """
     region, experts, down = match.region, match.experts, match.down
     first = region.projections[0]
@@ -81,7 +84,8 @@ def side_by_side(
     def hire_ffn(x: Any, sides: Sequence[Any], state: Any, layer: Any) -> Any:
         if sharding is None:
             return of_experts(x, sides, state, layer, 0)
-        return _on_devices(of_experts, match, sharding, x_axis, y_axis)(x, sides, state, layer)
+        mapped = _on_devices(of_experts, match, sharding, x_axis, y_axis, by_device)
+        return mapped(x, sides, state, layer)
 
     axes = (ins_axes, out_axes, match.x_axes, down.out_axes, down.out.shape)
     jitted = functions.setdefault((key, axes), jax.jit(hire_ffn))
@@ -100,6 +104,7 @@ def _on_devices(
     sharding: RowSharding,
     x_axis: int | None,
     y_axis: int,
+    by_device: bool,
 ) -> Callable[..., Any]:
     """`of_experts` on each device, of the tokens of its own experts: where experts are sharded no
     token goes to another device. Tokens are sharded over the other axes of the mesh."""
@@ -118,11 +123,16 @@ def _on_devices(
         count = match.experts // sharding.expert_shards
         start = lax.axis_index(experts) * count if experts else 0
         y, report = of_experts(x, sides, state, layer, start)
+        if by_device:
+            return y, jax.tree.map(lambda leaf: leaf[:, None], report)
         return y, over_tokens(report, some)
 
+    reports = PartitionSpec(experts)
+    if by_device:
+        reports = PartitionSpec(experts, (*sharding.rows, *some))
     arrays, one = PartitionSpec(sharding.axes), PartitionSpec()
     ins = PartitionSpec(*x_specs), one, arrays, one
-    outs = PartitionSpec(*y_specs), PartitionSpec(experts)
+    outs = PartitionSpec(*y_specs), reports
     mapped: Callable[..., Any] = sharding.map(on_device, ins, outs)
     return mapped
 

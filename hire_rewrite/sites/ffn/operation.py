@@ -22,7 +22,13 @@ from hire_rewrite.sites.ffn.packing import packed_ffn
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import TOKENS, FFNStatistics, ffn_statistics
 from hire_rewrite.sites.kind import Functions, MatchedSite
-from hire_rewrite.sites.operation import SiteCalibration, reporting, row_predictors, silent
+from hire_rewrite.sites.operation import (
+    SiteCalibration,
+    counting,
+    reporting,
+    row_predictors,
+    silent,
+)
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
 
@@ -133,14 +139,32 @@ class FFNOperation(BlockOperation):
         return ffn_specs(arrays, self.spec, self.predictor, self.site.sharding)
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block, sharding, predictor = ops.hire_ffn, self.site.sharding, self.predictor
+        return self._hired(arrays, counted=False)
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        return self._hired(arrays, counted=True)
+
+    @property
+    def counted_units(self) -> int:
+        return self.spec.groups // self.spec.num_shards
+
+    @property
+    def counted_by_call(self) -> bool:
+        return True
+
+    def _hired(self, arrays: Any, *, counted: bool) -> list[SiteReplacement]:
+        sharding, predictor = self.site.sharding, self.predictor
+        block: Callable[..., Any]
         if isinstance(sharding, RowSharding):
             together = bool(self._match.region.sides)
-            block = functools.partial(sharded_ffn, sharding=sharding, together=together)
+            block = functools.partial(
+                sharded_ffn, sharding=sharding, together=together, counted=counted
+            )
+        else:
+            block = counting(ops.counted_ffn) if counted else silent(ops.hire_ffn)
         block = functools.partial(block, predictor=predictor, budget=self.budget)
-        return self._replacements(
-            silent(block), arrays, ("rewritten", predictor, self.budget, sharding)
-        )
+        key = ("rewritten", predictor, self.budget, sharding, counted)
+        return self._replacements(block, arrays, key, reports=counted)
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return self._replacements(silent(ops.exact_ffn), arrays, ("exact",))

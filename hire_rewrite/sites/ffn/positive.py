@@ -38,7 +38,7 @@ from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, encoded_block, packed_block
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
-from hire_rewrite.sites.operation import SiteCalibration, reporting, silent
+from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
 
@@ -349,12 +349,20 @@ class PositiveOperation(BlockOperation):
         return lossless and self._match.activation.sparse
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(ops.positive_ffn, self._row_axes)
-        return self._replacements(silent(block), arrays, ("rewritten",))
+        block = summed(silent(ops.positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("rewritten",))
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        block = summed(counting(ops.counted_positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("counted",), reports=True, by_device=True)
+
+    @property
+    def counted_units(self) -> int:
+        return self.device_spec.width
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(ops.dense_positive_ffn, self._row_axes)
-        return self._replacements(silent(block), arrays, ("dense",))
+        block = summed(silent(ops.dense_positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("dense",))
 
     dense = exact
 

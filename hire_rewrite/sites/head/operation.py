@@ -33,6 +33,7 @@ from hire_rewrite.ops.predictors import (
     reads_of,
 )
 from hire_rewrite.ops.top_k.merge import cheapest, described
+from hire_rewrite.ops.usage import Usage
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.head.epilogue import epilogue_of, logit_top_k, output_values
@@ -43,6 +44,7 @@ from hire_rewrite.sites.lookup import lookup_replacements
 from hire_rewrite.sites.operation import (
     Operation,
     SiteCalibration,
+    counting,
     reporting,
     row_predictors,
     silent,
@@ -189,6 +191,20 @@ class HeadOperation(Operation):
         head = functools.partial(head, predictor=self.predictor)
         searches = logit_top_k(self.site.name, self._match, sharding, self.spec.recall_target)
         return [self._replacement(silent(head), arrays), *searches, *self._looking_up(arrays)]
+
+    def counted(self, arrays: Any) -> list[SiteReplacement]:
+        if isinstance(self.site.sharding, RowSharding):  # never proved, and never read whole
+            outputs = len(self._match.outputs)
+            read = self.site.tokens * self.spec.candidates * outputs
+            head, *others = self.rewritten(arrays)
+            return [self.tallied(head, Usage(read)), *others]
+        _, *others = self.rewritten(arrays)
+        counted = functools.partial(counting(ops.counted_head), predictor=self.predictor)
+        return [self._replacement(counted, arrays, reports=True), *others]
+
+    @property
+    def counted_units(self) -> int:
+        return self.spec.width
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
         return [self._replacement(silent(ops.exact_head), arrays), *self._looking_up(arrays)]

@@ -28,6 +28,7 @@ from hire_rewrite.ops.linear.sharded import sharded_linears
 from hire_rewrite.ops.lookup import sharded_lookup
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.ops.quality import Comparison, Measured
+from hire_rewrite.ops.usage import Usage
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.kind import MatchedSite, StaysDense
@@ -164,6 +165,22 @@ class LinearOperation(Operation):
 
     def rewritten(self, arrays: LinearState) -> list[SiteReplacement]:
         return [self._hired(arrays), *self._looking_up(arrays)]
+
+    def counted(self, arrays: LinearState) -> list[SiteReplacement]:
+        spec, tokens, (_, d) = self._device_spec, self.site.tokens, self.scored
+        whole = isinstance(tokens, int) and spec.takes_all(tokens, d)
+        layer, *others = self.rewritten(arrays)
+        usage = Usage(0 if whole else tokens * spec.k, whole=whole)
+        return [self.tallied(layer, usage), *others]
+
+    @property
+    def chooses(self) -> bool:
+        return bool(self.spec.k)
+
+    @property
+    def counted_units(self) -> int:
+        """Inputs of one device."""
+        return self.scored[1]
 
     def exact(self, arrays: LinearState) -> list[SiteReplacement]:
         def alone(x: Array, state: LinearState, layer: Any) -> tuple[Array, None]:

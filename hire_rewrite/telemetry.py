@@ -1,0 +1,219 @@
+"""What a function read while it served: counters that it returns beside its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.names import groups
+from hire_rewrite.ops.usage import FIELDS, RECALL
+from hire_rewrite.plan import table
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedSite:
+    """A site that is counted.
+
+    Attributes:
+      name, kind: as in the plan.
+      rows: of the counters: its layers, for each device that counts by itself.
+      units: of what `read` counts, in a layer on one device: groups of neurons, rows of the
+        vocabulary, inputs of a linear layer.
+      by_call: whether a unit that several tokens of a call ask for is counted once.
+      chooses: whether it reads some units and not others.
+      proves: whether it proves its result.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    units: int
+    by_call: bool
+    chooses: bool
+    proves: bool
+
+
+class SiteCounts(NamedTuple):
+    """The counters of a site, i64[rows] each: see `Telemetry`."""
+
+    calls: np.ndarray
+    tokens: np.ndarray
+    read: np.ndarray
+    whole: np.ndarray
+    whole_tokens: np.ndarray
+    proved: np.ndarray
+    sampled: np.ndarray
+    recalled: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteUsage:
+    """What a site read, as shares; all layers together.
+
+    Attributes:
+      calls, tokens: of the layer that ran most.
+      read: share of its units that a call read (or a token, where each has its own); None where
+        nothing is chosen.
+      whole: share of calls that read all units, for tokens asked for more than are read one by one,
+        had no proof, or were too many; None alike.
+      proved: share of tokens whose result was proved; None without `certify`.
+      recall: share of the true top k (or of neurons that are not zero) that was read, of the tokens
+        that were measured; None where none was.
+    """
+
+    calls: int
+    tokens: int
+    read: float | None
+    whole: float | None
+    proved: float | None
+    recall: float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Telemetry:
+    """Counters of all packed sites of one call, or of many: `transform(fn, telemetry=True)`.
+
+    A pytree of one small array. Those of several calls are added with `+`, on the device too: in a
+    `lax.scan`, in a jitted step that takes the sum so far, by `jax.tree.map(jnp.add, a, b)`.
+    Numbers on the device are u32 and wrap around: take them to the host (`on_host`) before a
+    million tokens have gone by, and go on from there with a new sum.
+
+    Attributes:
+      counts: u32[rows, 8], the rows of all sites one after the other; i64 on the host. Under
+        `vmap` with the mapped axis in front. The columns, summed over calls:
+        calls, tokens: runs of the site, and tokens in them.
+        read: units that were read one by one.
+        whole, whole_tokens: runs that read all units, and the tokens in them.
+        proved: tokens whose result was proved.
+        sampled, recalled: tokens whose recall was measured, and 4096 times the sum of it.
+      sites: in the order of the plan.
+
+    Examples:
+      >>> import jax.numpy as jnp, hire_rewrite as hire
+      >>> fn = lambda params, x: x @ params["vocabulary"]
+      >>> rule = hire.Head(k=4, candidates=8, min_width=1, force=True)
+      >>> step = hire.transform(fn, rule, telemetry=True)
+      >>> params = {"vocabulary": jnp.sin(jnp.arange(1024.0)).reshape(16, 64)}
+      >>> packed = step.pack(params, jnp.ones((1, 16)))
+      >>> logits, telemetry = step(packed, jnp.ones((1, 16)))
+      >>> logits, more = step(packed, jnp.ones((1, 16)))
+      >>> (telemetry + more).summary()["params/vocabulary"]
+      SiteUsage(calls=2, tokens=2, read=0.125, whole=0.0, proved=None, recall=None)
+    """
+
+    counts: Any
+    sites: tuple[CountedSite, ...] = dataclasses.field(metadata={"static": True})
+
+    def __add__(self, other: Telemetry) -> Telemetry:
+        """The sum; of other sites too, such as those of a prompt and of a step."""
+        if not isinstance(other, Telemetry):
+            return NotImplemented
+        if self.sites == other.sites:
+            return Telemetry(self.counts + other.counts, self.sites)
+        mine, others = _by_name(self), _by_name(other)
+        known = {site.name: site for site in (*other.sites, *self.sites)}
+        for name in mine.keys() & others.keys():
+            sites = [site for site in (*self.sites, *other.sites) if site.name == name]
+            if sites[0] != sites[1]:
+                raise HireRewriteError(
+                    f"{name}: telemetry of two functions that read it differently ({sites[0]} and "
+                    f"{sites[1]}): add up each by itself"
+                )
+        sums = {**mine, **{n: mine[n] + c if n in mine else c for n, c in others.items()}}
+        host = all(isinstance(counts, np.ndarray) for counts in sums.values())
+        counts = (np if host else jax.numpy).concatenate(list(sums.values()), axis=-2)
+        return Telemetry(counts, tuple(known[name] for name in sums))
+
+    def __radd__(self, other: Any) -> Telemetry:
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __getitem__(self, name: str) -> SiteCounts:
+        """The counters of a site by layer; a short part of its name will do if it is the only one.
+
+        Raises:
+          HireRewriteError: there is no such site, or there are several.
+        """
+        found = [site.name for site in self.sites if site.name == name]
+        found = found or [site.name for site in self.sites if name in site.name]
+        if len(found) != 1:
+            known = ", ".join(found or [site.name for site in self.sites])
+            raise HireRewriteError(f"telemetry[{name!r}]: give one of {known}")
+        return SiteCounts(*_by_name(self.on_host())[found[0]].T)
+
+    def on_host(self) -> Telemetry:
+        """The same with i64 counters in NumPy, those of mapped calls added up; waits for them."""
+        counts = np.asarray(jax.device_get(self.counts)).astype(np.int64)
+        return Telemetry(counts.reshape(-1, *counts.shape[-2:]).sum(0), self.sites)
+
+    def summary(self) -> dict[str, SiteUsage]:
+        """What each site read, by name; sites that never ran have no shares."""
+        host = self.on_host()
+        counts = _by_name(host)
+        return {site.name: _usage(site, SiteCounts(*counts[site.name].T)) for site in host.sites}
+
+    def __str__(self) -> str:
+        """Sites that are alike share a row: its figures are the least and the greatest."""
+        summary = self.summary()
+
+        def alike(site: CountedSite) -> Hashable:
+            usage = summary[site.name]
+            return site.kind, site.units, usage.calls, usage.tokens, site.chooses, site.proves
+
+        shown = ("read", "whole", "proved", "recall")
+        rows = [["site", "calls", "tokens", *shown]]
+        for name, sites in groups(self.sites, lambda site: site.name, alike):
+            usages = [summary[site.name] for site in sites]
+            label = f"{name} ({len(sites)})" if len(sites) > 1 else name
+            shares = ([getattr(usage, field) for usage in usages] for field in shown)
+            first = usages[0]
+            rows.append([label, str(first.calls), str(first.tokens), *map(_range, shares)])
+        return table(rows) if self.sites else "no site is counted"
+
+
+def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telemetry:
+    """The telemetry of a call.
+
+    Args:
+      reports: for each site u32[rows, 8].
+    """
+    every = [reports[site.name] for site in sites]
+    if not every:
+        return Telemetry(jax.numpy.zeros((0, len(FIELDS)), jax.numpy.uint32), ())
+    return Telemetry(jax.numpy.concatenate(every), tuple(sites))
+
+
+def _by_name(telemetry: Telemetry) -> dict[str, Any]:
+    """The counters of each site, [..., rows, 8]."""
+    found, start = {}, 0
+    for site in telemetry.sites:
+        found[site.name] = telemetry.counts[..., start : start + site.rows, :]
+        start += site.rows
+    return found
+
+
+def _usage(site: CountedSite, counts: SiteCounts) -> SiteUsage:
+    calls, tokens = int(counts.calls.sum()), int(counts.tokens.sum())
+    read: float | None = None
+    whole: float | None = None
+    if site.chooses and calls:
+        all_of = counts.whole if site.by_call else counts.whole_tokens
+        units = int(counts.read.sum() + site.units * all_of.sum())
+        read = units / max(1, site.units * (calls if site.by_call else tokens))
+        whole = int(counts.whole.sum()) / calls
+    proved = int(counts.proved.sum()) / tokens if site.proves and tokens else None
+    sampled = int(counts.sampled.sum())
+    recall = int(counts.recalled.sum()) / (RECALL * sampled) if sampled else None
+    most = int(counts.calls.max(initial=0)), int(counts.tokens.max(initial=0))
+    return SiteUsage(*most, read, whole, proved, recall)
+
+
+def _range(shares: Sequence[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    ends = [f"{end(known):.2%}" for end in (min, max)] if known else []
+    return "–".join(dict.fromkeys(ends))
