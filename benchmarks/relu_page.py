@@ -56,6 +56,21 @@ ones up to the order in which both products add. Where a token has more neurons 
 the call reads all rows. A block whose weights hold a NaN or an infinity stays dense, for a zero
 does not undo those. What the proof supposes is in
 [the page on certified heads](certify.md#what-is-supposed-and-not-proved).
+
+## On several devices
+
+Each device leaves out the zeros among its own neurons: it has a list, a share of the budget, and
+reads all of its rows where a token has more. So it is with weights that the compiler divides, along
+their neurons or stored in shards along anything, and inside a `shard_map` of the function's own.
+Rows are stored in few bits there too, each device's by themselves. Experts side by side in one
+array stay on the devices that have them, and so do their tokens. Nothing of the size of a weight
+goes between devices, and the gradient is the model's as on one. What a report calls `whole` is the
+share of tokens for which some device reads all of its rows; inside a `shard_map`, the mean over
+devices.
+
+A block stays dense where its neurons do not divide among the devices, and where the compiler
+divides a product that it shares with other layers. It is not found at all where devices add up or
+send what is between its two products (no rule of `FFN` takes such a block).
 """
 
 SOURCES = """

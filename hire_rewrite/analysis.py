@@ -88,7 +88,8 @@ class Analysis:
         and of shapes."""
         if any(isinstance(w, jax.ShapeDtypeStruct | jax.core.Tracer) for w in weights):
             return {}
-        return examine(self.trace, self.unexamined, weights)
+        with packing_context(weights):
+            return examine(self.trace, self.unexamined, weights)
 
     def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
         """The weights, arrays or shapes, in packed form."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
-from hire_rewrite.sharding.rows import automatic
+from hire_rewrite.sharding.rows import automatic, packing_context
 
 SAMPLES = 64
 """Numbers of each weight that are looked at. A step of an optimizer changes nearly all."""
@@ -51,10 +51,11 @@ def _sampled(array: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
         # Another object with the same buffer: a view that the array itself kept would hold the
         # buffer, which could then not be donated any more.
         return np.array(np.asarray(array.addressable_data(0))[places])
-    array = automatic(array)
-    over_mesh = isinstance(array.sharding, NamedSharding)
-    replicated = NamedSharding(array.sharding.mesh, PartitionSpec()) if over_mesh else None
-    return np.asarray(jax.jit(lambda array: array[places], out_shardings=replicated)(array))
+    with packing_context([array]):  # the mesh in use may have types that say how arrays are sharded
+        array = automatic(array)
+        over_mesh = isinstance(array.sharding, NamedSharding)
+        replicated = NamedSharding(array.sharding.mesh, PartitionSpec()) if over_mesh else None
+        return np.asarray(jax.jit(lambda array: array[places], out_shardings=replicated)(array))
 
 
 def _places(shape: Sequence[int]) -> tuple[np.ndarray, ...]:

@@ -67,10 +67,11 @@ def estimate(operation: Operation, tokens: Any, machine: Machine) -> Estimate:
     """
     site, tokens = operation.site, tokens if isinstance(tokens, int) else 1
     reads = operation.reads(tokens)
-    time = site.experts * sum(map(machine.time, reads)) + operation.overhead(machine)
+    experts = site.device_experts
+    time = experts * sum(map(machine.time, reads)) + operation.overhead(machine)
     return Estimate(
         dense_bytes(site),
-        site.repeats * site.experts * sum(read.memory for read in reads),
+        site.repeats * experts * sum(read.memory for read in reads),
         sum(dense_times(site, tokens, machine)),
         site.repeats * time,
         machine.margin,

@@ -183,6 +183,7 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         mesh,
         lambda sharding: kind.unsupported_sharding(match, sharding),
         match.linears[0].weight_in if kind.divides_columns else (),
+        kind.expert_axes(match),
     )
     varying = {loop for value in match.weights for loop in trace.provenance.varies_over(value)}
     loops = loops_of(match.linears[0].node.scope, varying)

@@ -169,8 +169,9 @@ def _packed_site(
 
     def pack_rows(stacker: Stacker, seen: SiteCalibration | None) -> Any:
         arrays = operation.pack(WeightRows(stacker, site.loops), seen, step)
+        layers = site.layers, site.layers * site.sharding.row_shards  # or those of each device
         for leaf in jax.tree.leaves(arrays):
-            if leaf.shape[:1] != (site.layers,):
+            if not leaf.shape or leaf.shape[0] not in layers:
                 raise HireRewriteError(
                     f"{site.name}: `pack` of {site.kind.name} sites returned an array of shape "
                     f"{leaf.shape}, which has to begin with its {site.layers} layer(s)"

@@ -15,6 +15,7 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
+from hire_rewrite import _compat
 from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import (
@@ -291,6 +292,11 @@ class _Walk:
         reason = (
             f"{node.primitive} is not known to treat the positions of its input axis separately"
         )
+        if node.primitive in _compat.exchanges:
+            reason = (
+                "its hidden positions are sent or added up between devices, and each device's part "
+                "of a block is rewritten by itself"
+            )
         if has(node.primitive, Trait.RANDOM):
             reason = (
                 f"{node.primitive} draws random numbers for its hidden positions, as an active "

@@ -1,4 +1,4 @@
-"""Over which axes of a mesh the contracted axes of a weight are sharded.
+"""Over which axes of a mesh the contracted axes of a weight, or those of experts, are sharded.
 
 The function's inputs say how they lie on a mesh; a weight is a view of one: sliced by a scan,
 transposed, cast, reshaped. This follows the axes of the input to those of the weight. Where it
@@ -24,14 +24,14 @@ _Axes = tuple[frozenset[str], ...]
 _NONE = frozenset[str]()
 
 
-def column_axes(trace: Trace, weight: Value, contracted: Sequence[int]) -> frozenset[str]:
-    """The axes of the mesh over which the contracted axes of a weight are sharded; none where that
-    is not known."""
+def column_axes(trace: Trace, weight: Value, among: Sequence[int]) -> frozenset[str]:
+    """The axes of the mesh over which some axes of a weight, such as those that are contracted, are
+    sharded; none where that is not known."""
     axes = _axes_of(trace, weight)
     if axes is None:
         return _NONE
-    columns = _NONE.union(*(axes[axis] for axis in contracted))
-    others = (names for axis, names in enumerate(axes) if axis not in contracted)
+    columns = _NONE.union(*(axes[axis] for axis in among))
+    others = (names for axis, names in enumerate(axes) if axis not in among)
     return _NONE if columns & _NONE.union(*others) else columns
 
 

@@ -24,6 +24,7 @@ def sharding_of(
     default: Mesh | None,
     unsupported: Callable[[RowSharding], str | None],
     contracted: Sequence[int] = (),
+    experts: Sequence[int] = (),
 ) -> tuple[Sharding, str | None, bool]:
     """How a site's weight rows lie on devices.
 
@@ -34,6 +35,7 @@ def sharding_of(
       unsupported: why a site of this kind has to stay dense if its rows are sharded so.
       contracted: the axes of its only matrix along which it may be sharded as it is; where there
         are none, all of the mesh's axes are for its rows.
+      experts: the axis of experts of each matrix, along which they may be sharded as they are.
 
     Returns:
       The sharding; why the site has to stay dense for it, if it has to; and whether it may as well
@@ -48,6 +50,10 @@ def sharding_of(
         names = column_axes(trace, matrices[0], contracted)
         columns = tuple(axis for axis in sharding.axes if axis in names)
         sharding = dataclasses.replace(sharding, columns=columns)
+    if sharding is not None and experts:
+        every = [column_axes(trace, m, (axis,)) for m, axis in zip(matrices, experts, strict=True)]
+        apart = tuple(axis for axis in sharding.axes if all(axis in names for names in every))
+        sharding = dataclasses.replace(sharding, experts=apart)
     if sharding is None:
         typed = (v.aval.sharding for v in weights if _compat.is_sharded_by_type(v.aval))
         divided = any(num_shards(sharding) > 1 for sharding in typed)

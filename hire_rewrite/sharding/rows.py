@@ -38,6 +38,16 @@ class Sharding:
         return 1
 
     @property
+    def expert_shards(self) -> int:
+        """Among how many devices a site's experts are divided."""
+        return 1
+
+    @property
+    def row_shards(self) -> int:
+        """Among how many devices the rows of one expert are divided."""
+        return 1
+
+    @property
     def vocabulary_shards(self) -> int:
         """Into how many shards a vocabulary is divided of which the operation sees one."""
         return 1
@@ -53,6 +63,11 @@ class Sharding:
     def shards(self, rows: Any) -> Any:
         """Weight rows [layers, n, d] as each device's own, [devices · layers, n, d] of these."""
         return rows
+
+    def device_blocks(self, rows: Any, axis: int) -> Any:
+        """Weight rows [layers, experts, ...], which lie along `axis`, as each device's own: of all
+        devices, one after the other, the layers, and of each the experts."""
+        return rows.reshape(-1, *rows.shape[2:])
 
     def put(self, arrays: Any, specs: Callable[[Any], Any]) -> Any:
         """Packed arrays on the devices that hold them; `specs` are their partition specs."""
@@ -79,11 +94,14 @@ class RowSharding(Sharding):
     Attributes:
       columns: those of the axes over which not the rows are sharded, but their columns (of kinds of
         sites that ask for it: see `SiteKind.divides_columns`).
+      experts: those over which experts are, each with all of its rows (see
+        `SiteKind.expert_axes`).
     """
 
     mesh: Mesh | AbstractMesh
     axes: tuple[str, ...]
     columns: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -95,9 +113,17 @@ class RowSharding(Sharding):
         return math.prod(self.mesh.shape[axis] for axis in self.columns)
 
     @property
+    def expert_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.experts)
+
+    @property
+    def row_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.rows)
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """The axes over which rows are sharded."""
-        return tuple(axis for axis in self.axes if axis not in self.columns)
+        return tuple(axis for axis in self.axes if axis not in (*self.columns, *self.experts))
 
     @property
     def of_whole_rows(self) -> RowSharding:
@@ -126,16 +152,20 @@ class RowSharding(Sharding):
         return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
     def put_rows(self, array: Any, axis: int) -> Any:
-        """See `Sharding.put_rows`.
+        """See `Sharding.put_rows`."""
+        return put(self._exchanged(array, axis), self.mesh, self.along(axis))
 
-        Where other axes of the array are sharded, each device sends every other one its part of
-        their rows. The compiler's own way would be to gather the whole array on all devices first.
+    def _exchanged(self, array: Any, axis: int, kept: int | None = None) -> Any:
+        """An array of which no other axis than `axis`, and the one that is kept, is sharded.
+
+        Where others are, each device sends every other one its part of their rows. The compiler's
+        own way would be to gather the whole array on all devices first.
         """
         here = getattr(array, "sharding", None)
         if not isinstance(array, jax.core.Tracer) and isinstance(here, NamedSharding):
             parts = [*here.spec, *(None,) * (array.ndim - len(here.spec))]
             for other, part in enumerate(parts):
-                if part is not None and other != axis:
+                if part is not None and other not in (axis, kept):
                     before, names = PartitionSpec(*parts), tuple(mesh_axes(part))
                     parts[other], parts[axis] = None, (*mesh_axes(parts[axis]), *names)
 
@@ -146,7 +176,18 @@ class RowSharding(Sharding):
                     array = jax.jit(
                         jax.shard_map(exchange, mesh=here.mesh, in_specs=before, out_specs=after)
                     )(array)
-        return put(array, self.mesh, self.along(axis))
+        return array
+
+    def device_blocks(self, rows: Any, axis: int) -> Any:
+        parts: list[Any] = [None] * rows.ndim
+        parts[1], parts[axis] = self.experts, self.rows
+        before = PartitionSpec(*parts)
+        rows = put(self._exchanged(rows, axis, 1), self.mesh, before)
+
+        def own(shard: Any) -> Any:
+            return shard.reshape(-1, *shard.shape[2:])
+
+        return jax.jit(self.map(own, before, PartitionSpec(self.axes)))(rows)
 
     def shards(self, rows: Any) -> Any:
         spec = PartitionSpec(None, self.rows, self.columns)

@@ -138,6 +138,11 @@ class MatchedSite:
         return int(self.kind.summary(self.match).get("experts", 1))
 
     @property
+    def device_experts(self) -> int:
+        """Those of them that a device has, or has a part of."""
+        return self.experts // self.sharding.expert_shards
+
+    @property
     def repeats(self) -> int:
         """Runs in one call; a `while_loop` counts as one."""
         return math.prod(scope.length or 1 for scope in self.scope.ancestors())
@@ -231,6 +236,11 @@ class SiteKind(abc.ABC):
     def unsupported_sharding(self, match: Any, sharding: RowSharding) -> str | None:
         """Why a site has to stay dense if its rows are sharded so; None if it need not."""
         return f"its rows are sharded over {sharding}, which {self.name} sites do not support"
+
+    def expert_axes(self, match: Any) -> Sequence[int]:
+        """The axis of experts of the weight of each linear layer of a site, along which its weights
+        may be sharded; none where it may not."""
+        return ()
 
     def logits(self, match: Any) -> Logits | None:
         """The logits that the site makes, if it makes some."""

@@ -46,6 +46,10 @@ class WeightRows:
         Args:
           window: what is read of its result, if not all.
         """
+        return _merged(self.experts(linear, window))
+
+    def experts(self, linear: Linear, window: Window | None = None) -> jax.Array:
+        """The same as [layers, experts, out, in]: devices may have some of the experts."""
         axes = linear.expert_axes(window)
         expert = None if axes is None else axes[1]
         value, axes_of = _untransposed(narrow(linear.weight))
@@ -55,7 +59,7 @@ class WeightRows:
         unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
         rows = jnp.transpose(weight, (0, *(axes_of[axis] + 1 for axis in (*order, *unit))))
         experts = 1 if expert is None else linear.weight.shape[expert]
-        return rows.reshape(rows.shape[0] * experts, -1, linear.in_dim)
+        return rows.reshape(rows.shape[0], experts, -1, linear.in_dim)
 
     def matrices(self, linear: Linear) -> Matrices:
         """The same, laid out as they are read; a copy where there are experts."""
@@ -71,23 +75,30 @@ class WeightRows:
         array = self._stacker.stack(value, self._loops) if stacked else whole.array
         return Matrices(array, axes, len(free) + len(unit), stacked)
 
+    def on_devices(self, rows: Callable[[WeightRows], Any], sharding: Sharding) -> Any:
+        """What a function makes of these on each device of a manual region; of them where there is
+        none."""
+        return sharding.pack(
+            lambda stacker, _: rows(WeightRows(stacker, self._loops)), self._stacker, None
+        )
+
     def shards(self, linear: Linear, sharding: Sharding) -> jax.Array:
         """`linear` of each device's own rows and columns, [devices · layers, n, d]."""
-
-        def rows(stacker: Stacker, _: Any) -> jax.Array:
-            return WeightRows(stacker, self._loops).linear(linear)
-
-        return sharding.shards(sharding.pack(rows, self._stacker, None))
+        return sharding.shards(self.on_devices(lambda rows: rows.linear(linear), sharding))
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""
+        return _merged(self.expert_projections(projection))
+
+    def expert_projections(self, projection: Projection) -> jax.Array:
+        """The same as [layers, experts, n, in]."""
         linear, window = projection.linear, projection.window
-        rows = self.linear(linear, window)
-        read = [axis for axis in linear.out_axes if axis in window.axes]
-        rows = rows.reshape(rows.shape[0], *(linear.out.shape[axis] for axis in read), -1)
+        rows = self.experts(linear, window)
+        read, first = [axis for axis in linear.out_axes if axis in window.axes], rows.shape[:2]
+        rows = rows.reshape(*first, *(linear.out.shape[axis] for axis in read), -1)
         for i, axis in enumerate(read):
-            rows = lax.slice_in_dim(rows, *window.cut(axis), axis=i + 1)
-        return rows.reshape(rows.shape[0], window.size, linear.in_dim)
+            rows = lax.slice_in_dim(rows, *window.cut(axis), axis=i + 2)
+        return rows.reshape(*first, window.size, linear.in_dim)
 
     def vectors(self, region: Region) -> tuple[jax.Array, ...]:
         """The numbers of each position of a region, each [layers, n]."""
@@ -98,6 +109,11 @@ class WeightRows:
                 array = lax.slice_in_dim(array, *vector.window.cut(axis), axis=axis + 1)
             vectors.append(array.reshape(array.shape[0], vector.window.size))
         return tuple(vectors)
+
+
+def _merged(rows: jax.Array) -> jax.Array:
+    """[layers, experts, ...] with both in one axis."""
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def _untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 from hire_rewrite import Blocks, Float
@@ -170,24 +168,6 @@ def test_an_encoding_that_does_not_fit():
     assert "48" in site.reason
     with pytest.raises(hire.HireRewriteError, match="k=65 is more than the width 64"):
         hire.inspect(model, PARAMS, X, rules=(predicted(65),))
-
-
-def test_weights_that_are_sharded_stay_dense():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
-    specs = {"gate": P(None, None, "x"), "up": P(None, None, "x"), "down": P(None, "x")}
-    params = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in PARAMS.items()}
-    (site,) = hire.inspect(model, params, X, rules=(predicted(4),)).sites
-    assert site.status == "dense"
-    assert "sharded" in site.reason
-
-    def block(p, x):
-        return lax.psum(model(p, x), "x") / 2
-
-    specs = {"gate": P(), "up": P(), "down": P()}
-    inside = jax.shard_map(block, mesh=mesh, in_specs=(specs, P()), out_specs=P())
-    (site,) = hire.inspect(inside, PARAMS, X, rules=(predicted(4),)).sites
-    assert site.status == "dense"
-    assert "shard_map" in site.reason
 
 
 def test_float64_weights_stay_dense_unless_fewer_bits_are_asked_for():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
@@ -59,16 +59,18 @@ def enclosure(code: Callable[..., Any], ins: Sequence[Interval], dtype: Any) -> 
     closed = jax.make_jaxpr(code)(*(jax.ShapeDtypeStruct(i.low.shape, dtype) for i in ins))
     jaxpr, consts = _compat.open_jaxpr(closed)
     (result,) = _walk(jaxpr, consts, [_rounded(interval, dtype) for interval in ins])
-    return result
+    return _interval(result)
 
 
-def _walk(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Interval]) -> list[Interval]:
-    env: dict[Any, Interval] = {}
+def _walk(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Any]) -> list[Any]:
+    """The results of a jaxpr; operands and results are intervals, or arrays that are exact: what
+    was given, and integers that are made of such (at which place numbers are, as of an expert)."""
+    env: dict[Any, Any] = {}
 
-    def read(atom: Any) -> Interval:
-        return _exactly(atom.val) if hasattr(atom, "val") else env[atom]
+    def read(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else env[atom]
 
-    env.update(zip(jaxpr.constvars, map(_exactly, consts), strict=True))
+    env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, ins, strict=True))
     for eqn in jaxpr.eqns:
         operands, body = [read(atom) for atom in eqn.invars], body_of(eqn)
@@ -79,8 +81,30 @@ def _walk(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Interval]) -> list[In
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _step(eqn: Any, operands: Sequence[Interval]) -> Interval:
+def _step(eqn: Any, operands: Sequence[Any]) -> Any:
+    exact = [not isinstance(operand, Interval) for operand in operands]
+    counts = all(exact) and all(map(_counts, (*eqn.invars, *eqn.outvars)))
+    if counts and not eqn.primitive.multiple_results:
+        return eqn.primitive.bind(*operands, **eqn.params)
+    if eqn.primitive is p.dynamic_slice_p and all(exact[1:]):
+        of, *starts = _interval(operands[0]), *operands[1:]
+        return Interval(*(eqn.primitive.bind(end, *starts, **eqn.params) for end in of))
+    return _enclosed(eqn, list(map(_interval, operands)))
+
+
+def _counts(atom: Any) -> bool:
+    """Whether an operand is of integers or truth values."""
+    return jnp.issubdtype(atom.aval.dtype, jnp.integer) or atom.aval.dtype == jnp.bool_
+
+
+def _interval(value: Any) -> Interval:
+    return value if isinstance(value, Interval) else _exactly(value)
+
+
+def _enclosed(eqn: Any, operands: Sequence[Interval]) -> Interval:
     primitive, aval = eqn.primitive, eqn.outvars[0].aval
+    if primitive in _compat.varying_casts:  # ends may differ from device to device already
+        return Interval(*(_compat.varying_like(end, aval) for end in operands[0]))
     if len(eqn.outvars) == 1:
         if has(primitive, Trait.MOVES | Trait.KEEPS | Trait.CUTS) and len(operands) == 1:
             return Interval(*(primitive.bind(end, **eqn.params) for end in operands[0]))
@@ -184,6 +208,10 @@ def _cast(a: Interval, *, new_dtype: Any, **_: Any) -> Interval:
     return Interval(a.low.astype(jnp.float32), a.high.astype(jnp.float32))
 
 
+def _padding(*, padding_config: Any, **_: Any) -> Callable[[Array, Array], Array]:
+    return lambda end, of: lax.pad(end, of, padding_config)
+
+
 def _between(low: float, high: float) -> Callable[..., Interval]:
     """Of a function whose results lie there, if it has an argument."""
 
@@ -212,6 +240,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     p.mul_p: _mul,
     p.div_p: _div,
     p.neg_p: lambda a, **_: Interval(-a.high, -a.low),
+    p.pad_p: lambda a, of, **params: Interval(*map(_padding(**params), a, of)),
     p.max_p: _each(jnp.maximum),
     p.min_p: _each(jnp.minimum),
     p.clamp_p: _each(lambda low, x, high: jnp.minimum(jnp.maximum(x, low), high)),

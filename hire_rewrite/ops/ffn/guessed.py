@@ -67,6 +67,11 @@ class PredictedFFNSpec(ProductSpec):
         """G."""
         return self.width // self.group
 
+    def of_devices(self, count: int) -> PredictedFFNSpec:
+        """What one of so many devices computes, each of neurons of its own and its share of k."""
+        width, k = self.width // count, -(-self.k_groups // count)
+        return dataclasses.replace(self, width=width, k_groups=k)
+
     def takes_all(self, tokens: int) -> bool:
         """Whether so many tokens may ask for all exact rows; then nothing has to be guessed."""
         return tokens * self.k_groups >= self.groups

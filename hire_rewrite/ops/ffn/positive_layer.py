@@ -64,6 +64,11 @@ class PositiveFFNSpec(ProductSpec):
                 f"PositiveFFNSpec: gates={self.gates} are not among {self.projections} projections"
             )
 
+    def of_devices(self, count: int) -> PositiveFFNSpec:
+        """What one of so many devices computes, each of neurons of its own."""
+        width, budget = self.width // count, -(-self.budget // count)
+        return dataclasses.replace(self, width=width, budget=budget)
+
     @property
     def picked(self) -> tuple[int, ...]:
         """The projections of which rows are read one by one."""

@@ -8,24 +8,23 @@ that is the all-reduce that the dense block has too.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from hire_rewrite.ops.ffn.block import Activation, FFNSpec, FFNState
 from hire_rewrite.ops.ffn.ffn import counted_ffn
-from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState, counted_positive_ffn
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.ops.predictors.sharded import fitted_specs
+from hire_rewrite.ops.quality import Choice, Comparison, Measured, Reading
 from hire_rewrite.ops.usage import tally
 from hire_rewrite.sharding.rows import RowSharding
 
-__all__ = ["ffn_specs", "positive_specs", "sharded_ffn", "sharded_positive_ffn"]
+__all__ = ["compared", "ffn_specs", "of_some", "on_shards", "over_tokens", "sharded_ffn", "summed"]
 
 
 def sharded_ffn(
@@ -40,72 +39,134 @@ def sharded_ffn(
     together: bool,
     budget: int | None = None,
     counted: bool = False,
-) -> Any:
+) -> tuple[Array, Any]:
     """`hire_ffn` on arrays that are sharded as `ffn_specs` says, a shard for each device.
 
     Args:
       together: keep the tokens together, for the activation knows something of each.
-      counted: return the `tally` of each device too, u32[devices, ...].
+      counted: return the `tally` of each device, u32[devices, 8]; None otherwise.
     """
     share = None if budget is None else -(-budget // spec.num_shards)
-    block = functools.partial(counted_ffn, spec=spec.shard, predictor=predictor, budget=share)
-    specs = ffn_specs(state, spec, predictor, sharding)
-    return _on_shards(block, x, state, layer, activation, specs, sharding, together, counted)
 
+    def own(x: Array, state: FFNState, layer: Array, activation: Activation) -> tuple[Array, Any]:
+        settings: Any = {"activation": activation, "predictor": predictor, "budget": share}
+        y, usage = counted_ffn(x, state, layer, spec=spec.shard, **settings)
+        return y, tally(x.shape[0], usage) if counted else None
 
-def sharded_positive_ffn(
-    x: Array,
-    state: PositiveFFNState,
-    layer: Array | int,
-    *,
-    spec: PositiveFFNSpec,
-    activation: Activation,
-    sharding: RowSharding,
-    together: bool,
-    counted: bool = False,
-) -> Any:
-    """`positive_ffn` on arrays that are sharded as `positive_specs` says: see `sharded_ffn`.
-
-    A device reads all of its rows where its neurons alone are more than its share of the budget.
-    """
-    devices = sharding.num_shards
-    own = dataclasses.replace(
-        spec, width=spec.width // devices, budget=max(1, spec.budget // devices)
+    return on_shards(
+        summed(own, sharding.axes),
+        x,
+        state,
+        layer,
+        activation=activation,
+        sharding=sharding,
+        together=together,
+        specs=ffn_specs(state, spec, predictor, sharding),
+        by_device=counted,
     )
-    block = functools.partial(counted_positive_ffn, spec=own)
-    specs = positive_specs(state, spec, sharding)
-    return _on_shards(block, x, state, layer, activation, specs, sharding, together, counted)
 
 
-def _on_shards(
-    block: Callable[..., Any],
+def on_shards(
+    block: Callable[..., tuple[Array, Any]],
     x: Array,
     state: Any,
     layer: Array | int,
+    *,
     activation: Activation,
-    specs: Any,
     sharding: RowSharding,
     together: bool,
-    counted: bool,
-) -> Any:
-    """The sum of what each device's rows make of x: [tokens, d_in]."""
+    specs: Any = None,
+    by_device: bool = False,
+) -> tuple[Array, Any]:
+    """A block on each device, of its own arrays.
+
+    Args:
+      block: of one device (x: [tokens, d_in], state, layer, activation) to what all devices have
+        together (see `summed`), [tokens, d_out], and a report, a pytree of sums over tokens.
+      together: keep the tokens together, for the activation knows something of each.
+      specs: how the arrays are sharded; None for the devices' own in a row on the leading axis.
+      by_device: return the report of each device, on a leading axis, and not of all tokens.
+    """
     count = x.shape[0]
+    some = () if together else sharding.token_axes(count)
+
+    def on_shard(x: Array, state: Any, layer: Array) -> tuple[Array, Any]:
+        y, report = block(x, state, layer, activation=of_some(activation, count))
+        if by_device:
+            return y, jax.tree.map(lambda leaf: leaf[None], report)
+        return y, over_tokens(report, some)
+
+    tokens = PartitionSpec(some)
+    devices = PartitionSpec((*sharding.axes, *some)) if by_device else PartitionSpec()
+    specs = PartitionSpec(sharding.axes) if specs is None else specs
+    mapped = sharding.map(on_shard, (tokens, specs, PartitionSpec()), (tokens, devices))
+    results: tuple[Array, Any] = mapped(x, state, layer)
+    return results
+
+
+def of_some(activation: Activation, count: int) -> Activation:
+    """An activation that is written for so many tokens, of fewer."""
 
     def on_some(pre: tuple[Array, ...], vectors: tuple[Array, ...]) -> Array:
-        """The activation, which is written for all tokens, of some."""
-        missing = ((0, count - pre[0].shape[0]), (0, 0))
-        h = activation(tuple(jnp.pad(array, missing) for array in pre), vectors)
-        return h[: pre[0].shape[0]]
+        some = pre[0].shape[0]
+        if some == count:
+            return activation(pre, vectors)
+        missing = ((0, count - some), (0, 0))
+        return activation(tuple(jnp.pad(array, missing) for array in pre), vectors)[:some]
 
-    def on_shard(x: Array, state: Any, layer: Array) -> Any:
-        y, usage = block(x, state, layer, activation=on_some)
-        y = lax.psum(y, sharding.axes)
-        return (y, tally(x.shape[0], usage)[None]) if counted else y
+    return on_some
 
-    some = () if together else sharding.token_axes(count)
-    tokens, devices = PartitionSpec(some), PartitionSpec((*sharding.axes, *some))
-    results = (tokens, devices) if counted else tokens
-    return sharding.map(on_shard, (tokens, specs, PartitionSpec()), results)(x, state, layer)
+
+def over_tokens(report: Any, axes: Sequence[str]) -> Any:
+    """A report of all tokens, which are sharded over axes of the mesh."""
+    return jax.tree.map(lambda leaf: lax.psum(leaf, axes), report) if axes else report
+
+
+def summed(
+    block: Callable[..., tuple[Array, Any]], axes: Sequence[str]
+) -> Callable[..., tuple[Array, Any]]:
+    """A block of some neurons, which reports something, as that of all neurons, which are sharded
+    over axes of the mesh; each device reports its own."""
+    if not axes:
+        return block
+
+    def run(*args: Any, **settings: Any) -> tuple[Array, Any]:
+        y, report = block(*args, **settings)
+        return lax.psum(y, axes), report
+
+    return run
+
+
+def compared(measured: Callable[..., Measured], axes: Sequence[str]) -> Callable[..., Measured]:
+    """A block of some neurons that is measured as that of all (see `summed`). The units of all
+    devices are compared together; a token reads all where a device reads all of its own."""
+    if not axes:
+        return measured
+
+    def add(values: Array) -> Array:
+        return lax.psum(values, axes)
+
+    def join(units: Array) -> Array:
+        return lax.all_gather(units, axes, axis=1, tiled=True)
+
+    def run(*args: Any, **settings: Any) -> Measured:
+        own = measured(*args, **settings)
+        comparison, choice, reading = own.comparison, own.comparison.choice, own.comparison.reading
+        if choice is not None:
+            units = (choice.rank, choice.guessed, choice.candidates, choice.mass)
+            rank, guessed, candidates, mass = map(join, units)
+            k = choice.k * (rank.shape[1] // choice.rank.shape[1])
+            choice = Choice(rank, guessed, candidates, k, mass, choice.nothing)
+        if reading is not None:
+            whole = add(reading.whole.astype(jnp.int32)) > 0
+            reading = Reading(join(reading.wanted), join(reading.read), whole)
+        dense, exact, rewritten = map(
+            add, (comparison.dense, comparison.exact, comparison.rewritten)
+        )
+        results = Comparison(dense, exact, rewritten, choice, None, reading)
+        return Measured(add(own.exact), add(own.rewritten), results)
+
+    return run
 
 
 def ffn_specs(
@@ -119,24 +180,4 @@ def ffn_specs(
         vectors=(rows,) * len(state.vectors),
         predictor=fitted_specs(predictor, state.up, spec.scored_rows, None, sharding),
         norms=None if state.norms is None else rows,
-    )
-
-
-def positive_specs(
-    state: PositiveFFNState, spec: PositiveFFNSpec, sharding: RowSharding
-) -> PositiveFFNState:
-    """`ffn_specs` of a block without its zeros, with one gate and rows that are not encoded."""
-    rows: Any = sharding.along(1)
-    norms: Any = sharding.along(2)
-    guess: Any = {}
-    if spec.predictor is not None:
-        guess = fitted_specs(spec.predictor, state.up["rows"], spec.width, None, sharding)
-    return PositiveFFNState(
-        gates=dict.fromkeys(state.gates, rows),
-        up=dict.fromkeys(state.up, rows),
-        down=dict.fromkeys(state.down, rows),
-        vectors=(rows,) * len(state.vectors),
-        predictor=guess,
-        bound=dict.fromkeys(state.bound, rows),
-        norms=norms,
     )

@@ -18,8 +18,10 @@ from hire_rewrite.cost.machine import whole
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.ffn.block import ProductSpec
 from hire_rewrite.ops.ffn.layer import add_joined, sibling_inputs
+from hire_rewrite.ops.ffn.sharded import on_shards
 from hire_rewrite.ops.predictors import Read
 from hire_rewrite.patterns.region import from_tokens, to_tokens
+from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.experts import side_by_side
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
@@ -33,6 +35,8 @@ class BlockOperation(Operation):
 
     Attributes:
       spec: what is to be computed.
+      device_spec: what one device computes, of an operation whose packed arrays are those of each
+        device in a row.
     """
 
     rule: FFN
@@ -41,6 +45,7 @@ class BlockOperation(Operation):
         self, site: MatchedSite, rule: FFN, spec: ProductSpec, functions: Functions
     ) -> None:
         self.site, self.rule, self.spec = site, rule, spec
+        self.device_spec: ProductSpec | None = None
         self._match: FFNMatch = site.match
         self._functions = functions
 
@@ -56,26 +61,40 @@ class BlockOperation(Operation):
         ]
 
     def _replacements(
-        self, block: Callable[..., Any], arrays: Any, key: Hashable, *, reports: bool = False
+        self,
+        block: Callable[..., Any],
+        arrays: Any,
+        key: Hashable,
+        *,
+        reports: bool = False,
+        by_device: bool = False,
     ) -> list[SiteReplacement]:
         """The replacement of the block, and that of what shares a product with it.
 
         Args:
           block: (x: [tokens, d], arrays, layer, spec, activation) to [tokens, d_out] and a report.
           key: what tells it from other blocks.
+          by_device: whether each device reports for itself.
         """
-        run = self._run(functools.partial(block, spec=self.spec), key)
+        spec = self.device_spec or self.spec
+        key = key, self.site.sharding
+        run = self._run(functools.partial(block, spec=spec), key, by_device)
         replacements = [self.replacement(run, arrays, reports=reports)]
         if self._match.shared:
             replacements.append(self._fused(arrays))
         return replacements
 
-    def _run(self, block: Callable[..., Any], key: Hashable) -> Run:
+    def _run(self, block: Callable[..., Any], key: Hashable, by_device: bool) -> Run:
         match, region, spec = self._match, self._match.region, self.spec
+        sharding = self._divided
         side_inputs = len(region.sides)
         key = (region.signature, match.piece.axis, spec, key)
         if match.experts > 1:
-            return side_by_side(match, block, self._functions, key)
+            return side_by_side(match, block, self._functions, key, sharding, by_device)
+        if sharding is not None:
+            together = bool(region.sides)
+            settings: Any = {"sharding": sharding, "together": together, "by_device": by_device}
+            block = functools.partial(on_shards, block, **settings)
 
         def hire_ffn(x: Any, ins: Sequence[Any], arrays: Any, layer: Any) -> Any:
             known = dict(zip(region.sides, ins[:side_inputs], strict=True))
@@ -95,6 +114,19 @@ class BlockOperation(Operation):
             return [from_tokens(y, match.down.out.shape, match.down.out_axes)], report
 
         return run
+
+    @property
+    def _divided(self) -> RowSharding | None:
+        """Over which devices the packed arrays are, if those of each are in a row."""
+        sharding = self.site.sharding
+        if self.device_spec is None or not isinstance(sharding, RowSharding):
+            return None
+        return sharding
+
+    @property
+    def _row_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh over which the neurons of one expert are, if it is so divided."""
+        return () if self._divided is None else self._divided.rows
 
     def _fused(self, arrays: Any) -> SiteReplacement:
         """The other parts of a fused product, from rows of their own."""

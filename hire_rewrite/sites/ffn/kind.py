@@ -67,13 +67,18 @@ class FFNKind(SiteKind):
 
     def unsupported_sharding(self, match: FFNMatch, sharding: RowSharding) -> str | None:
         rows = f"its rows are sharded over {sharding}"
-        if match.experts > 1:
-            return f"its experts are sharded over {sharding}"
         if match.region.siblings or match.piece.others:
             return f"{rows}, and it shares a product with other layers"
         if match.activation.keeps is not None:
             return f"{rows}, and it selects among all of them itself"
         return None
+
+    def expert_axes(self, match: FFNMatch) -> Sequence[int]:
+        if match.experts == 1:
+            return ()
+        windows = {item.linear: item.window for item in match.region.projections}
+        found = [linear.expert_axes(windows.get(linear)) for linear in match.linears]
+        return [axes[1] for axes in found if axes is not None]
 
     def trials(self, site: MatchedSite, rule: FFN | None) -> Sequence[FFN]:
         """Those that zero no neuron: that is for models that were trained so."""

@@ -160,7 +160,6 @@ class FFNOperation(BlockOperation):
             block = functools.partial(
                 sharded_ffn, sharding=sharding, together=together, counted=counted
             )
-            block = block if counted else silent(block)
         else:
             block = counting(ops.counted_ffn) if counted else silent(ops.hire_ffn)
         block = functools.partial(block, predictor=predictor, budget=self.budget)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, SiblingState
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.kind import MatchedSite
+from hire_rewrite.sites.linear.shards import stored_shards
 from hire_rewrite.sites.operation import SiteCalibration
-from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor
+from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, stored_rows
 
 
 def packed_ffn(
@@ -66,6 +71,23 @@ def packed_ffn(
     )
 
 
+Encodings = Mapping[str, Encoding]
+
+
+class BlockRows(NamedTuple):
+    """A block's weights as rows.
+
+    Attributes:
+      up: [L, P, f, d_in], of the first matrices.
+      down: [L, f, d_out], of the second.
+      vectors: of [L, f], numbers of each neuron.
+    """
+
+    up: jax.Array
+    down: jax.Array
+    vectors: tuple[jax.Array, ...]
+
+
 def second_rows(site: MatchedSite, weights: WeightRows) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The rows of the last matrix that the neurons are for, [layers, f, d_out], and those that each
     other input of it is for."""
@@ -80,12 +102,74 @@ def second_rows(site: MatchedSite, weights: WeightRows) -> tuple[jax.Array, tupl
     return lax.slice_in_dim(rows, start, start + match.region.size, axis=1), joined
 
 
+def device_rows(site: MatchedSite, weights: WeightRows) -> BlockRows:
+    """A block's rows as each device's own, all of a device's layers and experts in a row."""
+    match: FFNMatch = site.match
+    sharding = site.sharding
+
+    def every(weights: WeightRows) -> BlockRows:
+        ups = [weights.expert_projections(item) for item in match.region.projections]
+        down = jnp.swapaxes(weights.experts(match.down), 2, 3)
+        start = match.piece.start
+        down = lax.slice_in_dim(down, start, start + match.region.size, axis=2)
+        vectors = [vector[:, None] for vector in weights.vectors(match.region)]
+        return BlockRows(jnp.stack(ups, axis=2), down, tuple(vectors))
+
+    rows = weights.on_devices(every, sharding)
+    return BlockRows(
+        sharding.device_blocks(rows.up, 3),
+        sharding.device_blocks(rows.down, 2),
+        tuple(sharding.device_blocks(vector, 2) for vector in rows.vectors),
+    )
+
+
 def siblings(match: FFNMatch, weights: WeightRows) -> tuple[SiblingState, ...]:
     """The rows and vectors of the other parts of a fused product."""
     return tuple(
         SiblingState(tuple(map(weights.projection, part.projections)), weights.vectors(part))
         for part in match.region.siblings
     )
+
+
+def packed_block(
+    site: MatchedSite, weights: WeightRows, encodings: Encodings, make: Callable[..., Any]
+) -> Any:
+    """The packed arrays of a block, each device's own in a row where it is sharded.
+
+    In a manual region, which runs on each device, rows are as they are, for `encoded_block`.
+
+    Args:
+      encodings: how the rows among the arrays are stored, by the name of the field.
+      make: (BlockRows of one device, store) to a named tuple with these fields, `fused` and
+        `joined`; `store` makes of an encoding and rows what is stored.
+    """
+    match: FFNMatch = site.match
+    sharding = site.sharding
+    if isinstance(sharding, RowSharding):
+        own = PartitionSpec(sharding.axes)
+        each = jax.jit(sharding.map(lambda rows: make(rows, _as_they_are), own, own))
+        return encoded_block(site, encodings, each(device_rows(site, weights)))
+    up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
+    down, joined = second_rows(site, weights)
+    store = stored_rows if sharding.region is None else _as_they_are
+    state = make(BlockRows(up, down, weights.vectors(match.region)), store)
+    return state._replace(fused=siblings(match, weights), joined=joined)
+
+
+def encoded_block(site: MatchedSite, encodings: Encodings, arrays: Any) -> Any:
+    """The packed arrays with what is stored of each device's rows in the place of these."""
+    rows = {name: getattr(arrays, name) for name in encodings}
+    return arrays._replace(
+        **{
+            name: stored_shards(stored["rows"], encodings[name], site.sharding)
+            for name, stored in rows.items()
+            if stored
+        }
+    )
+
+
+def _as_they_are(encoding: Encoding, rows: jax.Array) -> Stored:
+    return {"rows": rows}
 
 
 def _group_order(site: MatchedSite, spec: FFNSpec, kept: jax.Array | None) -> jax.Array | None:

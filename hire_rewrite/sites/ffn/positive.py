@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from hire_rewrite.cost.machine import fetches_words
 from hire_rewrite.errors import HireRewriteError
@@ -27,20 +28,19 @@ from hire_rewrite.ops.encodings import (
 )
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
-from hire_rewrite.ops.ffn.sharded import positive_specs, sharded_positive_ffn
+from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.kernels.tpu.fits import fits_picked
 from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
 from hire_rewrite.rules import count
-from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.block import BlockOperation
 from hire_rewrite.sites.ffn.exact import Positives, RawBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.ffn.packing import second_rows, siblings
+from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, encoded_block, packed_block
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
+from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
 
 _BEST = Quantized()
 SHARE = 0.5
@@ -76,20 +76,15 @@ def positive_operation(
     """
     match: FFNMatch = site.match
     told = told or PositiveStatistics()
-    if site.sharding.region is not None:
-        raise Unfit('it is in a shard_map, which k="positive" does not support; give a number')
     gates = match.activation.zeroing
     if not gates:
         raise Unfit(
             f"its activation ({match.activation.name}) is not seen to make a neuron zero, and "
             'k="positive" leaves out those that are; give a number or share'
         )
-    devices = site.sharding.num_shards
-    if devices > 1 and (len(gates) > 1 or rule.exact is not None or match.region.size % devices):
-        raise Unfit(
-            f"it is sharded over {site.sharding}, and its neurons can be divided alike only with "
-            "one gate and rows as the model has them"
-        )
+    devices = site.sharding.row_shards
+    if match.region.size % devices:
+        raise Unfit(f"its {match.region.size} neurons cannot be divided among {devices} devices")
     known = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
     up, down, width = match.linears[0], match.down, match.region.size
     if up.out.dtype not in known or down.out.dtype not in known:
@@ -105,10 +100,10 @@ def positive_operation(
             "predictor=Quantized()"
         )
     try:
-        first.check(projections * width, d, site=site.name)
-        second.check(width, down.out_dim, site=site.name)
+        first.check(projections * width // devices, d, site=site.name)
+        second.check(width // devices, down.out_dim, site=site.name)
         if predictor is not None:
-            predictor.check(len(gates) * width, d, site=site.name)
+            predictor.check(len(gates) * width // devices, d, site=site.name)
     except HireRewriteError as error:
         raise Unfit(str(error)) from None
     spec = PositiveFFNSpec(
@@ -181,6 +176,7 @@ class PositiveOperation(BlockOperation):
     """A block of which each token has the neurons that may not be zero."""
 
     spec: PositiveFFNSpec
+    device_spec: PositiveFFNSpec
     reads_vary = True
 
     def __init__(
@@ -192,6 +188,7 @@ class PositiveOperation(BlockOperation):
         functions: Functions,
     ) -> None:
         super().__init__(site, rule, spec, functions)
+        self.device_spec = spec.of_devices(site.sharding.row_shards)
         self._told = told
         self._share = _read_share(spec, site.d_model, told.share)
 
@@ -201,12 +198,12 @@ class PositiveOperation(BlockOperation):
         proved = spec.margin == "proved"
         return (
             "ffn", "positive", spec.width, spec.projections, spec.gates, spec.up, spec.down,
-            spec.predictor, proved,
+            spec.predictor, proved, self.site.sharding.num_shards, self.site.sharding.row_shards,
         )  # fmt: skip
 
     @property
     def scored(self) -> tuple[int, int]:
-        return len(self.spec.gates) * self.spec.width, self.site.d_model
+        return len(self.spec.gates) * self.device_spec.width, self.site.d_model
 
     @property
     def predictor(self) -> Predictor | None:
@@ -218,8 +215,7 @@ class PositiveOperation(BlockOperation):
 
     @property
     def examines(self) -> bool:
-        sharded = self.site.sharding.mesh is not None
-        return self.rule.exact is None and self._told.up is None and not sharded
+        return self.rule.exact is None and self._told.up is None
 
     @property
     def needs_calibration(self) -> bool:
@@ -245,9 +241,7 @@ class PositiveOperation(BlockOperation):
         A list is read to its end, but on TPU only by kernels: what they do not take is a gather of
         the whole budget.
         """
-        d, share, devices = self.site.d_model, self._share, self.site.sharding.num_shards
-        width, budget = (count // devices for count in (self.spec.width, self.spec.budget))
-        spec = dataclasses.replace(self.spec, width=width, budget=max(1, budget))
+        d, share, spec = self.site.d_model, self._share, self.device_spec
         reads, each = self._shared_reads(tokens), math.ceil(share * spec.width)
         if fetches_words() and not self._fits(spec, tokens):
             each = spec.budget
@@ -264,7 +258,7 @@ class PositiveOperation(BlockOperation):
         if spec.predictor is None:
             return [*reads, *spec.up.reads(len(spec.gates) * spec.width, d, tokens)]
         dtype = narrow(self._match.linears[0].weight).dtype
-        return [*reads, *reads_of(spec.predictor, len(spec.gates) * width, d, dtype, tokens)]
+        return [*reads, *reads_of(spec.predictor, len(spec.gates) * spec.width, d, dtype, tokens)]
 
     def _fits(self, spec: PositiveFFNSpec, tokens: int) -> bool:
         """Whether the kernels for TPU take a device's lists of rows."""
@@ -276,12 +270,14 @@ class PositiveOperation(BlockOperation):
         )
 
     def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
-        match = self._match
-        up = jnp.concatenate([weights.projection(p) for p in match.region.projections], axis=1)
-        down, _ = second_rows(self.site, weights)
-        if not all(bool(jnp.isfinite(rows).all()) for rows in (up, down)):
+        match, rows = self._match, device_rows(self.site, weights)
+        up = rows.up.reshape(rows.up.shape[0], -1, rows.up.shape[-1])
+        if not all(bool(jnp.isfinite(some).all()) for some in (up, rows.down)):
             return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
-        first, second = (narrowest(np.asarray(rows)) for rows in (up, down))
+        first, second = (
+            narrowest(np.asarray(some)) if some.is_fully_addressable else None
+            for some in (up, rows.down)
+        )
         stored_up, stored_down = _apart(
             self.site,
             _as_the_model(match.linears[0]) if first is None else first[0],
@@ -295,39 +291,49 @@ class PositiveOperation(BlockOperation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> PositiveFFNState:
-        match, spec = self._match, self.spec
-        up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
-        layers, _, _, d_in = up.shape
-        down, joined = second_rows(self.site, weights)
-        up = self.site.sharding.put_rows(up, 2)
-        rows = up[:, spec.gates, :, :].reshape(layers, -1, d_in)
-        picked = jnp.swapaxes(up[:, spec.picked, :, :], 1, 2).reshape(layers, -1, d_in)
+        arrays: PositiveFFNState = packed_block(
+            self.site, weights, self._encodings, functools.partial(self._state, advance)
+        )
+        return arrays
+
+    def encoded(self, arrays: PositiveFFNState) -> PositiveFFNState:
+        if self.site.sharding.region is None:
+            return arrays
+        encoded: PositiveFFNState = encoded_block(self.site, self._encodings, arrays)
+        return encoded
+
+    def _state(
+        self,
+        advance: Callable[[], None],
+        own: BlockRows,
+        store: Callable[[Encoding, jax.Array], Stored],
+    ) -> PositiveFFNState:
+        """The arrays for the rows of one device; `store` says what is stored of a matrix."""
+        spec, (layers, _, _, d_in) = self.device_spec, own.up.shape
+        rows = own.up[:, spec.gates, :, :].reshape(layers, -1, d_in)
+        picked = jnp.swapaxes(own.up[:, spec.picked, :, :], 1, 2).reshape(layers, -1, d_in)
         guess: Any = {}
         bound: Any = {}
         if spec.predictor is not None:
             guess = fit_predictor(spec.predictor, rows, None, advance)
             bound = map_layers(spec.predictor.fit_bound, rows.astype(spec.compute_dtype), guess)
-        wide = up.astype(spec.compute_dtype)
         return PositiveFFNState(
-            gates=self._stored(spec.whole, rows) if spec.predictor is None else {},
-            up=self._stored(spec.up, picked) if spec.picked else {},
-            down=self._stored(spec.down, down),
-            vectors=weights.vectors(match.region),
+            gates={} if spec.predictor is not None else store(spec.whole, rows),
+            up=store(spec.up, picked) if spec.picked else {},
+            down=store(spec.down, own.down),
+            vectors=own.vectors,
             predictor=guess,
             bound=bound,
-            norms=rounding.norms(wide),
-            fused=siblings(match, weights),
-            joined=joined,
+            norms=rounding.norms(own.up.astype(spec.compute_dtype)),
         )
 
-    def _stored(self, encoding: Encoding, rows: Any) -> Stored:
-        if self.site.sharding.mesh is None:
-            return stored_rows(encoding, rows)
-        return encoding.store(rows)  # no device has all of them
+    @property
+    def _encodings(self) -> dict[str, Encoding]:
+        spec = self.spec
+        return {"gates": spec.whole, "up": spec.up, "down": spec.down}
 
     def partition_specs(self, arrays: Any) -> Any:
-        assert isinstance(self.site.sharding, RowSharding)
-        return positive_specs(arrays, self.spec, self.site.sharding)
+        return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
         return arrays.gates, arrays.up, arrays.down, arrays.predictor
@@ -343,36 +349,26 @@ class PositiveOperation(BlockOperation):
         return lossless and self._match.activation.sparse
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        return self._without_zeros(arrays, counted=False)
+        block = summed(silent(ops.positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("rewritten",))
 
     def counted(self, arrays: Any) -> list[SiteReplacement]:
-        return self._without_zeros(arrays, counted=True)
+        block = summed(counting(ops.counted_positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("counted",), reports=True, by_device=True)
 
     @property
     def counted_units(self) -> int:
-        return self.spec.width // self.site.sharding.num_shards
-
-    def _without_zeros(self, arrays: Any, *, counted: bool) -> list[SiteReplacement]:
-        sharding = self.site.sharding
-        block: Callable[..., Any]
-        if isinstance(sharding, RowSharding):
-            together = bool(self._match.region.sides)
-            block = functools.partial(
-                sharded_positive_ffn, sharding=sharding, together=together, counted=counted
-            )
-            block = block if counted else silent(block)
-        else:
-            block = counting(ops.counted_positive_ffn) if counted else silent(ops.positive_ffn)
-        key = ("rewritten", sharding, counted)
-        return self._replacements(block, arrays, key, reports=counted)
+        return self.device_spec.width
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        return self._replacements(silent(ops.dense_positive_ffn), arrays, ("dense",))
+        block = summed(silent(ops.dense_positive_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("dense",))
 
     dense = exact
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        block = reporting(ops.measured_positive_ffn, follow_exact)
+        measured = compared(ops.measured_positive_ffn, self._row_axes)
+        block = reporting(measured, follow_exact)
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 
     def observed(self) -> SiteReplacement:

@@ -7,23 +7,26 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
-from hire_rewrite.ops.encodings import Blocks, Encoding, Float, fetched_kind
+from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Stored, fetched_kind
 from hire_rewrite.ops.ffn import tail as ops
+from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.predictors import Predictor, Read
 from hire_rewrite.rules import count
 from hire_rewrite.sites.ffn.block import BlockOperation
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.ffn.packing import second_rows, siblings
+from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, encoded_block, packed_block
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, stored_rows
+from hire_rewrite.sites.weight_rows import WeightRows
 
 
 def predicted_operation(
@@ -36,26 +39,27 @@ def predicted_operation(
       Unfit: the rule cannot be applied to this block.
     """
     match: FFNMatch = site.match
-    if site.sharding.mesh is not None or site.sharding.region is not None:
-        where = f"sharded over {site.sharding}" if site.sharding.axes else "in a shard_map"
-        raise Unfit(f'it is {where}, which tail="predicted" does not support; give tail="zero"')
     if match.activation.keeps is not None:
         raise Unfit(
             "it selects among all of its neurons itself, and those that it zeroes need no guess; "
             'give tail="zero"'
         )
     width, up, down = match.region.size, match.linears[0], match.down
-    projections, group = len(match.region.projections), math.gcd(rule.group or 1, width)
+    projections, devices = len(match.region.projections), site.sharding.row_shards
+    if width % devices:
+        raise Unfit(f"its {width} neurons cannot be divided among {devices} devices")
+    own = width // devices
+    group = math.gcd(rule.group or 1, own)
     assert not isinstance(rule.k, str)
     k = count(rule.k, width, f"{site.name}: k") if rule.k else 0
     exact = rule.exact or _as_the_model(site) if k else None
     encoding = rule.encoding or Blocks(8)
     try:
-        encoding.check(projections * width, up.in_dim, site=site.name)
-        encoding.check(down.out_dim, width, site=site.name)
+        encoding.check(projections * own, up.in_dim, site=site.name)
+        encoding.check(down.out_dim, own, site=site.name)
         if exact is not None:
-            exact.check(projections * width, up.in_dim, site=site.name)
-            exact.check(width, down.out_dim, site=site.name)
+            exact.check(projections * own, up.in_dim, site=site.name)
+            exact.check(own, down.out_dim, site=site.name)
     except HireRewriteError as error:
         raise Unfit(str(error)) from None
     spec = PredictedFFNSpec(
@@ -66,7 +70,7 @@ def predicted_operation(
         width=width,
         group=group,
         projections=projections,
-        k_groups=-(-k // group),
+        k_groups=-(-k // (group * devices)) * devices,
         criterion=rule.criterion or "output",
         encoding=encoding,
         exact=exact,
@@ -90,11 +94,13 @@ class PredictedFFNOperation(BlockOperation):
     """A block of which each token has its top k neurons exactly, and the others guessed."""
 
     spec: PredictedFFNSpec
+    device_spec: PredictedFFNSpec
 
     def __init__(
         self, site: MatchedSite, rule: FFN, spec: PredictedFFNSpec, functions: Functions
     ) -> None:
         super().__init__(site, rule, spec, functions)
+        self.device_spec = spec.of_devices(site.sharding.row_shards)
         self.unit, self.k, self.candidates = spec.group, spec.k_groups, spec.k_groups
 
     @property
@@ -109,31 +115,33 @@ class PredictedFFNOperation(BlockOperation):
             spec.encoding,
             spec.exact,
             by_output,
+            self.site.sharding.num_shards,
+            self.site.sharding.row_shards,
         )
 
     @property
     def scored(self) -> tuple[int, int]:
-        return self.spec.projections * self.spec.width, self.site.d_model
+        return self.spec.projections * self.device_spec.width, self.site.d_model
 
     @property
     def predictor(self) -> Predictor | None:
         return None
 
     def describe(self) -> str:
-        spec, rule = self.spec, self.rule
+        spec, rule, where = self.spec, self.rule, self.site.sharding.describe()
         rounded = ", inputs rounded to 8 bits" if rule.round_inputs else ""
         if not spec.k_groups:
-            return f"all of {spec.width} neurons as {spec.encoding}{rounded}"
+            return f"all of {spec.width} neurons as {spec.encoding}{rounded}{where}"
         exactly = "exactly" if rule.exact is None else f"as {rule.exact}"
         groups = f", in groups of {spec.group}" if spec.group > 1 else ""
         return (
             f"top {self.k * self.unit} of {spec.width} neurons {exactly}{groups}, the others as "
-            f"{spec.encoding}{rounded}"
+            f"{spec.encoding}{rounded}{where}"
         )
 
     def reads(self, tokens: int) -> list[Read]:
         """The copy, and the exact rows of each token, which are counted as if they shared none."""
-        spec, d_in, d_out = self.spec, self.site.d_model, self._match.down.out_dim
+        spec, d_in, d_out = self.device_spec, self.site.d_model, self._match.down.out_dim
         width, projections, shared = spec.width, spec.projections, self._shared_reads(tokens)
         copy = (
             *spec.encoding.reads(projections * width, d_in, tokens),
@@ -157,22 +165,39 @@ class PredictedFFNOperation(BlockOperation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> PredictedFFNState:
-        match, spec = self._match, self.spec
-        up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
-        layers, projections, width, d_in = up.shape
-        down, joined = second_rows(self.site, weights)
-        by_neuron = jnp.swapaxes(up, 1, 2).reshape(layers, width * projections, d_in)
+        arrays: PredictedFFNState = packed_block(self.site, weights, self._encodings, self._state)
+        return arrays
+
+    def encoded(self, arrays: PredictedFFNState) -> PredictedFFNState:
+        if self.site.sharding.region is None:
+            return arrays
+        encoded: PredictedFFNState = encoded_block(self.site, self._encodings, arrays)
+        return encoded
+
+    def _state(
+        self, own: BlockRows, store: Callable[[Encoding, jax.Array], Stored]
+    ) -> PredictedFFNState:
+        """The arrays for the rows of one device; `store` says what is stored of a matrix."""
+        spec, (layers, _, _, d_in) = self.spec, own.up.shape
+        by_neuron = jnp.swapaxes(own.up, 1, 2).reshape(layers, -1, d_in)
         by_output = spec.criterion == "output"
         return PredictedFFNState(
-            up=stored_rows(spec.encoding, up.reshape(layers, projections * width, d_in)),
-            down=stored_rows(spec.encoding, jnp.swapaxes(down, 1, 2)),
-            exact_up={} if spec.exact is None else stored_rows(spec.exact, by_neuron),
-            exact_down={} if spec.exact is None else stored_rows(spec.exact, down),
-            vectors=weights.vectors(match.region),
-            norms=jnp.linalg.norm(down.astype(jnp.float32), axis=-1) if by_output else None,
-            fused=siblings(match, weights),
-            joined=joined,
+            up=store(spec.encoding, own.up.reshape(layers, -1, d_in)),
+            down=store(spec.encoding, jnp.swapaxes(own.down, 1, 2)),
+            exact_up={} if spec.exact is None else store(spec.exact, by_neuron),
+            exact_down={} if spec.exact is None else store(spec.exact, own.down),
+            vectors=own.vectors,
+            norms=jnp.linalg.norm(own.down.astype(jnp.float32), axis=-1) if by_output else None,
         )
+
+    @property
+    def _encodings(self) -> dict[str, Encoding]:
+        copy, exact = self.spec.encoding, self.spec.exact
+        rows = {"up": copy, "down": copy}
+        return rows if exact is None else {**rows, "exact_up": exact, "exact_down": exact}
+
+    def partition_specs(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     @property
     def holds_weights(self) -> bool:
@@ -180,36 +205,40 @@ class PredictedFFNOperation(BlockOperation):
         return self.spec.exact is not None and self.rule.exact is None
 
     def with_weights(self, arrays: PredictedFFNState, weights: WeightRows) -> PredictedFFNState:
-        up = jnp.concatenate(
-            [weights.projection(item) for item in self._match.region.projections], axis=1
-        )
-        return arrays._replace(dense=(up, second_rows(self.site, weights)[0]))
+        rows = device_rows(self.site, weights)
+        up = rows.up.reshape(rows.up.shape[0], -1, rows.up.shape[-1])
+        return arrays._replace(dense=(up, rows.down))
 
     def rows(self, arrays: PredictedFFNState) -> Sequence[Any]:
         return arrays.up, arrays.down, arrays.exact_up, arrays.exact_down
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        return self._replacements(silent(ops.hire_predicted_ffn), arrays, ("rewritten",))
+        block = summed(silent(ops.hire_predicted_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("rewritten",))
 
     def counted(self, arrays: Any) -> list[SiteReplacement]:
-        block = counting(ops.counted_predicted_ffn)
-        return self._replacements(block, arrays, ("counted",), reports=True)
+        block = summed(counting(ops.counted_predicted_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("counted",), reports=True, by_device=True)
 
     @property
     def counted_units(self) -> int:
-        return self.spec.groups
+        return self.device_spec.groups
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        return self._replacements(silent(ops.dense_predicted_ffn), arrays, ("dense",))
+        block = summed(silent(ops.dense_predicted_ffn), self._row_axes)
+        return self._replacements(block, arrays, ("dense",))
 
     dense = exact
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        block = reporting(ops.measured_predicted_ffn, follow_exact)
+        measured = compared(ops.measured_predicted_ffn, self._row_axes)
+        block = reporting(measured, follow_exact)
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 
     def with_candidates(self, candidates: int) -> PredictedFFNOperation:
-        """The same with so many groups exactly."""
+        """The same with so many groups exactly, rounded up to as many of each device."""
+        devices = self.site.sharding.row_shards
+        candidates = -(-candidates // devices) * devices
         spec = dataclasses.replace(self.spec, k_groups=candidates)
         rule = self.rule.replace(k=candidates * self.unit)
         return PredictedFFNOperation(self.site, rule, spec, self._functions)

@@ -65,6 +65,11 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
     match: FFNMatch = site.match
     width, up, activation = match.region.size, match.linears[0], match.activation
     _check_fits(rule, match)
+    if match.experts > 1 and site.sharding.num_shards > 1:
+        raise Unfit(
+            f"its experts are sharded over {site.sharding}, where a top k is not supported; give "
+            'k="positive" or tail="predicted"'
+        )
     if statistics is not None and statistics.k is not None:
         rule = _with_k(site.name, rule, statistics.k, width)
     assert not isinstance(rule.k, str)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.ops.encodings import Encoding, Stored, narrowest
+from hire_rewrite.ops.encodings import Encoding, Float, Stored, narrowest
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.sharding.rows import RowSharding, Sharding
 from hire_rewrite.sites.matrices import Matrices
@@ -69,7 +69,7 @@ def stored_shards(
     mesh = lies.mesh if isinstance(lies, NamedSharding) else sharding.mesh
     where = _compat.mesh_around(mesh), sharding.axes
     stored: Stored = _store_all(shards, encoding, transposed, *where)
-    if traced:
+    if traced or isinstance(encoding, Float):  # which stores exactly what it can
         return stored
     exact: dict[str, Stored | None] = {}
     of_device = {}

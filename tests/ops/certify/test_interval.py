@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from hire_rewrite.ops.certify.interval import Interval, enclosure
 
-N = 64
+N, PLACE = 64, jnp.int32(1)
 CODE = {
     "relu": lambda a, b: jax.nn.relu(a),
     "squared": lambda a, b: jnp.square(jax.nn.relu(a + b)),
@@ -25,8 +26,15 @@ CODE = {
     "jit": lambda a, b: jax.jit(lambda a: jnp.maximum(a, -0.0))(a) * b,
     "gelu": lambda a, b: jax.nn.gelu(a),
     "integers": lambda a, b: jnp.where(a < 1, jnp.arange(N), b),
+    "padded": lambda a, b: jnp.pad(jax.nn.relu(a), (2, 3))[2 : N + 2] * b,
+    "an expert's": lambda a, b: lax.dynamic_index_in_dim(
+        jnp.broadcast_to(jax.nn.relu(a), (3, N)) * b, PLACE - 3, keepdims=False
+    ),
 }
-ZERO = ("relu", "squared", "gated", "clipped", "threshold", "by a mask", "both", "shrunk", "jit")
+ZERO = (
+    *("relu", "squared", "gated", "clipped", "threshold", "by a mask", "both", "shrunk", "jit"),
+    *("padded", "an expert's"),
+)
 
 
 def intervals(seed, spread):
