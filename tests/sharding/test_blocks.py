@@ -50,7 +50,7 @@ def on_grids():
     return weights() | {"layers": layers}
 
 
-@pytest.mark.parametrize("name", ["whole, data and model", "whole, unchecked", "blocks"])
+@pytest.mark.parametrize("name", ["whole, unchecked", "blocks"])
 def test_in_a_manual_region_each_device_leaves_out_its_zeros(name):
     form, mesh, check_vma = FORMS[name]
     step = hire.transform(form(mesh, check_vma), positive(predictor=Quantized(), budget=0.5))
@@ -209,8 +209,8 @@ def test_a_copy_of_each_device_and_its_own_top_k(region):
     check_little_is_sent(compiled)
     assert np.abs(got - dense()).max() > 1e-4  # it does take a copy
     close(got, in_parts(), 1e-4)
-    for mode in ("exact", "dense"):
-        close(jax.jit(hire.transform(fn, predicted(), mode=mode))(packed, token), dense(), 1e-5)
+    exactly = jax.jit(hire.transform(fn, predicted(), mode="exact"))
+    close(exactly(packed, token), dense(), 1e-5)
     rounded = hire.transform(fn, predicted(exact=Blocks(8), encoding=Blocks(4)))
     report = rounded.evaluate(rounded.pack(put, token), [(token,)], weights=put)
     assert 1e-3 < report.sites[0].error < 0.3
@@ -319,17 +319,17 @@ def test_experts_are_the_models(name, rule):
         assert len(report.read) == 2 * E
         assert 0.4 < min(report.read) <= max(report.read) < 0.7
         assert report.recall == (1.0,) * (2 * E)
+    if name == "experts and neurons":
         got = jax.jit(jax.grad(lambda x: jnp.sin(step(packed, x)).sum()))(x)
         close(got, jax.grad(lambda x: jnp.sin(layers_of_experts(p, x)).sum())(x), 1e-4)
 
 
-@pytest.mark.parametrize("rule", [positive(), predicted(encoding=Float())], ids=str)
-def test_all_experts_on_all_tokens(rule):
+def test_all_experts_on_all_tokens():
     mesh, p = mesh_of(data=2, model=4), {n: experts_weights()[n][0] for n in ("up", "down")}
     put = {n: jax.device_put(w, NamedSharding(mesh, P("model"))) for n, w in p.items()}
     rng = np.random.default_rng(1)
     x, w = (np.asarray(rng.normal(size=s), np.float32) for s in ((T, D), (T, E)))
-    step = hire.transform(weighted_experts, rule)
+    step = hire.transform(weighted_experts, positive())
     packed = step.pack(put, x, w)
     assert len(step.plan(packed, x, w).rewritten) == 1
     close(jax.jit(step)(packed, x, w), weighted_experts(p, x, w), 1e-5)
