@@ -36,12 +36,22 @@ SIZES = {"slots": SLOTS, "max_len": MAX_LEN, "chunk": CHUNK}
 def params():
     keys = iter(jax.random.split(jax.random.key(0), 20))
 
-    def array(shape):
-        scale = 1.0 if len(shape.shape) == 1 else shape.shape[-2] ** -0.5
-        return jax.random.normal(next(keys), shape.shape) * scale
+    def array(*shape):
+        scale = 1.0 if len(shape) == 1 else shape[-2] ** -0.5
+        return jax.random.normal(next(keys), shape) * scale
 
-    made = jax.tree.map(array, packs.shapes(CONFIG))
-    return made | {"embed": made["embed"] * 8}  # answers that do not soon repeat
+    layers, d, f = CONFIG.layers, CONFIG.d_model, CONFIG.d_ff
+    q, r = CONFIG.heads * CONFIG.head_dim, CONFIG.kv_heads * CONFIG.head_dim
+    matrices = {
+        "wq": (d, q), "wk": (d, r), "wv": (d, r), "wo": (q, d),
+        "w_gate": (d, f), "w_up": (d, f), "w_down": (f, d),
+    }  # fmt: skip
+    vectors = {"attn_norm": (d,), "ffn_norm": (d,)}
+    return {
+        "embed": array(CONFIG.vocab, d) * 8,  # answers that do not soon repeat
+        "layers": {name: array(layers, *s) for name, s in (matrices | vectors).items()},
+        "final_norm": array(d),
+    }
 
 
 @functools.cache
