@@ -108,6 +108,7 @@ gpu: $(VENV)/.test
 docs: $(VENV)/.test $(VENV)/.docs
 	$(RUN) -m tests.zoo.coverage docs/coverage.md
 	$(RUN) -m benchmarks.da_top_k
+	$(RUN) -m benchmarks.reliability
 	$(RUN) -m hire_rewrite draw examples.smollm2.target:step --pack -o docs/smollm2.svg
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
