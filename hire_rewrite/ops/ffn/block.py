@@ -57,7 +57,8 @@ class FFNSpec(ProductSpec):
       gate_bias: the vector that is added to the gate first, or None.
       selects: whether the activation itself looks at all neurons together and zeroes most; then it
         is given the guesses of those that were not gathered.
-      keeps_all: whether all that it selects is kept, where ties make it more than k too.
+      keeps_all: whether all that it selects is kept, where ties make it more than k too (for groups
+        of one neuron).
       criterion: what a neuron is ranked by: |h| (`"hidden"`), or |h| times the norm of the neuron's
         second row (`"output"`). A group is ranked by the root of the sum of its squares.
       common_groups: the first so many groups are always computed, without prediction.

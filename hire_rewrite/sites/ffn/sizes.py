@@ -104,11 +104,16 @@ def ffn_spec(site: MatchedSite, rule: FFN, statistics: FFNStatistics | None) -> 
         sparse=activation.sparse,
         gate_bias=activation.gate_bias if activation.sparse else None,
         selects=activation.keeps is not None,
-        keeps_all=activation.keeps is not None and k >= selected_k(activation, width),
+        keeps_all=_keeps_all(activation, k, group, width),
         criterion=rule.criterion or "hidden",
         common_groups=min(-(-common // group), -(-candidates // group)),
         num_shards=num_shards,
     )
+
+
+def _keeps_all(activation: Activation, k: int, group: int, width: int) -> bool:
+    """Whether a rule asks for no fewer neurons than a block's own selection."""
+    return activation.keeps is not None and group == 1 and k >= selected_k(activation, width)
 
 
 def selected_k(activation: Activation, width: int) -> int:
