@@ -26,6 +26,11 @@ class Same:
     state: None = None
     joint: None = None
     shards: None = None
+    known: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def reported(self):
+        return (self.name, *self.known)
 
     @property
     def nodes(self):
