@@ -74,7 +74,7 @@ SIDES: dict[str, tuple[Rule, ...]] = {
         hire.Linear(encoding=hire.Blocks(4, minimum=True), round_inputs=True, force=True),
     ),
     "8 bits, exact parts": everything(hire.Blocks(8), neurons=0.02, inputs=0.02),
-    "4 bits, exact parts": everything(hire.Blocks(4, minimum=True), neurons=0.02, inputs=0.02),
+    "4 bits, exact parts": everything(hire.Blocks(4, minimum=True), neurons=0.05, inputs=0.02),
     "4 bits": everything(hire.Blocks(4, minimum=True), neurons=0, inputs=0),
 }
 """What is rewritten, by name: to add a way is to add a line."""
