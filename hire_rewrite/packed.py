@@ -180,7 +180,8 @@ class Packed:
         Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
           >>> step = hire.transform(lambda params, x: x @ params["vocabulary"])
-          >>> packed = step.pack({"vocabulary": jnp.ones((8, 16))}, jnp.zeros((1, 8)))
+          >>> weights = jnp.sin(jnp.arange(128.0)).reshape(8, 16)
+          >>> packed = step.pack({"vocabulary": weights}, jnp.zeros((1, 8)))
           >>> list(packed.arrays), packed.with_arrays(packed.arrays)
           (['vocabulary'], Packed(1 weights, 0 sites, 0.0 MB))
         """
@@ -232,7 +233,7 @@ class Packed:
           >>> params = {"vocabulary": jnp.sin(jnp.arange(128.0)).reshape(8, 16)}
           >>> packed = step.pack(params, jnp.zeros((1, 8)))
           >>> packed.check(params)
-          >>> packed.check({"vocabulary": 0.99 * params["vocabulary"]})
+          >>> packed.check({"vocabulary": 0.99 * params["vocabulary"]})  # doctest: +ELLIPSIS
           Traceback (most recent call last):
           hire_rewrite.errors.HireRewriteError: params/vocabulary has changed since it was packed...
 

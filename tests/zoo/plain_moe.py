@@ -158,8 +158,8 @@ MODELS = [
     # What one device does: half of the width.
     Model("JAX", "FFN under shard_map", "forward", _tensor_parallel, (
         *(ffn(f"params/layers/{i}/w_down", D, G // 2, "silu", gated=True) for i in (0, 1)), _HEAD,
-    ), linears=14, predicted=False),
+    ), linears=8),
     Model("JAX", "explicit shardings", "forward", _explicit, (
         *_FFNS, head("params/lm_head", D, V),
-    ), linears=14, predicted=False),
+    ), linears=8),
 ]  # fmt: skip
