@@ -95,10 +95,10 @@ def _times(times: Mapping[str, Row]) -> Iterable[str]:
     slower = [name for name, row in times[list(times)[-1]].items() if row["ratio"] < 1]
     if slower:
         yield (
-            "\nA sentence is up to 64 tokens at once, of matrices that lie in caches. Without rules "
-            "the plan of such a call is dense, but its weights are packed in 8 bits and decoded at "
-            "every call; what is forced is no faster. Translate with the encoder's own weights and "
-            "the rewritten step."
+            "\nA sentence is up to 64 tokens at once, of matrices that lie in caches. Without "
+            "rules the plan of such a call is dense, but its weights are packed in 8 bits and "
+            "decoded at every call; what is forced is no faster. Translate with the encoder's own "
+            "weights and the rewritten step."
         )
 
 
