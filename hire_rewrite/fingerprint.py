@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -39,23 +40,30 @@ def _checksum(array: Any) -> int | None:
     aval = jax.typeof(array)
     if _compat.is_ref(aval) or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return None
-    sampled = _sampled(array, _places(aval.shape)).astype(aval.dtype)
+    sampled = _sampled(array).astype(aval.dtype)
     return zlib.crc32(np.ascontiguousarray(sampled).tobytes())
 
 
-def _sampled(array: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
-    """The numbers of an array at some places. No copy of it is made."""
+def _sampled(array: Any) -> np.ndarray:
+    """The numbers of an array at `_places`. No copy of it is made."""
     if not isinstance(array, jax.Array):
-        return np.asarray(array)[places]
+        numbers = np.asarray(array)
+        return numbers[_places(numbers.shape)]
     if array.is_fully_addressable and [d.platform for d in array.devices()] == ["cpu"]:
         # Another object with the same buffer: a view that the array itself kept would hold the
         # buffer, which could then not be donated any more.
-        return np.array(np.asarray(array.addressable_data(0))[places])
+        return np.array(np.asarray(array.addressable_data(0))[_places(array.shape)])
     with packing_context([array]):  # the mesh in use may have types that say how arrays are sharded
         array = automatic(array)
         over_mesh = isinstance(array.sharding, NamedSharding)
         replicated = NamedSharding(array.sharding.mesh, PartitionSpec()) if over_mesh else None
-        return np.asarray(jax.jit(lambda array: array[places], out_shardings=replicated)(array))
+        return np.asarray(_sampler(replicated)(array))
+
+
+@functools.cache
+def _sampler(sharding: NamedSharding | None) -> Any:
+    """`_sampled` on the device, compiled once for weights that are alike."""
+    return jax.jit(lambda array: array[_places(array.shape)], out_shardings=sharding)
 
 
 def _places(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
