@@ -19,6 +19,7 @@ __all__ = [
     "rounded_blocks",
     "unpack",
     "unpack_words",
+    "word_halves",
 ]
 
 
@@ -71,8 +72,13 @@ def pack_words(rows: Any) -> Any:
 
 def unpack_words(words: Array) -> Array:
     """f32[..., d], the numbers of u32[..., d/2] (see `pack_words`)."""
+    return jnp.concatenate(word_halves(words), -1)
+
+
+def word_halves(words: Array) -> list[Array]:
+    """f32[..., d/2], the first columns of u32[..., d/2], and the others (see `pack_words`)."""
     halves = (words << 16, words & jnp.uint32(0xFFFF0000))
-    return jnp.concatenate([lax.bitcast_convert_type(half, jnp.float32) for half in halves], -1)
+    return [lax.bitcast_convert_type(half, jnp.float32) for half in halves]
 
 
 def quantize_blocks(rows: Array, block: int) -> tuple[Array, Array]:

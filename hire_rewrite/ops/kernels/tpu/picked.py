@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from hire_rewrite.ops.kernels.tpu.rows import chunked, over_chunks, padded
+from hire_rewrite.ops.quantize import word_halves
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -106,9 +107,8 @@ def _parts(gathered: Array) -> Iterator[tuple[slice, Array]]:
     if gathered.dtype == jnp.float32:
         yield slice(0, width), gathered
         return
-    for half, bits in enumerate((gathered << 16, gathered & jnp.uint32(0xFFFF0000))):
-        numbers = lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-        yield slice(half * width, (half + 1) * width), numbers
+    for half, numbers in enumerate(word_halves(gathered)):
+        yield slice(half * width, (half + 1) * width), numbers.astype(jnp.bfloat16)
 
 
 def _terms(vectors: Array, rows: Array) -> Array:
