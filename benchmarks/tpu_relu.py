@@ -27,7 +27,7 @@ from benchmarks.tpu_account import (
     rewritten,
 )
 from hire_rewrite.ops.predictors import Predictor
-from hire_rewrite.sites.ffn import positive
+from hire_rewrite.sites.ffn import positive_sizes
 
 LAYERS = 4
 BATCHES = (1, 4)
@@ -127,7 +127,7 @@ def row_bytes(found: Account, d: int) -> int:
 def pays(shape: Callable[..., Any], form: Form, d: int, share: float, batch: int) -> bool:
     """Whether the block is rewritten on a v5e, without `force`, where such a share is positive."""
     function, args = block(shape, batch, d)
-    with planning_for("tpu v5e"), mock.patch.object(positive, "SHARE", share):
+    with planning_for("tpu v5e"), mock.patch.object(positive_sizes, "SHARE", share):
         (site,) = hire.inspect(function, *args, rules=[rule(form, force=False)]).sites
     return bool(site.status == "rewritten")
 

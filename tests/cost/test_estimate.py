@@ -10,7 +10,7 @@ import hire_rewrite as hire
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.machine import KINDS
 from hire_rewrite.ops.predictors import Read, reads_of
-from hire_rewrite.sites.ffn import positive
+from hire_rewrite.sites.ffn import positive_sizes
 from tests.cases import Oracle
 
 FREE = machines.current()
@@ -223,7 +223,7 @@ def test_on_a_tpu_a_block_without_its_zeros_stays_dense_where_rows_are_many(
     on, monkeypatch, tokens, share, pays, dtype
 ):
     on("tpu v5e")
-    monkeypatch.setattr(positive, "SHARE", share)
+    monkeypatch.setattr(positive_sizes, "SHARE", share)
     weights = {"up": shapes(4096, 16_384, dtype=dtype), "down": shapes(16_384, 4096, dtype=dtype)}
     args = weights, shapes(tokens, 4096, dtype=dtype)
     step = hire.transform(lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"])

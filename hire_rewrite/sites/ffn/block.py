@@ -35,8 +35,7 @@ class BlockOperation(Operation):
 
     Attributes:
       spec: what is to be computed.
-      device_spec: what one device computes, of an operation whose packed arrays are those of each
-        device in a row.
+      device_spec: what one device computes, where that is another thing.
     """
 
     rule: FFN
@@ -45,7 +44,7 @@ class BlockOperation(Operation):
         self, site: MatchedSite, rule: FFN, spec: ProductSpec, functions: Functions
     ) -> None:
         self.site, self.rule, self.spec = site, rule, spec
-        self.device_spec: ProductSpec | None = None
+        self.device_spec = spec
         self._match: FFNMatch = site.match
         self._functions = functions
 
@@ -76,9 +75,8 @@ class BlockOperation(Operation):
           key: what tells it from other blocks.
           by_device: whether each device reports for itself.
         """
-        spec = self.device_spec or self.spec
         key = key, self.site.sharding
-        run = self._run(functools.partial(block, spec=spec), key, by_device)
+        run = self._run(functools.partial(block, spec=self.device_spec), key, by_device)
         replacements = [self.replacement(run, arrays, reports=reports)]
         if self._match.shared:
             replacements.append(self._fused(arrays))
@@ -86,7 +84,7 @@ class BlockOperation(Operation):
 
     def _run(self, block: Callable[..., Any], key: Hashable, by_device: bool) -> Run:
         match, region, spec = self._match, self._match.region, self.spec
-        sharding = self._divided
+        sharding = self.divided
         side_inputs = len(region.sides)
         key = (region.signature, match.piece.axis, spec, key)
         if match.experts > 1:
@@ -116,17 +114,9 @@ class BlockOperation(Operation):
         return run
 
     @property
-    def _divided(self) -> RowSharding | None:
+    def divided(self) -> RowSharding | None:
         """Over which devices the packed arrays are, if those of each are in a row."""
-        sharding = self.site.sharding
-        if self.device_spec is None or not isinstance(sharding, RowSharding):
-            return None
-        return sharding
-
-    @property
-    def _row_axes(self) -> tuple[str, ...]:
-        """The axes of the mesh over which the neurons of one expert are, if it is so divided."""
-        return () if self._divided is None else self._divided.rows
+        return None
 
     def _fused(self, arrays: Any) -> SiteReplacement:
         """The other parts of a fused product, from rows of their own."""

@@ -11,7 +11,8 @@ from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
-from hire_rewrite.sites.ffn.positive import PositiveStatistics, positive_operation
+from hire_rewrite.sites.ffn.positive import positive_operation
+from hire_rewrite.sites.ffn.positive_sizes import PositiveStatistics
 from hire_rewrite.sites.ffn.predicted import predicted_operation
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.ffn.sizes import FFNStatistics, ffn_spec, selected_k

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from hire_rewrite.cost.machine import fetches_words
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.encodings import (
@@ -23,46 +21,28 @@ from hire_rewrite.ops.encodings import (
     Stored,
     Words,
     fetched_kind,
-    in_words,
     narrowest,
 )
 from hire_rewrite.ops.ffn import positive as ops
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec, PositiveFFNState
 from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.kernels.tpu.fits import fits_picked
-from hire_rewrite.ops.predictors import Predictor, Quantized, Read, certifies, reads_of
-from hire_rewrite.rules import count
-from hire_rewrite.sites.ffn.block import BlockOperation
+from hire_rewrite.ops.predictors import Predictor, Read, reads_of
+from hire_rewrite.sites.ffn.divided import DividedBlock
 from hire_rewrite.sites.ffn.exact import Positives, RawBlock
-from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, encoded_block, packed_block
+from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, packed_block
+from hire_rewrite.sites.ffn.positive_sizes import (
+    PositiveStatistics,
+    as_the_model,
+    positive_spec,
+    read_share,
+    rows_apart,
+)
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense, Unfit
+from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
-
-_BEST = Quantized()
-SHARE = 0.5
-"""Of neurons that are taken to be positive where nobody has looked: of weights that are symmetric
-around zero half are."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PositiveStatistics:
-    """What packing found out about a block.
-
-    Attributes:
-      up, down: the narrowest encodings that hold the rows of the first matrices and of the second;
-        None where nobody has looked.
-      share: of neurons that are not zero, in the layer that has most; None without calibration.
-      most: the greatest such share of one token.
-    """
-
-    up: Encoding | None = None
-    down: Encoding | None = None
-    share: float | None = None
-    most: float | None = None
 
 
 def positive_operation(
@@ -74,105 +54,11 @@ def positive_operation(
       HireRewriteError: the rule asks for more neurons than there are.
       Unfit: the rule cannot be applied to this block.
     """
-    match: FFNMatch = site.match
     told = told or PositiveStatistics()
-    gates = match.activation.zeroing
-    if not gates:
-        raise Unfit(
-            f"its activation ({match.activation.name}) is not seen to make a neuron zero, and "
-            'k="positive" leaves out those that are; give a number or share'
-        )
-    devices = site.sharding.row_shards
-    if match.region.size % devices:
-        raise Unfit(f"its {match.region.size} neurons cannot be divided among {devices} devices")
-    known = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
-    up, down, width = match.linears[0], match.down, match.region.size
-    if up.out.dtype not in known or down.out.dtype not in known:
-        raise Unfit(f'k="positive" is for products in float32 and bfloat16, not {up.out.dtype}')
-    d, projections = up.in_dim, len(match.region.projections)
-    first, second = rule.exact or told.up, rule.exact or told.down
-    if first is None or second is None:
-        first, second = _apart(site, _as_the_model(up), _as_the_model(down))
-    predictor = rule.predictor or _guess(first, len(gates) * width, d, told, up)
-    if predictor is not None and not certifies(predictor):
-        raise Unfit(
-            f'{predictor} has no bound of its errors, by which k="positive" chooses; give '
-            "predictor=Quantized()"
-        )
-    try:
-        first.check(projections * width // devices, d, site=site.name)
-        second.check(width // devices, down.out_dim, site=site.name)
-        if predictor is not None:
-            predictor.check(len(gates) * width // devices, d, site=site.name)
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from None
-    spec = PositiveFFNSpec(
-        up_dtype=up.out.dtype,
-        down_dtype=down.out.dtype,
-        precision=up.node.params["precision"],
-        compute_dtype=up.weight.dtype,
-        width=width,
-        d_out=down.out_dim,
-        projections=projections,
-        gates=gates,
-        budget=width,
-        up=first,
-        down=second,
-        predictor=predictor,  # type: ignore[arg-type]
-        margin=rule.margin,
-    )
-    read = _read_share(spec, d, told.share)
-    if match.experts == 1:
-        most = 0.5 if told.most is None else 1.5 * (told.most + read - (told.share or 0.0))
-        budget = width if most >= 1 else math.ceil(most * width)
-        if rule.budget is not None:
-            budget = count(rule.budget, width, f"{site.name}: budget")
-        spec = dataclasses.replace(spec, budget=budget)
-    return PositiveOperation(site, rule, spec, told, functions)
+    return PositiveOperation(site, rule, positive_spec(site, rule, told), told, functions)
 
 
-def _as_the_model(linear: Any) -> Float:
-    dtypes = {jnp.dtype(narrow(linear.weight).dtype), jnp.dtype(linear.weight.dtype)}
-    return Float("bfloat16" if jnp.dtype("bfloat16") in dtypes else "float32")
-
-
-def _apart(site: MatchedSite, up: Encoding, down: Encoding) -> tuple[Encoding, Encoding]:
-    """The encodings of both layers' rows, so that the machine can fetch each row alone."""
-    if site.sharding.mesh is not None or not fetches_words():
-        return up, down
-    return in_words(up, site.d_model), in_words(down, site.match.down.out_dim)
-
-
-def _guess(rows: Encoding, n: int, d: int, told: PositiveStatistics, up: Any) -> Predictor | None:
-    """A guess of the gates where calibration tells that it saves bytes; None to read them whole."""
-    if told.share is None:
-        return None
-    guess = _BEST.bytes(n, d, narrow(up.weight).dtype)
-    share = min(1.0, told.share + _spread(_BEST, "proved", d))
-    whole = rows.bytes(n, d)
-    return _BEST if guess + share * whole < whole else None
-
-
-def _spread(predictor: Predictor, margin: float | str, d: int) -> float:
-    """The share of neurons of which a guess does not tell that they are zero: an estimate.
-
-    Of numbers that are spread like normal ones 0.4 of them lie within a standard deviation around
-    the middle; rows of 8 bits are off by about 0.7 % of it, of 4 bits by 8 %.
-    """
-    error = 0.08 if getattr(predictor, "bits", 8) == 4 else 0.007
-    deviations = math.sqrt(d) if margin == "proved" else float(margin)
-    return 0.4 * error * deviations
-
-
-def _read_share(spec: PositiveFFNSpec, d: int, share: float | None) -> float:
-    """Of neurons that are read one by one."""
-    share = SHARE if share is None else share
-    if spec.predictor is not None:
-        share += _spread(spec.predictor, spec.margin, d)
-    return min(1.0, share)
-
-
-class PositiveOperation(BlockOperation):
+class PositiveOperation(DividedBlock):
     """A block of which each token has the neurons that may not be zero."""
 
     spec: PositiveFFNSpec
@@ -190,7 +76,7 @@ class PositiveOperation(BlockOperation):
         super().__init__(site, rule, spec, functions)
         self.device_spec = spec.of_devices(site.sharding.row_shards)
         self._told = told
-        self._share = _read_share(spec, site.d_model, told.share)
+        self._share = read_share(spec, site.d_model, told.share)
 
     @property
     def layout(self) -> Hashable:
@@ -278,10 +164,10 @@ class PositiveOperation(BlockOperation):
             narrowest(np.asarray(some)) if some.is_fully_addressable else None
             for some in (up, rows.down)
         )
-        stored_up, stored_down = _apart(
+        stored_up, stored_down = rows_apart(
             self.site,
-            _as_the_model(match.linears[0]) if first is None else first[0],
-            _as_the_model(match.down) if second is None else second[0],
+            as_the_model(match.linears[0]) if first is None else first[0],
+            as_the_model(match.down) if second is None else second[0],
         )
         return dataclasses.replace(self._told, up=stored_up, down=stored_down)
 
@@ -292,15 +178,9 @@ class PositiveOperation(BlockOperation):
         advance: Callable[[], None],
     ) -> PositiveFFNState:
         arrays: PositiveFFNState = packed_block(
-            self.site, weights, self._encodings, functools.partial(self._state, advance)
+            self.site, weights, self.encodings, functools.partial(self._state, advance)
         )
         return arrays
-
-    def encoded(self, arrays: PositiveFFNState) -> PositiveFFNState:
-        if self.site.sharding.region is None:
-            return arrays
-        encoded: PositiveFFNState = encoded_block(self.site, self._encodings, arrays)
-        return encoded
 
     def _state(
         self,
@@ -328,12 +208,9 @@ class PositiveOperation(BlockOperation):
         )
 
     @property
-    def _encodings(self) -> dict[str, Encoding]:
+    def encodings(self) -> dict[str, Encoding]:
         spec = self.spec
         return {"gates": spec.whole, "up": spec.up, "down": spec.down}
-
-    def partition_specs(self, arrays: Any) -> Any:
-        return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     def rows(self, arrays: PositiveFFNState) -> Sequence[Any]:
         return arrays.gates, arrays.up, arrays.down, arrays.predictor
@@ -349,11 +226,11 @@ class PositiveOperation(BlockOperation):
         return lossless and self._match.activation.sparse
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(silent(ops.positive_ffn), self._row_axes)
+        block = summed(silent(ops.positive_ffn), self.row_axes)
         return self._replacements(block, arrays, ("rewritten",))
 
     def counted(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(counting(ops.counted_positive_ffn), self._row_axes)
+        block = summed(counting(ops.counted_positive_ffn), self.row_axes)
         return self._replacements(block, arrays, ("counted",), reports=True, by_device=True)
 
     @property
@@ -361,13 +238,13 @@ class PositiveOperation(BlockOperation):
         return self.device_spec.width
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(silent(ops.dense_positive_ffn), self._row_axes)
+        block = summed(silent(ops.dense_positive_ffn), self.row_axes)
         return self._replacements(block, arrays, ("dense",))
 
     dense = exact
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        measured = compared(ops.measured_positive_ffn, self._row_axes)
+        measured = compared(ops.measured_positive_ffn, self.row_axes)
         block = reporting(measured, follow_exact)
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 

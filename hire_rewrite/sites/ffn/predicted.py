@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
@@ -19,9 +18,9 @@ from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.predictors import Predictor, Read
 from hire_rewrite.rules import count
-from hire_rewrite.sites.ffn.block import BlockOperation
+from hire_rewrite.sites.ffn.divided import DividedBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
-from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, encoded_block, packed_block
+from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, packed_block
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
@@ -90,7 +89,7 @@ def _as_the_model(site: MatchedSite) -> Float:
     return Float("bfloat16" if dtypes == {jnp.dtype("bfloat16")} else "float32")
 
 
-class PredictedFFNOperation(BlockOperation):
+class PredictedFFNOperation(DividedBlock):
     """A block of which each token has its top k neurons exactly, and the others guessed."""
 
     spec: PredictedFFNSpec
@@ -165,14 +164,8 @@ class PredictedFFNOperation(BlockOperation):
         calibration: SiteCalibration | None,
         advance: Callable[[], None],
     ) -> PredictedFFNState:
-        arrays: PredictedFFNState = packed_block(self.site, weights, self._encodings, self._state)
+        arrays: PredictedFFNState = packed_block(self.site, weights, self.encodings, self._state)
         return arrays
-
-    def encoded(self, arrays: PredictedFFNState) -> PredictedFFNState:
-        if self.site.sharding.region is None:
-            return arrays
-        encoded: PredictedFFNState = encoded_block(self.site, self._encodings, arrays)
-        return encoded
 
     def _state(
         self, own: BlockRows, store: Callable[[Encoding, jax.Array], Stored]
@@ -191,13 +184,10 @@ class PredictedFFNOperation(BlockOperation):
         )
 
     @property
-    def _encodings(self) -> dict[str, Encoding]:
+    def encodings(self) -> dict[str, Encoding]:
         copy, exact = self.spec.encoding, self.spec.exact
         rows = {"up": copy, "down": copy}
         return rows if exact is None else {**rows, "exact_up": exact, "exact_down": exact}
-
-    def partition_specs(self, arrays: Any) -> Any:
-        return jax.tree.map(lambda _: PartitionSpec(self.site.sharding.axes), arrays)
 
     @property
     def holds_weights(self) -> bool:
@@ -213,11 +203,11 @@ class PredictedFFNOperation(BlockOperation):
         return arrays.up, arrays.down, arrays.exact_up, arrays.exact_down
 
     def rewritten(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(silent(ops.hire_predicted_ffn), self._row_axes)
+        block = summed(silent(ops.hire_predicted_ffn), self.row_axes)
         return self._replacements(block, arrays, ("rewritten",))
 
     def counted(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(counting(ops.counted_predicted_ffn), self._row_axes)
+        block = summed(counting(ops.counted_predicted_ffn), self.row_axes)
         return self._replacements(block, arrays, ("counted",), reports=True, by_device=True)
 
     @property
@@ -225,13 +215,13 @@ class PredictedFFNOperation(BlockOperation):
         return self.device_spec.groups
 
     def exact(self, arrays: Any) -> list[SiteReplacement]:
-        block = summed(silent(ops.dense_predicted_ffn), self._row_axes)
+        block = summed(silent(ops.dense_predicted_ffn), self.row_axes)
         return self._replacements(block, arrays, ("dense",))
 
     dense = exact
 
     def measured(self, arrays: Any, *, follow_exact: bool) -> list[SiteReplacement]:
-        measured = compared(ops.measured_predicted_ffn, self._row_axes)
+        measured = compared(ops.measured_predicted_ffn, self.row_axes)
         block = reporting(measured, follow_exact)
         return self._replacements(block, arrays, ("measured", follow_exact), reports=True)
 
