@@ -88,7 +88,7 @@ class Analysis:
         and of shapes."""
         if any(isinstance(w, jax.ShapeDtypeStruct | jax.core.Tracer) for w in weights):
             return {}
-        with packing_context(weights):
+        with packing_context(weights), jax.transfer_guard("allow"):
             return examine(self.trace, self.unexamined, weights)
 
     def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
@@ -96,9 +96,10 @@ class Analysis:
         shapes = any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights)
         sites = calibration.sites if calibration is not None else {}
         calibration, origin = Calibration(sites, self.statistics), self.origin
-        if not shapes and not any(isinstance(w, jax.core.Tracer) for w in weights):
-            origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
-        with packing_context(weights):
+        # A guard against transfers is for what a program does at each call.
+        with packing_context(weights), jax.transfer_guard("allow"):
+            if not shapes and not any(isinstance(w, jax.core.Tracer) for w in weights):
+                origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
             make = pack_shapes if shapes else pack
             return make(self.trace, self.decisions, origin, weights, calibration)
 
@@ -309,7 +310,7 @@ class Analyses:
             if message is None:
                 raise
             raise HireRewriteError(f"{self.name}: {message}") from error
-        with timed(self.name, "detect") as found:
+        with timed(self.name, "detect") as found, jax.transfer_guard("allow"):
             detection = detect(graph, self.rules, self.mesh)
             found(
                 "%d site(s), %d linear layer(s) in none", len(detection.sites),

@@ -146,7 +146,7 @@ class Transformed:
             )
         analysis, seen = self._analyses.of(None, args, kwargs), None
         if calibration is not None:
-            with timed(self.name, "calibrate") as found:
+            with timed(self.name, "calibrate") as found, jax.transfer_guard("allow"):
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
                 found("%d site(s)", len(seen.sites))
         else:
@@ -202,7 +202,7 @@ class Transformed:
         leaves = None
         if weights is not None:
             leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
-        with timed(self.name, "evaluate") as found:
+        with timed(self.name, "evaluate") as found, jax.transfer_guard("allow"):
             report = evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
             found("%d site(s)", len(report.sites))
         return report
@@ -259,7 +259,7 @@ class Transformed:
             )
         if kl is not None and recall is not None:
             raise HireRewriteError(f"{self.name}: tune has recall= and kl=: give one of them")
-        with timed(self.name, "tune") as found:
+        with timed(self.name, "tune") as found, jax.transfer_guard("allow"):
             if kl is None:
                 recall = 0.99 if recall is None else recall
                 tuned = tune(self._analyses, weights, batches, recall, kwargs)

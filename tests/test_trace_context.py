@@ -42,6 +42,26 @@ def test_it_answers_as_jit_does(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_it_plans_packs_and_measures_in_it(name):
+    """What moves numbers to devices and back on purpose is not what a guard is for."""
+    layers, batch = {"up": rand(D, V), "down": rand(V, D)}, inputs(64, D)
+
+    def fn(params, x):
+        return (jax.nn.relu(x @ params["up"]) @ params["down"]).astype(jnp.float32)
+
+    rules = hire.FFN(k=V, force=True, predictor=hire.LowRank(8)), hire.FFN(k="positive")
+    for rule in rules:
+        rewritten = hire.transform(fn, rule, on_miss="ignore")
+        with CONTEXTS[name]():
+            assert rewritten.plan(layers, X).sites
+            packed = rewritten.pack(layers, X, calibration=[(batch,)])
+            report = rewritten.evaluate(packed, [(X,)], weights=layers)
+            got = rewritten(packed, X)
+        assert report.sites or rule.k == "positive"
+        np.testing.assert_allclose(got, fn(layers, X), rtol=1e-4, atol=1e-4)
+
+
 def test_without_jit_loops_are_loops():
     """A `Packed` that was made before serves, and the package's own operations run."""
     layers = {"up": rand(2, D, V), "down": rand(2, V, D)}

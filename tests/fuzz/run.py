@@ -12,7 +12,7 @@ import tests.conftest  # noqa: F401  (before jax starts)
 from tests.fuzz.laws import EXECUTED, FOUND, TRACED, Subject, holds_for
 from tests.fuzz.nesting import FORMS
 
-CHUNK = 250
+CHUNK = 1000
 RARELY = 10
 """One of so many functions is rewritten, and one of so many of these runs."""
 
