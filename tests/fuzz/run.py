@@ -28,7 +28,11 @@ def check(seed: int) -> tuple[collections.Counter[str], list[tuple[str, str, str
         laws |= TRACED
     if seed % RARELY**2 == 0:
         laws |= {name: EXECUTED[name] for name in rng.sample(sorted(EXECUTED), 4)}
-    subject = Subject(graph, seed)
+    try:
+        subject = Subject(graph, seed)
+    except Exception as error:  # the grammar's fault, and not to be hidden
+        message = f"{type(error).__name__}: {error}"
+        return collections.Counter(graphs=1), [("JAX takes the function", message, repr(graph))]
     counts = subject.counts
     counts["graphs"] += 1
     counts["nests"] += sum(getattr(step, "form", "") in FORMS for step in graph.walk())
