@@ -1,11 +1,12 @@
 """A server's day: decode steps of requests that come and go, in lockstep with the dense model.
 
-    python -m examples.serve.day --steps 20000
+    python -m examples.serve.day                 20,000 steps of each form, with and without rules
+    python -m examples.serve.day --form certify  of one alone
 
 Both models read the same prompts and the dense model's tokens, and each token that the rewritten
 one would have said is compared. The process is killed in the middle, some times, and another one
 goes on from the packed weights on disk. Memory must not grow after the first steps, and nothing be
-compiled.
+compiled. What processes report is kept in out/day: a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -14,9 +15,8 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from benchmarks import timing
 
 from . import lockstep
 
+FOLDER = Path("out/day")
 GROWTH = 32 << 20
 """Bytes by which a process may be larger in the end than after its first steps."""
 _PATIENCE = 1800.0
@@ -36,34 +37,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         lockstep.run(given.child, given.form, given.steps, given.begin, given.seed)
         return
     command = "python -m examples.serve.day " + " ".join(sys.argv[1:] if argv is None else argv)
-    rows, begun = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for form in lockstep.FORMS:
-            lines = list(watched(Path(folder) / form, form, given))
+    folder = given.folder / f"seed-{given.seed}"
+    for form in [given.form] if given.form else lockstep.FORMS:
+        watch(folder / form, form, given)
+    rows, steps = [], 0
+    for form in lockstep.FORMS:
+        if lines := logged(folder / form):
             rows += counted(form, lines)
-        if given.load:
-            rows.append(_load(Path(folder), given.load))
-    wrong = sum(row["wrong"] for row in rows)
-    minutes = (time.perf_counter() - begun) / 60
+            steps += lines[-1]["steps"]
+    if given.load:
+        rows.append(_load(folder, given.load))
     about = (
         "SmolLM2 behind slots that requests join and leave, beside the dense model on the same "
-        f"tokens: {given.steps} decode steps of {lockstep.SLOTS} slots for each form, with "
-        f"{given.kills} kills each, seed {given.seed}; {minutes:.0f} minutes."
+        f"tokens: {steps:,} decode steps of {lockstep.SLOTS} slots, in which the process is killed "
+        f"now and then, seed {given.seed}."
     )
     for row in rows:
         print(row)
     if given.record:
         timing.write("reliability_serve", {"about": about, "rows": rows}, command.strip())
-    sys.exit(bool(wrong))
+    sys.exit(any(row["wrong"] for row in rows))
 
 
-def watched(folder: Path, form: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the processes of one form report, the killed ones and the last."""
-    folder.mkdir()
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What the processes of one form reported, in order."""
+    logs = sorted(folder.glob("*.jsonl"), key=lambda log: int(log.stem))
+    runs = map(_lines, logs)
+    return [line for run in runs if any("tokens" in line for line in run) for line in run]
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that is being written."""
+    text = log.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def watch(folder: Path, form: str, given: argparse.Namespace) -> None:
+    """Run what is left of the steps of one form, in processes of which all but the last are
+    killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = max((line.get("steps", 0) for line in logged(folder)), default=0)
     kills = [given.steps * (i + 1) // (given.kills + 1) for i in range(given.kills)]
-    begin = 0
-    while True:
-        log = folder / f"{begin}.jsonl"
+    while begin < given.steps:
+        log, kill = folder / f"{begin}.jsonl", next((k for k in kills if k > begin), None)
         with open(log, "w", encoding="utf-8") as out:
             child = subprocess.Popen(
                 [sys.executable, "-m", "examples.serve.day", "--child", str(folder),
@@ -72,39 +88,31 @@ def watched(folder: Path, form: str, given: argparse.Namespace) -> Iterator[dict
                 stdout=out,
             )  # fmt: skip
             try:
-                lines = _until(child, log, kills[0] if kills else None)
+                ended = _ended(child, log, kill)
             finally:
                 child.kill()
                 child.wait()
-        if not lines or lines[-1].get("steps", 0) <= begin:
+        begin = max((line.get("steps", 0) for line in logged(folder)), default=0)
+        if ended and child.returncode:
             raise SystemExit(f"{form}: a process ended after {begin} steps: {child.returncode}")
-        begin = lines[-1]["steps"]
         print(f"{form}: {begin} steps", file=sys.stderr, flush=True)
-        yield from lines
-        if not kills:
-            return
-        kills.pop(0)
 
 
-def _until(child: subprocess.Popen[bytes], log: Path, kill: int | None) -> list[dict[str, Any]]:
-    """The lines of a process up to its end, or to so many steps: then it is killed, wherever it
-    is."""
+def _ended(child: subprocess.Popen[bytes], log: Path, kill: int | None) -> bool:
+    """Whether a process ended by itself; after so many steps it is killed, wherever it is."""
     seen, since = 0, time.monotonic()
-    while True:
-        ended = child.poll() is not None
-        text = log.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+    while child.poll() is None:
+        lines = _lines(log)
         if len(lines) > seen:
             seen, since = len(lines), time.monotonic()
             if kill is not None and lines[-1].get("steps", 0) >= kill:
                 time.sleep(random.uniform(0, 0.3))
                 child.send_signal(signal.SIGKILL)
-                return lines
-        if ended:
-            return lines
+                return False
         if time.monotonic() - since > _PATIENCE:
             raise SystemExit(f"no step for {_PATIENCE:.0f} seconds")
         time.sleep(0.05)
+    return True
 
 
 def counted(form: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,8 +161,8 @@ def _load(folder: Path, requests: int) -> dict[str, Any]:
     from . import __main__ as serve
     from .words import SmolWords
 
-    form = next(iter(lockstep.FORMS))
-    given = serve.arguments(["--pack", str(folder / form / "pack")])
+    pack = next(folder / form / "pack" for form in lockstep.FORMS if (folder / form).exists())
+    given = serve.arguments(["--pack", str(pack)])
     model = serve.load_model(given)
     model.warm_up()
     app, _ = serve.application(model, SmolWords(), queue=8)
@@ -179,7 +187,9 @@ def _given(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--load", type=int, default=200, help="requests over HTTP in the end (%(default)s)")
     add("--seed", type=int, default=0, help="of the requests (%(default)s)")
     add("--record", action="store_true", help="write benchmarks/results/reliability_serve.json")
-    for hidden, kind in (("--child", Path), ("--form", str), ("--begin", int)):
+    add("--form", choices=[*lockstep.FORMS], help="one alone (all)")
+    add("--folder", type=Path, default=FOLDER, help="for packed weights and reports (%(default)s)")
+    for hidden, kind in (("--child", Path), ("--begin", int)):
         add(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -283,6 +283,18 @@ def test_the_rows_of_a_record():
     assert [(row["tried"], row["wrong"]) for row in rows] == [(80, 1), (10, 2), (2, 1), (1, 1)]
 
 
+def test_a_day_goes_on_from_what_its_processes_reported(tmp_path):
+    """Half a line, and a process that was stopped before it decoded, are left out."""
+    seen = [{"begun": "packed"}, {"steps": 10, "tokens": 30}, {"begun": "loaded"}]
+    seen += [{"steps": 900, "tokens": 9}, {"begun": "loaded"}]
+    texts = [json.dumps(line) + "\n" for line in seen]
+    (tmp_path / "0.jsonl").write_text("".join(texts[:2]) + '{"steps": 20, "tok')
+    (tmp_path / "10.jsonl").write_text("".join(texts[2:4]))
+    (tmp_path / "900.jsonl").write_text(texts[4])
+    assert day.logged(tmp_path) == seen[:4]
+    assert day.logged(tmp_path / "none") == []
+
+
 # HTTP
 
 
