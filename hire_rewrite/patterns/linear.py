@@ -101,13 +101,7 @@ def as_linear(node: Node, provenance: Provenance) -> Linear | None:
     if is_weight[0] == is_weight[1]:
         for value in () if all(is_weight) else node.ins[:2]:
             if chosen_from(value, provenance) is not None:
-                raise NoMatch(
-                    Refusal.CHOSEN_AT_RUN_TIME,
-                    "the weight is cut out at a place that is not a weight and not a counter of a "
-                    "loop of known length (scan, fori_loop with fixed bounds): an expert, a task "
-                    "or a layer that is chosen at run time",
-                    node,
-                )
+                raise NoMatch(Refusal.CHOSEN_AT_RUN_TIME, _chosen_how(value), node)
         return None
     side = is_weight.index(True)
     if any(isinstance(size, int) and size == 0 for size in node.ins[side].shape):
@@ -168,13 +162,38 @@ def _convolution(
     return Linear(node, x, (x_axis,), weight, (in_axis,), ((out_axis, result_axis),))
 
 
+_UNCHANGED = Trait.MOVES | Trait.KEEPS | Trait.CASTS
+
+
 def chosen_from(value: Value, provenance: Provenance) -> Value | None:
-    """The stack of matrices that a matrix is cut out of, at a place that is not a weight."""
-    node = origin(value, Trait.MOVES | Trait.KEEPS | Trait.CASTS).node
-    if node is None or node.primitive not in (p.dynamic_slice_p, p.gather_p):
+    """The stack of matrices that a matrix is cut out of, at a place that is not a weight; or one of
+    the weights between which something that is not a weight selects."""
+    node = origin(value, _UNCHANGED).node
+    if node is None:
+        return None
+    if node.primitive is p.select_n_p:
+        cases = node.ins[1:]
+        matrices = len(value.shape) > 1 and all(map(provenance.is_weight, cases))
+        return next(filter(provenance.roots, cases), None) if matrices else None
+    if node.primitive not in (p.dynamic_slice_p, p.gather_p):
         return None
     stack = node.ins[0]
     return stack if provenance.is_weight(stack) and len(stack.shape) > 2 else None
+
+
+def _chosen_how(value: Value) -> str:
+    """Why a weight that `chosen_from` finds is none for a linear layer."""
+    node = origin(value, _UNCHANGED).node
+    if node is not None and node.primitive is p.select_n_p:
+        return (
+            "the weight is selected by a value that is not a weight: jax.vmap makes that of a cond "
+            "or a switch whose condition differs along the axis, and computes all branches"
+        )
+    return (
+        "the weight is cut out at a place that is not a weight and not a counter of a loop of "
+        "known length (scan, fori_loop with fixed bounds): an expert, a task or a layer that is "
+        "chosen at run time"
+    )
 
 
 def is_one_hot(value: Value) -> bool:

@@ -330,8 +330,14 @@ def random_nest(rng: random.Random, name: str, depth: int, discrete: bool) -> St
     return Nest(rng.choice(names), inner)
 
 
-def expected(steps: tuple[Step, ...], found: bool = True) -> dict[str, tuple[str | None, bool]]:
+def expected(
+    steps: tuple[Step, ...], found: bool = True, mapped: bool = False
+) -> dict[str, tuple[str | None, bool]]:
     """What has to be found, by the name of the step.
+
+    Args:
+      found: whether sites here have to be.
+      mapped: whether `jax.vmap` is around it: then a branch is taken by selecting among weights.
 
     Returns:
       The kind of site (None for none), and whether no block and no head may be there.
@@ -340,6 +346,7 @@ def expected(steps: tuple[Step, ...], found: bool = True) -> dict[str, tuple[str
     for step in steps:
         if step.name and (step.near or (step.kind and found)):
             wanted[step.name] = step.kind, step.near
-        inside = found and getattr(step, "finds", True)
-        wanted |= expected(step.inner, inside)
+        form = getattr(step, "form", "") if isinstance(step, Nest) else ""
+        inside = found and getattr(step, "finds", True) and not (mapped and form in MIXING)
+        wanted |= expected(step.inner, inside, mapped or form.startswith("vmap"))
     return wanted

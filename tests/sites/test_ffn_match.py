@@ -187,6 +187,14 @@ NEAR = {
         Refusal.MIXES_POSITIONS,
     ),
     "layers of a while_loop": (_while_layers, STACK, (), Refusal.CHOSEN_AT_RUN_TIME),
+    "a cond for each token": (
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(x[0] > 0, lambda x: jax.nn.relu(x @ p["up"]) @ p["down"], jnp.sin, x)
+        )(x),
+        PLAIN,
+        (),
+        Refusal.CHOSEN_AT_RUN_TIME,
+    ),
     "low-rank sum": (
         lambda p, x: jax.nn.relu(x @ p["up"] + x @ p["a"] @ p["b"]) @ p["down"],
         PLAIN | {"a": rand(D, 2), "b": rand(2, F)},
