@@ -156,7 +156,6 @@ class Form:
       lead: leading axes of the weights in it.
       by_token: whether it hands over single tokens, which only some steps can take.
       pure: whether JAX takes no effects in it.
-      forwards: whether JAX cannot differentiate it in reverse.
     """
 
     run: Callable[[Fn, Any, Any], Any]
@@ -164,7 +163,6 @@ class Form:
     lead: tuple[int, ...] = ()
     by_token: bool = False
     pure: bool = False
-    forwards: bool = False
 
 
 FORMS: dict[str, Form] = {
@@ -202,8 +200,8 @@ FORMS: dict[str, Form] = {
         lambda f, w, x: lax.scan(lambda n, row: (n, f(w, row)), 0, x)[1], by_token=True
     ),
     "map of tokens": Form(lambda f, w, x: lax.map(lambda row: f(w, row), x), by_token=True),
-    "while": Form(_while, forwards=True),
-    "while carrying weights": Form(_while_carrying, forwards=True),
+    "while": Form(_while),
+    "while carrying weights": Form(_while_carrying),
     "cond": Form(
         lambda f, w, x: lax.cond(x.reshape(-1)[0] > 0, lambda x: f(w, x), jnp.sin, x)
     ),
@@ -302,11 +300,6 @@ def has_effects(step: Step) -> bool:
     return any(isinstance(inner, Effect) for inner in step.walk())
 
 
-def _is_forwards(step: Step) -> bool:
-    forms = (getattr(inner, "form", "") for inner in step.walk())
-    return any(form in FORMS and FORMS[form].forwards for form in forms)
-
-
 def _has_mesh(step: Step) -> bool:
     return any(getattr(inner, "form", "").startswith("shard_map") for inner in step.walk())
 
@@ -323,7 +316,6 @@ def random_nest(rng: random.Random, name: str, depth: int, discrete: bool) -> St
         form for form, about in sorted(FORMS.items())
         if not (about.by_token and not all(map(takes_tokens, inner)))
         and not (about.pure and any(map(has_effects, inner)))
-        and not (form == "grad" and any(map(_is_forwards, inner)))
         and not (form.startswith("shard_map") and any(map(_has_mesh, inner)))
         and not (about.lead and not any(inside.name for step in inner for inside in step.walk()))
     ]  # fmt: skip
