@@ -174,8 +174,7 @@ TRIED = {
 }
 
 
-@pytest.mark.parametrize("name", TRIED)
-@pytest.mark.parametrize("kl", [3e-3, 0.1])
+@pytest.mark.parametrize(("name", "kl"), [*((name, 3e-3) for name in TRIED), ("everything", 0.1)])
 def test_tuned_rules_are_within_their_budget_in_decoding(name, kl):
     """Many tokens in each batch, where an FFN that is asked for stays dense."""
     batches = [(jnp.asarray(np.roll(WORDS, 7 * i)[: TOKENS - i]),) for i in range(4)]

@@ -76,7 +76,7 @@ def check_sites(model: Model, plan: hire.Plan) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_copies_that_hold_the_same_numbers(model, dtype):
     check_sites(model, check(model, COPIES, dtype))
 

@@ -11,7 +11,7 @@ import hire_rewrite as hire
 from hire_rewrite.graph.trace import trace
 from hire_rewrite.passes.diff import compare
 from tests.zoo.catalog import MODELS
-from tests.zoo.test_zoo import SOME
+from tests.zoo.test_zoo import SOME, mostly_long
 
 PAIRS = random.Random(0).sample([(a, b) for a in range(len(SOME)) for b in range(a)], 10)
 
@@ -21,7 +21,7 @@ def traced(model):
     return trace(built.fn, (built.weights, *built.args), {}, (0,))
 
 
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_a_model_and_itself(model):
     built = model.build(jnp.dtype("float32"))
     found = hire.diff(built.fn, built.fn, built.weights, *built.args)

@@ -42,9 +42,11 @@ def built(model: Model, dtype: str = "float32") -> Built:
     return model.build(jnp.dtype(dtype))
 
 
-def mostly_long(models: Iterable[Model]) -> list[Any]:
-    """All but a few of them are tested by `make zoo` alone."""
-    return [m if str(m) in SOME else pytest.param(m, marks=pytest.mark.zoo) for m in models]
+def mostly_long(models: Iterable[Model], *, every: int | None = None) -> list[Any]:
+    """All but a few of them, and one of `every`, are tested by `make zoo` alone."""
+    chosen = {i for i, m in enumerate(models) if str(m) in SOME or (every and i % every == 0)}
+    long = pytest.mark.zoo
+    return [m if i in chosen else pytest.param(m, marks=long) for i, m in enumerate(models)]
 
 
 def floats(results):
