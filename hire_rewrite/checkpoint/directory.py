@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from hire_rewrite.checkpoint.arrays import StoredArray, on_host
 from hire_rewrite.checkpoint.bounded import MAX_BYTES, check_regular, parse, read_bytes
@@ -62,11 +63,13 @@ def write(path: Path, arrays: Mapping[str, jax.Array]) -> None:
 
 
 def describe(path: Path, description: bytes) -> None:
-    """Write the description, which makes a directory complete."""
+    """Write the description, which makes a directory complete: no process goes on before it is."""
     if jax.process_index() == 0:
         temporary = path / f".{_DESCRIPTION}"
         temporary.write_bytes(description)
         os.replace(temporary, path / _DESCRIPTION)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"hire_rewrite: {path}")
 
 
 def keys(arrays: Sequence[StoredArray]) -> list[str | None]:

@@ -1,6 +1,6 @@
 """One of two processes, four devices each; prints what it found as JSON.
 
-python -m tests.processes.program RANK PORT
+python -m tests.processes.program RANK PORT FOLDER
 """
 
 import json
@@ -18,11 +18,15 @@ import hire_rewrite as hire
 D, WIDTH, VOCABULARY = 64, 256, 4104
 
 
-def main(rank: int, port: str) -> None:
+def main(rank: int, port: str, folder: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("host", "chip"))
-    found = {"devices": jax.device_count(), "searches": searches(mesh), "model": model(mesh)}
+    found = {
+        "devices": jax.device_count(),
+        "searches": searches(mesh),
+        "model": model(mesh, folder),
+    }
     print(json.dumps(found))
 
 
@@ -48,9 +52,9 @@ def searches(mesh: Mesh) -> dict[str, bool]:
     return found
 
 
-def model(mesh: Mesh) -> dict[str, bool]:
+def model(mesh: Mesh, folder: str) -> dict[str, bool]:
     """Whether a rewritten step computes what it does on one device: its tokens, its logits, and
-    those of linear layers alone."""
+    those of linear layers alone; and whether what both processes save is what both load."""
 
     def step(params, token):
         x = params["embed"][token]
@@ -81,7 +85,23 @@ def model(mesh: Mesh) -> dict[str, bool]:
 
     spread = {name: everywhere(array, specs[name]) for name, array in params.items()}
     where = everywhere(token, P())
-    best, logits = jax.jit(run)(run.pack(spread, where), where)
+    packed = run.pack(spread, where)
+    best, logits = jax.jit(run)(packed, where)
+    packed.save(folder)
+    shapes = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+        for name, array in spread.items()
+    }
+    loaded = hire.Packed.load(folder, run, shapes, where)
+    pairs = zip(jax.tree.leaves(packed), jax.tree.leaves(loaded), strict=True)
+    restored = [
+        a.sharding == b.sharding
+        and all(
+            np.array_equal(x.data, y.data)
+            for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True)
+        )
+        for a, b in pairs
+    ]
     own = [(shard.index, np.asarray(shard.data)) for shard in logits.addressable_shards]
     near = [np.allclose(data, np.asarray(wanted[1])[index], atol=0.2) for index, data in own]
     tokens = np.asarray(best.addressable_data(0))
@@ -96,9 +116,10 @@ def model(mesh: Mesh) -> dict[str, bool]:
         "linear": bool(max(differs) < 1e-5),
         "tokens": bool((tokens == np.asarray(wanted[0])).all()),
         "logits": all(near) and len(own) == 4,
+        "restored": all(restored) and len(restored) > 4,
         "spread": logits.sharding.spec == P(None, both),
     }
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_two(module: str) -> list[dict]:
-    """The JSON that each of two processes prints."""
+def run_two(module: str, *args: str) -> list[dict]:
+    """The JSON that each of two processes prints; `args` come behind their number and the port."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -22,7 +22,7 @@ def run_two(module: str) -> list[dict]:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), port],
+            [sys.executable, "-m", module, str(rank), port, *args],
             env=os.environ | flags,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -43,8 +43,8 @@ def run_two(module: str) -> list[dict]:
     return results
 
 
-def test_two_processes_compute_what_one_does():
-    for result in run_two("tests.processes.program"):
+def test_two_processes_compute_what_one_does_and_load_what_they_saved(tmp_path):
+    for result in run_two("tests.processes.program", str(tmp_path / "packed")):
         assert result["devices"] == 8
         assert len(result["searches"]) == 6
         assert all(result["searches"].values()), result
