@@ -12,13 +12,14 @@ from hire_rewrite.sites.weight_rows import WeightRows
 
 
 def examine(trace: Trace, decisions: Sequence[Decision], weights: Sequence[Any]) -> dict[str, Any]:
-    """What `Operation.examine` found out, by the label of the site.
+    """What `Operation.examine` found out, by the label of the site, where that is anything.
 
     Args:
       weights: the weight inputs of the traced function, in order.
     """
     stacker = weight_stacker(trace, weights)
-    return {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
+    told = {d.site.label: d.op.examine(WeightRows(stacker, d.site.loops)) for d in decisions}
+    return {label: statistics for label, statistics in told.items() if statistics is not None}
 
 
 def weight_stacker(trace: Trace, weights: Sequence[Any]) -> Stacker:

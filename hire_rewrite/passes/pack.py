@@ -26,7 +26,7 @@ from hire_rewrite.passes.progress import progress
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.rows import RowSharding, automatic, on_mesh
 from hire_rewrite.sites.operation import SiteCalibration
-from hire_rewrite.sites.weight_rows import WeightRows
+from hire_rewrite.sites.weight_rows import WeightRows, all_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,16 +190,10 @@ def _check_finite(name: str, rows: Any) -> None:
     """Raise HireRewriteError if what is stored of a site's rows holds a NaN or an infinity."""
     for array in jax.tree.leaves(rows):
         floating = jnp.issubdtype(array.dtype, jnp.floating)
-        if floating and not isinstance(array, jax.core.Tracer) and not bool(_all_finite(array)):
+        if floating and not isinstance(array, jax.core.Tracer) and not bool(all_finite(array)):
             raise HireRewriteError(
                 f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
                 "predicted, or numbers too large to be stored or predicted as its rule says (a "
                 "scale of float16 is at most 65504): look at the weights, exclude the site with a "
                 'rule\'s path=, or give scale="bfloat16" to the encoding'
             )
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    """bool[], compiled so that no array of answers is held."""
-    return jnp.isfinite(array).all()

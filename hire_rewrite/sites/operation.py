@@ -114,7 +114,7 @@ class Operation(abc.ABC):
 
     def examine(self, weights: WeightRows) -> Any:
         """What packing found out about the numbers, of an operation that `examines`: statistics for
-        `SiteKind.resolve`, or `StaysDense`. Both are hashable."""
+        `SiteKind.resolve`, or `StaysDense`, both hashable; None where there is nothing to say."""
         raise NotImplementedError
 
     def rows(self, arrays: Any) -> Sequence[Any]:

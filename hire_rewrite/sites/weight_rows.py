@@ -125,6 +125,12 @@ def _untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
     return value, axes
 
 
+@jax.jit
+def all_finite(array: jax.Array) -> jax.Array:
+    """bool[], compiled so that no array of answers is held."""
+    return jnp.isfinite(array).all()
+
+
 def fit_predictor(
     predictor: Predictor,
     rows: jax.Array,

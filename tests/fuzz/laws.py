@@ -90,6 +90,8 @@ _REFUSED = (
     # A `Ref` that is mapped along one axis takes no value that is mapped along another.
     "Invalid shape for `swap`",
     "Reverse-mode differentiation does not work for lax.while_loop",
+    "can't apply forward-mode autodiff (jvp) to a custom_vjp function",
+    "Differentiation rule for 'custom_lin' not implemented",  # of its gradient
 )
 
 
@@ -97,7 +99,7 @@ def subject_of(graph: Graph, seed: int) -> Subject | None:
     """None for the few graphs that JAX itself does not trace."""
     try:
         return Subject(graph, seed)
-    except ValueError as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         if not str(error).startswith(_REFUSED):
             raise
         return None

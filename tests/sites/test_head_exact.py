@@ -268,3 +268,16 @@ def test_lookups_belong_to_one_site():
     want = wanted(PARAMS, np.float32(rows[np.asarray(TOKEN)]), rows)
     best = np.argsort(-want, axis=1)[:, :K]
     np.testing.assert_array_equal(np.argsort(-run(packed, TOKEN)[0], axis=1)[:, :K], best)
+
+
+@pytest.mark.parametrize("rule", [None, Head(K, force=True), Head(K, exact=Blocks(8), force=True)])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_weight_that_holds_no_number_stays_dense(rule, number):
+    """As `jax.jit` has it: what a model returns is NaN where it was, without rules too."""
+    params = {"w": rand(D, D), "head": rand(D, 4096).at[3, 700].set(number)}
+    run = hire.transform(untied, *([] if rule is None else [rule]), on_miss="ignore")
+    x = inputs(2, D)
+    packed = run.pack(params, x)
+    (site,) = [site for site in run.plan(packed, x).sites if site.kind == "head"]
+    assert (site.status, "NaN" in site.reason) == ("dense", True)
+    np.testing.assert_allclose(run(packed, x), untied(params, x), rtol=1e-5, atol=1e-5)

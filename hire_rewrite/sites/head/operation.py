@@ -50,7 +50,13 @@ from hire_rewrite.sites.operation import (
     silent,
 )
 from hire_rewrite.sites.replacement import SiteReplacement, arguments
-from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers, stored_rows
+from hire_rewrite.sites.weight_rows import (
+    WeightRows,
+    all_finite,
+    fit_predictor,
+    map_layers,
+    stored_rows,
+)
 
 
 class HeadOperation(Operation):
@@ -159,9 +165,21 @@ class HeadOperation(Operation):
         placed: jax.Array = self.site.sharding.put_rows(rows, 1)
         return placed
 
-    def examine(self, weights: WeightRows) -> bool | StaysDense:
+    @property
+    def examines(self) -> bool:
+        return True
+
+    def examine(self, weights: WeightRows) -> bool | StaysDense | None:
+        """True if what is stored has to hold the numbers exactly, and does."""
+
+        def finite(rows: WeightRows) -> jax.Array:
+            return all_finite(rows.matrices(self._match.linear).array)[None]
+
+        if not bool(weights.on_devices(finite, self.site.sharding).all()):
+            return StaysDense("its weight holds a NaN or an infinity, which cannot be ranked")
         exact = self.spec.exact
-        assert exact is not None
+        if exact is None or not self.spec.certify:
+            return None
         if exact.store_exactly(weights.matrices(self._match.linear).on_host()) is not None:
             return True
         return StaysDense(
