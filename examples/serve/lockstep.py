@@ -169,7 +169,7 @@ def resident() -> int:
     What glibc holds free is given back first: it keeps some for each of XLA's threads, which comes
     to 70 MB in the first thousands of steps, and is no memory that anybody has forgotten.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no such function
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have it not
         ctypes.CDLL(None).malloc_trim(0)
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
