@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def built(model: Model, dtype: str = "float32") -> Built:
     return model.build(jnp.dtype(dtype))
 
 
-def mostly_long(models: Iterable[Model], *, every: int | None = None) -> list[Any]:
+def mostly_long(models: Sequence[Model], *, every: int | None = None) -> list[Any]:
     """All but a few of them, and one of `every`, are tested by `make zoo` alone."""
     chosen = {i for i, m in enumerate(models) if str(m) in SOME or (every and i % every == 0)}
     long = pytest.mark.zoo
