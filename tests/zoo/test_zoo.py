@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ def built(model: Model, dtype: str = "float32") -> Built:
     return model.build(jnp.dtype(dtype))
 
 
-def mostly_long(models: Sequence[Model], *, every: int | None = None) -> list[Any]:
+def mostly_long(models: Iterable[Model], *, every: int | None = None) -> list[Any]:
     """All but a few of them, and one of `every`, are tested by `make zoo` alone."""
-    chosen = {i for i, m in enumerate(models) if str(m) in SOME or (every and i % every == 0)}
-    long = pytest.mark.zoo
-    return [m if i in chosen else pytest.param(m, marks=long) for i, m in enumerate(models)]
+    return [
+        m
+        if str(m) in SOME or (every and i % every == 0)
+        else pytest.param(m, marks=pytest.mark.zoo)
+        for i, m in enumerate(models)
+    ]
 
 
 def floats(results):
