@@ -60,6 +60,23 @@ def test_it_plans_packs_and_measures_in_it(name):
     np.testing.assert_allclose(got, fn(layers, X), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_packed_outside_of_a_mesh_serves_in_it():
+    """Under a mesh `jax.vmap` writes how biases are sharded: they are the same weights."""
+    params = {"up": rand(D, V), "bias": rand(V), "down": rand(V, D)}
+
+    def fn(params, x):
+        block = lambda x: jax.nn.relu(x @ params["up"] + params["bias"]) @ params["down"]  # noqa: E731
+        return jax.vmap(block)(jnp.stack([x, -x]))
+
+    rewritten = hire.transform(fn, hire.FFN(k=V, force=True))
+    packed = rewritten.pack(params, X)
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        (site,) = rewritten.plan(packed, X).sites
+        got = rewritten(packed, X)
+    assert site.status == "rewritten"
+    np.testing.assert_allclose(got, fn(params, X), rtol=1e-4, atol=1e-4)
+
+
 def test_without_jit_loops_are_loops():
     """A `Packed` that was made before serves, and the package's own operations run."""
     layers = {"up": rand(2, D, V), "down": rand(2, V, D)}

@@ -172,5 +172,7 @@ def _plain(value: Any) -> str:
         return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str | int | float | bool | type(None) | np.generic | np.dtype):
         return str(value)
+    if hasattr(value, "call_wrapped"):  # a function, of whatever JAX has wrapped around it
+        return type(value).__name__
     text = str(value)
     return type(value).__name__ if " at 0x" in text or "<" in text else text
