@@ -37,6 +37,15 @@ class Unfit(Exception):  # noqa: N818 (a finding, not an error: the site stays d
     """A rule that cannot be applied to a site, and why."""
 
 
+@contextmanager
+def unfit_if_refused() -> Iterator[None]:
+    """What is refused in here says that the rule cannot be applied to the site."""
+    try:
+        yield
+    except HireRewriteError as error:
+        raise Unfit(str(error)) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class StaysDense:
     """What a look at the numbers of a site told, if that is why the site stays dense."""

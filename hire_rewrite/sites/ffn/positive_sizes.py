@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from hire_rewrite.cost.machine import fetches_words
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Encoding, Float, in_words
 from hire_rewrite.ops.ffn.positive import PositiveFFNSpec
@@ -17,7 +16,7 @@ from hire_rewrite.ops.predictors import Predictor, Quantized, certifies
 from hire_rewrite.rules import count
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.kind import MatchedSite, Unfit
+from hire_rewrite.sites.kind import MatchedSite, Unfit, unfit_if_refused
 
 _BEST = Quantized()
 SHARE = 0.5
@@ -73,13 +72,11 @@ def positive_spec(site: MatchedSite, rule: FFN, told: PositiveStatistics) -> Pos
             f'{predictor} has no bound of its errors, by which k="positive" chooses; give '
             "predictor=Quantized()"
         )
-    try:
+    with unfit_if_refused():
         first.check(projections * width // devices, d, site=site.name)
         second.check(width // devices, down.out_dim, site=site.name)
         if predictor is not None:
             predictor.check(len(gates) * width // devices, d, site=site.name)
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from None
     spec = PositiveFFNSpec(
         up_dtype=up.out.dtype,
         down_dtype=down.out.dtype,

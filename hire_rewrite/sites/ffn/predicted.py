@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Stored, fetched_kind
 from hire_rewrite.ops.ffn import tail as ops
@@ -22,7 +21,7 @@ from hire_rewrite.sites.ffn.divided import DividedBlock
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.ffn.packing import BlockRows, device_rows, packed_block
 from hire_rewrite.sites.ffn.rule import FFN
-from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit
+from hire_rewrite.sites.kind import Functions, MatchedSite, Unfit, unfit_if_refused
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.sites.weight_rows import WeightRows
@@ -53,14 +52,12 @@ def predicted_operation(
     k = count(rule.k, width, f"{site.name}: k") if rule.k else 0
     exact = rule.exact or _as_the_model(site) if k else None
     encoding = rule.encoding or Blocks(8)
-    try:
+    with unfit_if_refused():
         encoding.check(projections * own, up.in_dim, site=site.name)
         encoding.check(down.out_dim, own, site=site.name)
         if exact is not None:
             exact.check(projections * own, up.in_dim, site=site.name)
             exact.check(own, down.out_dim, site=site.name)
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from None
     spec = PredictedFFNSpec(
         up_dtype=up.out.dtype,
         down_dtype=down.out.dtype,

@@ -19,7 +19,7 @@ from hire_rewrite.rules import candidate_count, count
 from hire_rewrite.sites.head.epilogue import epilogue_of
 from hire_rewrite.sites.head.match import HeadMatch
 from hire_rewrite.sites.head.rule import Head
-from hire_rewrite.sites.kind import MatchedSite, Unfit
+from hire_rewrite.sites.kind import MatchedSite, Unfit, unfit_if_refused
 
 
 def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
@@ -78,10 +78,8 @@ def _check_exact(site: MatchedSite, exact: Encoding, spec: HeadSpec) -> None:
         raise Unfit(
             "it computes in float64, and stored numbers are multiplied in float32; leave exact out"
         )
-    try:
+    with unfit_if_refused():
         exact.check(spec.shard_rows, site.d_model, site=site.name)
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from None
 
 
 def _of_several_processes(mesh: Any) -> bool:
@@ -111,9 +109,7 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
     def examine(arrays: Any) -> None:
         chain_of(epilogue_of(match, dict(zip(sides, arrays, strict=True))), site.tokens, proved)
 
-    try:
+    with unfit_if_refused():
         proved = dataclasses.replace(spec, certify=int(rule.certify))
         jax.eval_shape(examine, list(sides.values()))
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from error
     return proved

@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from hire_rewrite import _compat
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Blocks, Encoding, Float
@@ -19,7 +18,7 @@ from hire_rewrite.patterns.linear import MatchContext
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.rules import Rule, count
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit
+from hire_rewrite.sites.kind import Functions, Match, MatchedSite, SiteKind, Unfit, unfit_if_refused
 from hire_rewrite.sites.linear.operation import LinearOperation
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.sites.linear.shards import shard_size
@@ -144,12 +143,10 @@ def _check(site: MatchedSite, spec: LinearSpec | None) -> None:
         raise Unfit(f"its {layer.out_dim} outputs cannot be divided among {sharding} alike")
     if spec is None:
         return
-    try:
+    with unfit_if_refused():
         spec.encoding.check(n, d, site=site.name)
         if spec.columns is not None:
             spec.columns.check(d, n, site=site.name)
-    except HireRewriteError as error:
-        raise Unfit(str(error)) from None
 
 
 def _stored_dtype(site: MatchedSite) -> str:
