@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hire_rewrite.analysis import Analyses, Analysis
 from hire_rewrite.errors import HireRewriteError
@@ -20,6 +19,7 @@ from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.rows import automatic
+from hire_rewrite.sites.weight_rows import all_finite
 
 
 def calibrate(
@@ -99,7 +99,7 @@ def _conclude(decisions: Sequence[Decision], reports: Mapping[str, Any]) -> Cali
             raise HireRewriteError(
                 f"{name}: no calibration batch reached it: give batches of calls that run it"
             )
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(seen[0])):
+        if not all(bool(all_finite(leaf)) for leaf in jax.tree.leaves(seen[0])):
             raise HireRewriteError(
                 f"{name}: its input holds a NaN or an infinity in the calibration batches: look "
                 "at the weights and the batches"

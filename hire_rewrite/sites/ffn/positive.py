@@ -42,7 +42,7 @@ from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, fit_predictor, map_layers
+from hire_rewrite.sites.weight_rows import WeightRows, all_finite, fit_predictor, map_layers
 
 
 def positive_operation(
@@ -158,7 +158,7 @@ class PositiveOperation(DividedBlock):
     def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match, rows = self._match, device_rows(self.site, weights)
         up = rows.up.reshape(rows.up.shape[0], -1, rows.up.shape[-1])
-        if not all(bool(jnp.isfinite(some).all()) for some in (up, rows.down)):
+        if not all(bool(all_finite(some)) for some in (up, rows.down)):
             return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
         first, second = (
             narrowest(np.asarray(some)) if some.is_fully_addressable else None
