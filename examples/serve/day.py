@@ -66,6 +66,11 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [line for run in runs if any("tokens" in line for line in run) for line in run]
 
 
+def _steps(folder: Path) -> int:
+    """How many steps of one form are done."""
+    return max((line.get("steps", 0) for line in logged(folder)), default=0)
+
+
 def _lines(log: Path) -> list[dict[str, Any]]:
     """The whole lines of a file that is being written."""
     text = log.read_text(encoding="utf-8")
@@ -76,7 +81,7 @@ def watch(folder: Path, form: str, given: argparse.Namespace) -> None:
     """Run what is left of the steps of one form, in processes of which all but the last are
     killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    begin = max((line.get("steps", 0) for line in logged(folder)), default=0)
+    begin = _steps(folder)
     kills = [given.steps * (i + 1) // (given.kills + 1) for i in range(given.kills)]
     while begin < given.steps:
         log, kill = folder / f"{begin}.jsonl", next((k for k in kills if k > begin), None)
@@ -92,7 +97,7 @@ def watch(folder: Path, form: str, given: argparse.Namespace) -> None:
             finally:
                 child.kill()
                 child.wait()
-        begin = max((line.get("steps", 0) for line in logged(folder)), default=0)
+        begin = _steps(folder)
         if ended and child.returncode:
             raise SystemExit(f"{form}: a process ended after {begin} steps: {child.returncode}")
         print(f"{form}: {begin} steps", file=sys.stderr, flush=True)

@@ -213,7 +213,7 @@ def is_one_hot(value: Value) -> bool:
 def outer_value(value: Value) -> Value:
     """What a value is, looking through casts and moves, and out of the loops that it is read in."""
     while True:
-        inner = origin(value, Trait.MOVES | Trait.KEEPS | Trait.CASTS)
+        inner = origin(value, _UNCHANGED)
         if inner.is_input and inner.scope.parent is not None:
             body, i = body_of(inner)
             if body.inputs[i].role in ("const", "slice"):

@@ -338,7 +338,7 @@ def expected(
     for step in steps:
         if step.name and (step.near or (step.kind and found)):
             wanted[step.name] = step.kind, step.near
-        form = getattr(step, "form", "") if isinstance(step, Nest) else ""
+        form = step.form if isinstance(step, Nest) else ""
         inside = found and getattr(step, "finds", True) and not (mapped and form in MIXING)
         wanted |= expected(step.inner, inside, mapped or form.startswith("vmap"))
     return wanted
