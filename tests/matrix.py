@@ -83,22 +83,31 @@ def run(combination: Combination, interpreter: str, arguments: list[str]) -> int
     return subprocess.run(command, cwd=ROOT, env=os.environ | combination.environment).returncode
 
 
+def interpreters(names: Iterable[str]) -> dict[str, str]:
+    """The path of each interpreter by its version, as in {"3.12": "/usr/bin/python3.12"}."""
+    found = {}
+    for name in names:
+        path = shutil.which(name)
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        told = path and subprocess.run([path, "-c", code], capture_output=True, text=True)
+        if not told or told.returncode:
+            why = told.stderr.strip() if told else "there is no such program"
+            sys.exit(f"{name} does not run ({why}); name interpreters by their paths (PYTHONS)")
+        found[told.stdout.strip()] = path
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pythons", nargs="+", help="names or paths of interpreters")
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, arguments = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
-    interpreters = {}
-    for name in options.pythons:
-        path = shutil.which(name) or name
-        code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        told = subprocess.run([path, "-c", code], capture_output=True, text=True, check=True)
-        interpreters[told.stdout.strip()] = path
+    found = interpreters(options.pythons)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     results = {}
-    for each in combinations(interpreters, project):
+    for each in combinations(found, project):
         print(f"== {each.name}", flush=True)
-        results[each.name] = run(each, interpreters[each.python], arguments)
+        results[each.name] = run(each, found[each.python], arguments)
     for name, code in results.items():
         print(f"{name}: {'FAILED' if code else 'passed'}")
     sys.exit(any(results.values()))

@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.matrix import interpreters
+
 ROOT = Path(__file__).parents[1]
 SMOKE = Path(__file__).with_name("smoke.py")
 WITHOUT_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexistent"}
@@ -56,16 +58,13 @@ def build(folder: Path, pythons: list[str]) -> list[Path]:
 
 
 def main(folder: str, *names: str) -> None:
-    pythons = [shutil.which(name) or name for name in names]
-    sdist, *wheels = build(Path(folder).resolve(), pythons)
-    for python in pythons:
-        tag = subprocess.run(
-            [python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-        (wheel,) = (wheel for wheel in wheels if f"-{tag}-manylinux" in wheel.name)
+    pythons = interpreters(names)
+    sdist, *wheels = build(Path(folder).resolve(), [*pythons.values()])
+    for version, python in pythons.items():
+        tag = f"-cp{version.replace('.', '')}-manylinux"
+        (wheel,) = (wheel for wheel in wheels if tag in wheel.name)
         install_and_try(python, wheel, "in-use")
-    install_and_try(pythons[0], sdist, "not-built", WITHOUT_COMPILER)
+    install_and_try(next(iter(pythons.values())), sdist, "not-built", WITHOUT_COMPILER)
     print("tried:", *(path.name for path in (sdist, *wheels)), sep="\n  ")
 
 
