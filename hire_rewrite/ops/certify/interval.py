@@ -4,7 +4,8 @@ The arithmetic of intervals (Moore, *Interval Analysis*, 1966): each operation i
 its operands and returns ends of its result. Code is read as a jaxpr and each operation looked up
 here; of what is not known nothing is said. Ends are in float32 and rounded outwards, by more than
 what a compiler may do in another way: fuse a product with a sum, round to bfloat16 or not, or flush
-numbers below the normal range to zero.
+numbers below the normal range to zero. Ends that are numpy's are computed by numpy, where no
+program has to be compiled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import Array
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
@@ -26,19 +28,25 @@ __all__ = ["Interval", "enclosure"]
 _TINY = 2.0**-126
 _UNITS = {jnp.dtype("float32"): 2.0**-21, jnp.dtype("bfloat16"): 2.0**-7}
 """Eight times and twice the rounding of a result, which leaves room for what fusing changes."""
+_NAN = np.float32(np.nan)
 
 
 class Interval(NamedTuple):
     """Numbers from `low` to `high`: f32[...], or bool[...] of truth values. NaN at one of the ends
     says that nothing is known."""
 
-    low: Array
-    high: Array
+    low: Array | np.ndarray
+    high: Array | np.ndarray
 
     @property
-    def is_zero(self) -> Array:
+    def is_zero(self) -> Any:
         """bool[...], whether there is no other number in it."""
         return (self.low == 0) & (self.high == 0)
+
+
+def _np(*operands: Any) -> Any:
+    """numpy, or jax.numpy for operands of JAX."""
+    return jnp if any(isinstance(each, jax.Array) for each in operands) else np
 
 
 def enclosure(code: Callable[..., Any], ins: Sequence[Interval], dtype: Any) -> Interval:
@@ -58,8 +66,9 @@ def enclosure(code: Callable[..., Any], ins: Sequence[Interval], dtype: Any) -> 
     """
     closed = jax.make_jaxpr(code)(*(jax.ShapeDtypeStruct(i.low.shape, dtype) for i in ins))
     jaxpr, consts = _compat.open_jaxpr(closed)
-    (result,) = _walk(jaxpr, consts, [_rounded(interval, dtype) for interval in ins])
-    return _interval(result)
+    with np.errstate(all="ignore"):  # of ends that are infinite, or nothing is known of
+        (result,) = _walk(jaxpr, consts, [_rounded(interval, dtype) for interval in ins])
+        return _interval(result)
 
 
 def _walk(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Any]) -> list[Any]:
@@ -85,11 +94,18 @@ def _step(eqn: Any, operands: Sequence[Any]) -> Any:
     exact = [not isinstance(operand, Interval) for operand in operands]
     counts = all(exact) and all(map(_counts, (*eqn.invars, *eqn.outvars)))
     if counts and not eqn.primitive.multiple_results:
-        return eqn.primitive.bind(*operands, **eqn.params)
+        return _bind(eqn, *operands)
     if eqn.primitive is p.dynamic_slice_p and all(exact[1:]):
         of, *starts = _interval(operands[0]), *operands[1:]
-        return Interval(*(eqn.primitive.bind(end, *starts, **eqn.params) for end in of))
+        return Interval(*(_bind(eqn, end, *starts) for end in of))
     return _enclosed(eqn, list(map(_interval, operands)))
+
+
+def _bind(eqn: Any, *operands: Any) -> Any:
+    """The operation itself; of numbers of numpy it makes such."""
+    result = eqn.primitive.bind(*operands, **eqn.params)
+    own = isinstance(result, jax.core.Tracer) or any(isinstance(x, jax.Array) for x in operands)
+    return result if own else np.asarray(result)
 
 
 def _counts(atom: Any) -> bool:
@@ -104,15 +120,17 @@ def _interval(value: Any) -> Interval:
 def _enclosed(eqn: Any, operands: Sequence[Interval]) -> Interval:
     primitive, aval = eqn.primitive, eqn.outvars[0].aval
     if primitive in _compat.varying_casts:  # ends may differ from device to device already
-        return Interval(*(_compat.varying_like(end, aval) for end in operands[0]))
+        return Interval(*(_compat.varying_like(jnp.asarray(end), aval) for end in operands[0]))
     if len(eqn.outvars) == 1:
         if has(primitive, Trait.MOVES | Trait.KEEPS | Trait.CUTS) and len(operands) == 1:
-            return Interval(*(primitive.bind(end, **eqn.params) for end in operands[0]))
+            return Interval(*(_bind(eqn, end) for end in operands[0]))
+        if primitive is p.pad_p:
+            return Interval(*(_bind(eqn, *ends) for ends in zip(*operands, strict=True)))
         rule = _RULES.get(primitive)
         known = all(_is_known(atom.aval.dtype) for atom in (*eqn.invars, *eqn.outvars))
         if rule is not None and (known or _widens_integers(eqn)):
             low, high = rule(*operands, **eqn.params)
-            ends = Interval(jnp.broadcast_to(low, aval.shape), jnp.broadcast_to(high, aval.shape))
+            ends = Interval(*(_np(end).broadcast_to(end, aval.shape) for end in (low, high)))
             return ends if primitive not in _ROUNDING else _rounded(ends, aval.dtype)
     return _unknown(aval)
 
@@ -127,7 +145,7 @@ def _widens_integers(eqn: Any) -> bool:
 
 
 def _exactly(value: Any) -> Interval:
-    array = jnp.asarray(value)
+    array = value if isinstance(value, jax.Array) else np.asarray(value, jnp.result_type(value))
     if array.dtype == jnp.bool_:
         return Interval(array, array)
     wide = array.astype(jnp.float32)
@@ -137,8 +155,8 @@ def _exactly(value: Any) -> Interval:
 
 def _unknown(aval: Any) -> Interval:
     if aval.dtype == jnp.bool_:
-        return Interval(jnp.zeros(aval.shape, bool), jnp.ones(aval.shape, bool))
-    nothing = jnp.full(aval.shape, jnp.nan)
+        return Interval(np.zeros(aval.shape, bool), np.ones(aval.shape, bool))
+    nothing = np.full(aval.shape, np.nan, np.float32)
     return Interval(nothing, nothing)
 
 
@@ -148,17 +166,17 @@ def _rounded(ends: Interval, dtype: Any) -> Interval:
         return ends
     unit, zero = _UNITS[jnp.dtype(dtype)], ends.is_zero
 
-    def off(end: Array) -> Array:
-        return jnp.where(zero, 0.0, unit * jnp.abs(end) + _TINY)
+    def off(end: Any) -> Any:
+        return _np(end).where(zero, np.float32(0.0), unit * abs(end) + _TINY)
 
     return Interval(ends.low - off(ends.low), ends.high + off(ends.high))
 
 
-def _of_ends(ends: Sequence[Array]) -> Interval:
+def _of_ends(ends: Sequence[Any]) -> Interval:
     """The least and the greatest; NaN if one is."""
     low = high = ends[0]
     for end in ends[1:]:
-        low, high = jnp.minimum(low, end), jnp.maximum(high, end)
+        low, high = _np(low, end).minimum(low, end), _np(high, end).maximum(high, end)
     return Interval(low, high)
 
 
@@ -169,18 +187,18 @@ def _mul(a: Interval, b: Interval, **_: Any) -> Interval:
 def _div(a: Interval, b: Interval, **_: Any) -> Interval:
     apart = (b.low > 0) | (b.high < 0)
     low, high = _of_ends([x / y for x in a for y in b])
-    return Interval(jnp.where(apart, low, jnp.nan), jnp.where(apart, high, jnp.nan))
+    return Interval(*(_np(apart, end).where(apart, end, _NAN) for end in (low, high)))
 
 
 def _abs(a: Interval, **_: Any) -> Interval:
-    low, high = jnp.abs(a.low), jnp.abs(a.high)
     around = (a.low <= 0) & (a.high >= 0)
-    return Interval(jnp.where(around, 0.0, jnp.minimum(low, high)), jnp.maximum(low, high))
+    ends = _of_ends([abs(a.low), abs(a.high)])
+    return Interval(_np(around).where(around, np.float32(0.0), ends.low), ends.high)
 
 
 def _power(a: Interval, *, y: int, **_: Any) -> Interval:
     if y < 1:
-        nothing = jnp.full_like(a.low, jnp.nan)
+        nothing = _np(a.low).full_like(a.low, _NAN)
         return Interval(nothing, nothing)
     base = _abs(a) if y % 2 == 0 else a
     return Interval(base.low**y, base.high**y)
@@ -188,15 +206,16 @@ def _power(a: Interval, *, y: int, **_: Any) -> Interval:
 
 def _select(which: Interval, *cases: Interval, **_: Any) -> Interval:
     if len(cases) != 2 or which.low.dtype != jnp.bool_:
-        nothing = jnp.full_like(cases[0].low, jnp.nan)
+        nothing = _np(cases[0].low).full_like(cases[0].low, _NAN)
         return Interval(nothing, nothing)
     no, yes = cases
     if no.low.dtype == jnp.bool_:
         either = Interval(no.low & yes.low, no.high | yes.high)
     else:
         either = _of_ends([*no, *yes])
+    numpy = _np(*which, *no, *yes)
     ends = zip(no, yes, either, strict=True)
-    return Interval(*(jnp.where(which.low, y, jnp.where(which.high, e, n)) for n, y, e in ends))
+    return Interval(*(numpy.where(which.low, y, numpy.where(which.high, e, n)) for n, y, e in ends))
 
 
 def _cast(a: Interval, *, new_dtype: Any, **_: Any) -> Interval:
@@ -208,24 +227,20 @@ def _cast(a: Interval, *, new_dtype: Any, **_: Any) -> Interval:
     return Interval(a.low.astype(jnp.float32), a.high.astype(jnp.float32))
 
 
-def _padding(*, padding_config: Any, **_: Any) -> Callable[[Array, Array], Array]:
-    return lambda end, of: lax.pad(end, of, padding_config)
-
-
 def _between(low: float, high: float) -> Callable[..., Interval]:
     """Of a function whose results lie there, if it has an argument."""
 
     def rule(a: Interval, **_: Any) -> Interval:
-        known = ~jnp.isnan(a.low) & ~jnp.isnan(a.high)
-        return Interval(jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan))
+        known = (a.low == a.low) & (a.high == a.high)
+        return Interval(*(_np(known).where(known, np.float32(end), _NAN) for end in (low, high)))
 
     return rule
 
 
-def _each(function: Callable[..., Array]) -> Callable[..., Interval]:
-    """Of a function that rises with all of its operands."""
+def _each(name: str) -> Callable[..., Interval]:
+    """Of a function of numpy that rises with all of its operands."""
     return lambda *operands, **_: Interval(
-        function(*(a.low for a in operands)), function(*(a.high for a in operands))
+        *(getattr(_np(*ends), name)(*ends) for ends in zip(*operands, strict=True))
     )
 
 
@@ -233,21 +248,22 @@ def _comparison(surely: Callable[..., Array], perhaps: Callable[..., Array]) -> 
     return lambda a, b, **_: Interval(surely(a, b), ~perhaps(a, b))
 
 
+_least, _most = _each("minimum"), _each("maximum")
+
 # A comparison is surely true, or (the second) surely false; of NaN neither.
 _RULES: dict[Any, Callable[..., Any]] = {
-    p.add_p: _each(jnp.add),
+    p.add_p: _each("add"),
     p.sub_p: lambda a, b, **_: Interval(a.low - b.high, a.high - b.low),
     p.mul_p: _mul,
     p.div_p: _div,
     p.neg_p: lambda a, **_: Interval(-a.high, -a.low),
-    p.pad_p: lambda a, of, **params: Interval(*map(_padding(**params), a, of)),
-    p.max_p: _each(jnp.maximum),
-    p.min_p: _each(jnp.minimum),
-    p.clamp_p: _each(lambda low, x, high: jnp.minimum(jnp.maximum(x, low), high)),
+    p.max_p: _most,
+    p.min_p: _least,
+    p.clamp_p: lambda low, x, high, **_: _least(_most(x, low), high),
     p.abs_p: _abs,
     p.square_p: lambda a, **_: _power(a, y=2),
     p.integer_pow_p: _power,
-    p.sign_p: _each(jnp.sign),
+    p.sign_p: _each("sign"),
     p.select_n_p: _select,
     p.convert_element_type_p: _cast,
     p.reduce_precision_p: lambda a, **_: a,
@@ -259,8 +275,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     p.lt_p: _comparison(lambda a, b: a.high < b.low, lambda a, b: a.low >= b.high),
     p.le_p: _comparison(lambda a, b: a.high <= b.low, lambda a, b: a.low > b.high),
     p.not_p: lambda a, **_: Interval(~a.high, ~a.low),
-    p.and_p: _each(jnp.logical_and),
-    p.or_p: _each(jnp.logical_or),
+    p.and_p: _each("logical_and"),
+    p.or_p: _each("logical_or"),
 }
 _ROUNDING = frozenset(
     (p.add_p, p.sub_p, p.mul_p, p.div_p, p.square_p, p.integer_pow_p, p.convert_element_type_p,

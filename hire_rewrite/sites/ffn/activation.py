@@ -171,16 +171,16 @@ class _Probe:
     def zeroes(self, gates: Sequence[int]) -> bool:
         """Whether some bounds of these projections, and none of the others, give zero alone."""
         size = len(_NARROW)
-        wide = Interval(jnp.full(size, -8.0), jnp.full(size, 8.0))
-        vectors = [
-            jnp.full(size, number, vector.value.dtype)
+        wide = Interval(np.full(size, -8.0, np.float32), np.full(size, 8.0, np.float32))
+        vectors: list[Any] = [
+            np.full(size, number, vector.value.dtype)
             for number, vector in zip(self.neutral, self.region.vectors, strict=True)
         ]
 
         def code(*pre: Any) -> Any:
             return self.region.run_one_token(pre, vectors, _stand_in)
 
-        narrow = Interval(jnp.asarray(_NARROW - 1e-3), jnp.asarray(_NARROW + 1e-3))
+        narrow = Interval(_NARROW - np.float32(1e-3), _NARROW + np.float32(1e-3))
         ins = [narrow if p in gates else wide for p in range(self.count)]
         ends = enclosure(code, ins, self.region.projections[0].linear.out.dtype)
         return bool(ends.is_zero.any())

@@ -75,6 +75,18 @@ def test_results_are_within_the_bounds(name, dtype):
                 assert (got <= ends.high)[known].all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CODE)
+def test_of_numpys_ends_numpy_computes_the_same(name, dtype):
+    ins = intervals(0, 0.5)
+    ends = enclosure(CODE[name], [Interval(*map(np.asarray, i)) for i in ins], jnp.dtype(dtype))
+    for end, jaxs in zip(ends, compiled(name, dtype)[0](ins), strict=True):
+        assert isinstance(end, np.ndarray) or name == "an expert's"  # PLACE is JAX's
+        np.testing.assert_allclose(end, jaxs, rtol=1e-6, atol=1e-6)
+    if name in ZERO:
+        assert np.array_equal(ends.is_zero, compiled(name, dtype)[0](ins).is_zero)
+
+
 @pytest.mark.parametrize("name", ZERO)
 def test_zeros_are_seen(name):
     ends = enclosure(CODE[name], intervals(0, 0.01), jnp.float32)
