@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -31,6 +32,26 @@ def grouped(names: Sequence[str]) -> list[str]:
       ['Model/block_{0..1}:p/block_{0..1}/up']
     """
     return [name for name, _ in groups(names, lambda name: name, lambda name: ())]
+
+
+def unique(names: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """The names, those that occur more than once numbered; none is then another or of `others`.
+
+    Examples:
+      >>> unique(["w", "w", "w#1", "v"])
+      ['w#2', 'w#3', 'w#1', 'v']
+    """
+    total, seen = Counter([*others, *names]), Counter(others)
+    different = []
+    for name in names:
+        numbered = name
+        if total[name] > 1:
+            while numbered in total:
+                seen[name] += 1
+                numbered = f"{name}#{seen[name]}"
+            total[numbered] = 1
+        different.append(numbered)
+    return different
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import jax
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
 from hire_rewrite.graph.trace import abstract
-from hire_rewrite.names import first_names
+from hire_rewrite.names import first_names, unique
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,17 @@ def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
             f"{what}: of {len(origin.specs)} arrays ({first_names(origin.paths)}), and these are "
             f"{len(leaves)}: pack again for this model"
         )
-    for path, want, (keys, leaf) in zip(origin.paths, origin.specs, leaves, strict=True):
-        here = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
-        before = path.partition("/")[2]
+    keys = [jax.tree_util.keystr(k[1:], simple=True, separator="/") for k, _ in leaves]
+    heads = [path.partition("/")[0] for path in origin.paths]
+    here = unique([f"{head}/{key}" if key else head for head, key in zip(heads, keys, strict=True)])
+    for i, (path, want, (_, leaf)) in enumerate(
+        zip(origin.paths, origin.specs, leaves, strict=True)
+    ):
         spec = abstract(leaf)
-        if here != before:
+        if here[i] != path:
             raise HireRewriteError(
-                f"{what}: of {path}, where these have {here or 'one array'}: pack again for this "
-                "model"
+                f"{what}: of {path}, where these have {keys[i] or 'one array'}: pack again for "
+                "this model"
             )
         if (spec.shape, spec.dtype) != (want.shape, want.dtype):
             raise HireRewriteError(

@@ -20,6 +20,7 @@ from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.varying import VaryingAxes
+from hire_rewrite.names import unique
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ def trace(
         # What weights are told apart by in other functions, which may call the argument otherwise.
         places.append(f"{sorted(weights).index(path[1].idx)}:{rest}" if held else paths[-1])
         _check_leaf(paths[-1], leaf)
+    # {"a/b": ...} and {"a": {"b": ...}} are written alike.
+    paths, places = unique(paths), unique(places)
 
     @functools.wraps(fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
     def flat(*arrays: Any) -> Any:
@@ -211,7 +214,13 @@ def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
         for name, parameter in inspect.signature(fn).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 names.append(name)
-    return [*names[:count], *(f"arg{i}" for i in range(len(names), count))]
+    names = names[:count]
+    for i in range(len(names), count):
+        name = f"arg{i}"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import loops_of
+from hire_rewrite.names import unique
 from hire_rewrite.passes.near import layer_behind, near_misses
 from hire_rewrite.patterns.linear import Linear, MatchContext, as_linear, chosen_from
 from hire_rewrite.patterns.refusal import NoMatch, Refusal, closer
@@ -277,9 +277,4 @@ def _names(trace: Trace, matches: Sequence[Match], others: Sequence[str]) -> lis
         name = folder if folder and inside <= owned else paths[-1]
         stack = posixpath.commonpath([_name_stack(linear.node) for linear in match.linears])
         names.append(f"{stack}:{name}" if stack else name)
-    total, seen = Counter([*others, *names]), Counter(others)
-    for i, name in enumerate(names):
-        if total[name] > 1:
-            seen[name] += 1
-            names[i] = f"{name}#{seen[name]}"
-    return names
+    return unique(names, others)

@@ -99,3 +99,59 @@ def test_one_weight_under_two_rules_has_a_copy_of_each():
     first, *others = fn(W, X)
     close(exact, others, 1e-5)
     assert 1e-4 < np.abs(rounded - first).max() < 0.1
+
+
+class TwoOfOneName:
+    """A container whose two arrays have the same key."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+
+jax.tree_util.register_pytree_with_keys(
+    TwoOfOneName,
+    lambda it: ([(jax.tree_util.DictKey("w"), array) for array in it.arrays], None),
+    lambda _, arrays: TwoOfOneName(*arrays),
+)
+ALIKE = {
+    "a path in a key": ({"a/b": W, "a": {"b": W.T}}, lambda p: (p["a/b"], p["a"]["b"])),
+    "a number in a key": ({"a": [W], "a/0": W.T}, lambda p: (p["a"][0], p["a/0"])),
+    "one key twice": (TwoOfOneName(W, W.T), lambda p: p.arrays),
+}
+
+
+@pytest.mark.parametrize("rules", [(COPY,), ()])
+@pytest.mark.parametrize("name", ALIKE)
+def test_weights_whose_paths_are_written_alike_are_several(name, rules):
+    tree, both = ALIKE[name]
+
+    def fn(p, x):
+        one, other = both(p)
+        return jnp.tanh(x @ one) @ other + one[0] * other[1]
+
+    step = hire.transform(fn, *rules)
+    held = packed(step, tree, X)
+    held.check(tree)
+    assert len(set(held.arrays)) == len(jax.tree.leaves(held))
+    close(run(step, held, X), fn(tree, X), 1e-4)
+
+
+def test_a_site_whose_copies_are_numbered_and_a_weight_of_that_name_are_several():
+    def fn(p, x):
+        return x @ p["w"], x @ p["w"].T, x @ p["w#1"]
+
+    tree = {"w": W, "w#1": rand(D, D, seed=1)}
+    step = hire.transform(fn, COPY)
+    held = packed(step, tree, X)
+    assert len(held.sites) == 3
+    close(run(step, held, X), fn(tree, X), 1e-5)
+
+
+def test_arguments_beyond_those_that_are_named():
+    def fn(arg1, *more):
+        return jnp.tanh(more[-1] @ arg1) @ more[0]
+
+    step = hire.transform(fn, COPY, weights=(0, 1))
+    held = step.pack(W, W.T, X)
+    held.check(W, W.T)
+    close(run(step, held, None, X), fn(W, W.T, X), 1e-5)
