@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
+from hire_rewrite.graph.contents import contents
 from hire_rewrite.graph.nodes import Body, Scope, Value
 from hire_rewrite.graph.traits import Trait, has
 
@@ -68,9 +69,10 @@ class Provenance:
             loops = [scope for scope in value.scope.ancestors() if scope in varying][::-1]
         key = value, tuple(loops)
         if key not in self._identities:
-            place: Hashable = self._paths.get(value, id(value))
-            found: Hashable = ("array", place if value.const is None else id(value.const))
-            if value.literal is not None:
+            found: Hashable = ("array", self._paths.get(value, id(value)))
+            if value.const is not None:
+                found = ("constant", contents(value.const))
+            elif value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
             elif value.node is not None:
                 node = value.node

@@ -243,6 +243,31 @@ def test_saving_keeps_no_copy_and_nothing_half_written(tmp_path, packed):
     assert after.unsafe_buffer_pointer() == before  # it could be donated
 
 
+def masked(p, x):
+    """A model with arrays of numbers of its own: a table, and a mask in a weight."""
+    table = np.cos(np.arange(D * D, dtype=np.float32)).reshape(D, D)
+    return jnp.tanh(x @ table) @ jnp.where(np.tri(D, dtype=bool), p["w"], 0)
+
+
+def test_numbers_of_the_program_are_the_same_in_another_process_and_at_another_batch(tmp_path):
+    rule, params = hire.Linear(encoding=hire.Blocks(8), force=True), {"w": rand(D, D, seed=2)}
+    step = hire.transform(masked, rule)
+    packed = step.pack(params, X)
+    assert len(packed.sites) == 2
+    np.testing.assert_allclose(step(packed, X[:1]), step(packed, X)[:1], atol=1e-5)
+    packed.save(tmp_path / "p.safetensors")
+    program = """
+        import json, sys
+        import hire_rewrite as hire
+        from tests.checkpoint.test_roundtrip import X, masked
+        step = hire.transform(masked, *hire.load_rules(sys.argv[1]))
+        print(json.dumps(step(hire.Packed.load(sys.argv[1], step), X).tolist()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "p.safetensors")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), step(packed, X), atol=1e-5)
+
+
 def test_in_another_process_without_the_weights(tmp_path, packed, step):
     packed.save(tmp_path / "p.safetensors")
     program = """

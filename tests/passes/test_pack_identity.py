@@ -101,6 +101,20 @@ def test_one_weight_under_two_rules_has_a_copy_of_each():
     assert 1e-4 < np.abs(rounded - first).max() < 0.1
 
 
+@pytest.mark.parametrize("made", [np.asarray, jnp.asarray])
+def test_arrays_that_are_closed_over_are_told_apart_by_their_numbers(made):
+    def server(head):
+        return lambda p, x: jnp.tanh(x @ p) @ head
+
+    old, new = (made(rand(D, D, seed=seed)) for seed in (1, 2))
+    held = packed(hire.transform(server(old), COPY), W, X)
+    assert len(held.sites) == 2
+    for head, rewritten in ((old + 0, 2), (new, 1)):  # a copy, at another address
+        step = hire.transform(server(head), COPY)
+        close(step(held, X), server(head)(W, X), 1e-5)
+        assert len(step.plan(held, X).rewritten) == rewritten
+
+
 class TwoOfOneName:
     """A container whose two arrays have the same key."""
 
