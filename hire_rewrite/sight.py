@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from hire_rewrite import _compat
-from hire_rewrite.analysis import Analyses
+from hire_rewrite.analyses import Analyses
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.analyses import Analyses
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner

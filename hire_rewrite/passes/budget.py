@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.analyses import Analyses
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import dense_bytes, estimate
 from hire_rewrite.errors import HireRewriteError, warn

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.analyses import Analyses
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.reports import combine
 from hire_rewrite.passes.accumulate import accumulate, by_layer

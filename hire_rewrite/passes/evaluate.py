@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hire_rewrite.analysis import Analyses, Analysis
+from hire_rewrite.analyses import Analyses
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate

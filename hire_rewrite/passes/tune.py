@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hire_rewrite.analysis import Analyses
+from hire_rewrite.analyses import Analyses
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.passes.calibrate import calibrate
