@@ -110,6 +110,24 @@ class Analyses:
         self.watch(self, analysis, packed, args, kwargs)
         return analysis
 
+    def of_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Analysis, bool]:
+        """The analysis of a call with raw weights, of the arrays that the function closes over now.
+
+        Returns:
+          It, and whether others are forgotten because such an array has changed since.
+        """
+        with self.lock:
+            before = [graph for graph, _ in self._detections.values() if graph.closed_over]
+            analysis = self.of(None, args, kwargs)
+            now = analysis.trace
+            if any(graph is now for graph in before):
+                now = self._trace(args, kwargs, None)
+            if all(graph.closed_over.all_among(now.closed_over) for graph in before):
+                return analysis, False
+            self._known.clear()
+            self._detections.clear()
+            return self.of(None, args, kwargs), True
+
     def examined(
         self, analysis: Analysis, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Any
     ) -> Analysis:
@@ -167,14 +185,15 @@ class Analyses:
         origin = Origin(tree, paths, tuple(leaves), (without_weights(args, self.weights), kwargs))
         return Analysis(graph, detection, plan, decisions, origin, statistics)
 
-    def _detect(
+    def _trace(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
-    ) -> tuple[Trace, Detection]:
+    ) -> Trace:
         check_call(self.fn, self.name, args, kwargs)
         try:
             with timed(self.name, "trace") as found:
                 graph = trace(self.fn, args, kwargs, self.weights)
                 found("%d weight array(s) of %d inputs", len(graph.weights), len(graph.paths))
+                return graph
         except (TypeError, ValueError, AttributeError, LookupError) as error:
             if isinstance(error, HireRewriteError):
                 raise
@@ -182,6 +201,11 @@ class Analyses:
             if message is None:
                 raise
             raise HireRewriteError(f"{self.name}: {message}") from error
+
+    def _detect(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], packed: Packed | None
+    ) -> tuple[Trace, Detection]:
+        graph = self._trace(args, kwargs, packed)
         with timed(self.name, "detect") as found, jax.transfer_guard("allow"):
             detection = detect(graph, self.rules, self.mesh)
             found(

@@ -1,4 +1,4 @@
-"""What is known of a function at some shapes: its trace and its plan, and what follows from them."""
+"""What is known of a function at some shapes: its trace, its plan, and what follows from them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,11 @@ class Transformed:
             exact=not mode.packs_on_sight, watch=self._dump,
         )  # fmt: skip
         self._sight = OnSight(self._analyses, self._warn)
-        self._compiled = jax.jit(self._run)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Forget what was compiled, if anything was."""
+        self._compiled = jax.jit(functools.partial(self._run))
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.lru_cache(256)(
             lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
@@ -130,7 +134,7 @@ class Transformed:
 
         Returns:
           The `Packed` to pass where the weights stood. A function whose weights are closed over
-          (`weights=()`) keeps it and is called as before.
+          (`weights=()`) keeps it and is called as before; after an update of them pack again.
 
         Raises:
           HireRewriteError: a calibration batch has another structure than the call, or holds a
@@ -145,7 +149,9 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        analysis, seen = self._analyses.of(None, args, kwargs), None
+        (analysis, changed), seen = self._analyses.of_now(args, kwargs), None
+        if changed:
+            self._compile()
         if calibration is not None:
             with timed(self.name, "calibrate") as found, jax.transfer_guard("allow"):
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)

@@ -1,9 +1,9 @@
-"""What arrays are told apart by that a function closes over: their numbers."""
+"""The arrays that a function closes over, and what they are told apart by: their numbers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite import _compat
+from hire_rewrite.graph.nodes import Scope, Value
 
 
 def contents(array: Any) -> Hashable:
@@ -34,5 +35,43 @@ def contents(array: Any) -> Hashable:
             array = jax.random.key_data(array)
     with jax.transfer_guard("allow"):
         numbers = np.ascontiguousarray(array)
-    digest = hashlib.blake2b(numbers.reshape(-1).view(np.uint8), digest_size=16)
+    digest = hashlib.blake2b(numbers.reshape(-1).view(np.uint8).data, digest_size=16)
     return str(numbers.dtype), numbers.shape, digest.hexdigest()
+
+
+class ClosedOver:
+    """The arrays that a function closes over, as they were when it was traced."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._arrays = list(
+            {id(v.const): v.const for v in _read(scope) if v.const is not None}.values()
+        )
+        # Those of JAX do not change.
+        self._contents = [None if isinstance(a, jax.Array) else contents(a) for a in self._arrays]
+
+    def __bool__(self) -> bool:
+        return bool(self._arrays)
+
+    def all_among(self, others: ClosedOver) -> bool:
+        """Whether each of them is one of the others, or has its numbers."""
+        same = {id(array) for array in others._arrays if isinstance(array, jax.Array)}
+        rest = [i for i, array in enumerate(self._arrays) if id(array) not in same]
+        if not rest:
+            return True
+        there = {others._told(i) for i in range(len(others._arrays))}
+        return all(self._told(i) in there for i in rest)
+
+    def _told(self, i: int) -> Hashable:
+        if self._contents[i] is None:
+            self._contents[i] = contents(self._arrays[i])
+        return self._contents[i]
+
+
+def _read(scope: Scope) -> Iterator[Value]:
+    """What the function's operations and loops read, and what it returns."""
+    for inner in scope.walk():
+        for node in inner.nodes:
+            yield from node.ins
+            for body in node.bodies:
+                yield from (link.outer for link in body.inputs)
+        yield from inner.outputs

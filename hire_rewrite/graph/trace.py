@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.graph.contents import ClosedOver
 from hire_rewrite.graph.flatten import flatten
 from hire_rewrite.graph.liveness import Liveness, liveness
 from hire_rewrite.graph.nodes import Scope, Value
@@ -43,6 +44,7 @@ class Trace:
       arguments: the argument that each input is of.
       out_tree: the structure of its results.
       shardings: of the inputs that are weights and sharded over a mesh.
+      closed_over: the arrays that it closes over.
     """
 
     closed: Any
@@ -55,6 +57,7 @@ class Trace:
     differences: VaryingAxes
     live: Liveness
     shardings: Mapping[Value, NamedSharding]
+    closed_over: ClosedOver
 
     def path(self, root: Value) -> str:
         """The name of an input or of a closed-over array."""
@@ -123,6 +126,7 @@ def trace(
             for i in holds_weights
             if (sharding := sharding_over_mesh(leaves[i][1]))
         },
+        closed_over=ClosedOver(scope),
     )
 
 
