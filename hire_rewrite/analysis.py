@@ -13,7 +13,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
-from hire_rewrite.packed import Packed
+from hire_rewrite.packed import Packed, check_not_deleted
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.detect import Detection
 from hire_rewrite.passes.examine import examine, weight_stacker
@@ -89,6 +89,7 @@ class Analysis:
         # A guard against transfers is for what a program does at each call.
         with packing_context(weights), jax.transfer_guard("allow"):
             if not shapes and not any(isinstance(w, jax.core.Tracer) for w in weights):
+                check_not_deleted("pack", origin.paths, weights)
                 origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
             make = pack_shapes if shapes else pack
             return make(self.trace, self.decisions, origin, weights, calibration)

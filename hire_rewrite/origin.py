@@ -44,10 +44,21 @@ class Origin:
         return self.paths[0].partition("/")[0]
 
 
-def check_origin(origin: Origin, weights: Sequence[Any]) -> None:
-    """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from."""
+def check_origin(origin: Origin, weights: Sequence[Any], *, known: bool = True) -> None:
+    """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from.
+
+    Args:
+      known: whether it is an error that nobody knows, as it was packed in a trace.
+    """
     check_specs(origin, weights)
     leaves = jax.tree.leaves(tuple(weights))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) for leaf in leaves):
+        raise HireRewriteError(
+            "the weights are shapes, or are traced, and have no numbers to compare with those that "
+            "were packed: give arrays, outside of jit"
+        )
+    if origin.fingerprint is None and not known:
+        return
     if origin.fingerprint is None:
         raise HireRewriteError(
             "the Packed does not know the numbers that it was packed from, as it was packed or "

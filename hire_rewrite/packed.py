@@ -323,9 +323,33 @@ with contextlib.suppress(ValueError):  # a module that is loaded again defines i
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:
-    """Raise HireRewriteError if a `Packed`, given to the function of this name, holds shapes."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(packed)):
+    """Raise HireRewriteError if a `Packed`, given to the function of this name, holds what nothing
+    can be computed with."""
+    if packed is None:
+        return
+    leaves = jax.tree.leaves(packed)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise HireRewriteError(
             f"{name}: the Packed was made of shapes, and holds no arrays to compute with: "
             "restore a checkpoint into it, or pack the weights themselves"
         )
+    packed.check()
+    check_not_deleted(name, packed.paths, leaves)
+    wide = [leaf.dtype for leaf in leaves if leaf.dtype.itemsize == 8]
+    if wide and jax.dtypes.canonicalize_dtype(float) != float:
+        raise HireRewriteError(
+            f"{name}: the Packed holds numbers of {wide[0]}, and was packed with jax_enable_x64: "
+            "call with it, or pack again without"
+        )
+
+
+def check_not_deleted(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise HireRewriteError if an array, given to the function of this name, is there no more."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        tracer = isinstance(leaf, jax.core.Tracer)
+        if isinstance(leaf, jax.Array) and not tracer and leaf.is_deleted():
+            raise HireRewriteError(
+                f"{name}: {path} was deleted, or donated to another function. A Packed holds the "
+                "weights that stay dense as they are, and no copies: pack again from the weights "
+                "as they are now, or give copies to what donates them"
+            )

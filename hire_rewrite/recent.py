@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TypeVar
 
 K = TypeVar("K")
@@ -20,9 +21,10 @@ class Recent(dict[K, V]):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.most = most
+        self.most, self._lock = most, threading.Lock()
 
     def __setitem__(self, key: K, value: V) -> None:
-        while key not in self and len(self) >= self.most:
-            del self[next(iter(self))]
-        super().__setitem__(key, value)
+        with self._lock:
+            while key not in self and len(self) >= self.most:
+                del self[next(iter(self))]
+            super().__setitem__(key, value)

@@ -18,6 +18,7 @@ from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.gradient import announcing, gradient_warning
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
+from hire_rewrite.origin import check_origin
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
@@ -107,7 +108,7 @@ class Transformed:
             return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         try:
             return self._compiled(*operands)
-        except TypeError:
+        except (TypeError, ValueError, RuntimeError):
             check_arrays(self.name, packed)
             raise
 
@@ -140,7 +141,11 @@ class Transformed:
           HireRewriteError: a calibration batch has another structure than the call, or holds a
             NaN or an infinity; a weight does; or a rule needs calibration and there is none.
         """
-        self._packed_among(args, kwargs)
+        if self._packed_among(args, kwargs) is not None:
+            raise HireRewriteError(
+                f"{self.name}: pack has a Packed where the weights stand that it is to be made of: "
+                "give those"
+            )
         leaves = self._weight_leaves(args)
         shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         if shapes and (calibration is not None or len(shapes) < len(leaves)):
@@ -208,7 +213,9 @@ class Transformed:
         check_arrays(self.name, packed)
         leaves = None
         if weights is not None:
-            leaves = jax.tree.leaves(self._analyses.weight_arguments(weights))
+            arguments = self._analyses.weight_arguments(weights)
+            check_origin(packed.info.origin, arguments, known=False)
+            leaves = jax.tree.leaves(arguments)
         with timed(self.name, "evaluate") as found, jax.transfer_guard("allow"):
             report = evaluate(self._analyses, packed, batches, leaves, targets, kwargs)
             found("%d site(s)", len(report.sites))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import stat
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -54,18 +55,47 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def local(what: str, path: Any) -> str:
+    """A path in the file system.
+
+    Raises:
+      HireRewriteError: it is not one.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise HireRewriteError(f"{what}: the path is a {type(path).__name__}: give a str or a Path")
+    text = os.fspath(path)
+    if "://" in text or "\0" in text:
+        raise HireRewriteError(
+            f"{what}: {text!r} is not a path in the file system: give one, and copy from or to it"
+        )
+    return text
+
+
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """The content of a file of at most `limit` bytes.
 
     Raises:
       HireRewriteError: there is none, it is longer, or it is not a regular file.
     """
-    check_regular(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise HireRewriteError(f"{os.fspath(path)}: it has more than {limit} bytes")
     return data
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A regular file, open for reading, whatever becomes of its name meanwhile.
+
+    Raises:
+      HireRewriteError: it is not one.
+    """
+    check_regular(path)  # opening a pipe might never end
+    with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise HireRewriteError(f"{os.fspath(path)}: it is not a regular file")
+        yield file
 
 
 def check_regular(path: str | os.PathLike[str]) -> int:

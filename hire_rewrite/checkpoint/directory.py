@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,45 +31,72 @@ _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "commit_success.txt"
 """Orbax's own files; in `array_metadatas` there are others."""
 
 
-def write(path: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Write arrays to a new directory; with several processes each calls it.
+@contextlib.contextmanager
+def new(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A new directory to write to, removed again if that fails; with several processes each enters.
+
+    Yields:
+      A function of our description, which makes the directory complete. No process goes on before
+      it is.
 
     Raises:
-      HireRewriteError: there is something of that name, or Orbax is not installed.
+      HireRewriteError: there is something of that name, or somebody else is writing to it.
     """
-    if jax.process_index() == 0 and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    temporary, first = path / f".{_DESCRIPTION}", jax.process_index() == 0
+    if first:
+        _claim(path, temporary)
+
+    def describe(description: bytes) -> None:
+        if first:
+            temporary.write_bytes(description)
+            os.replace(temporary, path / _DESCRIPTION)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"hire_rewrite: {path}")
+
+    try:
+        yield describe
+    except BaseException:
+        if first:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _claim(path: Path, temporary: Path) -> None:
+    """Make a directory, and in it the file that says that it is ours."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    except FileExistsError as error:
+        taken: Exception | None = error
+    else:
+        taken = None
+    if taken is not None or [*path.iterdir()] != [temporary]:
+        if taken is None:
+            temporary.unlink()
         raise HireRewriteError(
             f"{path} is there already: remove it, or give the path of a new directory (or of a "
             "file that ends in .safetensors)"
-        )
+        ) from taken
+
+
+def write(path: Path, arrays: Mapping[str, jax.Array]) -> None:
+    """Write arrays to a directory that is `new`; with several processes each calls it.
+
+    Raises:
+      HireRewriteError: Orbax is not installed, or cannot write them.
+    """
     if not arrays:
-        (path / _ARRAYS).mkdir(parents=True, exist_ok=True)
+        (path / _ARRAYS).mkdir()
         return
     ocp = _orbax()
-    if jax.process_index() == 0:
-        path.mkdir(parents=True, exist_ok=True)
     try:
         with _checkpointer(ocp) as saver:
             saver.save(path / _ARRAYS, args=ocp.args.PyTreeSave(dict(arrays)))
-    except BaseException as error:
-        if jax.process_index() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-        if not isinstance(error, Exception):
-            raise
+    except Exception as error:
         raise HireRewriteError(
             f"save: {path}: Orbax cannot write it: {type(error).__name__}: {error}. A file that "
             "ends in .safetensors needs no Orbax"
         ) from error
-
-
-def describe(path: Path, description: bytes) -> None:
-    """Write the description, which makes a directory complete: no process goes on before it is."""
-    if jax.process_index() == 0:
-        temporary = path / f".{_DESCRIPTION}"
-        temporary.write_bytes(description)
-        os.replace(temporary, path / _DESCRIPTION)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"hire_rewrite: {path}")
 
 
 def keys(arrays: Sequence[StoredArray]) -> list[str | None]:

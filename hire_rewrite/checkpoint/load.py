@@ -12,12 +12,8 @@ from typing import Any
 
 import jax
 
-from hire_rewrite.checkpoint.metadata import (
-    Metadata,
-    opened,
-    read_metadata,
-    trees_of,
-)
+from hire_rewrite.checkpoint.bounded import local
+from hire_rewrite.checkpoint.metadata import Metadata, opened, read_metadata, trees_of
 from hire_rewrite.checkpoint.target import target_of
 from hire_rewrite.errors import HireRewriteError, is_out_of_memory
 from hire_rewrite.origin import Origin, check_specs
@@ -37,20 +33,21 @@ def load(
             f"load: the function is a {type(step).__name__}: give Packed.load(path, step), where "
             "step is what transform returned"
         )
-    where, reader = os.fspath(path), opened(path)
-    metadata = read_metadata(reader.description, where)
-    reader.check(metadata.arrays)
-    args, kwargs = _arguments(where, metadata, step, args, kwargs, reader.size)
-    target = target_of(where, metadata, step, args, kwargs)
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(target)]
-    try:
-        return step._restored(target, reader.arrays(metadata.arrays, shardings))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise HireRewriteError(
-            f"{where}: memory does not suffice to load it ({error}): nothing of it is kept"
-        ) from error.with_traceback(None)
+    where = os.fspath(local("load", path))
+    with opened(where) as reader:
+        metadata = read_metadata(reader.description, where)
+        reader.check(metadata.arrays)
+        args, kwargs = _arguments(where, metadata, step, args, kwargs, reader.size)
+        target = target_of(where, metadata, step, args, kwargs)
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(target)]
+        try:
+            return step._restored(target, reader.arrays(metadata.arrays, shardings))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise HireRewriteError(
+                f"{where}: memory does not suffice to load it ({error}): nothing of it is kept"
+            ) from error.with_traceback(None)
 
 
 def _arguments(

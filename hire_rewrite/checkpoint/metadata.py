@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 
 from hire_rewrite.checkpoint import directory, one_file
 from hire_rewrite.checkpoint.arrays import StoredArray
-from hire_rewrite.checkpoint.bounded import parse
+from hire_rewrite.checkpoint.bounded import open_regular, parse
 from hire_rewrite.checkpoint.plain import (
     dtype_of,
     shape_from_json,
@@ -251,13 +252,18 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return Path(path).is_dir() or Path(path).suffix == one_file.SUFFIX
 
 
-def opened(path: str | os.PathLike[str]) -> one_file.Reader | directory.Reader:
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[one_file.Reader | directory.Reader]:
     """The reader of a checkpoint.
 
     Raises:
       HireRewriteError: there is none.
     """
-    return directory.Reader(path) if Path(path).is_dir() else one_file.Reader(path)
+    if Path(path).is_dir():
+        yield directory.Reader(path)
+        return
+    with open_regular(path) as file:
+        yield one_file.Reader(file)
 
 
 def read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
@@ -266,4 +272,5 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     Raises:
       HireRewriteError: it is damaged, or of another version.
     """
-    return read_metadata(opened(path).description, os.fspath(path)).rules
+    with opened(path) as reader:
+        return read_metadata(reader.description, os.fspath(path)).rules

@@ -15,16 +15,16 @@ import contextlib
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite.checkpoint.arrays import StoredArray, as_bytes, on_devices
-from hire_rewrite.checkpoint.bounded import MAX_BYTES, check_regular, parse
+from hire_rewrite.checkpoint.bounded import MAX_BYTES, parse
 from hire_rewrite.errors import HireRewriteError
 
 SUFFIX = ".safetensors"
@@ -52,10 +52,9 @@ def write(
       description: the description, asked for when all arrays are written.
       numbers: of each array.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    temporary = os.path.join(os.path.dirname(os.path.abspath(path)), f".{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             # Its checksums are known at the end; the place in front is for ten digits each.
             room = len(_header(description(), arrays)) + 16 * len(arrays) + 64
             file.seek(8 + (room := -(-room // 8) * 8))
@@ -64,18 +63,11 @@ def write(
             header = _header(description(), arrays)
             file.seek(0)
             file.write(room.to_bytes(8, "little") + header.ljust(room))
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _header(description: bytes, arrays: Sequence[StoredArray]) -> bytes:
@@ -122,7 +114,7 @@ def _decoded(data: np.ndarray, stored: StoredArray) -> np.ndarray:
 
 
 class Reader:
-    """A checkpoint in one file.
+    """A checkpoint in one file, which is open while it is read: another may take its name.
 
     Attributes:
       description: the JSON text that was written with it.
@@ -132,17 +124,16 @@ class Reader:
       HireRewriteError: it is not such a file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.fspath(path)
-        self.size = check_regular(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if self.size < 8 or length > min(2 * MAX_BYTES, self.size - 8):
-                raise HireRewriteError(
-                    f"{self._path}: it is not a file that Packed.save wrote, or was cut off: its "
-                    f"header is to have {length} bytes, and the file has {self.size}"
-                )
-            text = file.read(length)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._path = file, file.name
+        self.size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if self.size < 8 or length > min(2 * MAX_BYTES, self.size - 8):
+            raise HireRewriteError(
+                f"{self._path}: it is not a file that Packed.save wrote, or was cut off: its "
+                f"header is to have {length} bytes, and the file has {self.size}"
+            )
+        text = file.read(length)
         self._begin = 8 + length
         self._header = parse(text.rstrip(b" "), self._path)
         told = self._header.get("__metadata__") if isinstance(self._header, dict) else None
@@ -179,16 +170,15 @@ class Reader:
         Raises:
           HireRewriteError: the bytes of one are not those that were written.
         """
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._begin)
-            for stored, sharding in zip(arrays, shardings, strict=True):
-                data = np.empty(_length(stored), np.uint8)
-                rest = data.data
-                while len(rest):  # Linux reads no more than 2 GB at a time
-                    count = file.readinto(rest)
-                    if not count:
-                        raise HireRewriteError(f"{self._path}: it became shorter while it was read")
-                    rest = rest[count:]
-                array = _decoded(data, stored)
-                stored.check(array, self._path)
-                yield on_devices(array, sharding)
+        self._file.seek(self._begin)
+        for stored, sharding in zip(arrays, shardings, strict=True):
+            data = np.empty(_length(stored), np.uint8)
+            rest = data.data
+            while len(rest):  # Linux reads no more than 2 GB at a time
+                count = self._file.readinto(rest)  # type: ignore[attr-defined]
+                if not count:
+                    raise HireRewriteError(f"{self._path}: it became shorter while it was read")
+                rest = rest[count:]
+            array = _decoded(data, stored)
+            stored.check(array, self._path)
+            yield on_devices(array, sharding)

@@ -14,6 +14,7 @@ import numpy as np
 
 from hire_rewrite.checkpoint import directory, one_file
 from hire_rewrite.checkpoint.arrays import StoredArray, checksum, on_host
+from hire_rewrite.checkpoint.bounded import local
 from hire_rewrite.checkpoint.metadata import array_names, checksummed, write_metadata
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed, check_arrays
@@ -21,9 +22,8 @@ from hire_rewrite.packed import Packed, check_arrays
 
 def save(packed: Packed, path: str | os.PathLike[str]) -> None:
     """See `Packed.save`."""
-    path = _local(path)
+    path = Path(local("save", path)).absolute()
     check_arrays("save", packed)
-    packed.check()
     leaves, names = jax.tree.leaves(packed), array_names(packed)
     for name, leaf in zip(names, leaves, strict=True):
         _check_leaf(name, leaf)
@@ -51,22 +51,12 @@ def save(packed: Packed, path: str | os.PathLike[str]) -> None:
         return
     keys = directory.keys(arrays)
     held = {key: leaf for key, leaf in zip(keys, leaves, strict=True) if key is not None}
-    directory.write(path, held)
-    if all(leaf.is_fully_addressable for leaf in leaves):
-        for _ in numbers():
-            pass
-    directory.describe(path, description())
-
-
-def _local(path: Any) -> Path:
-    """Raises HireRewriteError unless it is a path in the file system."""
-    if not isinstance(path, str | os.PathLike):
-        raise HireRewriteError(f"save: the path is a {type(path).__name__}: give a str or a Path")
-    if "://" in os.fspath(path):
-        raise HireRewriteError(
-            f"save: {os.fspath(path)} is not a path in the file system: save to one, and copy it"
-        )
-    return Path(path).absolute()
+    with directory.new(path) as describe:
+        directory.write(path, held)
+        if all(leaf.is_fully_addressable for leaf in leaves):
+            for _ in numbers():
+                pass
+        describe(description())
 
 
 def _check_leaf(name: str, leaf: Any) -> None:

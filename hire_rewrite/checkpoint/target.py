@@ -12,7 +12,7 @@ from hire_rewrite.arguments import with_packed
 from hire_rewrite.checkpoint.arrays import StoredArray
 from hire_rewrite.checkpoint.metadata import Metadata, array_names
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.trace import placed
+from hire_rewrite.graph.trace import placed, sharding_over_mesh
 from hire_rewrite.packed import Packed, PackedInfo
 from hire_rewrite.passes.decide import Decision
 from hire_rewrite.passes.rewrite import rewrite_for
@@ -46,18 +46,28 @@ def target_of(
         target = dataclasses.replace(shapes, info=info)
         _check_serves(step, target, args, kwargs)
     except HireRewriteError as error:
-        sharded = ""
-        if metadata.devices > 1:
-            sharded = (
-                f" (It was sharded over {metadata.devices} devices: give Packed.load(path, step, "
-                "*args) with shapes that have shardings, or transform(mesh=...).)"
-            )
-        raise HireRewriteError(f"{where}: {error}{sharded}") from error
+        raise HireRewriteError(f"{where}: {error}{_of_devices(metadata, step, args)}") from error
     except Exception as error:  # of a function at shapes that are not its own
         raise HireRewriteError(
             f"{where}: it was packed for another function: {type(error).__name__}: {error}"
         ) from error
     return target
+
+
+def _of_devices(metadata: Metadata, step: Transformed, args: Sequence[Any]) -> str:
+    """What to do about a checkpoint that was sharded."""
+    if metadata.devices == 1:
+        return ""
+    leaves = jax.tree.leaves([args[i] for i in step.weights if i < len(args)])
+    if any(map(sharding_over_mesh, leaves)):
+        return (
+            f" (It was packed on {metadata.devices} devices. What is divided among devices is "
+            "packed for so many parts: on a mesh that makes others, pack again.)"
+        )
+    return (
+        f" (It was sharded over {metadata.devices} devices: give Packed.load(path, step, *args) "
+        "with shapes that have shardings, or transform(mesh=...).)"
+    )
 
 
 def _told(info: PackedInfo, metadata: Metadata) -> PackedInfo:

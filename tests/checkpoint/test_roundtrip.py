@@ -169,9 +169,10 @@ def test_onto_another_mesh(place, params):
         assert any(not leaf.sharding.is_fully_replicated for leaf in leaves)
         np.testing.assert_allclose(step(loaded, X), want, atol=1e-5)
         loaded.check(params)
-    for arguments in ((), (placed(params, Mesh(devices, ("x",))), X)):
-        with pytest.raises(hire.HireRewriteError, match="sharded over 8 devices"):
-            hire.Packed.load(place, step, *arguments)
+    with pytest.raises(hire.HireRewriteError, match="sharded over 8 devices: give"):
+        hire.Packed.load(place, step)
+    with pytest.raises(hire.HireRewriteError, match="on a mesh that makes others, pack again"):
+        hire.Packed.load(place, step, placed(params, Mesh(devices, ("x",))), X)
 
 
 class Box:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
+from hire_rewrite.fingerprint import fingerprint
 from tests.cases import inputs, rand
 
 D, F = 32, 64
@@ -190,3 +191,52 @@ def test_what_cannot_be_saved_is_said(step, packed, tmp_path, monkeypatch):
     with pytest.raises(hire.HireRewriteError, match="pip install orbax-checkpoint"):
         packed.save(tmp_path / "new")
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["notes.txt", "taken"]
+
+
+@pytest.mark.parametrize("shape", [(96, D, D), (3, 50, D, D)])
+def test_no_layer_of_a_stack_changes_unseen(shape):
+    stack = np.array(rand(*shape))
+    before = fingerprint([stack])
+    for i in np.ndindex(shape[:-2]):
+        stack[i] *= -1
+        assert fingerprint([stack]) != before
+        stack[i] *= -1
+    assert fingerprint([stack]) == before
+
+
+def negated(params):
+    return jax.tree.map(jnp.negative, params)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda step, packed: step.pack(packed, X), "has a Packed where the weights stand"),
+        (lambda step, packed: packed.check(SHAPES), "are shapes"),
+        (lambda _, packed: jax.jit(lambda p: packed.check(p))(PARAMS), "are traced"),
+        (
+            lambda step, packed: step.evaluate(packed, [(X,)], weights={"up": PARAMS["up"]}),
+            "other weights",
+        ),
+        (
+            lambda step, packed: step.evaluate(packed, [(X,)], weights=negated(PARAMS)),
+            "has changed",
+        ),
+        (
+            lambda step, packed: step(packed.with_arrays({**packed.arrays, "norm": ...}), X),
+            "is ellipsis",
+        ),
+    ],
+)
+def test_a_mistake_is_said(step, packed, call, said):
+    with pytest.raises(hire.HireRewriteError, match=said):
+        call(step, packed)
+
+
+def test_packed_with_x64_and_called_without(step):
+    with jax.enable_x64(True):
+        wide = {**PARAMS, "norm": np.ones(D)}
+        packed = step.pack(wide, X)
+        step(packed, X)
+    with pytest.raises(hire.HireRewriteError, match="jax_enable_x64"):
+        step(packed, X)
