@@ -336,7 +336,7 @@ def check_arrays(name: str, packed: Packed | None) -> None:
     packed.check()
     check_not_deleted(name, packed.paths, leaves)
     wide = [leaf.dtype for leaf in leaves if leaf.dtype.itemsize == 8]
-    if wide and jax.dtypes.canonicalize_dtype(float) != float:
+    if wide and jax.dtypes.canonicalize_dtype("float64") == "float32":
         raise HireRewriteError(
             f"{name}: the Packed holds numbers of {wide[0]}, and was packed with jax_enable_x64: "
             "call with it, or pack again without"

@@ -34,16 +34,18 @@ class HeadKind(SiteKind):
         return match
 
     def default_rule(self, match: HeadMatch) -> Head | None:
-        return Head() if match.doubt is None else None
+        return Head() if match.doubt is None and match.disorder is None else None
 
     def asks(self, rule: Head, site: MatchedSite) -> bool:
         if rule.min_width is None:
-            return site.match.doubt is None
+            return site.match.doubt is None and site.match.disorder is None
         return bool(site.match.width * site.sharding.vocabulary_shards >= rule.min_width)
 
     def unasked(self, match: HeadMatch) -> str:
         if match.doubt is not None:
             return f"{match.doubt}; Head(min_width=...) takes it for a vocabulary"
+        if match.disorder is not None:
+            return f"{match.disorder}; Head(min_width=...) rewrites it nevertheless"
         return "no rule asks for it; Head(k=...) does"
 
     def summary(self, match: HeadMatch) -> Mapping[str, Any]:

@@ -38,28 +38,21 @@ class LogitTopK:
     gather: Node | None = None
 
 
-def follow(product: Node, axis: int, uses: Uses) -> tuple[tuple[LogitTopK, ...], str | None]:
-    """What looks for the greatest along an axis of a node's result, and why its numbers may be
-    something else than logits, if so.
+def follow(product: Node, axis: int, uses: Uses) -> Walk:
+    """Go wherever an axis of a node's result goes.
 
     Raises:
       NoMatch: the axis does not end where logits end.
     """
-    walk = _Walk(product, axis, uses)
+    walk = Walk(product, axis, uses)
     while walk.stack:
         walk.visit(*walk.stack.pop())
     if walk.parted is not None and not walk.whole:
         raise walk.parted
-    doubt = None
-    if walk.distorted is not None and not walk.ranked:
-        doubt = (
-            f"{walk.distorted.primitive} is applied to all of its output, and nothing ranks or "
-            "normalizes it (a reconstruction, labels that are independent)"
-        )
-    return tuple(walk.top_ks.values()), doubt
+    return walk
 
 
-class _Walk:
+class Walk:
     """Forward from a product, wherever an axis of its result goes."""
 
     def __init__(self, product: Node, axis: int, uses: Uses) -> None:
@@ -75,6 +68,21 @@ class _Walk:
         self.whole = self.ranked = False
         self.distorted: Node | None = None
 
+    @property
+    def found(self) -> tuple[LogitTopK, ...]:
+        """What looks for the greatest along the whole axis."""
+        return tuple(self.top_ks.values())
+
+    @property
+    def doubt(self) -> str | None:
+        """Why its numbers may be something else than logits, if so."""
+        if self.distorted is None or self.ranked:
+            return None
+        return (
+            f"{self.distorted.primitive} is applied to all of its output, and nothing ranks or "
+            "normalizes it (a reconstruction, labels that are independent)"
+        )
+
     def visit(self, value: Value, axis: int, part: bool) -> None:
         if (value, axis, part) in self.seen:
             return
@@ -88,12 +96,12 @@ class _Walk:
             self.whole = True
             if not jnp.issubdtype(value.dtype, jnp.floating):  # a decision about each of them
                 self.distorted = self.distorted or value.node
-            self.stack += ((*there, part) for there in _leave(value, axis))
+            self.stack += ((*there, part) for there in leave(value, axis))
         for user, position in self.uses.users(value):
             if user.bodies:
-                self.stack += ((*there, part) for there in _enter(user, value, axis))
+                self.stack += ((*there, part) for there in enter(user, value, axis))
                 continue
-            behind = self._behind(user, position, axis)
+            behind = self.behind(user, position, axis)
             if not behind:
                 self._consumed(user, value, axis, part)
             if is_distorted(user, position, self.values, self.uses):
@@ -125,7 +133,7 @@ class _Walk:
         elif searches and value in self.gathers:
             self.top_ks[user] = LogitTopK(user, self.gathers[value])
 
-    def _behind(self, user: Node, position: int, axis: int) -> Axes:
+    def behind(self, user: Node, position: int, axis: int) -> Axes:
         """Where the axis is behind one operation; nowhere if it is consumed there."""
         primitive = user.primitive
         if not user.outs:
@@ -255,7 +263,7 @@ def _is_slice(user: Node, axis: int) -> bool:
     return axis not in collapsed and fixed_starts(user) is not None
 
 
-def _enter(user: Node, value: Value, axis: int) -> Axes:
+def enter(user: Node, value: Value, axis: int) -> Axes:
     """Into the bodies of a loop or a branch."""
     links = (
         (inner, axis - 1 if link.role == "slice" else axis)
@@ -266,7 +274,7 @@ def _enter(user: Node, value: Value, axis: int) -> Axes:
     return [(inner, inside) for inner, inside in links if inside >= 0]
 
 
-def _leave(value: Value, axis: int) -> Axes:
+def leave(value: Value, axis: int) -> Axes:
     """Out of the body of a loop or a branch, and on to its next iteration."""
     node = value.scope.parent
     outside: Axes = []

@@ -21,6 +21,7 @@ from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, or
 from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.logits import LogitTopK, follow
+from hire_rewrite.sites.head.order import disorder
 from hire_rewrite.sites.kind import Match
 from hire_rewrite.sites.replacement import arguments
 
@@ -44,6 +45,7 @@ class HeadMatch(Match):
       top_ks: the operations behind them that look for the greatest of the whole vocabulary.
       lookups: where rows of its weight are looked up, if a rule may ask for these.
       doubt: why it is a vocabulary only if a rule says so (by `min_width`); None if it surely is.
+      disorder: why something may rank its guesses before its exact logits; None if nothing does.
     """
 
     linear: Linear
@@ -53,6 +55,7 @@ class HeadMatch(Match):
     results: tuple[Value, ...]
     top_ks: tuple[LogitTopK, ...] = ()
     doubt: str | None = None
+    disorder: str | None = None
     lookups: tuple[Node, ...] = ()
 
     @property
@@ -132,15 +135,18 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
         reason = "a weight for each of several inputs (attention heads, experts): not a vocabulary"
         raise NoMatch(Refusal.NOT_LOGITS, reason, node)
     _check_sums(linear, context)
-    top_ks, distorted = follow(node, axis, context.uses)
-    doubt = doubt or distorted
+    walk = follow(node, axis, context.uses)
+    doubt = doubt or walk.doubt
     if min_width is None and doubt is not None:
         raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
     if linear.out_dim != shape[axis]:
         reason = "several vocabularies lie side by side in one product"
         raise NoMatch(Refusal.UNSUPPORTED, reason, node)
     match = _epilogue(linear, axis, context)
-    return dataclasses.replace(match, top_ks=top_ks, doubt=doubt)
+    places = [(value, match.places[value][0]) for value in match.outputs]
+    return dataclasses.replace(
+        match, top_ks=walk.found, doubt=doubt, disorder=disorder(walk, places, match.nodes)
+    )
 
 
 def _doubt(linear: Linear, width: int, context: MatchContext) -> str | None:

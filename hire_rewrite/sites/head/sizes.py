@@ -104,6 +104,8 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
             f"{site.name}: certify={rule.certify} of k={rule.k}: only the k greatest logits are "
             "exact, so give at most k, or a greater k"
         )
+    if match.disorder is not None:
+        raise Unfit(f"certify: {match.disorder}")
     sides = {side: jax.ShapeDtypeStruct(side.shape, side.dtype) for side in match.side_inputs}
 
     def examine(arrays: Any) -> None:

@@ -1,0 +1,141 @@
+"""What is ranked behind a head: the order of its logits, or another one, which it guesses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import hire_rewrite as hire
+from tests.cases import inputs, rand
+
+D, V = 32, 4096
+ONE = jax.nn.one_hot(5, V)
+KEY = jax.random.key(0)
+PARAMS = {"head": rand(D, V), "other": rand(D, V, seed=1)}
+X = inputs(2, D)
+SOME = np.arange(0, V, 7)
+
+
+def _top_k(z):
+    return jnp.where(z < lax.top_k(z, 40)[0][:, -1:], -jnp.inf, z)
+
+
+def _top_p(z):
+    order = jnp.argsort(-z, -1)
+    ranked = jax.nn.softmax(jnp.take_along_axis(z, order, -1))
+    far = jnp.cumsum(ranked, -1) - ranked > 0.9
+    far = jnp.zeros_like(far).at[jnp.arange(len(z))[:, None], order].set(far)
+    return jnp.where(far, -jnp.inf, z)
+
+
+def _penalized(z):
+    return jnp.where(z > 0, z / 1.3, z * 1.3)
+
+
+def _decoded(p, x):
+    """A loop over tokens."""
+
+    def body(x, _):
+        z = x @ p["head"]
+        return x + z.max(-1, keepdims=True), jax.nn.softmax(z).argmax(-1)
+
+    return lax.scan(body, x, None, length=3)[1]
+
+
+def _turned_in_a_loop(p, x):
+    def body(carry, _):
+        x, z = carry
+        return (x, -z), None
+
+    return lax.scan(body, (x, x @ p["head"]), None, length=3)[0][1].argmax(-1)
+
+
+def of_logits(fn):
+    return lambda p, x: fn(x @ p["head"])
+
+
+KEPT = {
+    "greedy": of_logits(lambda z: z.argmax(-1)),
+    "probabilities": of_logits(lambda z: jnp.argmax(jax.nn.softmax(z / 0.7), -1)),
+    "log": of_logits(lambda z: jnp.log(jax.nn.softmax(z)).argmax(-1)),
+    "power": of_logits(lambda z: (jax.nn.softmax(z) ** 0.7).argmax(-1)),
+    "returned": of_logits(jax.nn.log_softmax),
+    "beams": of_logits(lambda z: lax.top_k((jax.nn.log_softmax(z) + X[:, :1]).reshape(-1), 8)),
+    "loss": of_logits(lambda z: -jax.nn.log_softmax(z)[:, 5]),
+    "loss by one-hot rows": of_logits(
+        lambda z: -(jax.nn.log_softmax(z) * jax.nn.one_hot(5, V)).sum()
+    ),
+    "entropy": of_logits(lambda z: -(jax.nn.softmax(z) * jax.nn.log_softmax(z)).sum(-1)),
+    "sorted downwards": of_logits(lambda z: jnp.argsort(-z)[:, :5]),
+    "top-k, drawn": of_logits(lambda z: jax.random.categorical(KEY, _top_k(z))),
+    "top-p, drawn": of_logits(lambda z: jax.random.categorical(KEY, _top_p(z))),
+    "a mask": of_logits(lambda z: jnp.where(jnp.arange(V) < 300, z, -jnp.inf).argmax(-1)),
+    "a penalty by a mask": of_logits(
+        lambda z: jnp.where(jnp.arange(V) % 7 == 0, _penalized(z), z).argmax(-1)
+    ),
+    "a bias": lambda p, x: (x @ p["head"] + jnp.zeros(V).at[SOME].add(5.0)).argmax(-1),
+    "a dense head beside it": lambda p, x: (x @ p["head"] - x @ p["other"]).argmax(-1),
+    "one token forbidden": of_logits(lambda z: z.at[:, 3].set(-jnp.inf).argmax(-1)),
+    "a few tokens less": of_logits(lambda z: z.at[:, SOME[:9]].add(-5.0).argmax(-1)),
+    "one looked up": of_logits(lambda z: jnp.take_along_axis(z, z.argmax(-1)[:, None], -1).max()),
+    "greatest of all tokens": of_logits(lambda z: z.max(0).argmax(-1)),
+    "loop": _decoded,
+}
+LOST = {
+    "negative": of_logits(lambda z: jnp.argmax(-z, -1)),
+    "negative, returned": of_logits(lambda z: -z),
+    "negative, normalized": of_logits(lambda z: jax.nn.softmax(-z)),
+    "divided by a negative number": of_logits(lambda z: z / -2),
+    "least": of_logits(lambda z: z.min(-1)),
+    "absolute": of_logits(lambda z: jnp.abs(z).argmax(-1)),
+    "square": of_logits(lambda z: lax.top_k(z**2, 1)),
+    "guidance": of_logits(lambda z: (z[1] + 3.0 * (z[0] - z[1])).argmax(-1)),
+    "contrast": lambda p, x: jnp.argmax(
+        jax.nn.log_softmax(x @ p["head"]) - 0.5 * jax.nn.log_softmax(x @ p["other"]), -1
+    ),
+    "mean of tokens": of_logits(lambda z: jax.nn.softmax(z).mean(0).argmax(-1)),
+    "some made greater": of_logits(lambda z: z.at[:, SOME].add(5.0).argmax(-1)),
+    "one made greater": of_logits(lambda z: z.at[:, 3].add(5.0).argmax(-1)),
+    "many forbidden": of_logits(lambda z: z.at[:, jnp.arange(V - 9)].set(-jnp.inf).argmax(-1)),
+    "a penalty for some": of_logits(lambda z: z.at[:, SOME].set(_penalized(z[:, SOME])).argmax(-1)),
+    "a choice of four": of_logits(lambda z: z[:, SOME[:4]].argmax(-1)),
+    "those that are allowed": of_logits(
+        lambda z: jnp.full(z.shape, -jnp.inf).at[:, SOME].set(z[:, SOME]).argmax(-1)
+    ),
+    "a mask of probabilities": of_logits(
+        lambda z: jnp.where(jnp.arange(V) < 300, jax.nn.softmax(z), 0.0).argmax(-1)
+    ),
+    "a prior of probabilities": of_logits(
+        lambda z: (jax.nn.log_softmax(z) - jnp.arange(V) / V).argmax(-1)
+    ),
+    "loop": _turned_in_a_loop,
+}
+
+
+def plan_of(fn, *rules):
+    return hire.transform(fn, *rules, on_miss="ignore").plan(PARAMS, X)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_order_is_the_logits(name):
+    plan = plan_of(KEPT[name])
+    assert [site.name for site in plan.rewritten][:1] == ["p/head"], plan
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_the_order_is_another(name):
+    for rules in ((), (hire.Head(),), (hire.Head(certify=True, min_width=V),)):
+        plan = plan_of(LOST[name], *rules)
+        assert not plan.rewritten
+        reasons = [site.reason for site in plan.sites]
+        assert all("exact where they are greatest" in r or "looked up" in r for r in reasons), plan
+        assert len(reasons) == 1 + (name == "contrast")
+
+
+def test_a_rule_that_says_so_rewrites_it():
+    fn, rule = LOST["negative"], hire.Head(k=V, candidates=V, min_width=V, force=True)
+    step = hire.transform(fn, rule)
+    packed = step.pack(PARAMS, X)
+    assert len(step.plan(packed, X).rewritten) == 1
+    np.testing.assert_array_equal(step(packed, X), fn(PARAMS, X))
