@@ -262,6 +262,14 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(map(str, jax.sharding.get_abstract_mesh().manual_axes))
 
 
+def varying_type(aval: Any) -> dict[str, Any]:
+    """What a `jax.ShapeDtypeStruct` is given to differ from device to device as a type does."""
+    kind = getattr(aval, "manual_axis_type", None)
+    if kind is None or not kind.varying:
+        return {}
+    return {"manual_axis_type": kind, "sharding": aval.sharding}  # whose mesh has the axes
+
+
 def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """x inside `shard_map`, typed as if it differed along the mesh's `axes` (those of a `vmap`
     have no such type)."""

@@ -74,10 +74,13 @@ class Provenance:
                 found = ("constant", contents(value.const))
             elif value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
+            elif value.node is not None and has(value.node.primitive, Trait.SHARDS):
+                found = self.identity(value.node.ins[0], loops)
             elif value.node is not None:
                 node = value.node
                 ins = tuple(self.identity(operand, loops) for operand in node.ins)
-                # Where numbers lie is no part of them: under a mesh `jax.vmap` says it of biases.
+                # Where numbers lie is no part of them: under a mesh `jax.vmap` says it of biases,
+                # and `jax.shard_map` of what meets numbers that differ from device to device.
                 params = {k: v for k, v in node.params.items() if not k.endswith("sharding")}
                 found = (node.primitive, str(params), node.outs.index(value), ins)
             elif value.is_input and value.scope.parent is not None:

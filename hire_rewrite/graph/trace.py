@@ -131,15 +131,16 @@ def trace(
 
 
 def abstract(leaf: Any) -> Any:
-    """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is; of a
-    `jax.Ref` its own type."""
+    """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is, and as
+    it differs from device to device inside a `shard_map`; of a `jax.Ref` its own type."""
     if isinstance(leaf, jax.ShapeDtypeStruct) or _compat.is_ref(leaf):
         return leaf
     aval = jax.typeof(leaf)
     if _compat.is_ref(aval):
         return aval
     sharding = aval.sharding if _compat.is_sharded_by_type(aval) else None
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+    kind: Any = {"weak_type": aval.weak_type, "sharding": sharding, **_compat.varying_type(aval)}
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **kind)
 
 
 def placed(leaf: Any) -> Any:

@@ -1,0 +1,61 @@
+"""A rewritten function inside a `shard_map` of the user's, which divides tokens and not weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import hire_rewrite as hire
+from tests.cases import inputs, packed, rand
+
+D, F = 64, 192
+W = rand(D, F).astype(jnp.bfloat16).astype(jnp.float32)
+X = inputs(8, D)
+
+
+def _looped(p, x):
+    return jax.lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ p[:, :D]) + p[0, :D], x)
+
+
+def _summed(p, x):
+    """Begins with a number that does not differ from device to device."""
+    return x + jax.lax.psum((x @ p).sum(), "data")
+
+
+COPY = hire.Linear(encoding=hire.Float("float32"), force=True)
+CASES = {
+    "no site": (lambda p, x: jnp.sin(x) * p[0, :D], ()),
+    "linear": (lambda p, x: x @ p, (COPY,)),
+    "linear, without rules": (lambda p, x: x @ p, ()),
+    "left dense": (lambda p, x: jnp.sin(x @ p + 1.0), (hire.Linear(path="nothing"),)),
+    "block": (
+        lambda p, x: x + jax.nn.relu(x @ p + p[0]) @ p.T,
+        (hire.FFN(k="positive", force=True),),
+    ),
+    "head": (lambda p, x: x @ p + p[0], (hire.Head(k=F, candidates=F, min_width=F, force=True),)),
+    "loop": (_looped, (COPY,)),
+    "sum over devices": (_summed, (COPY,)),
+}
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_function(name, mode):
+    fn, rules = CASES[name]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def around(fn, check):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": check}
+        return jax.jit(jax.shard_map(fn, mesh=mesh, **specs))
+
+    want = around(fn, True)(W, X)
+    step = hire.transform(fn, *rules, on_miss="ignore", mode=mode)
+    if name == "sum over devices":  # can only be traced inside
+        helds = []
+    else:
+        helds = [packed(step, W, X), packed(step, W, X[:1])]
+    for check in (True, False):
+        for held in (*helds, W):
+            np.testing.assert_allclose(around(step, check)(held, X), want, atol=2e-4)
