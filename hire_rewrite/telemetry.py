@@ -149,7 +149,7 @@ class Telemetry:
     def on_host(self) -> Telemetry:
         """The same with i64 counters in NumPy, those of mapped calls added up; waits for them."""
         counts = np.asarray(jax.device_get(self.counts)).astype(np.int64)
-        return Telemetry(counts.reshape(-1, *counts.shape[-2:]).sum(0), self.sites)
+        return Telemetry(counts.sum(tuple(range(counts.ndim - 2))), self.sites)
 
     def summary(self) -> dict[str, SiteUsage]:
         """What each site read, by name; sites that never ran have no shares."""

@@ -96,7 +96,7 @@ class Transformed:
             self._bound[id(instance)] = bound
         return bound
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         packed = self._packed_among(args, kwargs)
         if packed is None and self.mode.packs_on_sight:
             packed = self._sight.pack(tuple(self._weight_leaves(args)), args, kwargs)
@@ -112,13 +112,14 @@ class Transformed:
             check_arrays(self.name, packed)
             raise
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """What will be done, for a call with these arguments (arrays or shapes)."""
         packed = self._packed_among(args, kwargs)
         return self._analyses.of(packed, args, kwargs).plan
 
     def pack(
         self,
+        /,
         *args: Any,
         calibration: Iterable[tuple[Any, ...]] | None = None,
         **kwargs: Any,
@@ -282,7 +283,7 @@ class Transformed:
             found("%d rule(s)", len(tuned))
         return tuned
 
-    def diff(self, *args: Any, **kwargs: Any) -> Diff:
+    def diff(self, /, *args: Any, **kwargs: Any) -> Diff:
         """The jaxpr of a call with these arguments (arrays or shapes), before and after.
 
         Examples:

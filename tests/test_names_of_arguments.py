@@ -87,3 +87,14 @@ def test_it_goes_through_trees(packed):
     assert jax.vmap(batch)(jnp.arange(4)[:, None]).shape == (4, 1, V)
     mapped = jax.vmap(hire.transform(step, RULE), in_axes=(None, 0))
     assert mapped(packed, jnp.arange(4)[:, None]).shape == (4, 1, V)
+
+
+def test_a_keyword_argument_that_is_called_self():
+    def fn(p, x, *, self=1.0):
+        return x @ p * self
+
+    step = hire.transform(fn, hire.Linear(encoding=hire.Float("float32"), force=True))
+    p, x = jnp.ones((8, 8)), jnp.ones((1, 8))
+    held = step.pack(p, x, self=2.0)
+    assert step.plan(held, x, self=2.0).rewritten
+    assert (step(held, x, self=2.0) == fn(p, x, self=2.0)).all()

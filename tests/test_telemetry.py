@@ -356,3 +356,14 @@ def test_shardings_in_types():
         result, telemetry = on(held, x)
         np.testing.assert_array_equal(result, off(held, x))
         assert next(iter(telemetry.summary().values())).tokens == 2
+
+
+def test_where_no_site_is_counted():
+    step = hire.transform(lambda p, x: jnp.sin(x) + p, telemetry=True, on_miss="ignore")
+    rows = jnp.ones((3, 4))
+    held = step.pack(rows[0], rows[0])
+    _, one = step(held, rows[0])
+    _, mapped = jax.vmap(step, (None, 0))(held, rows)
+    for telemetry in (one, mapped, sum([one, one])):
+        assert telemetry.summary() == {}
+        assert str(telemetry) == "no site is counted"

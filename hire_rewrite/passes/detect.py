@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from hire_rewrite.graph.effects import unsupported_reason
-from hire_rewrite.graph.nodes import Node, Value, source_of
+from hire_rewrite.graph.nodes import Node, Scope, Value, source_of
 from hire_rewrite.graph.opaque import may_hide_product, opaque_name
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import loops_of
@@ -193,9 +193,17 @@ def _site(trace: Trace, kind: SiteKind, name: str, match: Match, mesh: Mesh | No
         match,
         weights_identity(trace, kind, match, loops),
         sharding,
-        unsupported_reason(match.nodes | match.shared, match.inputs) or reason,
+        unsupported_reason(match.nodes | match.shared, match.inputs) or _empty(loops) or reason,
         optional,
         loops,
+    )
+
+
+def _empty(loops: Sequence[Scope]) -> str | None:
+    return (
+        "it is in a loop that never runs: it has no weights"
+        if any(loop.length == 0 for loop in loops)
+        else None
     )
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hire_rewrite as hire
@@ -145,3 +146,15 @@ def test_reasons_with_numbers_of_the_name_are_alike():
     ]
     ((name, members),) = grouped_rejections(layers)
     assert (name, len(members)) == ("p/{0..8}/o", 9)
+
+
+@pytest.mark.parametrize("rules", [(), (hire.Linear(encoding=hire.Blocks(8), force=True),)])
+def test_a_loop_that_never_runs(rules):
+    def fn(layers, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+    layers, x = jnp.zeros((0, 32, 32)), jnp.ones((1, 32))
+    step = hire.transform(fn, *rules, on_miss="ignore")
+    np.testing.assert_array_equal(step(step.pack(layers, x), x), x)
+    (site,) = step.plan(layers, x).sites
+    assert "never runs" in site.reason

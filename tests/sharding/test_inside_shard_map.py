@@ -52,10 +52,8 @@ def test_it_is_the_function(name, mode):
 
     want = around(fn, True)(W, X)
     step = hire.transform(fn, *rules, on_miss="ignore", mode=mode)
-    if name == "sum over devices":  # can only be traced inside
-        helds = []
-    else:
-        helds = [packed(step, W, X), packed(step, W, X[:1])]
+    outside = name != "sum over devices"
+    helds = [packed(step, W, x) for x in (X, X[:1]) if outside]
     for check in (True, False):
         for held in (*helds, W):
             np.testing.assert_allclose(around(step, check)(held, X), want, atol=2e-4)
