@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.contents import contents
-from hire_rewrite.graph.nodes import Body, Scope, Value
+from hire_rewrite.graph.nodes import Body, Node, Scope, Value
 from hire_rewrite.graph.traits import Trait, has
 
 
@@ -74,7 +74,9 @@ class Provenance:
                 found = ("constant", contents(value.const))
             elif value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
-            elif value.node is not None and has(value.node.primitive, Trait.SHARDS):
+                if _is_index(value):
+                    found = ("index", int(np.asarray(value.literal)))
+            elif value.node is not None and _is_the_same(value.node):
                 found = self.identity(value.node.ins[0], loops)
             elif value.node is not None:
                 node = value.node
@@ -136,6 +138,19 @@ class Provenance:
                 self._weights.add(value)
                 if self._is_constant(link.outer):
                     self._constant.add(value)
+
+
+def _is_index(value: Value) -> bool:
+    """Whether it is a single integer, whose width `jax_enable_x64` decides."""
+    return not value.shape and np.issubdtype(value.dtype, np.integer)
+
+
+def _is_the_same(node: Node) -> bool:
+    """Whether an operation returns the numbers that it is given, elsewhere or as wider indices."""
+    if has(node.primitive, Trait.SHARDS):
+        return True
+    cast = node.primitive is p.convert_element_type_p
+    return cast and all(map(_is_index, (*node.ins, *node.outs)))
 
 
 def body_of(value: Value) -> tuple[Body, int]:

@@ -169,3 +169,17 @@ def test_arguments_beyond_those_that_are_named():
     held = step.pack(W, W.T, X)
     held.check(W, W.T)
     close(run(step, held, None, X), fn(W, W.T, X), 1e-5)
+
+
+@pytest.mark.parametrize("indexed", [lambda p, i: p[i], lax.dynamic_index_in_dim])
+def test_layers_that_a_loop_counts_are_the_same_in_64_bits(indexed):
+    def fn(p, x):
+        return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ indexed(p, i).reshape(D, D)), x)
+
+    layers = rand(3, D, D)
+    step = hire.transform(fn, COPY)
+    held = packed(step, layers, X)
+    with jax.enable_x64(True):
+        close(step(held, X), fn(layers, X), 1e-4)
+        other = packed(step, layers, X)
+    close(step(other, X), fn(layers, X), 1e-4)
