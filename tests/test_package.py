@@ -80,6 +80,13 @@ def test_such_guards_are_found(guard, dead, code):
     assert dead_guards(code.format(guard), (0, 10, 2)) == [guard] * dead
 
 
+def test_kernels_are_built_for_the_oldest_jaxlib():
+    """XLA loads handlers that were built for an older one, and none for a newer one."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    (oldest,) = (r for r in project["project"]["dependencies"] if r.startswith("jaxlib>="))
+    assert oldest.replace(">=", "==") in project["build-system"]["requires"]
+
+
 def test_public_names():
     for name in hire_rewrite.__all__:
         assert getattr(hire_rewrite, name).__doc__
