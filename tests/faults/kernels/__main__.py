@@ -31,6 +31,7 @@ HERE, SOURCES = Path(__file__).parent, Path(cpu.__file__).parent
 FLAGS = [
     "-std=c++17",
     "-w",
+    "-Wno-psabi",
     "-pthread",
     f"-I{SOURCES}",
     f"-I{Path(jaxlib.__file__).parent}/include",
