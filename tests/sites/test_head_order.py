@@ -70,6 +70,7 @@ KEPT = {
     "sorted downwards": of_logits(lambda z: jnp.argsort(-z)[:, :5]),
     "top-k, drawn": of_logits(lambda z: jax.random.categorical(KEY, _top_k(z))),
     "top-p, drawn": of_logits(lambda z: jax.random.categorical(KEY, _top_p(z))),
+    "approximately": of_logits(lambda z: lax.approx_max_k(z, 4)),
     "a mask": of_logits(lambda z: jnp.where(jnp.arange(V) < 300, z, -jnp.inf).argmax(-1)),
     "a penalty by a mask": of_logits(
         lambda z: jnp.where(jnp.arange(V) % 7 == 0, _penalized(z), z).argmax(-1)
@@ -88,6 +89,7 @@ LOST = {
     "negative, normalized": of_logits(lambda z: jax.nn.softmax(-z)),
     "divided by a negative number": of_logits(lambda z: z / -2),
     "least": of_logits(lambda z: z.min(-1)),
+    "a few that are least": of_logits(lambda z: lax.approx_min_k(z, 4)),
     "absolute": of_logits(lambda z: jnp.abs(z).argmax(-1)),
     "square": of_logits(lambda z: lax.top_k(z**2, 1)),
     "guidance": of_logits(lambda z: (z[1] + 3.0 * (z[0] - z[1])).argmax(-1)),

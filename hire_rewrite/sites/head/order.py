@@ -104,7 +104,7 @@ class _Order:
     def _consumed(self, user: Node, value: Value, axis: int, way: int) -> None:
         """An operation is the end of the axis."""
         wanted: tuple[int, ...] = (_UP, _DOWN)
-        if user.primitive is p.reduce_min_p:
+        if user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
             wanted = (_DOWN,)
         elif user.primitive is p.reduce_max_p or has(user.primitive, Trait.SEARCHES):
             wanted = (_UP,)
