@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from hire_rewrite.ops.moments import Moments
@@ -199,7 +200,9 @@ class Certifying(Predictor, Protocol):
 
 
 def optimistic(scores: Array, state: State, layer: Array | int) -> Array:
-    """Scores f32[tokens, n] by which rows are chosen: higher where a guess may be too low."""
+    """Scores f32[tokens, n] by which rows are chosen: higher where a guess may be too low. Of a NaN
+    (infinity times zero) nothing is known: such rows come first."""
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     if "bonus" not in state:
         return scores
     bonus = lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)

@@ -300,3 +300,20 @@ def test_it_lowers_for_every_platform(platform):
 def test_a_spec_out_of_range(changes, message):
     with pytest.raises(HireRewriteError, match=message):
         dataclasses.replace(HeadSpec(200, 4, 20, "-inf", None, None, None), **changes)
+
+
+@pytest.mark.parametrize("predictor", [Quantized(), Quantized(4, block=8), LowRank(8)])
+@pytest.mark.parametrize("nan", [np.nan, -np.nan])
+def test_where_a_guess_is_no_number_the_row_is_read(predictor, nan, monkeypatch):
+    """As of a product of what is huge and what is zero, whose sum is a number all the same."""
+    spec, state = head(predictor)
+    x, score = normal(5, 3, 16), type(predictor).score
+
+    def unknown(self, *args, **settings):
+        return score(self, *args, **settings).at[:, 7].set(nan)
+
+    (want,) = dense(x, spec, state)
+    monkeypatch.setattr(type(predictor), "score", unknown)
+    (got,) = run(x, spec, state, predictor)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[:, 7], want[:, 7], rtol=1e-5)
