@@ -8,14 +8,22 @@ from hire_rewrite import _compat
 
 __all__ = ["body_of"]
 
+_CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+)
+
 
 def body_of(eqn: Any) -> Any:
     """The jaxpr of a call that passes its operands on as they are."""
-    bodies = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
-    if len(bodies) != 1:
+    if _compat.is_high_call(eqn):
+        bodies = [_compat.call_jaxpr(eqn)]
+    else:
+        bodies = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
+        if eqn.primitive.name not in _CALLS:
+            return None
+    if len(bodies) != 1 or bodies[0] is None:
         return None
     body = _compat.open_jaxpr(bodies[0])[0]
-    calls = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
-    named = eqn.primitive.name in (*calls, "custom_vjp_call", "custom_vjp_call_jaxpr")
-    return body if fits and named else None
+    return body if fits else None
