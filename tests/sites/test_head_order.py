@@ -90,6 +90,8 @@ LOST = {
     "divided by a negative number": of_logits(lambda z: z / -2),
     "least": of_logits(lambda z: z.min(-1)),
     "a few that are least": of_logits(lambda z: lax.approx_min_k(z, 4)),
+    "an inverse": of_logits(lambda z: (jax.nn.softmax(z) ** -0.5).argmax(-1)),
+    "rounded": of_logits(lambda z: jnp.round(z).argmax(-1)),
     "absolute": of_logits(lambda z: jnp.abs(z).argmax(-1)),
     "square": of_logits(lambda z: lax.top_k(z**2, 1)),
     "guidance": of_logits(lambda z: (z[1] + 3.0 * (z[0] - z[1])).argmax(-1)),

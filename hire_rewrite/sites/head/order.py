@@ -25,9 +25,9 @@ from hire_rewrite.sites.head.logits import Walk, enter, leave
 
 _RISING = frozenset(
     (p.log_p, p.log1p_p, p.exp2_p, p.expm1_p, p.sqrt_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p,
-     p.erf_p, p.floor_p, p.ceil_p, p.round_p, p.pow_p)
+     p.erf_p)
 )  # fmt: skip
-"""Functions that rise with their first operand where they are defined, if rounding is no matter."""
+"""Functions that rise where they are defined, but for rounding."""
 
 _FEW = 16
 """Tokens that a program may forbid one by one: of 64 exact logits enough are left."""
@@ -212,9 +212,10 @@ def _way_of(user: Node, position: int, others: Collection[Value]) -> int:
     primitive = user.primitive
     if primitive is p.integer_pow_p:
         return _UP if user.params["y"] % 2 and user.params["y"] > 0 else _LOST
-    if primitive in _RISING and position == 0:
+    if primitive in _RISING:
         return _UP
-    kind = slope(primitive, position)
+    # Of probabilities a power rises or falls as its exponent says.
+    kind = "?" if primitive is p.pow_p and position == 0 else slope(primitive, position)
     negative = any(v.literal is not None and np.all(np.asarray(v.literal) < 0) for v in others)
     if kind == "?":
         return _DOWN if negative else _UP
