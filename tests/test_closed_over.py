@@ -21,7 +21,15 @@ def replaced(held, name, value):
     held[name] = jnp.asarray(value)
 
 
-@pytest.mark.parametrize(("made", "update"), [(jnp.asarray, replaced), (np.array, in_place)])
+def donated(held, name, value):
+    held[name].delete()
+    replaced(held, name, value)
+
+
+UPDATES = [(lambda w: w + 0, replaced), (lambda w: w + 0, donated), (np.array, in_place)]
+
+
+@pytest.mark.parametrize(("made", "update"), UPDATES)
 @pytest.mark.parametrize("name", ["w", "norm"])
 def test_an_update_is_packed(made, update, name):
     held = {"w": made(rand(D, D)), "norm": made(rand(1, D))}

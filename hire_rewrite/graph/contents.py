@@ -17,8 +17,8 @@ from hire_rewrite.graph.nodes import Scope, Value
 def contents(array: Any) -> Hashable:
     """Equal for arrays of the same numbers, in other processes too.
 
-    Where the numbers are not at hand (of a tracer, a `jax.Ref`, an array that lies on other
-    processes' devices) it is equal for the same object alone.
+    Where the numbers are not at hand (of a tracer, a `jax.Ref`, an array that was donated, or lies
+    on other processes' devices) it is equal for the same object alone.
 
     Examples:
       >>> contents(np.arange(3, dtype=np.int32)) == contents(jnp.arange(3))
@@ -29,7 +29,7 @@ def contents(array: Any) -> Hashable:
     if isinstance(array, jax.core.Tracer) or _compat.is_ref(jax.typeof(array)):
         return id(array)
     if isinstance(array, jax.Array):
-        if not array.is_fully_addressable:
+        if not array.is_fully_addressable or array.is_deleted():
             return id(array)
         if jnp.issubdtype(array.dtype, jax.dtypes.extended):
             array = jax.random.key_data(array)
