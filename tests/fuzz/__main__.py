@@ -18,6 +18,9 @@ from pathlib import Path
 
 from tests.fuzz.run import CHUNK, chunk, one, record
 
+_EACH = 8
+"""Chunks that a process works on before another takes its place."""
+
 FOLDER = Path(__file__).parents[2] / "out" / "fuzz"
 
 
@@ -40,15 +43,17 @@ def main() -> int:
         else:
             todo.append((first, last, path))
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        options.jobs, mp_context=context, max_tasks_per_child=8
-    ) as pool:
-        running = {pool.submit(chunk, first, last): path for first, last, path in todo}
-        for done in concurrent.futures.as_completed(running):
-            results.append(done.result())
-            running[done].write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
-            for seed, law, error, graph in results[-1]["wrong"]:
-                print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
+    # What a process has compiled comes to gigabytes: new ones now and then. (A pool that replaces
+    # its own, max_tasks_per_child, may wait for ever in CPython 3.11.)
+    size = _EACH * options.jobs
+    for some in (todo[i : i + size] for i in range(0, len(todo), size)):
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            running = {pool.submit(chunk, first, last): path for first, last, path in some}
+            for done in concurrent.futures.as_completed(running):
+                results.append(done.result())
+                running[done].write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
+                for seed, law, error, graph in results[-1]["wrong"]:
+                    print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
     from benchmarks.timing import write
 
     command = f"python -m tests.fuzz --graphs {options.graphs} --first {options.first}"
