@@ -64,3 +64,8 @@ def _is_small(value: Value) -> bool:
     """Whether a value is a number between −1 and 1 that is written into the program."""
     literal = origin(value, Trait.CASTS | Trait.MOVES).literal
     return literal is not None and bool(np.all(np.abs(np.asarray(literal)) <= 1))
+
+
+def is_negative(value: Value) -> bool:
+    """Whether a value is a number below zero that is written into the program."""
+    return value.literal is not None and bool(np.all(np.asarray(value.literal) < 0))

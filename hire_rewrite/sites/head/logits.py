@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
@@ -225,6 +226,18 @@ class Walk:
 
     def _refuse(self, reason: str, node: Node, kind: Refusal = Refusal.NOT_LOGITS) -> NoMatch:
         return NoMatch(kind, reason, node, len(self.seen))
+
+
+def downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
+    """The values that depend on the results of some nodes, in their scopes."""
+    values: set[Value] = set()
+    stack = [value for node in nodes for value in node.outs]
+    while stack:
+        value = stack.pop()
+        if value not in values:
+            values.add(value)
+            stack += [result for user, _ in uses.users(value) for result in user.outs]
+    return values
 
 
 def _joins_devices(user: Node, axis: int) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
@@ -20,7 +19,8 @@ from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, origin, result_axis
 from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.sites.head.logits import LogitTopK, follow
+from hire_rewrite.sites.head.distortion import is_negative
+from hire_rewrite.sites.head.logits import LogitTopK, downstream, follow
 from hire_rewrite.sites.head.order import disorder
 from hire_rewrite.sites.kind import Match
 from hire_rewrite.sites.replacement import arguments
@@ -224,7 +224,7 @@ def _epilogue(linear: Linear, axis: int, context: MatchContext) -> HeadMatch:
     tainted = {logits}
     epilogue: list[Node] = []
     heads = {node for node, match in context.taken.items() if isinstance(match, HeadMatch)}
-    theirs = _downstream(heads, uses)
+    theirs = downstream(heads, uses)
     queue = [(user.index, user) for user, _ in uses.users(logits)]
     queued = {user for _, user in queue}
     heapq.heapify(queue)
@@ -273,21 +273,8 @@ def _rises(node: Node, operand: int) -> bool:
     """Whether a larger operand gives a larger result, as far as is known."""
     if node.primitive is p.select_n_p and operand == 0:
         return True
-    negative = any(v.literal is not None and np.all(np.asarray(v.literal) < 0) for v in node.ins)
     kind = slope(node.primitive, operand)
-    return kind == "+" or (kind == "?" and not negative)
-
-
-def _downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
-    """The values that depend on the results of some nodes."""
-    values: set[Value] = set()
-    stack = [value for node in nodes for value in node.outs]
-    while stack:
-        value = stack.pop()
-        if value not in values:
-            values.add(value)
-            stack += [result for user, _ in uses.users(value) for result in user.outs]
-    return values
+    return kind == "+" or (kind == "?" and not any(map(is_negative, node.ins)))
 
 
 def _pruned(

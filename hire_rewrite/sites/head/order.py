@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Uses, Value, source_of
+from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.provenance import backward_slice, body_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.patterns.linear import is_one_hot
-from hire_rewrite.sites.head.logits import Walk, enter, leave
+from hire_rewrite.sites.head.distortion import is_negative
+from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
 
 _RISING = frozenset(
     (p.log_p, p.log1p_p, p.exp2_p, p.expm1_p, p.sqrt_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p,
@@ -66,7 +67,7 @@ class _Order:
         self.ways: dict[tuple[Value, int], int] = {}
         self.lost: dict[Value, Node] = {}
         self.reason: str | None = None
-        self.of_logits = _behind(walk.product, walk.uses)
+        self.of_logits = downstream([walk.product], walk.uses)
 
     def visit(self, value: Value, axis: int, way: int) -> None:
         if value.shape[axis] == 1:
@@ -216,9 +217,8 @@ def _way_of(user: Node, position: int, others: Collection[Value]) -> int:
         return _UP
     # Of probabilities a power rises or falls as its exponent says.
     kind = "?" if primitive is p.pow_p and position == 0 else slope(primitive, position)
-    negative = any(v.literal is not None and np.all(np.asarray(v.literal) < 0) for v in others)
     if kind == "?":
-        return _DOWN if negative else _UP
+        return _DOWN if any(map(is_negative, others)) else _UP
     return {"+": _UP, "-": _DOWN}.get(kind, _LOST)
 
 
@@ -247,15 +247,3 @@ def _is_random(value: Value) -> bool:
     """Whether random numbers are in it: what is drawn is drawn by guesses, too."""
     made = (each.node for each in backward_slice(value))
     return any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
-
-
-def _behind(node: Node, uses: Uses) -> set[Value]:
-    """The values of its scope that depend on a node's results."""
-    seen: set[Value] = set()
-    stack = list(node.outs)
-    while stack:
-        value = stack.pop()
-        if value not in seen:
-            seen.add(value)
-            stack += [result for user, _ in uses.users(value) for result in user.outs]
-    return seen
