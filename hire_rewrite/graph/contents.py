@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_rewrite import _compat
-from hire_rewrite.graph.nodes import Scope, Value
+from hire_rewrite.graph.nodes import Scope
 
 
 def contents(array: Any) -> Hashable:
@@ -45,8 +45,9 @@ class ClosedOver:
     """The arrays that a function closes over, as they were when it was traced."""
 
     def __init__(self, scope: Scope) -> None:
+        read, returned = scope.operands(), (v for s in scope.walk() for v in s.outputs)
         self._arrays = list(
-            {id(v.const): v.const for v in _read(scope) if v.const is not None}.values()
+            {id(v.const): v.const for v in (*read, *returned) if v.const is not None}.values()
         )
         # Those of JAX do not change.
         self._contents = [None if isinstance(a, jax.Array) else contents(a) for a in self._arrays]
@@ -67,13 +68,3 @@ class ClosedOver:
         if self._contents[i] is None:
             self._contents[i] = contents(self._arrays[i])
         return self._contents[i]
-
-
-def _read(scope: Scope) -> Iterator[Value]:
-    """What the function's operations and loops read, and what it returns."""
-    for inner in scope.walk():
-        for node in inner.nodes:
-            yield from node.ins
-            for body in node.bodies:
-                yield from (link.outer for link in body.inputs)
-        yield from inner.outputs

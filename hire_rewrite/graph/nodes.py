@@ -133,6 +133,14 @@ class Scope:
             for body in node.bodies:
                 yield from body.scope.walk()
 
+    def operands(self) -> Iterator[Value]:
+        """What operations and loops read in this scope and in those inside it."""
+        for scope in self.walk():
+            for node in scope.nodes:
+                yield from node.ins
+                for body in node.bodies:
+                    yield from (link.outer for link in body.inputs)
+
     def ancestors(self) -> Iterator[Scope]:
         """This scope and those around it, innermost first."""
         scope: Scope | None = self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
 
@@ -133,7 +133,7 @@ def closed_over(trace: Trace, weights: Sequence[int]) -> str | None:
     inputs = [trace.scope.inputs[i] for i in trace.weights]
     if not weights or any(map(_size, inputs)):
         return None
-    constants = {id(v.const): v for v in _values(trace) if v.const is not None}.values()
+    constants = {id(v.const): v for v in trace.scope.operands() if v.const is not None}.values()
     size = sum(map(_size, constants))
     held = sum(math.prod(value.shape) * value.dtype.itemsize for value in inputs)
     if size <= _MUCH * held or not _products(trace, ()):
@@ -148,15 +148,6 @@ def closed_over(trace: Trace, weights: Sequence[int]) -> str | None:
         f"{megabytes(size)} of arrays are closed over: if those are the weights, give "
         "transform(..., weights=()), or a Packed keeps the values of that argument for ever"
     )
-
-
-def _values(trace: Trace) -> Iterator[Value]:
-    """All operands of the function."""
-    for scope in trace.scope.walk():
-        for node in scope.nodes:
-            yield from node.ins
-            for body in node.bodies:
-                yield from (link.outer for link in body.inputs)
 
 
 def _products(trace: Trace, numbers: Sequence[int]) -> int:
