@@ -244,6 +244,20 @@ def test_saving_keeps_no_copy_and_nothing_half_written(tmp_path, packed):
     assert after.unsafe_buffer_pointer() == before  # it could be donated
 
 
+def of_another_process(name, path):
+    """What a function of this file returns there, with a `Packed` that is loaded from a path."""
+    program = f"""
+        import json, sys
+        import hire_rewrite as hire
+        from tests.checkpoint.test_roundtrip import X, {name}
+        step = hire.transform({name}, *hire.load_rules(sys.argv[1]))
+        print(json.dumps(step(hire.Packed.load(sys.argv[1], step), X).tolist()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
 def masked(p, x):
     """A model with arrays of numbers of its own: a table, and a mask in a weight."""
     table = np.cos(np.arange(D * D, dtype=np.float32)).reshape(D, D)
@@ -257,27 +271,11 @@ def test_numbers_of_the_program_are_the_same_in_another_process_and_at_another_b
     assert len(packed.sites) == 2
     np.testing.assert_allclose(step(packed, X[:1]), step(packed, X)[:1], atol=1e-5)
     packed.save(tmp_path / "p.safetensors")
-    program = """
-        import json, sys
-        import hire_rewrite as hire
-        from tests.checkpoint.test_roundtrip import X, masked
-        step = hire.transform(masked, *hire.load_rules(sys.argv[1]))
-        print(json.dumps(step(hire.Packed.load(sys.argv[1], step), X).tolist()))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "p.safetensors")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), step(packed, X), atol=1e-5)
+    got = of_another_process("masked", tmp_path / "p.safetensors")
+    np.testing.assert_allclose(got, step(packed, X), atol=1e-5)
 
 
 def test_in_another_process_without_the_weights(tmp_path, packed, step):
     packed.save(tmp_path / "p.safetensors")
-    program = """
-        import json, sys
-        import hire_rewrite as hire
-        from tests.checkpoint.test_roundtrip import X, model
-        step = hire.transform(model, *hire.load_rules(sys.argv[1]))
-        print(json.dumps(step(hire.Packed.load(sys.argv[1], step), X).tolist()))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "p.safetensors")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), step(packed, X), atol=1e-5)
+    got = of_another_process("model", tmp_path / "p.safetensors")
+    np.testing.assert_allclose(got, step(packed, X), atol=1e-5)
