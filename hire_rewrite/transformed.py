@@ -80,6 +80,7 @@ class Transformed:
 
     def _compile(self) -> None:
         """Forget what was compiled, if anything was."""
+        # Of a new object each time: JAX would find what it traced of the old one.
         self._compiled = jax.jit(functools.partial(self._run))
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.lru_cache(256)(

@@ -18,10 +18,10 @@ def body_of(eqn: Any) -> Any:
     """The jaxpr of a call that passes its operands on as they are."""
     if _compat.is_high_call(eqn):
         bodies = [_compat.call_jaxpr(eqn)]
-    else:
+    elif eqn.primitive.name in _CALLS:
         bodies = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
-        if eqn.primitive.name not in _CALLS:
-            return None
+    else:
+        return None
     if len(bodies) != 1 or bodies[0] is None:
         return None
     body = _compat.open_jaxpr(bodies[0])[0]
