@@ -78,9 +78,12 @@ def by_layer(report: Any, site: MatchedSite, *, experts: bool = False) -> Any:
 def _merge(total: Any, report: Any) -> Any:
     """Both reports, combined where both have one."""
     if not isinstance(total, dict):
-        return combine(total, report)
+        return _combined(total, report)
     both = {name: _merge(total[name], report[name]) for name in total if name in report}
     return total | report | both
+
+
+_combined = jax.jit(combine)
 
 
 def _in_context(leaf: Any) -> Any:

@@ -100,7 +100,7 @@ def _conclude(decisions: Sequence[Decision], reports: Mapping[str, Any]) -> Cali
             raise HireRewriteError(
                 f"{name}: no calibration batch reached it: give batches of calls that run it"
             )
-        if not all(bool(all_finite(leaf)) for leaf in jax.tree.leaves(seen[0])):
+        if not bool(all_finite(seen[0])):
             raise HireRewriteError(
                 f"{name}: its input holds a NaN or an infinity in the calibration batches: look "
                 "at the weights and the batches"

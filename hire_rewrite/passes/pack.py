@@ -188,12 +188,13 @@ def _packed_site(
 
 def _check_finite(name: str, rows: Any) -> None:
     """Raise HireRewriteError if what is stored of a site's rows holds a NaN or an infinity."""
-    for array in jax.tree.leaves(rows):
-        floating = jnp.issubdtype(array.dtype, jnp.floating)
-        if floating and not isinstance(array, jax.core.Tracer) and not bool(all_finite(array)):
-            raise HireRewriteError(
-                f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
-                "predicted, or numbers too large to be stored or predicted as its rule says (a "
-                "scale of float16 is at most 65504): look at the weights, exclude the site with a "
-                'rule\'s path=, or give scale="bfloat16" to the encoding'
-            )
+    floating = [a for a in jax.tree.leaves(rows) if jnp.issubdtype(a.dtype, jnp.floating)]
+    if not floating or isinstance(floating[0], jax.core.Tracer):
+        return
+    if not bool(all_finite(floating)):
+        raise HireRewriteError(
+            f"{name}: its weights hold a NaN or an infinity, for which nothing can be "
+            "predicted, or numbers too large to be stored or predicted as its rule says (a "
+            "scale of float16 is at most 65504): look at the weights, exclude the site with a "
+            'rule\'s path=, or give scale="bfloat16" to the encoding'
+        )

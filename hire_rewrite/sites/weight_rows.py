@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from hire_rewrite.graph.nodes import Scope, Value
 from hire_rewrite.graph.weights import Stacker, narrow
 from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.moments import Moments
-from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.predictors import Certifying, Predictor
 from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
@@ -46,20 +46,29 @@ class WeightRows:
         Args:
           window: what is read of its result, if not all.
         """
-        return _merged(self.experts(linear, window))
+        array, axes, experts = self._weight(linear, window)
+        shape = array.shape[0] * experts, -1, linear.in_dim
+        return _laid_out(array, axes, shape)
 
     def experts(self, linear: Linear, window: Window | None = None) -> jax.Array:
         """The same as [layers, experts, out, in]: devices may have some of the experts."""
-        axes = linear.expert_axes(window)
-        expert = None if axes is None else axes[1]
+        array, axes, experts = self._weight(linear, window)
+        return _laid_out(array, axes, (array.shape[0], experts, -1, linear.in_dim))
+
+    def _weight(
+        self, linear: Linear, window: Window | None
+    ) -> tuple[jax.Array, tuple[int, ...], int]:
+        """A layer's weight as the function has it, with an axis of layers; its axes in the order of
+        layers, experts, out, in; and how many experts there are."""
+        pair = linear.expert_axes(window)
+        expert = None if pair is None else pair[1]
         value, axes_of = _untransposed(narrow(linear.weight))
-        weight = self._stacker.stack(value, self._loops)
         first = () if expert is None else (expert,)
         order = (*first, *(a for a, _ in linear.free if a != expert), *linear.weight_in)
         unit = (axis for axis in range(len(linear.weight.shape)) if axis not in order)
-        rows = jnp.transpose(weight, (0, *(axes_of[axis] + 1 for axis in (*order, *unit))))
+        axes = (0, *(axes_of[axis] + 1 for axis in (*order, *unit)))
         experts = 1 if expert is None else linear.weight.shape[expert]
-        return rows.reshape(rows.shape[0], experts, -1, linear.in_dim)
+        return self._stacker.stack(value, self._loops), axes, experts
 
     def matrices(self, linear: Linear) -> Matrices:
         """The same, laid out as they are read; a copy where there are experts."""
@@ -88,17 +97,23 @@ class WeightRows:
 
     def projection(self, projection: Projection) -> jax.Array:
         """The rows of a layer that a projection reads, [layers · experts, n, in]."""
-        return _merged(self.expert_projections(projection))
+        return self._projection(projection, merged=True)
 
     def expert_projections(self, projection: Projection) -> jax.Array:
         """The same as [layers, experts, n, in]."""
+        return self._projection(projection, merged=False)
+
+    def _projection(self, projection: Projection, *, merged: bool) -> jax.Array:
         linear, window = projection.linear, projection.window
-        rows = self.experts(linear, window)
-        read, first = [axis for axis in linear.out_axes if axis in window.axes], rows.shape[:2]
-        rows = rows.reshape(*first, *(linear.out.shape[axis] for axis in read), -1)
-        for i, axis in enumerate(read):
-            rows = lax.slice_in_dim(rows, *window.cut(axis), axis=i + 2)
-        return rows.reshape(*first, window.size, linear.in_dim)
+        array, axes, experts = self._weight(linear, window)
+        first = (array.shape[0] * experts,) if merged else (array.shape[0], experts)
+        read = [axis for axis in linear.out_axes if axis in window.axes]
+        sizes = [linear.out.shape[axis] for axis in read]
+        rows = _laid_out(array, axes, (*first, *sizes, linear.in_dim))
+        if len(read) == 1 and window.size == sizes[0]:
+            return rows
+        cuts = tuple((i + len(first), *window.cut(axis)) for i, axis in enumerate(read))
+        return _cut(rows, cuts, (*first, window.size, linear.in_dim))
 
     def vectors(self, region: Region) -> tuple[jax.Array, ...]:
         """The numbers of each position of a region, each [layers, n]."""
@@ -111,9 +126,28 @@ class WeightRows:
         return tuple(vectors)
 
 
-def _merged(rows: jax.Array) -> jax.Array:
-    """[layers, experts, ...] with both in one axis."""
-    return rows.reshape(-1, *rows.shape[2:])
+def _laid_out(array: Any, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """A transposed array in another shape; the array itself if nothing changes."""
+    alike = axes == tuple(range(len(axes))) and len(shape) == len(axes)
+    if alike and all(new in (-1, old) for new, old in zip(shape, array.shape, strict=True)):
+        return jnp.asarray(array)
+    return _copied(array, axes, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _copied(array: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Compiled as a whole, so that a weight is copied once."""
+    return jnp.transpose(array, axes).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cut(
+    rows: jax.Array, cuts: tuple[tuple[int, int, int, int], ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """What is left of rows in another shape; `cuts` are an axis, start, stop and stride each."""
+    for axis, start, stop, stride in cuts:
+        rows = lax.slice_in_dim(rows, start, stop, stride, axis)
+    return rows.reshape(shape)
 
 
 def _untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
@@ -126,9 +160,10 @@ def _untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
 
 
 @jax.jit
-def all_finite(array: jax.Array) -> jax.Array:
-    """bool[], compiled so that no array of answers is held."""
-    return jnp.isfinite(array).all()
+def all_finite(arrays: Any) -> jax.Array:
+    """bool[], of an array or a pytree of some; compiled so that no array of answers is held."""
+    finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(arrays)]
+    return functools.reduce(operator.and_, finite, jnp.array(True))
 
 
 def fit_predictor(
@@ -139,15 +174,12 @@ def fit_predictor(
     top: int | None = None,
 ) -> Any:
     """The predictor's arrays for rows [layers, n, d], with a leading axis of layers."""
+    return _map_layers(_fit, (predictor, top), rows, moments, advance)
 
-    if isinstance(rows, jax.core.Tracer):
-        return map_layers(lambda own, seen: predictor.fit(own, seen, top), rows, moments)
-    fits = []
-    for layer in range(rows.shape[0]):
-        own = jax.tree.map(operator.itemgetter(layer), moments)
-        fits.append(jax.block_until_ready(_fit_layer(predictor, top, rows, layer, own)))
-        advance()
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fits)
+
+def fit_bounds(predictor: Certifying, rows: jax.Array, arrays: Any) -> Any:
+    """What a predictor needs to prove its guesses of rows [layers, n, d]; `arrays` are its own."""
+    return _map_layers(_fit_bound, predictor, rows, arrays)
 
 
 def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
@@ -157,27 +189,54 @@ def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
     )
     if exactly is not None:
         return {name: jnp.asarray(array) for name, array in exactly.items()}
-    stored: Stored = map_layers(lambda rows, _: encoding.store(rows), rows, None)
+    stored: Stored = _map_layers(_store, encoding, rows, None)
     return stored
 
 
-def map_layers(function: Callable[..., Any], rows: jax.Array, more: Any) -> Any:
-    """The results of `function` for each layer of rows and of another pytree, stacked."""
+def _fit(how: tuple[Predictor, int | None], rows: jax.Array, moments: Moments | None) -> Any:
+    predictor, top = how
+    return predictor.fit(rows, moments, top)
+
+
+def _fit_bound(predictor: Certifying, rows: jax.Array, arrays: Any) -> Any:
+    return predictor.fit_bound(rows, arrays)
+
+
+def _store(encoding: Encoding, rows: jax.Array, _: None) -> Stored:
+    return encoding.store(rows)
+
+
+def _map_layers(
+    function: Callable[[Any, Any, Any], Any],
+    how: Any,
+    rows: jax.Array,
+    more: Any,
+    advance: Callable[[], None] = lambda: None,
+) -> Any:
+    """The results of `function(how, ...)` for each layer of rows and of another pytree, stacked."""
     if isinstance(rows, jax.core.Tracer):
-        return lax.map(lambda both: function(*both), (rows, more))
-    results = [
-        function(rows[layer], jax.tree.map(operator.itemgetter(layer), more))
-        for layer in range(rows.shape[0])
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        return lax.map(lambda both: function(how, *both), (rows, more))
+    results = []
+    for layer in range(rows.shape[0]):  # what one needs besides is free again before the next
+        results.append(jax.block_until_ready(_of_layer(function, how, rows, layer, more)))
+        advance()
+    return results[0] if len(results) == 1 else _joined(results)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit_layer(
-    predictor: Predictor, top: int | None, rows: jax.Array, layer: int, moments: Moments | None
+def _of_layer(
+    function: Callable[[Any, Any, Any], Any], how: Any, rows: jax.Array, layer: int, more: Any
 ) -> Any:
-    """`predictor.fit` on a layer of rows, compiled once for all layers and sites of a size.
+    """The results for one layer, as of layers [1, ...], compiled once for all of a size.
 
     A layer is cut out here: a head's is all of its rows, and would be copied.
     """
-    return predictor.fit(lax.dynamic_index_in_dim(rows, layer, keepdims=False), moments, top)
+    own = jax.tree.map(
+        lambda array: lax.dynamic_index_in_dim(array, layer, keepdims=False), (rows, more)
+    )
+    return jax.tree.map(lambda part: part[None], function(how, *own))
+
+
+@jax.jit
+def _joined(parts: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

@@ -40,7 +40,8 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def scaled(factor: float, seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.asarray(factor * np.random.default_rng(seed).standard_normal(shape), dtype)
+    numbers = factor * np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(np.asarray(numbers, dtype))
 
 
 def fitted(predictor: Any, rows: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,43 +33,54 @@ def packed_ffn(
 ) -> FFNState:
     """The packed arrays of a block; see `Operation.pack`."""
     match: FFNMatch = site.match
-    group, groups = spec.group, spec.groups
     moments, active = (None, None) if calibration is None else calibration
     # Experts are told apart by their weights alone.
     moments = jax.tree.map(lambda leaf: jnp.repeat(leaf, match.experts, axis=0), moments)
-    up = jnp.stack([weights.projection(item) for item in match.region.projections], axis=1)
-    up = site.sharding.put_rows(up, 2)
-    layers, projections, _, d_in = up.shape
+    projections = tuple(weights.projection(item) for item in match.region.projections)
+    projections = tuple(site.sharding.put_rows(rows, 1) for rows in projections)
     order = _group_order(site, spec, None if active is None else active.kept)
-
-    def grouped(rows: jax.Array) -> jax.Array:
-        """[layers, f, ...] as [layers, G, group, ...], the common groups first."""
-        split = rows.reshape(layers, groups, group, *rows.shape[2:])
-        if order is None:
-            return split
-        places = order.reshape(order.shape + (1,) * (split.ndim - 2))
-        return jnp.take_along_axis(split, places, axis=1)
-
-    up = jax.vmap(grouped, 1, 1)(up)
-    scored = up[:, :, spec.common_groups :]
-    scored = scored.reshape(layers, projections, spec.num_shards, -1, d_in)
-    scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
+    up, scored = _up_in_groups(spec, projections, order)
     scored = site.sharding.put_rows(scored, 1)
     fitted = fit_predictor(predictor, scored, moments, advance)
     down, joined = second_rows(site, weights)
-    down = grouped(down)
+    down, vectors, norms = _down_in_groups(spec, down, weights.vectors(match.region), order)
+    fused = siblings(match, weights)
+    return FFNState(up, down, vectors, fitted, fused=fused, joined=joined, norms=norms)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _up_in_groups(
+    spec: FFNSpec, projections: tuple[jax.Array, ...], order: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The rows [layers, f, d_in] of some matrices as [layers, G, P, group, d_in], and those that
+    are scored, [layers, scored_rows, d_in]."""
+    up = jnp.stack([_in_groups(spec, rows, order) for rows in projections], axis=1)
+    layers, count, *_, d_in = up.shape
+    scored = up[:, :, spec.common_groups :].reshape(layers, count, spec.num_shards, -1, d_in)
+    scored = jnp.swapaxes(scored, 1, 2).reshape(layers, spec.scored_rows, d_in)
+    return jnp.swapaxes(up, 1, 2), scored
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _down_in_groups(
+    spec: FFNSpec, down: jax.Array, vectors: tuple[jax.Array, ...], order: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
+    """The rows of the last matrix in groups, numbers of each neuron too, and the rows' norms if
+    they are asked for."""
+    down = _in_groups(spec, down, order)
     norms = None
     if spec.criterion == "output":
         norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
-    return FFNState(
-        up=jnp.swapaxes(up, 1, 2),
-        down=down,
-        vectors=tuple(map(grouped, weights.vectors(match.region))),
-        predictor=fitted,
-        fused=siblings(match, weights),
-        joined=joined,
-        norms=norms,
-    )
+    return down, tuple(_in_groups(spec, vector, order) for vector in vectors), norms
+
+
+def _in_groups(spec: FFNSpec, rows: jax.Array, order: jax.Array | None) -> jax.Array:
+    """[layers, f, ...] as [layers, G, group, ...], the common groups first."""
+    split = rows.reshape(rows.shape[0], spec.groups, spec.group, *rows.shape[2:])
+    if order is None:
+        return split
+    places = order.reshape(order.shape + (1,) * (split.ndim - 2))
+    return jnp.take_along_axis(split, places, axis=1)
 
 
 Encodings = Mapping[str, Encoding]

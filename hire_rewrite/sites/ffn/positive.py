@@ -42,7 +42,7 @@ from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.kind import Functions, MatchedSite, StaysDense
 from hire_rewrite.sites.operation import SiteCalibration, counting, reporting, silent
 from hire_rewrite.sites.replacement import SiteReplacement
-from hire_rewrite.sites.weight_rows import WeightRows, all_finite, fit_predictor, map_layers
+from hire_rewrite.sites.weight_rows import WeightRows, all_finite, fit_bounds, fit_predictor
 
 
 def positive_operation(
@@ -158,7 +158,7 @@ class PositiveOperation(DividedBlock):
     def examine(self, weights: WeightRows) -> PositiveStatistics | StaysDense:
         match, rows = self._match, device_rows(self.site, weights)
         up = rows.up.reshape(rows.up.shape[0], -1, rows.up.shape[-1])
-        if not all(bool(all_finite(some)) for some in (up, rows.down)):
+        if not bool(all_finite((up, rows.down))):
             return StaysDense("its weights hold a NaN or an infinity, which a zero does not undo")
         first, second = (
             narrowest(np.asarray(some)) if some.is_fully_addressable else None
@@ -196,7 +196,7 @@ class PositiveOperation(DividedBlock):
         bound: Any = {}
         if spec.predictor is not None:
             guess = fit_predictor(spec.predictor, rows, None, advance)
-            bound = map_layers(spec.predictor.fit_bound, rows.astype(spec.compute_dtype), guess)
+            bound = fit_bounds(spec.predictor, rows.astype(spec.compute_dtype), guess)
         return PositiveFFNState(
             gates={} if spec.predictor is not None else store(spec.whole, rows),
             up=store(spec.up, picked) if spec.picked else {},
@@ -204,7 +204,7 @@ class PositiveOperation(DividedBlock):
             vectors=own.vectors,
             predictor=guess,
             bound=bound,
-            norms=rounding.norms(own.up.astype(spec.compute_dtype)),
+            norms=_norms(own.up.astype(spec.compute_dtype)),
         )
 
     @property
@@ -264,6 +264,9 @@ class PositiveOperation(DividedBlock):
             share=float((seen.share / np.maximum(seen.tokens, 1)).max()),
             most=float((bins.max(initial=0) + 1) / seen.bins.shape[1]),
         )
+
+
+_norms = jax.jit(rounding.norms)
 
 
 def _fetched(encoding: Encoding, rows: int, d: int) -> list[Read]:

@@ -53,8 +53,8 @@ from hire_rewrite.sites.replacement import SiteReplacement, arguments
 from hire_rewrite.sites.weight_rows import (
     WeightRows,
     all_finite,
+    fit_bounds,
     fit_predictor,
-    map_layers,
     stored_rows,
 )
 
@@ -154,7 +154,7 @@ class HeadOperation(Operation):
         if spec.certify:
             assert isinstance(predictor, Certifying)
             wide, arrays = rows.astype(spec.compute_dtype), state.guessing(predictor)
-            state = state._replace(bound=map_layers(predictor.fit_bound, wide, arrays))
+            state = state._replace(bound=fit_bounds(predictor, wide, arrays))
         return state
 
     def _model_rows(self, weights: WeightRows) -> jax.Array:
