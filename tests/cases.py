@@ -76,15 +76,18 @@ class Case:
 
 
 def rand(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
-    """Normal numbers; a product with a matrix of them keeps the scale of its input."""
+    """Normal numbers; a product with a matrix of them keeps the scale of its input.
+
+    (`jnp.asarray` would compile a program for each shape.)
+    """
     size = shape[-2] if len(shape) > 1 else 1
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(np.asarray(rng.normal(size=shape) / np.sqrt(size), dtype))
+    return jax.device_put(np.asarray(rng.normal(size=shape) / np.sqrt(size), dtype))
 
 
 def inputs(*shape: int, seed: int = 7, dtype: Any = jnp.float32) -> jax.Array:
     numbers = np.random.default_rng([seed, *shape]).normal(size=shape)
-    return jnp.asarray(np.asarray(numbers, dtype))  # by NumPy, which compiles nothing
+    return jax.device_put(np.asarray(numbers, dtype))
 
 
 def plan_of(fn: Any, *args: Any, rules: Any = FULL, weights: Any = 0, **kwargs: Any) -> hire.Plan:

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def stack(states: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *states)
+    return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *states)
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -41,7 +41,7 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 def scaled(factor: float, seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     numbers = factor * np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(np.asarray(numbers, dtype))
+    return jax.device_put(np.asarray(numbers, dtype))
 
 
 def fitted(predictor: Any, rows: Any) -> Any:

@@ -1,5 +1,7 @@
 """Grids that are found from numbers alone, against the quantizers that made them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,11 @@ def normal(seed, *shape):
     return np.float32(rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 0, (*shape[:-1], 1)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def decode(encoding, stored, layer):
+    return encoding.decode(stored, layer)
+
+
 def found_in(rows):
     """The narrowest encoding, after its numbers were compared."""
     found = narrowest(rows)
@@ -35,7 +42,7 @@ def found_in(rows):
     assert sum(array.nbytes for array in stored.values()) == len(rows) * size
     assert len(rows) * size < rows.nbytes
     for layer in range(len(rows)):
-        decoded = np.asarray(encoding.decode(jax.tree.map(jnp.asarray, stored), layer))
+        decoded = np.asarray(decode(encoding, jax.tree.map(jnp.asarray, stored), layer))
         assert decoded.dtype == np.float32
         assert (decoded == rows[layer].astype(np.float32)).all()
     return encoding

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,19 @@ from hire_rewrite.ops.predictors import Certifying, Predictor, Quantized, Scores
 from tests.ops.cases import as_other_backends, fitted, normal
 
 EVERY = [Quantized(), Quantized(4, 8)]
+
+
+@functools.cache
+def proving(predictor):
+    """A function of rows [n, d] to a layer of what guesses them, and of what bounds the guesses."""
+
+    @jax.jit
+    def fit(rows):
+        state = predictor.fit(rows)
+        both = state, predictor.fit_bound(rows, state)
+        return jax.tree.map(lambda leaf: leaf[None], both)
+
+    return fit
 
 
 @pytest.mark.parametrize("predictor", EVERY)
@@ -96,9 +111,7 @@ def test_its_errors_are_within_the_bound(predictor, dtype, scale, backend):
     rows = (np.asarray(normal(0, 300, 64)) * scale).astype(dtype)
     rows *= (10.0 ** np.random.default_rng(1).uniform(-3, 0, (300, 1))).astype(dtype)
     x = (normal(1, 8, 64) * np.arange(1.0, 65.0)).astype(dtype)
-    state = predictor.fit(jnp.asarray(rows))
-    extra = predictor.fit_bound(jnp.asarray(rows), state)
-    state, extra = (jax.tree.map(lambda leaf: leaf[None], arrays) for arrays in (state, extra))
+    state, extra = proving(predictor)(jnp.asarray(rows))
     bound = np.asarray(predictor.bound(state, extra, x, 0), np.float64)
     wide = np.asarray(x, np.float64), np.asarray(rows, np.float64)
     error = np.abs(predictor.score(state, x, 0) - wide[0] @ wide[1].T)
@@ -113,9 +126,7 @@ def test_its_errors_are_within_the_bound(predictor, dtype, scale, backend):
 def test_the_bound_holds_for_the_worst_vector(seed, predictor):
     """x along the residual of a row: the inequality of Cauchy and Schwarz is then an equation."""
     rows = normal(seed, 20, 64)
-    state = predictor.fit(rows)
-    extra = predictor.fit_bound(rows, state)
-    state, extra = (jax.tree.map(lambda leaf: leaf[None], arrays) for arrays in (state, extra))
+    state, extra = proving(predictor)(jnp.asarray(rows))
     units = predictor.score(state, jnp.eye(64), 0).T
     x = rows - units
     bound = np.asarray(predictor.bound(state, extra, x, 0), np.float64).diagonal()
@@ -131,9 +142,7 @@ def test_the_bound_holds_for_the_worst_vector(seed, predictor):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_no_bound_for_what_is_not_finite(predictor, value):
     rows = normal(0, 5, 16).at[3, 2].set(value)
-    state = predictor.fit(rows)
-    extra = predictor.fit_bound(rows, state)
-    state, extra = (jax.tree.map(lambda leaf: leaf[None], arrays) for arrays in (state, extra))
+    state, extra = proving(predictor)(jnp.asarray(rows))
     bound = predictor.bound(state, extra, normal(1, 2, 16).at[1, 0].set(value), 0)
     np.testing.assert_array_equal(
         np.isfinite(bound), [[True, True, True, False, True], [False] * 5]
