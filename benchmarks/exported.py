@@ -1,6 +1,6 @@
 """Exported and compiled ahead of time: are the tokens those of the process that made the program?
 
-python -m benchmarks.exported [--tokens 64] [--versions FOLDER]
+python -m benchmarks.exported [--tokens 64]
 
 A small decoder with a cache is rewritten with each set of rules, exported for CPU, TPU and CUDA at
 once, and saved; its arrays go beside it in NumPy's files. A process that cannot import this package
@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-import xml.etree.ElementTree
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,27 +230,9 @@ def exported(folder: Path, tokens: int, rules: Mapping[str, Any], counts: Counts
         counts.add("tokens chosen on CPU without the package", wanted[where].size, wrong)
 
 
-def versions(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each of pytest's reports (`make matrix`), named like its environment."""
-    for path in sorted(folder.glob("*.xml")):
-        suites = xml.etree.ElementTree.parse(path).getroot().iter("testsuite")
-        numbers = [{k: int(suite.get(k, 0)) for k in _COUNTED} for suite in suites]
-        total = {k: sum(one[k] for one in numbers) for k in _COUNTED}
-        yield {
-            "what": f"tests on {path.stem}",
-            "tried": total["tests"] - total["skipped"],
-            "wrong": total["failures"] + total["errors"],
-            "note": f"{total['skipped']} skipped",
-        }
-
-
-_COUNTED = ("tests", "skipped", "failures", "errors")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--versions", type=Path, default=Path("out/versions"))
     options = parser.parse_args()
     counts = Counts()
     warnings.simplefilter("ignore", hire.HireRewriteWarning)
@@ -264,10 +245,9 @@ def main() -> None:
         f"A small decoder with a cache, rewritten with {len(RULES)} sets of rules, at batches of "
         f"{BATCHES[0]} and {BATCHES[1]}, {options.tokens} tokens each: exported for "
         f"{', '.join(PLATFORMS)}, and run on CPU by a process that has jax alone. Programs for TPU "
-        "and CUDA are made and loaded, not run. Tests on versions of jax and its neighbors are a "
-        "selection (`make matrix`)."
+        "and CUDA are made and loaded, not run."
     )
-    result = {"about": about, "rows": [*rows, *versions(options.versions)]}
+    result = {"about": about, "rows": rows}
     path = timing.write(
         "reliability_export", result, f"python -m benchmarks.exported --tokens {options.tokens}"
     )

