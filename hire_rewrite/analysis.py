@@ -11,6 +11,7 @@ import jax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
+from hire_rewrite.graph.calls.inline import in_custom_derivative
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed, check_not_deleted
@@ -43,7 +44,7 @@ class Analysis:
     @property
     def other_gradients(self) -> list[str]:
         """The sites of this call whose derivative, rewritten, is not the model's."""
-        return [d.name for d in self.decisions if d.rewritten and not d.op.keeps_gradient]
+        return [d.name for d in self.decisions if d.rewritten and not _keeps_gradient(d)]
 
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:
@@ -144,3 +145,9 @@ class Analysis:
             for decision in self.packing
             for replacement in packing(decision, packed.sites[decision.packed_name])
         ]
+
+
+def _keeps_gradient(decision: Decision) -> bool:
+    """Not inside a call that has its derivative from a rule: rewriting dissolves that call."""
+    nodes = (linear.node for linear in decision.site.linears)
+    return decision.op.keeps_gradient and not any(map(in_custom_derivative, nodes))

@@ -218,3 +218,33 @@ def test_arguments_are_handed_on_as_they_are():
     packed = step.pack(PARAMS, X, jnp.ones(3))
     jaxpr = jax.make_jaxpr(step)(packed, X, jnp.ones(3)).jaxpr
     assert jaxpr.outvars[1] is jaxpr.invars[-1]
+
+
+def test_a_derivative_from_a_rule():
+    """It stays where nothing in it is rewritten, with what it closes over; else the user is told,
+    at blocks too that have the gradient of their arithmetic."""
+    scales = np.asarray([1.0, 0.5], np.float32)
+
+    def layers(params, x):
+        return jax.lax.scan(lambda x, s: (x + block(params, s * x), x), x, jnp.asarray(scales))[0]
+
+    custom = jax.custom_vjp(layers)
+    custom.defvjp(
+        lambda params, x: jax.vjp(layers, params, x), lambda back, g: jax.tree.map(jnp.cos, back(g))
+    )
+
+    def model(params, x):
+        return custom(params, x)
+
+    def gradient(fn, weights=PARAMS):
+        return jax.grad(lambda x: fn(weights, x).sum())(X)
+
+    want, nowhere = gradient(model), hire.FFN(k=0.25, path="nowhere")
+    step = hire.transform(model, nowhere, on_miss="ignore")
+    exact = hire.transform(model, POSITIVE["told"], mode="exact")
+    for fn, weights in ((step, PARAMS), (step, step.pack(PARAMS, X)), (exact, PARAMS)):
+        np.testing.assert_allclose(gradient(fn, weights), want, rtol=1e-4, atol=1e-4)
+    step = hire.transform(model, POSITIVE["told"])
+    packed = step.pack(PARAMS, X)
+    assert step.plan(packed, X).rewritten
+    assert len(said(lambda: gradient(step, packed))) == 1

@@ -140,12 +140,18 @@ def structure(closed: Any) -> list[str]:
         outs = " ".join(
             f"{name(v)}:{v.aval.str_short()}" if v in live else "_" for v in eqn.outvars
         )
-        told = " ".join(f"{k}={_plain(v)}" for k, v in sorted(eqn.params.items()))
+        told = " ".join(f"{k}={_plain(v)}" for k, v in sorted(_params(eqn).items()))
         lines.append(f"{outs} = {eqn.primitive.name}[{told}] {ins}")
         for inner in _jaxprs(eqn):
             lines += ["  " + line for line in structure(inner)]
     lines.append("return " + " ".join(map(name, resolved(jaxpr.outvars))))
     return lines
+
+
+def _params(eqn: Any) -> dict[str, Any]:
+    """An equation's own, as they are after `jax.core.eval_jaxpr`: that makes operands of what a
+    `custom_vjp` closes over."""
+    return eqn.params | ({"num_consts": 0} if eqn.primitive.name == "custom_vjp_call" else {})
 
 
 def _literal(atom: Any) -> bool:

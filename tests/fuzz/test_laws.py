@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.grammar import random_graph
-from tests.fuzz.laws import EXECUTED, FOUND, TRACED, broken
+from tests.fuzz.laws import EXECUTED, FOUND, TRACED, broken, subject_of
 from tests.fuzz.nesting import FORMS
 
 PARTS = 8
@@ -68,3 +68,14 @@ def test_a_block_in_every_nest(form):
 def test_a_seed_is_a_graph():
     graphs = [random_graph(random.Random(5)) for _ in range(2)]
     assert graphs[0] == graphs[1]
+
+
+def test_what_a_custom_derivative_closes_over_is_an_operand():
+    """As JAX's own `eval_jaxpr` makes it: found by seed 69880."""
+    from tests.fuzz.grammar import Ffn, Graph
+    from tests.fuzz.nesting import Nest
+
+    inner = Nest("scan stacking", (Ffn("a", "silu", "gate first"),))
+    graph = Graph((Nest("custom_vjp", (inner,)),))
+    assert any(eqn.params.get("num_consts") for eqn in subject_of(graph, 1).before.eqns)
+    assert not list(broken(graph, 1, FOUND | TRACED))

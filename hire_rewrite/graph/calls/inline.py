@@ -13,6 +13,7 @@ from jax.sharding import Sharding
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls.table import InlineCall
+from hire_rewrite.graph.nodes import Node
 
 
 def inline_call(eqn: Any) -> InlineCall | None:
@@ -24,6 +25,17 @@ def inline_call(eqn: Any) -> InlineCall | None:
     if not _compat.is_high_call(eqn):
         return None
     return _CHECKPOINT if "policy" in _compat.call_params(eqn) else _DERIVATIVE
+
+
+def in_custom_derivative(node: Node) -> bool:
+    """Whether an equation is in a call that has its derivative from a rule."""
+    here: Node | None = node
+    while here is not None:
+        calls = (inline_call(frame.eqn) for frame in here.frame.around() if frame.eqn is not None)
+        if any(call is not None and call.derivative for call in calls):
+            return True
+        here = here.scope.parent
+    return False
 
 
 class _Plain(InlineCall):
