@@ -83,6 +83,14 @@ class Node:
             for node in body.scope.nodes:
                 yield from node.walk()
 
+    def eqns_around(self) -> Iterator[Any]:
+        """Its equation and those of the calls and loops that it is in, innermost first."""
+        here: Node | None = self
+        while here is not None:
+            yield here.eqn
+            yield from (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
+            here = here.scope.parent
+
     def __repr__(self) -> str:
         return f"Node({self.primitive}#{self.index})"
 
@@ -194,12 +202,8 @@ class Uses(Protocol):
 def source_of(node: Node) -> str:
     """`file.py:line (function)` of the user's code that made the equation, or the call or the loop
     that it is in (JAX knows no line of what its own functions do)."""
-    here: Node | None = node
-    while here is not None:
-        calls = (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
-        for eqn in (here.eqn, *calls):
-            place = user_place(eqn.source_info)
-            if place is not None:
-                return f"{os.path.basename(place[0])}:{place[1]} ({place[2]})"
-        here = here.scope.parent
+    for eqn in node.eqns_around():
+        place = user_place(eqn.source_info)
+        if place is not None:
+            return f"{os.path.basename(place[0])}:{place[1]} ({place[2]})"
     return "unknown"

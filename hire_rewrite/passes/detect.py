@@ -210,12 +210,7 @@ def _empty(loops: Sequence[Scope]) -> str | None:
 def _name_stack(node: Node) -> str:
     """The named scopes around an equation and around the calls and loops that it is in, without
     what transformations and `einsum` add (`vmap(mlp)`, `td,df->tf`): a site keeps its name."""
-    parts: list[str] = []
-    here: Node | None = node
-    while here is not None:
-        calls = (frame.eqn for frame in here.frame.around() if frame.eqn is not None)
-        parts += (str(eqn.source_info.name_stack) for eqn in (here.eqn, *calls))
-        here = here.scope.parent
+    parts = [str(eqn.source_info.name_stack) for eqn in node.eqns_around()]
     joined = "/".join(reversed(parts))
     changed = 1
     while changed:

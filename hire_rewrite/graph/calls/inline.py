@@ -29,13 +29,8 @@ def inline_call(eqn: Any) -> InlineCall | None:
 
 def in_custom_derivative(node: Node) -> bool:
     """Whether an equation is in a call that has its derivative from a rule."""
-    here: Node | None = node
-    while here is not None:
-        calls = (inline_call(frame.eqn) for frame in here.frame.around() if frame.eqn is not None)
-        if any(call is not None and call.derivative for call in calls):
-            return True
-        here = here.scope.parent
-    return False
+    calls = map(inline_call, node.eqns_around())
+    return any(call is not None and call.derivative for call in calls)
 
 
 class _Plain(InlineCall):

@@ -82,10 +82,4 @@ def notes_of(plan: Plan, decisions: Sequence[Decision], detection: Detection) ->
 
 def path_of(node: Node) -> Path:
     """Where a node stands in the jaxpr that was flattened."""
-    path: list[int] = []
-    here: Node | None = node
-    while here is not None:
-        path.append(id(here.eqn))
-        path += [id(frame.eqn) for frame in here.frame.around() if frame.eqn is not None]
-        here = here.scope.parent
-    return tuple(reversed(path))
+    return tuple(map(id, reversed(list(node.eqns_around()))))
