@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from hire_rewrite.ops.encodings import Encoding, Stored
+from hire_rewrite.sites.layers import map_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,38 +58,24 @@ class Matrices:
 
     def stored(self, encoding: Encoding) -> Stored:
         """What an encoding stores of them, with a leading axis of layers; exactly where it can."""
-        if isinstance(self.array, jax.core.Tracer):
-            if not self.stacked:
-                return jax.tree.map(lambda a: a[None], self._layer(encoding, self.array))
-            return lax.map(functools.partial(self._layer, encoding), self.array)
-        exactly = encoding.store_exactly(self.on_host())
-        if exactly is not None:
-            return {name: jnp.asarray(array) for name, array in exactly.items()}
-        layout = encoding, self.axes, self.n_axes
-        layers = range(self.array.shape[0]) if self.stacked else (None,)
-        # One after the other: what a layer needs besides is free again before the next.
-        parts = [
-            jax.block_until_ready(_stored_layer(self.array, layer, *layout)) for layer in layers
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _layer(self, encoding: Encoding, weight: Array) -> Stored:
-        return _stored(weight, encoding, self.axes, self.n_axes)
+        if not isinstance(self.array, jax.core.Tracer):
+            exactly = encoding.store_exactly(self.on_host())
+            if exactly is not None:
+                return {name: jnp.asarray(array) for name, array in exactly.items()}
+        how = encoding, self.axes, self.n_axes
+        stored: Stored = (
+            map_layers(_stored, how, self.array) if self.stacked else _stored_alone(how, self.array)
+        )
+        return stored
 
 
-def _stored(weight: Array, encoding: Encoding, axes: tuple[int, ...], n_axes: int) -> Stored:
+def _stored(how: tuple[Encoding, tuple[int, ...], int], weight: Array) -> Stored:
+    encoding, axes, n_axes = how
     rows = jnp.transpose(weight, axes)
     return encoding.store(rows.reshape(math.prod(rows.shape[:n_axes]), -1))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _stored_layer(
-    array: Array, layer: int | None, encoding: Encoding, axes: tuple[int, ...], n_axes: int
-) -> Stored:
-    """What is stored of one layer, as of layers [1, ...], compiled once for all of a size: what
-    the compiler fuses is never held whole."""
-    if layer is not None:
-        array = lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    return jax.tree.map(lambda part: part[None], _stored(array, encoding, axes, n_axes))
+@functools.partial(jax.jit, static_argnums=0)
+def _stored_alone(how: tuple[Encoding, tuple[int, ...], int], weight: Array) -> Stored:
+    """Of a weight without an axis of layers, as of layers [1, ...]: it is not copied for one."""
+    return jax.tree.map(lambda part: part[None], _stored(how, weight))

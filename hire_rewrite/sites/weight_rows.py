@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from hire_rewrite.patterns.axes import Window
 from hire_rewrite.patterns.linear import Linear
 from hire_rewrite.patterns.region import Projection, Region
 from hire_rewrite.sharding.rows import Sharding
+from hire_rewrite.sites.layers import map_layers
 from hire_rewrite.sites.matrices import Matrices
 
 
@@ -174,12 +175,12 @@ def fit_predictor(
     top: int | None = None,
 ) -> Any:
     """The predictor's arrays for rows [layers, n, d], with a leading axis of layers."""
-    return _map_layers(_fit, (predictor, top), rows, moments, advance)
+    return map_layers(_fit, (predictor, top), (rows, moments), advance)
 
 
 def fit_bounds(predictor: Certifying, rows: jax.Array, arrays: Any) -> Any:
     """What a predictor needs to prove its guesses of rows [layers, n, d]; `arrays` are its own."""
-    return _map_layers(_fit_bound, predictor, rows, arrays)
+    return map_layers(_fit_bound, predictor, (rows, arrays))
 
 
 def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
@@ -189,54 +190,18 @@ def stored_rows(encoding: Encoding, rows: jax.Array) -> Stored:
     )
     if exactly is not None:
         return {name: jnp.asarray(array) for name, array in exactly.items()}
-    stored: Stored = _map_layers(_store, encoding, rows, None)
+    stored: Stored = map_layers(_store, encoding, rows)
     return stored
 
 
-def _fit(how: tuple[Predictor, int | None], rows: jax.Array, moments: Moments | None) -> Any:
-    predictor, top = how
+def _fit(how: tuple[Predictor, int | None], layer: tuple[jax.Array, Moments | None]) -> Any:
+    (predictor, top), (rows, moments) = how, layer
     return predictor.fit(rows, moments, top)
 
 
-def _fit_bound(predictor: Certifying, rows: jax.Array, arrays: Any) -> Any:
-    return predictor.fit_bound(rows, arrays)
+def _fit_bound(predictor: Certifying, layer: tuple[jax.Array, Any]) -> Any:
+    return predictor.fit_bound(*layer)
 
 
-def _store(encoding: Encoding, rows: jax.Array, _: None) -> Stored:
+def _store(encoding: Encoding, rows: jax.Array) -> Stored:
     return encoding.store(rows)
-
-
-def _map_layers(
-    function: Callable[[Any, Any, Any], Any],
-    how: Any,
-    rows: jax.Array,
-    more: Any,
-    advance: Callable[[], None] = lambda: None,
-) -> Any:
-    """The results of `function(how, ...)` for each layer of rows and of another pytree, stacked."""
-    if isinstance(rows, jax.core.Tracer):
-        return lax.map(lambda both: function(how, *both), (rows, more))
-    results = []
-    for layer in range(rows.shape[0]):  # what one needs besides is free again before the next
-        results.append(jax.block_until_ready(_of_layer(function, how, rows, layer, more)))
-        advance()
-    return results[0] if len(results) == 1 else _joined(results)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _of_layer(
-    function: Callable[[Any, Any, Any], Any], how: Any, rows: jax.Array, layer: int, more: Any
-) -> Any:
-    """The results for one layer, as of layers [1, ...], compiled once for all of a size.
-
-    A layer is cut out here: a head's is all of its rows, and would be copied.
-    """
-    own = jax.tree.map(
-        lambda array: lax.dynamic_index_in_dim(array, layer, keepdims=False), (rows, more)
-    )
-    return jax.tree.map(lambda part: part[None], function(how, *own))
-
-
-@jax.jit
-def _joined(parts: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
