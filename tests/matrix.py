@@ -11,7 +11,6 @@ the whole suite writes a record, in which the rows of combinations that it left 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -106,14 +105,14 @@ def write(combinations: Iterable[Combination]) -> None:
     from benchmarks import timing
 
     new = {made["what"]: made for made in map(row, combinations)}
-    path = timing.RESULTS / "reliability_versions.json"
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    name = "reliability_versions"
+    old = timing.read(name)["rows"] if (timing.RESULTS / f"{name}.json").exists() else []
     rows = sorted(({one["what"]: one for one in old} | new).values(), key=lambda one: one["what"])
     about = (
         "The whole suite, with the newest releases, the oldest that pyproject.toml allows "
         "(floors), and flags with which JAX tries its next behavior (upgrades)."
     )
-    timing.write("reliability_versions", {"about": about, "rows": rows}, "make matrix")
+    timing.write(name, {"about": about, "rows": rows}, "make matrix")
 
 
 def _python(combination: Combination) -> Path:

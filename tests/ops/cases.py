@@ -23,6 +23,7 @@ __all__ = [
     "ffn",
     "fitted",
     "head",
+    "nibbles",
     "normal",
     "predicted_ffn",
     "scaled",
@@ -42,6 +43,13 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 def scaled(factor: float, seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     numbers = factor * np.random.default_rng(seed).standard_normal(shape)
     return jax.device_put(np.asarray(numbers, dtype))
+
+
+def nibbles(packed: np.ndarray, *, signed: bool) -> np.ndarray:
+    """i64[..., d], the 4-bit integers of i8[..., d/2] (see `quantize.unpack`), by NumPy alone."""
+    low, high = packed.view(np.uint8) & 15, packed.view(np.uint8) >> 4
+    numbers = np.concatenate([low, high], -1).astype(np.int64)
+    return np.where(signed & (numbers > 7), numbers - 16, numbers)
 
 
 def fitted(predictor: Any, rows: Any) -> Any:

@@ -14,7 +14,7 @@ from hire_rewrite.ops.encodings.product import input_block
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.quantize import rounded_blocks
 from tests.cases import run
-from tests.ops.cases import as_other_backends, normal
+from tests.ops.cases import as_other_backends, nibbles, normal
 
 L, N, DIM = 3, 53, 192
 BLOCKS = [
@@ -54,15 +54,12 @@ def decoded(encoding, arrays):
         return np.moveaxis(halves.view(jnp.bfloat16), 3, 2).reshape(L, N, DIM).astype(np.float64)
     scale = arrays["scale"].astype(np.float64)
 
-    def nibbles(packed, signed):
-        low, high = packed.view(np.uint8) & 15, packed.view(np.uint8) >> 4
-        numbers = np.concatenate([low, high], -1).astype(np.int64)
-        return np.where(signed & (numbers > 7), numbers - 16, numbers)
-
     if isinstance(encoding, Nested):
-        integers = 16 * nibbles(arrays["high"], False) + nibbles(arrays["low"], False) - 128
+        integers = (
+            16 * nibbles(arrays["high"], signed=False) + nibbles(arrays["low"], signed=False) - 128
+        )
     elif encoding.bits == 4:
-        integers = nibbles(arrays["integers"], not encoding.minimum)
+        integers = nibbles(arrays["integers"], signed=not encoding.minimum)
     else:
         integers = arrays["integers"].astype(np.int64)
     blocks = integers.reshape(*scale.shape, -1) * scale[..., None]

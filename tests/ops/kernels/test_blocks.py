@@ -10,6 +10,7 @@ import pytest
 from hire_rewrite.ops import kernels
 from hire_rewrite.ops.encodings.product import block_product, block_products, input_block, widened
 from hire_rewrite.ops.quantize import rounded_blocks
+from tests.ops.cases import nibbles
 
 needed = pytest.mark.skipif(
     kernels.cpu.status() != "in use", reason=f"kernels for CPU are {kernels.cpu.status()}"
@@ -42,10 +43,8 @@ def want(x, integers, scale, minimum, layer, bits, round_inputs):
         np.asarray(array)[layer] if np.ndim(array) else array
         for array in (integers, scale, minimum)
     )
-    if bits == 4:  # two to a byte
-        low, high = integers.view(np.uint8) & 15, integers.view(np.uint8) >> 4
-        integers = np.concatenate([low, high], -1).astype(np.int64)
-        integers = integers if minimum is not None else (integers + 8) % 16 - 8
+    if bits == 4:
+        integers = nibbles(integers, signed=minimum is None)
     blocks = integers.reshape(*scale.shape, -1).astype(np.float64)
     if minimum is not None and not np.ndim(minimum):
         blocks = blocks + minimum
