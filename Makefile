@@ -100,9 +100,12 @@ tpu:
 # Where jax finds a GPU: some minutes, and no network but for the environment's wheels. Tests ask
 # for products in float32, which a GPU rounds to fewer bits otherwise.
 GPU_TESTS := tests/ops/ffn tests/ops/head tests/ops/predictors/test_lowrank.py
+ON_GPU := HIRE_REWRITE_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=float32 \
+  XLA_PYTHON_CLIENT_PREALLOCATE=false
 gpu: $(VENV)/.test
-	HIRE_REWRITE_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=float32 \
-	  XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -n 4 $(GPU_TESTS)
+	$(ON_GPU) $(RUN) -m pytest -n 4 $(GPU_TESTS)
+	$(ON_GPU) $(RUN) -m benchmarks.exported --tokens 16
+	$(ON_GPU) $(RUN) -m tests.faults.values --every 45
 	$(RUN) -m benchmarks.gpu
 
 docs: $(VENV)/.test $(VENV)/.docs

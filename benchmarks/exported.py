@@ -4,8 +4,8 @@ python -m benchmarks.exported [--tokens 64]
 
 A small decoder with a cache is rewritten with each set of rules, exported for CPU, TPU and CUDA at
 once, and saved; its arrays go beside it in NumPy's files. A process that cannot import this package
-loads both and decodes on CPU. It is given the tokens that the exporting process chose, where the
-kernels ran, so that one tie that falls otherwise is counted once.
+loads both and decodes on the platform that this one runs on. It is given the tokens that this one
+chose, where the kernels ran, so that one tie that falls otherwise is counted once.
 """
 
 from __future__ import annotations
@@ -227,7 +227,12 @@ def exported(folder: Path, tokens: int, rules: Mapping[str, Any], counts: Counts
             len(missing),
         )
         wrong = int((np.asarray(found["argmaxes"]) != wanted[where]).sum())
-        counts.add("tokens chosen on CPU without the package", wanted[where].size, wrong)
+        counts.add(f"tokens chosen on {_here()} without the package", wanted[where].size, wrong)
+
+
+def _here() -> str:
+    """The platform that programs run on, as a page names it."""
+    return jax.default_backend().upper()
 
 
 def main() -> None:
@@ -244,13 +249,12 @@ def main() -> None:
     about = (
         f"A small decoder with a cache, rewritten with {len(RULES)} sets of rules, at batches of "
         f"{BATCHES[0]} and {BATCHES[1]}, {options.tokens} tokens each: exported for "
-        f"{', '.join(PLATFORMS)}, and run on CPU by a process that has jax alone. Programs for TPU "
-        "and CUDA are made and loaded, not run."
+        f"{', '.join(PLATFORMS)}, and run on {_here()} by a process that has jax alone. Programs "
+        "for other platforms are made and loaded, not run."
     )
     result = {"about": about, "rows": rows}
-    path = timing.write(
-        "reliability_export", result, f"python -m benchmarks.exported --tokens {options.tokens}"
-    )
+    name = timing.of_backend("reliability_export")
+    path = timing.write(name, result, f"python -m benchmarks.exported --tokens {options.tokens}")
     print(path, json.dumps(result["rows"], indent=1, ensure_ascii=False))
 
 

@@ -22,9 +22,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 TITLES = {
     "fuzz": "Laws on random programs",
     "values": "Odd values, shapes, and dtypes",
+    "values_gpu": "Odd values, shapes, and dtypes on a GPU",
     "kernels": "Kernels for CPU under sanitizers",
     "checkpoints": "Checkpoints, stale packs, and threads",
     "export": "Export and start",
+    "export_gpu": "Export and start on a GPU",
     "versions": "Versions of Python, JAX and its neighbors",
     "serve": "A server's day",
 }
@@ -65,6 +67,7 @@ def lines(found: Mapping[str, Record]) -> Iterable[str]:
             continue
         record = found[part]
         machine = record["machine"]
+        device = "" if machine.get("backend", "cpu") == "cpu" else f" and one {machine['device']}"
         yield f"\n## {title}\n"
         yield f"{record['about']}\n"
         yield from table(
@@ -75,8 +78,8 @@ def lines(found: Mapping[str, Record]) -> Iterable[str]:
             ],
         )
         yield (
-            f"\n`{record['command']}`, on {machine['cores']} cores ({machine['processor']}), jax "
-            f"{machine['jax']}, Python {machine['python']}."
+            f"\n`{record['command']}`, on {machine['cores']} cores ({machine['processor']})"
+            f"{device}, jax {machine['jax']}, Python {machine['python']}."
         )
 
 

@@ -143,6 +143,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def of_backend(name: str) -> str:
+    """The name of a result that a run on another backend than CPU does not replace."""
+    backend = jax.default_backend()
+    return name if backend == "cpu" else f"{name}_{backend}"
+
+
 def write(name: str, result: Mapping[str, Any], command: str) -> Path:
     """Write a result with the command that made it and the machine; return the file's path."""
     RESULTS.mkdir(exist_ok=True)
