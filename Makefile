@@ -118,6 +118,7 @@ docs: $(VENV)/.test $(VENV)/.docs
 # Ten minutes and the builds before; under libFuzzer too where there is clang++.
 SECONDS_OF_FUZZING ?= 600
 fuzz-kernels: $(VENV)/.test
+	$(PYTEST) -m sanitizers tests/ops/kernels
 	$(RUN) -m tests.faults.kernels --seconds $(SECONDS_OF_FUZZING)
 
 faults: $(VENV)/.test

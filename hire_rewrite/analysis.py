@@ -44,7 +44,16 @@ class Analysis:
     @property
     def other_gradients(self) -> list[str]:
         """The sites of this call whose derivative, rewritten, is not the model's."""
-        return [d.name for d in self.decisions if d.rewritten and not _keeps_gradient(d)]
+        return [
+            d.name
+            for d in self.decisions
+            if d.rewritten and not (d.op.keeps_gradient and _without_rule(d))
+        ]
+
+    @property
+    def lost_rules(self) -> list[str]:
+        """The packed sites in calls that have their derivative from a rule, in whatever mode."""
+        return [d.name for d in self.packing if not _without_rule(d)]
 
     @functools.cached_property
     def exact_forms(self) -> list[SiteReplacement]:
@@ -147,7 +156,6 @@ class Analysis:
         ]
 
 
-def _keeps_gradient(decision: Decision) -> bool:
-    """Not inside a call that has its derivative from a rule: rewriting dissolves that call."""
-    nodes = (linear.node for linear in decision.site.linears)
-    return decision.op.keeps_gradient and not any(map(in_custom_derivative, nodes))
+def _without_rule(decision: Decision) -> bool:
+    """Not inside a call that has its derivative from a rule: what is put into it dissolves it."""
+    return not any(in_custom_derivative(linear.node) for linear in decision.site.linears)

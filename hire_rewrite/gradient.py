@@ -21,6 +21,17 @@ def gradient_warning(sites: Sequence[str]) -> str:
     )
 
 
+def rule_warning(sites: Sequence[str]) -> str:
+    """What a user is told of a gradient through sites whose function has a rule for it."""
+    some = first_names(sites)
+    return (
+        f"a gradient is taken through {some}, in a function that has its derivative from a rule "
+        "(jax.custom_vjp or jax.custom_jvp), and is that of its arithmetic instead: from a Packed "
+        "another body is made, which the rule does not describe. To differentiate, call with the "
+        "weights as they are"
+    )
+
+
 def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterable[Any]], list[Any]]:
     """A function that returns arrays as they are, and calls `announce` where they are
     differentiated, in whatever way and however much later.

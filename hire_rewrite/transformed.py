@@ -15,7 +15,7 @@ from hire_rewrite.analysis import Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
-from hire_rewrite.gradient import announcing, gradient_warning
+from hire_rewrite.gradient import announcing, gradient_warning, rule_warning
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
 from hire_rewrite.origin import check_origin
@@ -357,10 +357,8 @@ class Transformed:
         with timed(self.name, "rewrite") as found:
             results, reports = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
-        infers = packed is not None and not self.mode.differentiable and marked
-        if infers and (sites := analysis.other_gradients):
-            mark = announcing(lambda: self._warn_of_gradient(sites))
-            results = mark(results, inputs.values())
+        if packed is not None and marked:
+            results = self._mark(results, inputs.values(), analysis)
         result = jax.tree.unflatten(analysis.trace.out_tree, results)
         if not counted:
             return result
@@ -392,7 +390,15 @@ class Transformed:
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
 
-    def _warn_of_gradient(self, sites: Sequence[str]) -> None:
-        """Warn once of each site."""
-        if new := self._warn.new(("gradient", name) for name in sites):
-            self._warn(gradient_warning([name for _, name in new]))
+    def _mark(self, results: Sequence[Any], given: Iterable[Any], analysis: Analysis) -> Any:
+        """Results that warn, once of each site, where a gradient is taken that is another one."""
+        if self.mode.differentiable:
+            sites, warning = analysis.lost_rules, rule_warning
+        else:
+            sites, warning = analysis.other_gradients, gradient_warning
+
+        def warn() -> None:
+            if new := self._warn.new(("gradient", name) for name in sites):
+                self._warn(warning([name for _, name in new]))
+
+        return announcing(warn)(results, given) if sites else results
