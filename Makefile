@@ -8,13 +8,14 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix` and `make wheels`: names or paths of interpreters.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels serve serve-day
+.PHONY: demo gemma translate test long zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels serve serve-day
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
 	@echo "make gemma     Gemma 3 270M in plain JAX (downloads 240 MB), and its plan"
 	@echo "make translate English to Portuguese and back (downloads 35 MB), dense and rewritten"
-	@echo "make test      the tests"
+	@echo "make test      the tests, a sample of the cases of some"
+	@echo "make long      the other cases, and the tests that take longest"
 	@echo "make bench     the benchmarks (an hour on two cores), and docs/benchmarks.md"
 	@echo "make quality   recall and perplexity on SmolLM2, and docs/quality.md"
 	@echo "make relu      translations and blocks without what a ReLU makes zero, and docs/relu.md"
@@ -45,6 +46,9 @@ translate: $(VENV)/.translate
 
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
+
+long: $(VENV)/.test
+	$(PYTEST) -m long $(ARGS)
 
 # For a quick look, which writes no results of most: make bench QUICK='--rounds 3'
 bench: $(VENV)/.peers
@@ -79,7 +83,7 @@ serve-day: $(VENV)/.serve
 	$(RUN) -m examples.serve.day $(DAY)
 
 zoo: $(VENV)/.test
-	$(PYTEST) -m zoo tests/zoo
+	$(PYTEST) -m "zoo or long" tests/zoo
 
 mesh: $(VENV)/.test
 	$(PYTEST) -m mesh tests/zoo
@@ -118,7 +122,6 @@ docs: $(VENV)/.test $(VENV)/.docs
 # Ten minutes and the builds before; under libFuzzer too where there is clang++.
 SECONDS_OF_FUZZING ?= 600
 fuzz-kernels: $(VENV)/.test
-	$(PYTEST) -m sanitizers tests/ops/kernels
 	$(RUN) -m tests.faults.kernels --seconds $(SECONDS_OF_FUZZING)
 
 faults: $(VENV)/.test

@@ -5,9 +5,11 @@ Sites of tests are too small to pay in time: they are judged by bytes. Programs 
 on a few numbers: most of a run would go to optimizing them (`tests.cases.optimized` asks for that).
 """
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
+import random
 
 import pytest
 
@@ -35,3 +37,18 @@ def forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)  # before those of other marks than are asked for are left out
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test that is marked `sampled(n)`, one of n, always the same, is not long."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("zoo"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, found in cases.items():
+        (n,) = found[0].get_closest_marker("sampled").args
+        short = random.Random(name).sample(range(len(found)), -(-len(found) // n))
+        for i, item in enumerate(found):
+            if i not in short:
+                item.add_marker("long")

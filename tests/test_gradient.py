@@ -99,6 +99,7 @@ POSITIVE = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rule", POSITIVE.values(), ids=POSITIVE)
 @pytest.mark.parametrize("fn", [block, gated_relu])
 def test_blocks_without_their_zeros_have_the_models_gradient(fn, rule):
@@ -166,6 +167,7 @@ SITES = {  # a function, and a rule under which nothing is left out
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore::hire_rewrite.errors.HireRewriteWarning")
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 @pytest.mark.parametrize("kind", SITES)

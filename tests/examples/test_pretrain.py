@@ -307,6 +307,7 @@ def test_positive_neurons_are_those_of_the_model(text, monkeypatch):
     assert told["bytes"] == [2 * rows, read]
 
 
+@pytest.mark.long
 def test_the_command_trains_converts_and_records(text, tmp_path, monkeypatch):
     """A tiny model of one architecture, on a tiny text; zeros that are left out lose nothing."""
     words = types.SimpleNamespace(get_vocab_size=lambda: VOCAB)

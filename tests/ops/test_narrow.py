@@ -133,6 +133,7 @@ def test_blocks_of_zeros_and_blocks_that_are_not_finite():
     assert scores[0, 3] == pytest.approx(4.0, rel=0.1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_product_with_blocks(form, tokens):
     x, rows = normal(0, tokens, 24), normal(1, 3, 53, 24)

@@ -98,6 +98,7 @@ def alone(rule, params, token=TOKEN, **settings):
     return run(run.pack(params, token), token)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("encoding", [Float("float32"), Blocks(8), Blocks(4)], ids=str)
 def test_it_computes_what_one_device_does(name, encoding):
@@ -296,6 +297,7 @@ def manual(layout, check_vma):
     return run
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("rule", [FLOAT, Linear(encoding=Blocks(4), force=True), Linear()], ids=str)
 def test_in_a_shard_map_of_the_function(rule, check_vma):

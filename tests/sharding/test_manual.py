@@ -94,6 +94,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "predictor"),
     [*((name, hire.Quantized()) for name in FORMS), ("blocks", hire.LowRank(48))],

@@ -151,6 +151,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "predictor"), CASES)
 def test_a_block_computes_what_it_does_in_parts(name, predictor):
     layout = LAYOUTS[name]
@@ -158,6 +159,7 @@ def test_a_block_computes_what_it_does_in_parts(name, predictor):
     np.testing.assert_allclose(logits, alone(rules(predictor, layout.parts)[0]), atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "predictor"), CASES)
 def test_a_head_knows_no_less_than_on_one_device(name, predictor):
     layout, rule = LAYOUTS[name], rules(predictor)[1]
@@ -171,6 +173,7 @@ def test_a_head_knows_no_less_than_on_one_device(name, predictor):
     assert (values >= lax.top_k(one, 16)[0] - 1e-5).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "exact") for name in LAYOUTS), ("data and tensor", "dense")]
 )
@@ -365,6 +368,7 @@ def sampled(params, token):
     return values, indices, jnp.argmax(probability, axis=-1), lax.approx_max_k(probability, 3)[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["tensor", "data and tensor", "stored in shards"])
 @pytest.mark.parametrize("target", [1.0, 0.9])
 def test_searches_for_the_greatest_gather_no_logits(name, target):

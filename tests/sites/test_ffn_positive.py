@@ -38,6 +38,7 @@ def tolerance(case):
     return 2e-2 if "bf16" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)) else 1e-4
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "predictor"),
     [*((name, Quantized()) for name in SOME), *((name, None) for name in TOLD)],

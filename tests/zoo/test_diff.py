@@ -21,6 +21,7 @@ def traced(model):
     return trace(built.fn, (built.weights, *built.args), {}, (0,))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_a_model_and_itself(model):
     built = model.build(jnp.dtype("float32"))
@@ -34,6 +35,7 @@ def some():
     return [traced(model) for model in MODELS if str(model) in SOME]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_two_models(some, pair):
     first, second = (some[number] for number in pair)

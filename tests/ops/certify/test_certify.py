@@ -225,6 +225,7 @@ ENDPOINTS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_code_behind_the_logits(name, dtype):

@@ -100,6 +100,7 @@ def test_what_is_decoded_is_near(encoding):
     assert off.max() >= 0.3 * steps(encoding, rows).min()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("encoding", EVERY, ids=str)
 def test_product(form, encoding):
     if form == "other backends" and isinstance(encoding, Float):
@@ -162,6 +163,7 @@ def test_half_of_nested_rows_are_a_copy_in_4_bits(form, block):
     assert read.bytes == sum(arrays[name][0].nbytes for name in ("high", "scale"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("encoding", [Nested(), Nested(None), Nested(96, "bfloat16")], ids=str)
 def test_how_far_off_the_copy_in_4_bits_may_be(form, encoding):
     rows, x = normal(0, N, DIM), normal(1, 9, DIM).at[0].multiply(1e3)

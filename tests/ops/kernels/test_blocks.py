@@ -60,6 +60,7 @@ def calls_kernel(x, *operands, **settings):
     return "hire_block_product" in run.lower(x, *operands).as_text()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("round_inputs", [False, True])
 @pytest.mark.parametrize("minimum", [False, True, "of scales"])
 @pytest.mark.parametrize("bits", [8, 4])

@@ -195,7 +195,7 @@ def test_values_that_are_no_numbers():
     assert np.isnan(SUMMED(h, stacked, jnp.int32(0), jnp.array([0, 1], jnp.int32))).all()
 
 
-@pytest.mark.sanitizers
+@pytest.mark.long
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizer, tmp_path):
     compiler, folder = shutil.which("c++"), Path(kernels.cpu.__file__).parent

@@ -76,6 +76,7 @@ def test_rounded_tokens(monkeypatch, tokens, d, block):
     close(got, exact(*want), d)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("minimum", [False, True, -7.5])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
