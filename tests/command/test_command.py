@@ -121,7 +121,9 @@ def test_rules_are_read_from_a_file(tmp_path):
     assert "Head(k=7, force=True)" in [site["rule"] for site in plan["sites"]]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n == "tune" else ()) for n in NAMES]
+)
 def test_the_example_of_its_help_works(name, tmp_path, monkeypatch):
     text = run(name, "--help").output.replace("\\\n", " ")
     (example,) = re.findall(r"^\s*hire-rewrite (.*)$", text, re.MULTILINE)

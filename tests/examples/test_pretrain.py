@@ -192,6 +192,7 @@ def test_stages(setting):
     assert [setting.k(step) for step in range(7)] == [1.0, 1.0, 0.5, 0.5, 0.125, 0.125, 0.125]
 
 
+@pytest.mark.long
 @ONE_ARCHITECTURE
 def test_goes_on_after_a_break_as_if_there_was_none(setting, text, tmp_path, monkeypatch):
     whole = train(setting, text, tmp_path / "whole")

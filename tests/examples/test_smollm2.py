@@ -254,6 +254,7 @@ def test_bfloat16(params, config, tokens, forward):
 # Text
 
 
+@pytest.mark.long
 def test_perplexity_of_the_help_topics(params, words, forward):
     rows = text.windows(text.help_text(2048, words), 512)
     assert rows.shape == (4, 512)

@@ -175,7 +175,7 @@ TRIED = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "kl"), [*((name, 3e-3) for name in TRIED), ("everything", 0.1)])
 def test_tuned_rules_are_within_their_budget_in_decoding(name, kl):
     """Many tokens in each batch, where an FFN that is asked for stays dense."""

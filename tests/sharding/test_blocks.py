@@ -278,6 +278,7 @@ def experts_weights():
     return {n: np.asarray(rng.normal(size=s) / 8, np.float32) for n, s in shapes.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "rule"),
     [

@@ -220,6 +220,7 @@ def test_it_is_measured_as_on_one_device():
         assert one.error > 1e-2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_many_tokens_are_measured_as_each_alone(name):
     """Though together they ask for all inputs of every device."""

@@ -110,8 +110,8 @@ def drawn(shapes: Any, dtype: Any) -> Any:
 
     def draw(path: Any, leaf: Any) -> jax.Array:
         scale = math.prod(leaf.shape[:-1]) ** -0.5 if len(leaf.shape) > 1 else 0.2
-        numbers = rng.normal(size=leaf.shape) * scale
-        return jnp.asarray(numbers + (path[-1].key in ("scale", "gamma")), dtype)
+        numbers = rng.normal(size=leaf.shape) * scale + (path[-1].key in ("scale", "gamma"))
+        return jax.device_put(numbers.astype(jnp.dtype(dtype)))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -49,6 +49,7 @@ def check(model: Model, dtype: str, tolerance: float) -> None:
         assert not rules or blocks(model) <= rewritten, name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("model", some_long("float32"), ids=str)
 def test_nothing_is_lost(model):
     check(model, "float32", 1e-5)

@@ -215,7 +215,11 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("form", "some"),
-    [("0", "values"), *((form, "product and (test_cpu or 576)") for form in ("portable", "avx2"))],
+    [
+        ("0", "values"),
+        ("portable", "product and (test_cpu or 576)"),
+        pytest.param("avx2", "product and (test_cpu or 576)", marks=pytest.mark.long),
+    ],
 )
 def test_other_forms(form, some):
     """Without the kernels, and with those for other processors, products are the same. (More
