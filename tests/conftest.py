@@ -41,7 +41,7 @@ def forget_programs():
 
 @pytest.hookimpl(tryfirst=True)  # before those of other marks than are asked for are left out
 def pytest_collection_modifyitems(items):
-    """Of the cases of a test that is marked `sampled(n)`, one of n, always the same, is not long."""
+    """Of a test that is marked `sampled(n)`, one of n cases, always the same, is not long."""
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") and not item.get_closest_marker("zoo"):
