@@ -198,6 +198,7 @@ BUDGETS = {  # rules that leave something out, and run kernels where there are s
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore::hire_rewrite.errors.HireRewriteWarning")
 @pytest.mark.parametrize("mode", ["hire", "exact"])
 @pytest.mark.parametrize("kind", SITES)

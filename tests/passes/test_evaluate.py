@@ -101,7 +101,7 @@ def packed_by(run):
     return run.pack(PARAMS, WORDS[:1], calibration=[(WORDS,), (WORDS[::-1],)])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RULES)
 def test_many_tokens_are_measured_as_each_alone(name):
     run = hire.transform(step, RULES[name], VOCABULARY, on_miss="ignore")

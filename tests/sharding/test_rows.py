@@ -247,6 +247,7 @@ def tied(params, token):
     return jnp.tanh(params["embed"][token]) @ params["embed"].T
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("exact", [hire.Blocks(8), hire.Nested()], ids=str)
 @pytest.mark.parametrize(("rows", "spec"), [(VOCABULARY, P("model")), (4105, P(None, "model"))])
 def test_rows_in_an_encoding_and_a_tied_embedding(exact, rows, spec):

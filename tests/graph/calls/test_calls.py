@@ -124,6 +124,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_replacing_by_the_same(name):
     fn = FUNCTIONS[name]

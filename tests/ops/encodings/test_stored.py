@@ -191,6 +191,7 @@ def test_rows_by_number(encoding):
     np.testing.assert_array_equal(got, run(lambda a: encoding.decode(a, 2), arrays)[chosen])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("encoding", EVERY, ids=str)
 def test_derivatives_and_batches(encoding):
     arrays, x = stored(encoding, normal(0, L, N, DIM)), normal(1, 3, DIM)

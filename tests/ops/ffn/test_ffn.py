@@ -333,6 +333,7 @@ def test_a_spec_out_of_range(changes, message):
         dataclasses.replace(spec, **changes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_masked_is_the_same_without_fetching(name, tokens):
@@ -347,6 +348,7 @@ def test_masked_is_the_same_without_fetching(name, tokens):
     assert np.abs(want - run(exact_ffn, x, spec, state, activation)).max() > 1e-3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("budget", [6, 9, 15, 24])
 def test_a_union_beyond_its_budget_runs_dense_and_loses_nothing(budget):
     predictor = Oracle(0.5)
