@@ -3,9 +3,9 @@
 python -m tests.matrix PYTHON... [--only COMBINATION] -- [arguments for pytest]
 
 Each interpreter has the newest jax that it can have, and others beside it (see `combinations`).
-Environments are made as .venv-NAME, reports of pytest are written to out/versions/NAME.xml. The
-whole suite takes ten minutes for each: give pytest some of its folders for a quick look. A run of
-the whole suite writes a record, in which the rows of combinations that it left out stay.
+Environments are made as .venv-NAME, reports of pytest are written to out/versions/NAME.xml. All
+tests take ten minutes for each, or more with newer jax: give pytest some folders for a quick look.
+A run of all writes a record, in which the rows of combinations that it left out stay.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def write(combinations: Iterable[Combination]) -> None:
     old = timing.read(name)["rows"] if (timing.RESULTS / f"{name}.json").exists() else []
     rows = sorted(({one["what"]: one for one in old} | new).values(), key=lambda one: one["what"])
     about = (
-        "The whole suite, with the newest releases, the oldest that pyproject.toml allows "
+        "What `make test` runs, with the newest releases, the oldest that pyproject.toml allows "
         "(floors), and flags with which JAX tries its next behavior (upgrades)."
     )
     timing.write(name, {"about": about, "rows": rows}, "make matrix")
