@@ -8,28 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_rewrite.names import first_names
+OTHER_GRADIENT = (
+    'a gradient is taken in mode "hire" through {}, and is not the model\'s: what is not '
+    "chosen and what is rounded has none, and a Packed is not what you train. Give "
+    'transform(..., mode="exact") to differentiate, with the weights as they are'
+)
+"""What a user is told of a gradient through some sites."""
 
-
-def gradient_warning(sites: Sequence[str]) -> str:
-    """What a user is told of a gradient through these sites."""
-    some = first_names(sites)
-    return (
-        f'a gradient is taken in mode "hire" through {some}, and is not the model\'s: what is not '
-        "chosen and what is rounded has none, and a Packed is not what you train. Give "
-        'transform(..., mode="exact") to differentiate, with the weights as they are'
-    )
-
-
-def rule_warning(sites: Sequence[str]) -> str:
-    """What a user is told of a gradient through sites whose function has a rule for it."""
-    some = first_names(sites)
-    return (
-        f"a gradient is taken through {some}, in a function that has its derivative from a rule "
-        "(jax.custom_vjp or jax.custom_jvp), and is that of its arithmetic instead: from a Packed "
-        "another body is made, which the rule does not describe. To differentiate, call with the "
-        "weights as they are"
-    )
+LOST_RULE = (
+    "a gradient is taken through {}, in a function that has its derivative from a rule "
+    "(jax.custom_vjp or jax.custom_jvp), and is that of its arithmetic instead: from a Packed "
+    "another body is made, which the rule does not describe. To differentiate, call with the "
+    "weights as they are"
+)
+"""What a user is told of a gradient through some sites whose function has a rule for it."""
 
 
 def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterable[Any]], list[Any]]:

@@ -15,9 +15,10 @@ from hire_rewrite.analysis import Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
-from hire_rewrite.gradient import announcing, gradient_warning, rule_warning
+from hire_rewrite.gradient import LOST_RULE, OTHER_GRADIENT, announcing
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
+from hire_rewrite.names import first_names
 from hire_rewrite.origin import check_origin
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
@@ -393,12 +394,12 @@ class Transformed:
     def _mark(self, results: Sequence[Any], given: Iterable[Any], analysis: Analysis) -> Any:
         """Results that warn, once of each site, where a gradient is taken that is another one."""
         if self.mode.differentiable:
-            sites, warning = analysis.lost_rules, rule_warning
+            sites, text = analysis.lost_rules, LOST_RULE
         else:
-            sites, warning = analysis.other_gradients, gradient_warning
+            sites, text = analysis.other_gradients, OTHER_GRADIENT
 
         def warn() -> None:
             if new := self._warn.new(("gradient", name) for name in sites):
-                self._warn(warning([name for _, name in new]))
+                self._warn(text.format(first_names([name for _, name in new])))
 
         return announcing(warn)(results, given) if sites else results
