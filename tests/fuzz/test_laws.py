@@ -6,6 +6,7 @@ hypothesis found to be the smallest.
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -78,8 +79,6 @@ def test_what_a_custom_derivative_closes_over_is_an_operand():
 
     inner = Nest("scan stacking", (Ffn("a", "silu", "gate first"),))
     graph = Graph((Nest("custom_vjp", (inner,)),))
-    counts = [
-        e.params["num_consts"] for e in subject_of(graph, 1).before.eqns if "num_consts" in e.params
-    ]
-    assert any(counts) or not counts  # jax's next custom_vjp (JAX_CUSTOM_VJP3) counts none
+    if os.environ.get("JAX_CUSTOM_VJP3") != "1":  # jax's next one does not count them
+        assert any(eqn.params.get("num_consts") for eqn in subject_of(graph, 1).before.eqns)
     assert not list(broken(graph, 1, FOUND | TRACED))

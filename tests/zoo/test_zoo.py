@@ -57,14 +57,16 @@ def floats(results):
     return [r for r in jax.tree.leaves(results) if jnp.issubdtype(r.dtype, jnp.floating)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_sites(model):
-    one = built(model)
+def test_sites(model, dtype):
+    one = built(model, dtype)
     plan = hire.transform(one.fn, *FULL).plan(one.weights, *one.args)
     assert not plan.hints  # its weights are weights, and all of them
     sites = [Expected(**{name: getattr(site, name) for name in FIELDS}) for site in plan.sites]
-    assert sorted(sites, key=str) == sorted(model.sites, key=str)
-    assert row(model, plan) in ROWS, "docs/coverage.md is old: `make docs` writes it"
+    if dtype == "float32":
+        assert sorted(sites, key=str) == sorted(model.sites, key=str)
+        assert row(model, plan) in ROWS, "docs/coverage.md is old: `make docs` writes it"
 
 
 @pytest.mark.sampled(4)
