@@ -20,7 +20,7 @@ def lowered(name, platform):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_promoted_by_itself(name):
     EVERY[name]()
@@ -29,7 +29,7 @@ def test_nothing_is_promoted_by_itself(name):
             lowered(name, platform)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_wider_with_x64(name):
     fn = EVERY[name]()

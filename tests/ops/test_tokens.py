@@ -17,7 +17,7 @@ SOME = (
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", EVERY)
 def test_no_tokens(name):
     fn = EVERY[name]()
@@ -28,7 +28,7 @@ def test_no_tokens(name):
         assert not np.isnan(np.asarray(leaf, np.float32)).any()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SOME)
 def test_a_number_of_tokens_that_is_a_symbol(name):
     fn = EVERY[name]()

@@ -22,7 +22,7 @@ def tolerance(case):
     return 2e-2 if "bf16" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)) else 1e-4
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_few_candidates(case):
     """The top k that is predicted and gathered is that of dense arithmetic on the raw weights.

@@ -80,7 +80,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_that_makes_zeros(name):
     gated, activation = ACTIVATIONS[name]

@@ -75,7 +75,7 @@ def check_sites(model: Model, plan: hire.Plan) -> None:
     assert not dense or model.name == "explicit shardings"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_copies_that_hold_the_same_numbers(model, dtype):

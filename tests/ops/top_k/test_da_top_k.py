@@ -76,7 +76,7 @@ def recalls(found: jax.Array, x: np.ndarray, k: int) -> np.ndarray:
 
 
 class TestExact:
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize("merge", ["gather", "butterfly"])
     @pytest.mark.parametrize("shards", SHARDS)
     @pytest.mark.parametrize(("n", "k"), [(24, 1), (24, 5), (24, 24), (1000, 64), (4803, 257)])
