@@ -15,7 +15,7 @@ from hire_rewrite.graph.calls.inline import in_custom_derivative
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed, check_not_deleted
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.detect import Detection
 from hire_rewrite.passes.examine import examine, weight_stacker
 from hire_rewrite.passes.modes import Packing

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,87 +14,12 @@ import jax.export
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import first_names
-from hire_rewrite.origin import Origin, check_origin
+from hire_rewrite.origin import check_origin
+from hire_rewrite.packed_info import PackedInfo
 from hire_rewrite.rules import Rule
 
 if TYPE_CHECKING:
     from hire_rewrite.transformed import Transformed
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedSite:
-    """What was decided about a site when it was packed.
-
-    Attributes:
-      kind: of the site, by name.
-      name: the site's, in the function that it was packed for.
-      key: of its weights, equal wherever they are computed alike.
-      layout: what its arrays depend on.
-      statistics: what calibration, or a look at its numbers, told about it.
-    """
-
-    kind: str
-    name: str
-    key: str
-    layout: str
-    statistics: Hashable = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ExaminedSite:
-    """A site that is not packed, and what calibration, or a look at its numbers, told about it."""
-
-    kind: str
-    name: str
-    key: str
-    statistics: Hashable
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedInfo:
-    """The static part of a `Packed`: it is part of its type, and decides what a call compiles to.
-
-    Attributes:
-      origin: what it was made from.
-      sites: what was decided about each site.
-      examined: the others that packing knows something about.
-      rules: a rule for each site that reads them, with its sizes written out.
-      shapes: shapes and dtypes of all arrays.
-    """
-
-    origin: Origin
-    sites: tuple[PackedSite, ...]
-    examined: tuple[ExaminedSite, ...]
-    rules: tuple[Rule, ...]
-    shapes: tuple[jax.ShapeDtypeStruct, ...]
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        """Computed once: a `jit` asks for it at every call."""
-        return hash((self.origin.paths, self.sites))
-
-    @functools.cached_property
-    def without_fingerprint(self) -> PackedInfo:
-        """The same of arrays that are traced: compiled once, and run on others too."""
-        return dataclasses.replace(self, origin=dataclasses.replace(self.origin, fingerprint=None))
-
-    @functools.cached_property
-    def short_names(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The names of weights and of sites, to those without the name of the argument."""
-        argument = self.origin.argument
-        sites = [site.name for site in self.sites]
-        return _short_names(argument, self.origin.paths), _short_names(argument, sites)
-
-    def sites_of(self, kind: str, key: str) -> list[PackedSite]:
-        """The packed sites of a kind with these weights, each in a layout of its own."""
-        return [site for site in self.sites if (site.kind, site.key) == (kind, key)]
-
-    def examined_site(self, kind: str, key: str) -> ExaminedSite | None:
-        """What is known of a site of a kind with these weights that is not packed."""
-        return next((site for site in self.examined if (site.kind, site.key) == (kind, key)), None)
 
 
 def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
@@ -103,16 +27,6 @@ def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {names.get(name, name): value for name, value in tree.items()}
-
-
-def _short_names(argument: str | None, names: Sequence[str]) -> dict[str, str]:
-    """Names, and what is left of each without the name of the argument that holds weights."""
-    short = {}
-    for name in names:
-        scope, colon, path = name.rpartition(":")
-        first, _, rest = path.partition("/")
-        short[name] = f"{scope}{colon}{rest or 'weights'}" if first == argument else name
-    return short if len({*short.values()}) == len(short) else {}
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -15,26 +15,22 @@ from hire_rewrite.analysis import Analysis
 from hire_rewrite.arguments import packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
-from hire_rewrite.gradient import LOST_RULE, OTHER_GRADIENT, announcing
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
-from hire_rewrite.names import first_names
 from hire_rewrite.origin import check_origin
 from hire_rewrite.packed import Packed, check_arrays
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
-from hire_rewrite.passes.count import counting, telemetry
 from hire_rewrite.passes.diff import Diff
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
-from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
 from hire_rewrite.recent import Recent
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
+from hire_rewrite.run import Runner
 from hire_rewrite.sight import OnSight, traced, tracing
-from hire_rewrite.telemetry import collected
 from hire_rewrite.tuned import Tuned
 
 _INSTANCES = 64
@@ -70,22 +66,22 @@ class Transformed:
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._warn = Warner(self.name)
         self._settings = rules, weights, mesh, mode, on_miss, telemetry
-        self._telemetry = telemetry
         self._bound: Recent[int, Transformed] = Recent(_INSTANCES)
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn,
             exact=not mode.packs_on_sight, watch=self._dump,
         )  # fmt: skip
         self._sight = OnSight(self._analyses, self._warn)
+        self._runner = Runner(fn, self.name, self._analyses, mode, telemetry, self._warn)
         self._compile()
 
     def _compile(self) -> None:
         """Forget what was compiled, if anything was."""
         # Of a new object each time: JAX would find what it traced of the old one.
-        self._compiled = jax.jit(functools.partial(self._run))
+        self._compiled = jax.jit(functools.partial(self._runner.run))
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
         self._compiled_for = functools.lru_cache(256)(
-            lambda analysis: jax.jit(functools.partial(self._run, analysis=analysis))
+            lambda analysis: jax.jit(functools.partial(self._runner.run, analysis=analysis))
         )
 
     def __get__(self, instance: Any, owner: type | None = None) -> Transformed:
@@ -105,7 +101,7 @@ class Transformed:
         operands = (packed, self._analyses.without_weights(args, packed), kwargs)
         # Under a trace the code goes straight into it, so that nothing is nested without need.
         if tracing() and traced(jax.tree.leaves(operands)):
-            return self._run(*operands)
+            return self._runner.run(*operands)
         if packed is None and self.mode.exact_form:
             return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         try:
@@ -307,63 +303,15 @@ class Transformed:
             packed = analysis.pack(list(map(placed, self._weight_leaves(args))))
         rest = self._analyses.without_weights(tuple(args), packed)
         specs = jax.tree.map(abstract, (packed, rest, kwargs))
-        # Another function than `_run`: JAX traces none inside itself, and a dump is made in there.
+        # Another function than `run`: JAX traces none inside itself, and a dump is made in there.
         with timed(self.name, "diff") as found:
             settings: Any = {"marked": False, "counted": False}
             settings["analysis"] = None if own else analysis
-            after = jax.make_jaxpr(lambda *operands: self._run(*operands, **settings))(*specs)
+            run = self._runner.run
+            after = jax.make_jaxpr(lambda *operands: run(*operands, **settings))(*specs)
             changes = compared(analysis, self.name, packed, after)
             found("%r", changes)
         return changes
-
-    # How it runs.
-
-    def _run(
-        self,
-        packed: Packed | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        analysis: Analysis | None = None,
-        *,
-        marked: bool = True,
-        counted: bool = True,
-    ) -> Any:
-        """The function on a `Packed` (`args` have None for the weights) or on raw weights.
-
-        Args:
-          marked: whether to say so where it is differentiated and should not be.
-          counted: whether to return its telemetry, if it has some.
-        """
-        counted = counted and self._telemetry is not False
-        nothing = collected((), {}) if counted else None
-
-        def original() -> Any:
-            result = self.fn(*args, **kwargs)
-            return (result, nothing) if counted else result
-
-        if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
-            return original()
-        analysis = analysis or self._analyses.of(packed, args, kwargs)
-        if packed is None:
-            analysis.check_decided()
-            if not (self.mode.exact_form and analysis.exact_forms):
-                return original()  # nothing is packed, or nothing is asked for
-            swaps = analysis.exact_forms
-        else:
-            share = 0.0 if self._telemetry is True else float(self._telemetry)
-            packing = counting(self.mode, share) if counted else self.mode.packed
-            swaps = analysis.replacements(packed, packing)
-        inputs = analysis.inputs(packed, args, kwargs)
-        rewritten = rewrite_for(analysis.trace, swaps, inputs, self.name)
-        with timed(self.name, "rewrite") as found:
-            results, reports = rewritten(inputs)
-            found("%d replacement(s)", len(set(rewritten.units.values())))
-        if packed is not None and marked:
-            results = self._mark(results, inputs.values(), analysis)
-        result = jax.tree.unflatten(analysis.trace.out_tree, results)
-        if not counted:
-            return result
-        return result, nothing if packed is None else telemetry(analysis.packing, reports)
 
     # How it is restored: see `checkpoint`.
 
@@ -390,16 +338,3 @@ class Transformed:
 
     def _weight_leaves(self, args: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves([args[i] for i in self.weights])
-
-    def _mark(self, results: Sequence[Any], given: Iterable[Any], analysis: Analysis) -> Any:
-        """Results that warn, once of each site, where a gradient is taken that is another one."""
-        if self.mode.differentiable:
-            sites, text = analysis.lost_rules, LOST_RULE
-        else:
-            sites, text = analysis.other_gradients, OTHER_GRADIENT
-
-        def warn() -> None:
-            if new := self._warn.new(("gradient", name) for name in sites):
-                self._warn(text.format(first_names([name for _, name in new])))
-
-        return announcing(warn)(results, given) if sites else results

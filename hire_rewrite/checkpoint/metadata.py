@@ -26,7 +26,8 @@ from hire_rewrite.checkpoint.plain import (
 )
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.name_patterns import is_literal
-from hire_rewrite.packed import ExaminedSite, Packed, PackedSite
+from hire_rewrite.packed import Packed
+from hire_rewrite.packed_info import ExaminedSite, PackedSite
 from hire_rewrite.rules import Rule
 from hire_rewrite.saved import built, plain, rule_types
 from hire_rewrite.sites import site_kinds

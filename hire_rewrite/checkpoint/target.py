@@ -13,8 +13,9 @@ from hire_rewrite.checkpoint.arrays import StoredArray
 from hire_rewrite.checkpoint.metadata import Metadata, array_names
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.trace import placed, sharding_over_mesh
-from hire_rewrite.packed import Packed, PackedInfo
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.packed import Packed
+from hire_rewrite.packed_info import PackedInfo
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.linear.rule import Linear

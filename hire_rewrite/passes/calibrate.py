@@ -16,7 +16,7 @@ from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.reports import combine
 from hire_rewrite.passes.accumulate import accumulate, by_layer
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.sharding.rows import automatic

@@ -8,7 +8,7 @@ from typing import Any
 from hire_rewrite import _compat
 from hire_rewrite.ops.usage import Usage
 from hire_rewrite.passes.accumulate import by_layer
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.modes import HIRE, Mode, Packing
 from hire_rewrite.sites.replacement import SiteReplacement
 from hire_rewrite.telemetry import CountedSite, Telemetry, collected

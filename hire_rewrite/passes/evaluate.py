@@ -20,7 +20,7 @@ from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.accumulate import accumulate
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.logits import divergence, last_logits, with_logits
 from hire_rewrite.passes.modes import DENSE, EXACT, Packing
 from hire_rewrite.passes.rewrite import rewrite

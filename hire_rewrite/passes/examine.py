@@ -7,7 +7,7 @@ from typing import Any
 
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import Stacked, Stacker
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.sites.weight_rows import WeightRows
 
 

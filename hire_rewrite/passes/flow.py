@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hire_rewrite.graph.feeds import feeds
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.graph.weights import narrow
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.detect import Detection, weight_of
 from hire_rewrite.plan import Layer, Rejection, layer_of
-
-if TYPE_CHECKING:
-    from hire_rewrite.passes.decide import Decision
 
 
 def layers_of(

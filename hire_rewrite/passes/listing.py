@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Hashable, Sequence
-from typing import TYPE_CHECKING
 
 from hire_rewrite.cost.estimate import dense_bytes
-
-if TYPE_CHECKING:
-    from hire_rewrite.graph.nodes import Node
-    from hire_rewrite.passes.decide import Decision
+from hire_rewrite.graph.nodes import Node
+from hire_rewrite.passes.decision import Decision
 
 
 def shown_of(

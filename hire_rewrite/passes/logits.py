@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hire_rewrite.graph.evaluate import evaluate_inside
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.patterns.region import to_tokens
 from hire_rewrite.sites import Logits
 from hire_rewrite.sites.replacement import SiteReplacement

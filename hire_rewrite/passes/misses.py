@@ -11,7 +11,7 @@ from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.provenance import Provenance
 from hire_rewrite.graph.trace import Argument, Trace
 from hire_rewrite.names import first_names
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.diff.value import megabytes
 from hire_rewrite.patterns.linear import as_linear
 from hire_rewrite.patterns.refusal import NoMatch, Refusal

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.sites.replacement import SiteReplacement
 
 Packing = Callable[[Decision, Any], list[SiteReplacement]]

@@ -18,8 +18,9 @@ from hire_rewrite.errors import HireRewriteError, is_out_of_memory
 from hire_rewrite.graph.trace import Trace, abstract
 from hire_rewrite.graph.weights import Stacker
 from hire_rewrite.origin import Origin
-from hire_rewrite.packed import ExaminedSite, Packed, PackedInfo, PackedSite
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.packed import Packed
+from hire_rewrite.packed_info import ExaminedSite, PackedInfo, PackedSite
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.examine import weight_stacker
 from hire_rewrite.passes.modes import HIRE
 from hire_rewrite.passes.progress import progress

@@ -13,7 +13,7 @@ from hire_rewrite.cost.estimate import estimate
 from hire_rewrite.cost.machine import Machine
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.passes.accumulate import by_layer
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.report import ModelReport, Report, SiteReport
 from hire_rewrite.sites import Operation
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import dense_times
 from hire_rewrite.graph.nodes import Node
-from hire_rewrite.passes.decide import Decision
+from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.detect import Detection
 from hire_rewrite.passes.diff.value import Note
 from hire_rewrite.plan import Plan

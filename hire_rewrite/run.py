@@ -1,0 +1,97 @@
+"""A call: what is packed or raw goes through the rewritten graph, or the function runs as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from hire_rewrite.analyses import Analyses
+from hire_rewrite.analysis import Analysis
+from hire_rewrite.errors import Warner
+from hire_rewrite.gradient import LOST_RULE, OTHER_GRADIENT, announcing
+from hire_rewrite.log import timed
+from hire_rewrite.names import first_names
+from hire_rewrite.packed import Packed
+from hire_rewrite.passes.count import counting, telemetry
+from hire_rewrite.passes.modes import Mode
+from hire_rewrite.passes.rewrite import rewrite_for
+from hire_rewrite.telemetry import collected
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runner:
+    """Calls of a transformed function, traced or not.
+
+    Attributes:
+      telemetry: as `transform` is given it.
+    """
+
+    fn: Callable[..., Any]
+    name: str
+    analyses: Analyses
+    mode: Mode
+    telemetry: bool | float
+    warn: Warner
+
+    def run(
+        self,
+        packed: Packed | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        analysis: Analysis | None = None,
+        *,
+        marked: bool = True,
+        counted: bool = True,
+    ) -> Any:
+        """The function on a `Packed` (`args` have None for the weights) or on raw weights.
+
+        Args:
+          marked: whether to say so where it is differentiated and should not be.
+          counted: whether to return its telemetry, if it has some.
+        """
+        counted = counted and self.telemetry is not False
+        nothing = collected((), {}) if counted else None
+
+        def original() -> Any:
+            result = self.fn(*args, **kwargs)
+            return (result, nothing) if counted else result
+
+        if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
+            return original()
+        analysis = analysis or self.analyses.of(packed, args, kwargs)
+        if packed is None:
+            analysis.check_decided()
+            if not (self.mode.exact_form and analysis.exact_forms):
+                return original()  # nothing is packed, or nothing is asked for
+            swaps = analysis.exact_forms
+        else:
+            share = 0.0 if self.telemetry is True else float(self.telemetry)
+            packing = counting(self.mode, share) if counted else self.mode.packed
+            swaps = analysis.replacements(packed, packing)
+        inputs = analysis.inputs(packed, args, kwargs)
+        rewritten = rewrite_for(analysis.trace, swaps, inputs, self.name)
+        with timed(self.name, "rewrite") as found:
+            results, reports = rewritten(inputs)
+            found("%d replacement(s)", len(set(rewritten.units.values())))
+        if packed is not None and marked:
+            results = self._mark(results, inputs.values(), analysis)
+        result = jax.tree.unflatten(analysis.trace.out_tree, results)
+        if not counted:
+            return result
+        return result, nothing if packed is None else telemetry(analysis.packing, reports)
+
+    def _mark(self, results: Sequence[Any], given: Iterable[Any], analysis: Analysis) -> Any:
+        """Results that warn, once of each site, where a gradient is taken that is another one."""
+        if self.mode.differentiable:
+            sites, text = analysis.lost_rules, LOST_RULE
+        else:
+            sites, text = analysis.other_gradients, OTHER_GRADIENT
+
+        def warn() -> None:
+            if new := self.warn.new(("gradient", name) for name in sites):
+                self.warn(text.format(first_names([name for _, name in new])))
+
+        return announcing(warn)(results, given) if sites else results
