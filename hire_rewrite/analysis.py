@@ -50,16 +50,21 @@ class Analysis:
             if d.rewritten and not (d.op.keeps_gradient and _without_rule(d))
         ]
 
-    @property
-    def lost_rules(self) -> list[str]:
-        """The packed sites in calls that have their derivative from a rule, in whatever mode."""
-        return [d.name for d in self.packing if not _without_rule(d)]
+    def lost_rules(self, packed: Packed | None) -> list[str]:
+        """The sites in calls that have a derivative of their own, and in whose place something is
+        put in modes "exact" and "dense": whatever is packed, or on raw weights the exact forms."""
+        replaced = self._exact_forms if packed is None else self.packing
+        return [d.name for d in replaced if not _without_rule(d)]
 
-    @functools.cached_property
+    @property
     def exact_forms(self) -> list[SiteReplacement]:
         """What takes the place of sites on raw weights in mode "exact"."""
-        forms = (d.op.exact_form() for d in self.decisions if d.asked and not d.undecided)
-        return [form for form in forms if form is not None]
+        return [*self._exact_forms.values()]
+
+    @functools.cached_property
+    def _exact_forms(self) -> dict[Decision, SiteReplacement]:
+        asked = (d for d in self.decisions if d.asked and not d.undecided)
+        return {d: form for d in asked if (form := d.op.exact_form()) is not None}
 
     @property
     def undecided(self) -> list[Decision]:

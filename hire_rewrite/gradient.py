@@ -16,12 +16,12 @@ OTHER_GRADIENT = (
 """What a user is told of a gradient through some sites."""
 
 LOST_RULE = (
-    "a gradient is taken through {}, in a function that has its derivative from a rule "
-    "(jax.custom_vjp or jax.custom_jvp), and is that of its arithmetic instead: from a Packed "
-    "another body is made, which the rule does not describe. To differentiate, call with the "
-    "weights as they are"
+    "a gradient is taken through {}, in a function with a derivative of its own (jax.custom_vjp or "
+    "jax.custom_jvp), and is that of its arithmetic instead: another body takes its place, which "
+    "that derivative does not describe. To have it, differentiate the function as it was before "
+    "transform, or leave these sites to no rule (path=)"
 )
-"""What a user is told of a gradient through some sites whose function has a rule for it."""
+"""What a user is told of a gradient through some sites whose function has one of its own."""
 
 
 def announcing(announce: Callable[[], None]) -> Callable[[Sequence[Any], Iterable[Any]], list[Any]]:

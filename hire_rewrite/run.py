@@ -76,17 +76,23 @@ class Runner:
         with timed(self.name, "rewrite") as found:
             results, reports = rewritten(inputs)
             found("%d replacement(s)", len(set(rewritten.units.values())))
-        if packed is not None and marked:
-            results = self._mark(results, inputs.values(), analysis)
+        if marked:
+            results = self._mark(results, inputs.values(), analysis, packed)
         result = jax.tree.unflatten(analysis.trace.out_tree, results)
         if not counted:
             return result
         return result, nothing if packed is None else telemetry(analysis.packing, reports)
 
-    def _mark(self, results: Sequence[Any], given: Iterable[Any], analysis: Analysis) -> Any:
+    def _mark(
+        self,
+        results: Sequence[Any],
+        given: Iterable[Any],
+        analysis: Analysis,
+        packed: Packed | None,
+    ) -> Any:
         """Results that warn, once of each site, where a gradient is taken that is another one."""
         if self.mode.differentiable:
-            sites, text = analysis.lost_rules, LOST_RULE
+            sites, text = analysis.lost_rules(packed), LOST_RULE
         else:
             sites, text = analysis.other_gradients, OTHER_GRADIENT
 

@@ -225,7 +225,7 @@ def test_arguments_are_handed_on_as_they_are():
 
 def test_a_derivative_from_a_rule():
     """It stays where nothing in it is rewritten, with what it closes over; else the user is told,
-    at blocks too that have the gradient of their arithmetic."""
+    at blocks too that have the gradient of their arithmetic, and on raw weights too."""
     scales = np.asarray([1.0, 0.5], np.float32)
 
     def layers(params, x):
@@ -254,3 +254,6 @@ def test_a_derivative_from_a_rule():
         word = 'mode="exact"' if mode == "hire" else "custom_vjp"
         assert len(said(lambda: gradient(step, packed), word)) == 1  # noqa: B023 (called here)
         assert not said(lambda: step(packed, X), word)  # noqa: B023
+    step = hire.transform(model, hire.FFN(k=0.25), mode="exact")
+    assert len(said(lambda: gradient(step), "custom_vjp")) == 1
+    assert not said(lambda: step(PARAMS, X), "custom_vjp")
