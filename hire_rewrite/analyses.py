@@ -44,6 +44,8 @@ class Analyses:
       lock: held by the thread that makes an analysis, or packs weights at first sight.
       watch: called with each analysis that is asked for, and for what call: `self`, and what `of`
         returns and is given.
+      forgets: called where analyses are forgotten, as an array that the function closes over is
+        another one.
     """
 
     fn: Callable[..., Any]
@@ -55,6 +57,7 @@ class Analyses:
     warn: Callable[[str, Hashable], None]
     exact: bool = False
     watch: Callable[[Analyses, Analysis, Packed | None, Any, Any], None] = lambda *_: None
+    forgets: Callable[[], None] = lambda: None
     lock: AbstractContextManager[Any] = dataclasses.field(
         default_factory=threading.RLock, init=False, repr=False
     )
@@ -88,11 +91,7 @@ class Analyses:
         """
         full = list(args) if packed is None else self._with_origin(packed, args)
         try:
-            typed = [
-                jax.tree.map(placed if i in self.weights else abstract, arg)
-                for i, arg in enumerate(full)
-            ]
-            leaves, tree = jax.tree.flatten((tuple(typed), jax.tree.map(abstract, dict(kwargs))))
+            leaves, tree = jax.tree.flatten(self._typed(full, kwargs))
         except TypeError:
             trace(self.fn, full, kwargs, self.weights)  # raises the error that names the leaf
             raise
@@ -110,23 +109,29 @@ class Analyses:
         self.watch(self, analysis, packed, args, kwargs)
         return analysis
 
-    def of_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Analysis, bool]:
-        """The analysis of a call with raw weights, of the arrays that the function closes over now.
+    def _typed(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments as shapes, those of weights with their places."""
+        kinds = (placed if i in self.weights else abstract for i in range(len(args)))
+        typed = tuple(jax.tree.map(kind, arg) for kind, arg in zip(kinds, args, strict=True))
+        return typed, jax.tree.map(abstract, dict(kwargs))
 
-        Returns:
-          It, and whether others are forgotten because such an array has changed since.
-        """
+    def of_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Analysis:
+        """The analysis of a call with raw weights, of the arrays that the function closes over now;
+        those of other arrays are forgotten."""
         with self.lock:
             before = [graph for graph, _ in self._detections.values() if graph.closed_over]
             analysis = self.of(None, args, kwargs)
             now = analysis.trace
             if any(graph is now for graph in before):
-                now = self._trace(args, kwargs, None)
+                now = self._trace(*self._typed(args, kwargs), None)
             if all(graph.closed_over.all_among(now.closed_over) for graph in before):
-                return analysis, False
+                return analysis
             self._known.clear()
             self._detections.clear()
-            return self.of(None, args, kwargs), True
+            self.forgets()
+            return self.of(None, args, kwargs)
 
     def examined(
         self, analysis: Analysis, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Any
@@ -158,14 +163,14 @@ class Analyses:
     ) -> Analysis:
         _, tree, specs = traced
         args, kwargs = jax.tree.unflatten(tree, specs)
-        if traced not in self._detections:
-            self._detections[traced] = self._detect(args, kwargs, packed)
-        graph, detection = self._detections[traced]
+        graph, detection = found = self._detections.get(traced) or self._detect(
+            args, kwargs, packed
+        )
         info = None if packed is None else packed.info
-        with timed(self.name, "decide") as found:
+        with timed(self.name, "decide") as told:
             plan, decisions = decide(detection, self.rules, statistics, info)
             rewritten = ", ".join(site.name for site in plan.rewritten)
-            found("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
+            told("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
         explained = False  # why nothing is rewritten
         if packed is None:
             packs = any(decision.packs for decision in decisions)
@@ -183,6 +188,7 @@ class Analyses:
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
         paths = tuple(graph.paths[i] for i in graph.weights)
         origin = Origin(tree, paths, tuple(leaves), (without_weights(args, self.weights), kwargs))
+        self._detections[traced] = found  # not before nothing can fail: it may not be seen again
         return Analysis(graph, detection, plan, decisions, origin, statistics)
 
     def _trace(
@@ -231,16 +237,27 @@ class Analyses:
                 f"{self.name}: a Packed was given where the weights are wanted that it was made "
                 "of: give those"
             )
-        arguments = (weights,) if len(self.weights) == 1 else tuple(weights)
-        if len(arguments) != len(self.weights):
+        arguments = (weights,) if len(self.weights) == 1 else weights
+        if not isinstance(arguments, tuple | list) or len(arguments) != len(self.weights):
+            listed = isinstance(arguments, tuple | list)
+            given = f"{len(arguments)} in a " if listed else "a "
             raise HireRewriteError(
-                f"{self.name}: {len(arguments)} weight argument(s) given, but the function has "
-                f"{len(self.weights)}: give a tuple of them"
+                f"{self.name}: the weight arguments are {given}{type(weights).__name__}, and the "
+                f"function has {len(self.weights)}: give a tuple of them"
             )
-        return arguments
+        return tuple(arguments)
 
     def joined(self, args: Sequence[Any] | Mapping[int, Any], batch: Sequence[Any]) -> list[Any]:
-        """A batch with the weights among `args` in their places."""
+        """A batch with the weights among `args` in their places.
+
+        Raises:
+          HireRewriteError: it has too few arguments for these places.
+        """
+        if len(batch) + len(self.weights) <= max(self.weights, default=-1):
+            raise HireRewriteError(
+                f"{self.name}: a batch has {len(batch)} argument(s), and weights={self.weights}: "
+                "give a tuple of all arguments but the weights"
+            )
         rest, count = iter(batch), len(batch) + len(self.weights)
         return [args[i] if i in self.weights else next(rest) for i in range(count)]
 

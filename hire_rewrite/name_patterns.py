@@ -21,6 +21,9 @@ _TOKENS = re.compile(
 )
 """What a regular expression for names has besides others, and where it has not."""
 
+_MOST = 10_000
+"""Numbers that a range stands for: each is written out."""
+
 _COUNTED = re.compile(r" \(\d+\)$")
 """What the plan has behind a name that stands for several."""
 
@@ -45,8 +48,11 @@ def fits(pattern: str, name: str) -> bool:
 
 def check_pattern(pattern: str) -> None:
     """Raise `re.error` or `TypeError` if it is not a pattern for names."""
-    re.compile(pattern)
-    _compiled(pattern)
+    try:
+        re.compile(pattern)
+        _compiled(pattern)
+    except (ValueError, OverflowError, RecursionError) as error:  # of numbers and nests too great
+        raise re.error(str(error)) from error
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,6 +83,8 @@ def _any_of(token: re.Match[str]) -> str:
     """A regular expression for what a pair of braces stands for."""
     if token["low"]:
         low, high = sorted((int(token["low"]), int(token["high"])))
+        if high - low >= _MOST:
+            raise re.error(f"{token[0]} is more than {_MOST} numbers")
         some = [str(number) for number in range(low, high + 1)]
     else:
         some = [choice.strip() for choice in token["choices"].split(",")]

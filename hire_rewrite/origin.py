@@ -88,7 +88,10 @@ def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
     for i, (path, want, (_, leaf)) in enumerate(
         zip(origin.paths, origin.specs, leaves, strict=True)
     ):
-        spec = abstract(leaf)
+        try:
+            spec = abstract(leaf)
+        except TypeError as error:
+            raise HireRewriteError(f"{what}: {path} is none here: {error}") from error
         if here[i] != path:
             raise HireRewriteError(
                 f"{what}: of {path}, where these have {keys[i] or 'one array'}: pack again for "

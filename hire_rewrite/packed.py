@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import first_names
@@ -249,12 +250,18 @@ def check_arrays(name: str, packed: Packed | None) -> None:
         )
     packed.check()
     check_not_deleted(name, packed.paths, leaves)
-    wide = [leaf.dtype for leaf in leaves if leaf.dtype.itemsize == 8]
-    if wide and jax.dtypes.canonicalize_dtype("float64") == "float32":
+    wide = [leaf.dtype for leaf in leaves if _is_wider_than_allowed(leaf.dtype)]
+    if wide:
         raise HireRewriteError(
             f"{name}: the Packed holds numbers of {wide[0]}, and was packed with jax_enable_x64: "
             "call with it, or pack again without"
         )
+
+
+def _is_wider_than_allowed(dtype: Any) -> bool:
+    """Whether JAX would narrow it, as jax_enable_x64 is off."""
+    extended = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return not extended and jax.dtypes.canonicalize_dtype(dtype) != dtype
 
 
 def check_not_deleted(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -48,11 +49,13 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
 
     if is_checkpoint(path):
         return read_rules(path)
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         text = file.read()
     try:
         rules = tuple(built(item, rule_types()) for item in json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except HireRewriteError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HireRewriteError(f"load_rules: {path} holds no rules: {error}") from error
     for rule in rules:
         if not isinstance(rule, Rule):
@@ -61,7 +64,8 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
 
 
 def plain(item: Any, types: Mapping[str, type], what: str = "save_rules") -> Any:
-    """A setting as JSON has it: a dataclass as its fields and `type`, a tuple as a list.
+    """A setting as JSON has it: a dataclass as its fields and `type`, a tuple as a list, NumPy's
+    numbers as Python's.
 
     Args:
       types: the dataclasses that there may be, by their names.
@@ -69,6 +73,10 @@ def plain(item: Any, types: Mapping[str, type], what: str = "save_rules") -> Any
     """
     if isinstance(item, tuple):
         return [plain(value, types, what) for value in item]
+    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+        return int(item)
+    if isinstance(item, numbers.Real) and not isinstance(item, bool):
+        return float(item)
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return item
     name = type(item).__name__

@@ -24,11 +24,12 @@ class OnSight:
 
     def __init__(self, analyses: Analyses, warn: Callable[[str], None]) -> None:
         self._analyses, self._warn = analyses, warn
-        self._seen: tuple[tuple[Any, ...], list[Packed]] = (), []
+        self._seen: tuple[tuple[Any, ...], list[Packed]] | None = None
 
     def keep(self, packed: Packed) -> None:
         """Have a `Packed` stand for weights that are closed over."""
-        self._seen = (), [packed]
+        with self._analyses.lock:  # a first call that packs now, too, would replace it
+            self._seen = (), [packed]
 
     def pack(
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -48,8 +49,9 @@ class OnSight:
     def _pack(
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Packed | None:
-        seen, known = self._seen
-        same = len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
+        seen, known = self._seen or (None, [])
+        same = seen is not None and len(seen) == len(leaves)
+        same = same and all(map(operator.is_, seen or (), leaves))
         if not self._analyses.weights and known:
             return known[0]
         analysis = self._analyses.of(None, args, kwargs)
@@ -73,18 +75,22 @@ class OnSight:
             )
             return analysis.pack(leaves)
         new: list[Packed] = []
+        lasting = all(isinstance(leaf, jax.Array) for leaf in leaves)
         inside = isinstance(jnp.zeros(()), jax.core.Tracer)
         with jax.ensure_compile_time_eval() if inside else contextlib.nullcontext():
             analysis = self._analyses.examined(analysis, args, kwargs, leaves)
             if analysis.packing:
                 hint = ", without calibration, so LowRank predictors will recall badly"
                 hint = hint if analysis.wants_calibration else ""
+                often = (
+                    "on first sight" if lasting else "at every call, as NumPy's may change unseen"
+                )
                 self._warn(
-                    f"raw weights are packed on first sight{hint}; pack ahead with .pack(...) and "
+                    f"raw weights are packed {often}{hint}; pack ahead with .pack(...) and "
                     "pass the Packed in place of the weights"
                 )
                 new = [analysis.pack(leaves)]
-        if all(isinstance(leaf, jax.Array) for leaf in leaves):  # numpy's may change unseen
+        if lasting:
             self._seen = leaves, [*(known if same else ()), *new]
         return new[0] if new else None
 

@@ -81,8 +81,9 @@ class Telemetry:
 
     A pytree of one small array. Those of several calls are added with `+`, on the device too: in a
     `lax.scan`, in a jitted step that takes the sum so far, by `jax.tree.map(jnp.add, a, b)`.
-    Numbers on the device are u32 and wrap around: take them to the host (`on_host`) before a
-    million tokens have gone by, and go on from there with a new sum.
+    Numbers on the device are u32 and wrap around: take them to the host (`on_host`) before `read`
+    comes to 2^32 (of a site that reads 4,000 units for a token, before a million tokens have gone
+    by), and go on from there with a new sum.
 
     Attributes:
       counts: u32[rows, 8], the rows of all sites one after the other; i64 on the host. Under

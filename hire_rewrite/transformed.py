@@ -66,10 +66,11 @@ class Transformed:
         self.fn, self.rules, self.weights, self.mode = fn, rules, weights, mode
         self._warn = Warner(self.name)
         self._settings = rules, weights, mesh, mode, on_miss, telemetry
-        self._bound: Recent[int, Transformed] = Recent(_INSTANCES)
+        self._bound: Recent[int, tuple[Any, Transformed]] = Recent(_INSTANCES)
         self._analyses = Analyses(
             fn, self.name, rules, weights, mesh, on_miss, self._warn,
             exact=not mode.packs_on_sight, watch=self._dump,
+            forgets=self._compile,
         )  # fmt: skip
         self._sight = OnSight(self._analyses, self._warn)
         self._runner = Runner(fn, self.name, self._analyses, mode, telemetry, self._warn)
@@ -88,10 +89,12 @@ class Transformed:
         """The transformed method of an instance: `weights` counts the arguments after `self`."""
         if instance is None:
             return self
-        bound = self._bound.get(id(instance))
-        if bound is None or bound.fn.__self__ is not instance:  # type: ignore[attr-defined]
+        if not hasattr(self.fn, "__get__"):  # nor would it be bound as it was
+            return self
+        known, bound = self._bound.get(id(instance), (None, None))
+        if bound is None or known is not instance:
             bound = Transformed(self.fn.__get__(instance, owner), *self._settings)
-            self._bound[id(instance)] = bound
+            self._bound[id(instance)] = instance, bound
         return bound
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -153,9 +156,7 @@ class Transformed:
                 f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
                 "weights, or shapes for all and no calibration"
             )
-        (analysis, changed), seen = self._analyses.of_now(args, kwargs), None
-        if changed:
-            self._compile()
+        analysis, seen = self._analyses.of_now(args, kwargs), None
         if calibration is not None:
             with timed(self.name, "calibrate") as found, jax.transfer_guard("allow"):
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)

@@ -85,3 +85,42 @@ def test_inside_a_trace_that_it_closes_over():
 
     norm, w = rand(1, D), rand(D, D)
     close(outer(norm, w, X), jnp.tanh(X @ w) * norm, 1e-5)
+
+
+def test_an_update_that_cannot_be_packed():
+    """What failed leaves nothing behind: neither its trace, nor programs of the array before."""
+    held = {"w": rand(D, 64), "norm": rand(1, D)}
+    rule = hire.Head(k=48, candidates=48, min_width=8, force=True)
+    step = hire.transform(lambda x: jnp.tanh(x * held["norm"]) @ held["w"], rule, weights=())
+
+    def check():
+        step.pack(X)
+        chosen = np.asarray(step(X)).argmax(-1)
+        want = jnp.tanh(X * held["norm"]) @ held["w"]
+        np.testing.assert_array_equal(chosen, want.argmax(-1))
+
+    check()
+    held["w"] = rand(D, 32)
+    for _ in range(2):
+        with pytest.raises(hire.HireRewriteError, match="k=48 is more than the width 32"):
+            step.pack(X)
+    held.update(w=-rand(D, 64), norm=rand(1, D)[:, ::-1])
+    check()
+
+
+def test_what_has_to_be_looked_at_is_packed_on_first_sight():
+    w = rand(D, D).astype(jnp.bfloat16).astype(jnp.float32)
+    for rules in ((), (hire.Linear(force=True),)):
+        step = hire.transform(lambda x: x @ w, *rules, weights=())
+        with pytest.warns(hire.HireRewriteWarning, match="packed on first sight"):
+            close(step(X), X @ w, 1e-5)
+        assert step._sight._seen[1][0].info.sites
+
+
+def test_a_number_of_python_beside_an_array_of_another_shape():
+    held = {"w": rand(D, D)}
+    step = hire.transform(lambda scale, x: scale * (x @ held["w"]), COPY, weights=())
+    step.pack(2.0, X)
+    held["w"] = rand(D + 1, D)
+    with pytest.raises(TypeError, match="dot_general"):
+        step.pack(2.0, X)

@@ -33,6 +33,8 @@ def packed(step, params):
 
 
 BATCH = (TOKEN, CACHE)
+THIRD = hire.transform(lambda token, cache, params: decode(params, token, cache), RULE, weights=2)
+BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,13 @@ BATCH = (TOKEN, CACHE)
         (lambda step, params, packed: step(packed, jnp.ones(3), CACHE), "look at these first"),
         (lambda step, params, packed: hire.save_rules("r.json", packed.rules), "rules first"),
         (lambda step, params, packed: hire.save_rules([packed], "r.json"), "is not a rule"),
+        (lambda step, params, packed: packed.check({**params, "up": "abc"}), "params/up is none"),
+        (lambda step, params, packed: THIRD.evaluate(THIRD.pack(*BATCH, params), [()]), "a batch"),
+        (lambda step, params, packed: THIRD.tune(params, [(TOKEN,)] * 2), "a batch has 1 arg"),
+        (
+            lambda step, params, packed: BOTH.tune(5, [(TOKEN,)] * 2),
+            "are a int, and the function has 2",
+        ),
     ],
 )
 def test_what_was_wrong_is_named_first(step, params, packed, call, named):
@@ -86,6 +95,13 @@ def test_an_error_of_the_function_itself_stays(params):
 def test_rules_go_to_a_path_of_pathlib(packed, tmp_path):
     hire.save_rules(packed.rules, tmp_path / "rules.json")
     assert hire.load_rules(tmp_path / "rules.json") == packed.rules
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"{", b"5", b'[{"type": "Nope"}]'])
+def test_a_file_of_something_else_has_no_rules(tmp_path, text):
+    (tmp_path / "rules.json").write_bytes(text)
+    with pytest.raises(hire.HireRewriteError, match=r"load_rules: (there is no|.*holds no rules)"):
+        hire.load_rules(tmp_path / "rules.json")
 
 
 class Module:

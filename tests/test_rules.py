@@ -21,6 +21,15 @@ def test_k_out_of_range(k):
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["(", "{0..10000000}", "(" * 3000 + ")" * 3000, f"{{0..{'9' * 5000}}}", "x{99999999999}", 1],
+)
+def test_a_path_that_is_none(path):
+    with pytest.raises(hire.HireRewriteError, match="is not a regular expression"):
+        hire.Linear(path=path)
+
+
+@pytest.mark.parametrize(
     ("kind", "value", "meant"),
     [
         (hire.Linear, hire.Blocks(8), "encoding=Blocks"),

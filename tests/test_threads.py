@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hire_rewrite as hire
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.sites.linear.operation import LinearOperation
 from tests.cases import inputs, rand
 
@@ -187,3 +188,36 @@ def test_warnings_of_threads_are_not_lost():
         warnings.simplefilter("always")
         together([lambda: step(PARAMS, X)] * 4)
     assert sum("first sight" in str(w.message) for w in caught) == 1
+
+
+def test_what_is_packed_by_hand_stays(monkeypatch):
+    """Beside a first call, which packs at the same time and is done later."""
+    w, packing, packed = rand(D, D), threading.Event(), threading.Event()
+    rule = hire.Linear(encoding=hire.Blocks(8), force=True)
+    step = hire.transform(lambda x: x @ w, rule, weights=())
+    call = threading.Thread(target=step, args=(X,))
+    original = Analysis.pack
+
+    def slow(self, *args):
+        made = original(self, *args)
+        if threading.current_thread() is call:
+            packing.set()
+            packed.wait(1.0)  # in vain, where the other waits for the lock
+        return made
+
+    def batches():
+        call.start()
+        packing.wait()
+        yield (X,)
+
+    monkeypatch.setattr(Analysis, "pack", slow)
+    mine = step.pack(X, calibration=batches())
+    packed.set()
+    call.join()
+    assert step._sight._seen[1][0] is mine
+
+
+def test_weights_of_numpy_are_said_to_be_packed_at_every_call():
+    step, weights = hire.transform(model, RULE), jax.tree.map(np.asarray, PARAMS)
+    with pytest.warns(hire.HireRewriteWarning, match="at every call, as NumPy's may change"):
+        step(weights, X)

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -499,6 +500,26 @@ def test_a_method():
         assert model.step is model.step
         assert [site.status for site in model.step.plan(weights, x).sites] == ["rewritten"]
     assert Model.step.__doc__ == "One step."
+
+
+class Library:
+    """Functions in a class that are no methods, or are bound by another library."""
+
+    head = hire.transform(staticmethod(lambda params, x: x @ params["embed"].T), *FULL)
+    part = hire.transform(
+        functools.partial(lambda scale, params, x: x * scale, 2.0), on_miss="ignore"
+    )
+    filtered = hire.transform(eqx.filter_jit(lambda self, params, x: x @ params["embed"].T), *FULL)
+
+
+def test_what_stands_in_a_class_and_is_no_method():
+    params, x = {"embed": init()["embed"]}, jnp.ones((1, D))
+    library = Library()
+    for _ in range(2):
+        for fn in (library.head, Library.head, library.filtered):
+            packed = fn.pack(params, x)
+            np.testing.assert_allclose(fn(packed, x), x @ params["embed"].T, rtol=1e-5)
+        np.testing.assert_allclose(library.part(params, x), 2 * x)
 
 
 def test_what_is_transformed_is_not_transformed_again():

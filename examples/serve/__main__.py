@@ -57,12 +57,15 @@ def load_model(given: argparse.Namespace) -> backend.Model:
     sizes: dict[str, Any] = {"slots": given.slots, "max_len": given.max_len}
     sizes["sample"] = given.sample
     folder = given.pack
+    if given.dense:
+        params, config = weights.load()
+        return backend.Model(config, params, **sizes)
     if folder is not None and packs.exists(folder):
         packed, rules, config = packs.load(folder)
+        if given.certify and not any(isinstance(r, hire.Head) and r.certify for r in rules):
+            sys.exit(f"{folder} was packed without --certify: give another folder, or leave it out")
         return backend.Model(config, packed, rules=rules, **sizes)
     params, config = weights.load()
-    if given.dense:
-        return backend.Model(config, params, **sizes)
     rules = (hire.Head(certify=True),) if given.certify else ()
     decode, _ = backend.functions(config)
     packed = hire.transform(decode, *rules).pack(params, *backend.example(config, 1, 64))
@@ -86,8 +89,10 @@ def serve_load(app: Any, prompts: Sequence[Any], **settings: Any) -> load.Outcom
     async def both() -> load.Outcome:
         async with anyio.create_task_group() as group:
             group.start_soon(server.serve, [listening])
-            while not server.started:
+            while not (server.started or server.should_exit):
                 await anyio.sleep(0.01)
+            if not server.started:
+                raise RuntimeError("the server did not start")
             try:
                 outcome = await load.run(url, prompts, **settings)
             finally:

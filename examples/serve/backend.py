@@ -41,7 +41,7 @@ class Model:
       sample: the share of steps in which the recall of sites is measured; None for none.
 
     Attributes:
-      telemetry: of decode steps and of prompts, on the host; None for a dense model.
+      telemetry: of decode steps and of prompts, on the host; empty for a dense model.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 import uuid
 from typing import Any
@@ -41,8 +40,9 @@ def parse(body: bytes, words: Words) -> Asked:
     """
     try:
         given = json.loads(body)
+        json.dumps(given, ensure_ascii=False).encode()  # not half of a character
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+        raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
     if not isinstance(given, dict):
         raise BadRequest(f"the body is a JSON {type(given).__name__}: give an object")
     known = {"prompt", "max_tokens", "temperature", "seed", "stream"} | _IGNORED
@@ -118,6 +118,6 @@ def _temperature(given: dict[str, Any]) -> float:
     if value is None:
         return 0.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 <= value <= 2:
+    if not number or not 0 <= value <= 2:
         raise BadRequest(f"temperature is {value!r}: give a number from 0 to 2", "temperature")
     return float(value)

@@ -17,11 +17,13 @@ _FILE = "packed.safetensors"
 
 
 def save(packed: hire.Packed, config: Config, folder: Path) -> None:
-    """Write a `Packed` and the sizes of its model to a new folder."""
-    folder.mkdir(parents=True)
+    """Write a `Packed` and the sizes of its model to a folder; what is not whole is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
     packed.save(folder / _FILE)
-    # Last: a folder that has it is whole.
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    # Last, and at once: a folder that has it is whole.
+    part = folder / "config.json.part"
+    part.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    part.replace(folder / "config.json")
 
 
 def exists(folder: Path) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
-from typing import Protocol
 
 import hire_rewrite as hire
 
@@ -18,13 +17,6 @@ _REFRESHED = 32
 
 class Broken(Refused):
     """The model failed; nothing is served any more."""
-
-
-class Counted(Protocol):
-    """A backend that counts."""
-
-    @property
-    def telemetry(self) -> dict[str, hire.Telemetry]: ...
 
 
 class Runner:
@@ -62,8 +54,6 @@ class Runner:
         Raises:
           Refused: it is not taken.
         """
-        if self.failure is not None or self._stopping:
-            raise Broken("the model has failed" if self.failure else "the server is stopping")
         events: asyncio.Queue[Event] = asyncio.Queue()  # no more than max_tokens + 1
         self._open[request.name] = asyncio.get_running_loop(), events
 
@@ -75,6 +65,9 @@ class Runner:
                     return
 
         try:
+            # After it is known: what is known when the model fails, or all stops, is told so.
+            if self.failure is not None or self._stopping:
+                raise Broken("the model has failed" if self.failure else "the server is stopping")
             self.engine.submit(request)
             self._wake.set()
             yield each()

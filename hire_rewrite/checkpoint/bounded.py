@@ -19,7 +19,8 @@ MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+"""One that never ends, too: it would be looked for from each of its quotes on."""
 
 
 def parse(data: bytes, where: str) -> Any:
@@ -91,8 +92,11 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
       HireRewriteError: it is not one.
     """
-    check_regular(path)  # opening a pipe might never end
-    with open(path, "rb") as file:
+    try:  # a pipe's other end is not waited for
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _AT_ONCE))  # noqa: SIM115
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise HireRewriteError(f"{os.fspath(path)}: it is not a regular file")
         yield file
@@ -107,9 +111,14 @@ def check_regular(path: str | os.PathLike[str]) -> int:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise HireRewriteError(
-            f"{os.fspath(path)}: {error.strerror}: give what save wrote"
-        ) from error
+        raise _unreadable(path, error) from error
     if not stat.S_ISREG(found.st_mode):
         raise HireRewriteError(f"{os.fspath(path)}: it is not a regular file")
     return found.st_size
+
+
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> HireRewriteError:
+    return HireRewriteError(f"{os.fspath(path)}: {error.strerror}: give what save wrote")

@@ -124,11 +124,15 @@ class Reader:
             )
         self.description = read_bytes(self._path / _DESCRIPTION, MAX_BYTES)
         self.size = 0
-        files = (os.path.join(top, f) for top, _, names in os.walk(self._path) for f in names)
-        for count, file in enumerate(files):
-            if os.path.islink(file) or count > _MAX_CHUNKS:
-                raise HireRewriteError(f"{path}: {file} is a link, or there are too many files")
-            self.size += check_regular(file)
+        found = (
+            (os.path.join(top, name), name in files)
+            for top, folders, files in os.walk(self._path)
+            for name in (*folders, *files)
+        )
+        for count, (name, is_file) in enumerate(found):
+            if os.path.islink(name) or count > _MAX_CHUNKS:
+                raise HireRewriteError(f"{path}: {name} is a link, or there are too many files")
+            self.size += check_regular(name) if is_file else 0
 
     def check(self, arrays: Sequence[StoredArray]) -> None:
         """Raise HireRewriteError if the directory does not hold these arrays, whole."""

@@ -71,6 +71,9 @@ def _arguments(
         weights, call = trees_of(metadata)
         if weights is not None:
             check_specs(origin, weights)
+        if call is not None and not _is_call(call):
+            raise ValueError("it holds no call's arguments")
+        large = max((n for spec in jax.tree.leaves((weights, call)) for n in spec.shape), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HireRewriteError(f"{where}: its description is damaged: {error!r:.300}") from error
     if args or kwargs:
@@ -91,13 +94,12 @@ def _arguments(
             "structure a checkpoint holds: give them, Packed.load(path, step, *args), arrays or "
             "shapes"
         )
-    large = max((n for spec in jax.tree.leaves((weights, call)) for n in spec.shape), default=0)
     if large > max(size, _LARGE):
         raise HireRewriteError(
             f"{where}: it has {size} bytes and tells of an array with {large} numbers along an "
             "axis: give the arguments, Packed.load(path, step, *args), if that is right"
         )
-    if len(weights) != len(step.weights) or not isinstance(call, tuple) or len(call) != 2:
+    if len(weights) != len(step.weights):
         raise HireRewriteError(
             f"{where}: it was packed from {len(weights)} weight arguments, and the function has "
             f"{len(step.weights)}"
@@ -105,6 +107,13 @@ def _arguments(
     held = dict(zip(step.weights, weights, strict=True))
     rest, by_keyword = call
     try:
-        return step._analyses.joined(held, rest), dict(by_keyword)
-    except StopIteration:
-        raise HireRewriteError(f"{where}: it holds too few arguments") from None
+        return step._analyses.joined(held, rest), by_keyword
+    except HireRewriteError as error:
+        raise HireRewriteError(f"{where}: {error}") from error
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is a tuple of arguments, and a dict of those by keyword."""
+    if not isinstance(call, tuple) or [*map(type, call)] != [tuple, dict]:
+        return False
+    return all(isinstance(name, str) for name in call[1])

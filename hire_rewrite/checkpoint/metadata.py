@@ -43,10 +43,10 @@ class Metadata:
 
     Attributes:
       arrays: in the order of the leaves.
-      paths, specs, fingerprint: as in `packed.Origin`.
+      paths, specs, fingerprint: as in `origin.Origin`.
       weights, call: the trees of the weight arguments and of the others, as JSON; None if they have
         nodes that are not in JSON.
-      sites, examined, rules: as in `packed.PackedInfo`.
+      sites, examined, rules: as in `packed_info.PackedInfo`.
       devices: over how many the arrays were sharded.
     """
 
@@ -182,6 +182,7 @@ def _metadata(data: Mapping[str, Any]) -> Metadata:
     types, origin = known_types(), data["origin"]
 
     def told(item: Any) -> Any:
+        _check_paths(item)  # a rule compiles its own
         value = built(item, types, "load")
         hash(value)
         return value
@@ -197,7 +198,7 @@ def _metadata(data: Mapping[str, Any]) -> Metadata:
     )
     rules = tuple(told(rule) for rule in data["rules"])
     for rule in rules:
-        if not isinstance(rule, Rule) or rule.path is None or not is_literal(rule.path):
+        if not isinstance(rule, Rule) or rule.path is None:
             raise ValueError(f"{rule!r} is not a rule for one layer")
     fingerprint = origin["fingerprint"]
     metadata = Metadata(
@@ -220,6 +221,19 @@ def _metadata(data: Mapping[str, Any]) -> Metadata:
     if not len(metadata.paths) == len(metadata.specs) == len(fingerprint or metadata.paths):
         raise ValueError("its weights are not as many as their paths")
     return metadata
+
+
+def _check_paths(item: Any) -> None:
+    """Raise ValueError if a rule in it is not for one name alone."""
+    if isinstance(item, list):
+        for value in item:
+            _check_paths(value)
+    if isinstance(item, dict):
+        path = item.get("path")
+        if path is not None and not (isinstance(path, str) and is_literal(path)):
+            raise ValueError(f"path {path!r:.80} is not a rule's for one layer")
+        for value in item.values():
+            _check_paths(value)
 
 
 def _site(site: Mapping[str, Any]) -> tuple[str, str, str]:

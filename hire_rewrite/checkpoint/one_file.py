@@ -57,6 +57,11 @@ def write(
         with open(temporary, "xb") as file:
             # Its checksums are known at the end; the place in front is for ten digits each.
             room = len(_header(description(), arrays)) + 16 * len(arrays) + 64
+            if room > MAX_BYTES:
+                raise HireRewriteError(
+                    f"save: {path}: what is to be said of its arrays takes {room} bytes, more than "
+                    f"{MAX_BYTES}: give a path that does not end in {SUFFIX}"
+                )
             file.seek(8 + (room := -(-room // 8) * 8))
             for array, stored in zip(numbers, arrays, strict=True):
                 file.write(_encoded(array, stored))

@@ -55,10 +55,14 @@ _DTYPES = {
 }
 
 
+_DEEPEST = 16
+"""Of a tree: each of its nodes is three levels of JSON, of which `bounded.parse` reads 64."""
+
+
 def tree_to_json(tree: Any) -> Any:
-    """A tree of shapes; None if it has nodes of other types, or other leaves."""
+    """A tree of shapes; None if it has nodes of other types, or other leaves, or is too deep."""
     try:
-        return {"tree": _to_json(tree)}
+        return {"tree": _to_json(tree, _DEEPEST)}
     except TypeError:
         return None
 
@@ -72,15 +76,17 @@ def tree_from_json(item: Any) -> Any:
     return _from_json(item["tree"])
 
 
-def _to_json(tree: Any) -> Any:
+def _to_json(tree: Any, deepest: int) -> Any:
+    if not deepest:
+        raise TypeError("too deep")
     if tree is None:
         return None
     if type(tree) is dict:
         if not all(type(key) in (str, int) for key in tree):
             raise TypeError("keys that are not in JSON")
-        return {"dict": [[key, _to_json(value)] for key, value in tree.items()]}
+        return {"dict": [[key, _to_json(value, deepest - 1)] for key, value in tree.items()]}
     if type(tree) in (list, tuple):
-        return {type(tree).__name__: [_to_json(value) for value in tree]}
+        return {type(tree).__name__: [_to_json(value, deepest - 1) for value in tree]}
     spec = spec_to_json(tree)
     if spec is None or tree.sharding is not None:
         raise TypeError("another leaf")

@@ -14,7 +14,7 @@ import numpy as np
 
 from hire_rewrite.checkpoint import directory, one_file
 from hire_rewrite.checkpoint.arrays import StoredArray, checksum, on_host
-from hire_rewrite.checkpoint.bounded import local
+from hire_rewrite.checkpoint.bounded import local, parse
 from hire_rewrite.checkpoint.metadata import array_names, checksummed, write_metadata
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed, check_arrays
@@ -39,7 +39,7 @@ def save(packed: Packed, path: str | os.PathLike[str]) -> None:
             arrays[i] = dataclasses.replace(arrays[i], crc32=checksum(array))
             yield array
 
-    description()  # what it cannot hold is known before anything is written
+    parse(description(), "save")  # what cannot be read is known before anything is written
     if path.suffix == one_file.SUFFIX:
         if not all(leaf.is_fully_addressable for leaf in leaves):
             raise HireRewriteError(

@@ -102,7 +102,7 @@ class _Decider:
             return Decision(site, _row(site, rule, str(unfit)))
         site = operation.site
         if isinstance(known, StaysDense) and operation.examines:
-            return Decision(site, _row(site, rule, known.reason), known=True)
+            return Decision(site, _row(site, rule, known.reason))
         unknown = operation.undecided or operation.unexamined
         if unknown is not None:
             return Decision(site, _row(site, rule, unknown), operation)
@@ -113,7 +113,7 @@ class _Decider:
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)
-        return Decision(site, row, operation, packs, name, asked, known is not None, now)
+        return Decision(site, row, operation, packs, name, asked, now)
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
         kind = site.kind

@@ -19,7 +19,6 @@ class Decision:
       packs: whether the site's weights are packed: a rule asks for it, and it pays for some small
         number of tokens, if not for those of this call.
       packed_name: the name under which they are packed: the first site's with the same weights.
-      known: whether calibration, or a look at its numbers, told about it.
       cost: what it saves in this call, if its sizes are known.
       asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
         it, whether that pays or not, or it is packed.
@@ -31,7 +30,6 @@ class Decision:
     packs: bool = False
     packed_name: str = ""
     asked: bool = False
-    known: bool = False
     cost: Estimate | None = None
 
     @property

@@ -1,7 +1,9 @@
 """Damaged and hostile checkpoints (`benchmarks.reliability_checkpoints` has thousands)."""
 
+import os
 import random
 import resource
+import shutil
 
 import pytest
 
@@ -13,6 +15,7 @@ from benchmarks.reliability_checkpoints import (
     saved,
     trial,
 )
+from hire_rewrite.checkpoint.bounded import parse
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,25 @@ def rewrite(path, edit):
     [
         (lambda told: told.update(version="9.9.0"), "written by hire_rewrite '9.9.0'"),
         (lambda told: told.update(format=0), "format 0"),
-        (lambda told: told["rules"][0].update(path="(a+)+$"), "rule for one layer"),
+        (lambda told: told["rules"][0].update(path="(a+)+$"), "for one layer"),
+        (lambda told: told["rules"][0].update(path="{0..99999999}"), "for one layer"),
+        (lambda told: told["rules"][0].update(path="(" * 2000 + ")" * 2000), "for one layer"),
+        (lambda told: told["rules"][0].update(path="x{" + "9" * 4000 + "}"), "for one layer"),
+        (lambda told: told["origin"].update(call={"tree": {"tuple": [None, None]}}), "arguments"),
+        (lambda told: told["origin"].update(call={"tree": None}), "give them"),
+        (lambda told: told["origin"]["call"]["tree"]["tuple"].append(None), "arguments"),
+        (
+            lambda told: told["origin"]["call"]["tree"]["tuple"].__setitem__(
+                1, {"dict": [[1, None]]}
+            ),
+            "arguments",
+        ),
+        (
+            lambda told: told["origin"].update(
+                call={"tree": {"dict": [["a", {"leaf": [[1], "int8", False]}], [1, None]]}}
+            ),
+            "damaged",
+        ),
         (lambda told: told["rules"][0].update(type="Popen"), "there is no Popen"),
         (lambda told: told["sites"].pop(), "another function"),
         (lambda told: told["sites"][0].update(layout="()"), "stored otherwise"),
@@ -115,3 +136,32 @@ def test_huge_shapes_are_not_believed(checkpoint, tmp_path):
     rewrite(path, edit)
     with pytest.raises(hire.HireRewriteError, match="1099511627776 numbers"):
         hire.Packed.load(path, step)
+
+
+@pytest.mark.parametrize(
+    "text", [b'"' + b'\\"' * 1_000_000, b'["' * 500_000, b'"' + b"\\" * 1_000_001]
+)
+def test_a_text_that_never_ends_is_refused_at_once(text):
+    """Its time grows as its length: not in hours, as it would if each quote began a search."""
+    with pytest.raises(hire.HireRewriteError):
+        parse(text, "here")
+
+
+@pytest.mark.parametrize("name", ["packed", "packed/arrays", "packed/arrays/000000"])
+def test_what_lies_elsewhere_is_not_read(checkpoint, tmp_path, name):
+    step, _, places = checkpoint
+    shutil.copytree(places[1], tmp_path / "packed")
+    assert hire.Packed.load(tmp_path / "packed", step)
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    if name == "packed":  # the user's own link
+        assert hire.Packed.load(tmp_path / name, step)
+        return
+    with pytest.raises(hire.HireRewriteError, match="is a link"):
+        hire.Packed.load(tmp_path / "packed", step)
+
+
+def test_what_no_one_writes_to_is_not_waited_for(checkpoint, tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(hire.HireRewriteError, match="not a regular file"):
+        hire.Packed.load(tmp_path / "pipe.safetensors", checkpoint[0])

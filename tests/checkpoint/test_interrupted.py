@@ -60,7 +60,7 @@ def test_a_directory_that_is_not_completed_is_removed(tmp_path, monkeypatch, whe
         calls.append(args)
         if where == "on_host" or len(calls) > 1:  # the first is to see whether it can be written
             raise error
-        return b""
+        return b"{}"
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["hire_rewrite.checkpoint.save"], where, fail)

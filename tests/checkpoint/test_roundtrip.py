@@ -99,17 +99,53 @@ def test_a_function_that_calls_the_argument_otherwise_loads_it(place, packed, st
 @pytest.mark.parametrize("place", KINDS, indirect=True)
 @pytest.mark.parametrize(
     "dtype",
-    ["bfloat16", "float16", "int4", "float8_e4m3fn", "float8_e5m2", "int8", "bool"],
+    ["bfloat16", "float16", "int4", "float8_e4m3fn", "float8_e5m2", "int8", "bool", "complex64"],
 )
 def test_dtypes_survive(place, dtype):
     """Of a weight that stays, of an odd number of numbers; nothing is packed besides."""
     weight = jnp.asarray(np.arange(15).reshape(3, 5) % 7 - 3).astype(dtype)
     weights = {"w": weight, "one": jnp.float32(2.0), "none": jnp.zeros((0, 3))}
-    fn = lambda p, x: x * p["w"].astype(jnp.float32).sum() * p["one"] + p["none"].sum()  # noqa: E731
+    fn = lambda p, x: x * p["w"].real.astype(jnp.float32).sum() * p["one"] + p["none"].sum()  # noqa: E731
     step = hire.transform(fn)
     packed = step.pack(weights, jnp.ones(()))
     packed.save(place)
     same(hire.Packed.load(place, hire.transform(fn)), packed)
+
+
+def test_keys_of_random_numbers_are_refused_in_words(tmp_path):
+    step = hire.transform(lambda p, x: x + jax.random.normal(p["key"], x.shape))
+    packed = step.pack({"key": jax.random.key(0)}, jnp.ones(2))
+    step(packed, jnp.ones(2))
+    with pytest.raises(hire.HireRewriteError, match="arrays of numbers alone"):
+        packed.save(tmp_path / "p.safetensors")
+
+
+def test_a_model_of_many_levels_is_given_as_shapes(tmp_path):
+    """Its tree is not written, of which no more would be read than of a stranger's."""
+    weights = {"w": rand(D, D)}
+    for _ in range(40):
+        weights = {"inner": weights}
+
+    def fn(params, x):
+        return x @ jax.tree.leaves(params)[0]
+
+    step = hire.transform(fn)
+    packed = step.pack(weights, X)
+    packed.save(tmp_path / "p.safetensors")
+    with pytest.raises(hire.HireRewriteError, match="give them"):
+        hire.Packed.load(tmp_path / "p.safetensors", step)
+    same(hire.Packed.load(tmp_path / "p.safetensors", step, weights, X), packed)
+
+
+@pytest.mark.parametrize("place", KINDS[:1], indirect=True)
+def test_numbers_of_numpy_in_rules(place, tmp_path):
+    step = hire.transform(model, hire.Head(k=np.int64(8), candidates=np.float32(0.5), force=True))
+    params = {"layers": (rand(D, D),), "norm": inputs(D), "up": rand(D, F), "down": rand(F, D)}
+    packed = step.pack({**params, "head": rand(D, V)}, X)
+    packed.save(place)
+    assert hire.load_rules(place) == packed.rules
+    hire.save_rules(step.rules, tmp_path / "rules.json")
+    assert hire.load_rules(tmp_path / "rules.json") == step.rules
 
 
 @pytest.mark.parametrize("place", KINDS[:1], indirect=True)

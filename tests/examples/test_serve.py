@@ -262,6 +262,8 @@ def test_lockstep_notices_what_differs_and_what_is_compiled():
 
 def test_packed_weights_on_disk_say_the_same(models, tmp_path):
     folder = tmp_path / "pack"
+    folder.mkdir()
+    (folder / "packed.safetensors").write_bytes(b"of a process that was killed")
     assert not packs.exists(folder)
     packs.save(packed(), CONFIG, folder)
     again, rules, config = packs.load(folder)
@@ -375,6 +377,10 @@ WRONG = [
     (b'{"prompt": "a", "stream": 1}', "stream"),
     (b'{"prompt": "a", "n": 2}', "n"),
     (b'{"prompt": "a", "promt": "b"}', "promt"),
+    (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature"),
+    (b'{"prompt": "\\ud800"}', None),
+    (b'{"prompt": "a", "model": "\\ud800"}', None),
+    (b'{"prompt": "a", "\\ud800": 1}', None),
 ]
 
 
