@@ -103,7 +103,7 @@ def _transform(
             raise HireRewriteError(
                 f"transform: {rule!r} is not a rule: give {known} (`register_kind` adds others)"
             )
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(MODES)}")
     if on_miss not in _ON_MISS:
         raise HireRewriteError(

@@ -52,7 +52,16 @@ def packed_among(
             f"{name}: argument {misplaced[0]} is a Packed, but weights={weights}: it "
             "stands where the first of the weights stood"
         )
-    return first if isinstance(first, Packed) else None
+    if not isinstance(first, Packed):
+        return None
+    others = [i for i in weights[1:] if args[i] is not None]
+    if others:
+        raise HireRewriteError(
+            f"{name}: argument {others[0]} is {_written(args[others[0]])} beside a Packed, which "
+            f"stands for all of weights={weights}: give None there, and for other weights the "
+            "Packed that is made of them"
+        )
+    return first
 
 
 def with_packed(args: Sequence[Any], weights: Sequence[int], packed: Packed) -> list[Any]:
@@ -130,6 +139,6 @@ def _has_matrix(argument: Any) -> bool:
 
 def _written(argument: Any) -> str:
     """An argument as a message has it: `int32[1]`, or the type of a tree."""
-    if isinstance(argument, jax.ShapeDtypeStruct):
+    if isinstance(argument, jax.ShapeDtypeStruct | jax.Array):
         return f"{argument.dtype}{list(argument.shape)}"
     return f"a {type(argument).__name__} of {len(jax.tree.leaves(argument))} arrays"

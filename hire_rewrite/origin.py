@@ -62,7 +62,7 @@ def check_origin(origin: Origin, weights: Sequence[Any], *, known: bool = True) 
     if origin.fingerprint is None:
         raise HireRewriteError(
             "the Packed does not know the numbers that it was packed from, as it was packed or "
-            "passed on in a trace: pack outside of jit to have it checked"
+            "passed on in a trace, or given other arrays: pack outside of jit to have it checked"
         )
     found = fingerprint(leaves)
     for path, before, now in zip(origin.paths, origin.fingerprint, found, strict=True):

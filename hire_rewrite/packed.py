@@ -103,20 +103,27 @@ class Packed:
         return dict(zip(self._named(str), jax.tree.leaves(self), strict=True))
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> Packed:
-        """This one with other arrays, those of a dictionary like `arrays`.
+        """This one with other arrays, those of a dictionary like `arrays`. What they were made of
+        nobody knows then: `check` has no numbers to compare weights with.
 
         Raises:
           HireRewriteError: names are missing, or are not of this `Packed`.
         """
-        names = [*self._named(str)]
+        if not isinstance(arrays, Mapping):
+            raise HireRewriteError(
+                f"with_arrays: the arrays are a {type(arrays).__name__}: give a dict like "
+                "Packed.arrays"
+            )
+        names, mine = [*self._named(str)], self.arrays
         for what, odd in (("lack", set(names) - set(arrays)), ("have", set(arrays) - set(names))):
             if odd:
                 raise HireRewriteError(
                     f"with_arrays: the arrays {what} {first_names(sorted(odd))}, unlike this "
                     "Packed: give those of Packed.arrays of one with the same rules and shapes"
                 )
-        tree = jax.tree.structure(self)
-        return jax.tree.unflatten(tree, [arrays[name] for name in names])
+        made = jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in names])
+        same = all(arrays[name] is mine[name] for name in names)
+        return made if same else dataclasses.replace(made, info=made.info.without_fingerprint)
 
     @property
     def paths(self) -> tuple[str, ...]:

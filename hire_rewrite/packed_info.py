@@ -69,7 +69,7 @@ class PackedInfo:
 
     @functools.cached_property
     def without_fingerprint(self) -> PackedInfo:
-        """The same of arrays that are traced: compiled once, and run on others too."""
+        """The same of other arrays: traced ones, which are compiled once and run on others too."""
         return dataclasses.replace(self, origin=dataclasses.replace(self.origin, fingerprint=None))
 
     @functools.cached_property

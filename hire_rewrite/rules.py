@@ -82,12 +82,14 @@ class Rule:
         rule = type(self).__name__
         fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         given = "predictor" in fields and self.predictor is not fields["predictor"].default
-        if given and not isinstance(self.predictor, Predictor):
+        if given and not is_one(self.predictor, Predictor):
             raise HireRewriteError(
                 f"{rule}: predictor={self.predictor!r} is not a predictor: give LowRank(...) or "
                 "Quantized(...)"
             )
         check_positive_int(rule, "max_tokens", self.max_tokens)
+        if not isinstance(self.force, bool):
+            raise HireRewriteError(f"{rule}: force={self.force!r} must be True or False")
         if self.path is not None:
             try:
                 check_pattern(self.path)
@@ -114,6 +116,11 @@ def count(amount: float | int, width: int, what: str) -> int:
             )
         return int(amount)
     return max(1, math.ceil(round(float(amount) * width, 6)))
+
+
+def is_one(setting: object, protocol: type) -> bool:
+    """Whether a setting has the methods of a protocol; its class, which has them too, is none."""
+    return isinstance(setting, protocol) and not isinstance(setting, type)
 
 
 def is_int(number: object) -> bool:

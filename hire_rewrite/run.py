@@ -21,7 +21,7 @@ from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.telemetry import collected
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Runner:
     """Calls of a transformed function, traced or not.
 
@@ -96,8 +96,10 @@ class Runner:
         else:
             sites, text = analysis.other_gradients, OTHER_GRADIENT
 
-        def warn() -> None:
-            if new := self.warn.new(("gradient", name) for name in sites):
-                self.warn(text.format(first_names([name for _, name in new])))
+        warn = self.warn  # and not `self`: programs hold what is called, which would hold them
 
-        return announcing(warn)(results, given) if sites else results
+        def announce() -> None:
+            if new := warn.new(("gradient", name) for name in sites):
+                warn(text.format(first_names([name for _, name in new])))
+
+        return announcing(announce)(results, given) if sites else results

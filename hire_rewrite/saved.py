@@ -52,7 +52,10 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     with open(path, "rb") as file:
         text = file.read()
     try:
-        rules = tuple(built(item, rule_types()) for item in json.loads(text))
+        items = json.loads(text)
+        if not isinstance(items, list):
+            raise ValueError(f"it is a {type(items).__name__}, and not a list of rules")
+        rules = tuple(built(item, rule_types()) for item in items)
     except HireRewriteError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -112,9 +112,12 @@ class Telemetry:
     sites: tuple[CountedSite, ...] = dataclasses.field(metadata={"static": True})
 
     def __add__(self, other: Telemetry) -> Telemetry:
-        """The sum; of other sites too, such as those of a prompt and of a step."""
+        """The sum; of other sites too, such as those of a prompt and of a step. On the host if
+        either is."""
         if not isinstance(other, Telemetry):
             return NotImplemented
+        if isinstance(self.counts, np.ndarray) != isinstance(other.counts, np.ndarray):
+            return self.on_host() + other.on_host()
         if self.sites == other.sites:
             return Telemetry(self.counts + other.counts, self.sites)
         mine, others = _by_name(self), _by_name(other)
@@ -148,7 +151,16 @@ class Telemetry:
         return SiteCounts(*_by_name(self.on_host())[found[0]].T)
 
     def on_host(self) -> Telemetry:
-        """The same with i64 counters in NumPy, those of mapped calls added up; waits for them."""
+        """The same with i64 counters in NumPy, those of mapped calls added up; waits for them.
+
+        Raises:
+          HireRewriteError: they are traced.
+        """
+        if isinstance(self.counts, jax.core.Tracer):
+            raise HireRewriteError(
+                "telemetry that is traced is not on the host, nor added to a sum there: return it, "
+                "and add it outside of jit"
+            )
         counts = np.asarray(jax.device_get(self.counts)).astype(np.int64)
         return Telemetry(counts.sum(tuple(range(counts.ndim - 2))), self.sites)
 

@@ -78,12 +78,26 @@ class Transformed:
 
     def _compile(self) -> None:
         """Forget what was compiled, if anything was."""
-        # Of a new object each time: JAX would find what it traced of the old one.
-        self._compiled = jax.jit(functools.partial(self._runner.run))
+        self._compiled = self._jitted(None)
         # Inside a jit nobody would know how raw weights lie on a mesh: it gets the analysis.
-        self._compiled_for = functools.lru_cache(256)(
-            lambda analysis: jax.jit(functools.partial(self._runner.run, analysis=analysis))
-        )
+        self._compiled_for = functools.lru_cache(256)(self._jitted)
+
+    def _jitted(self, analysis: Analysis | None) -> Callable[..., Any]:
+        """A call, compiled. Of a new function each time: JAX would find what it traced before."""
+        run = self._runner.run
+
+        def call(packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            return run(packed, args, kwargs, analysis)
+
+        call.__name__ = call.__qualname__ = self.name  # as profiles and errors have it
+        return jax.jit(call)
+
+    def __copy__(self) -> Transformed:
+        """Itself, as of a function."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Transformed:
+        return self
 
     def __get__(self, instance: Any, owner: type | None = None) -> Transformed:
         """The transformed method of an instance: `weights` counts the arguments after `self`."""

@@ -1,5 +1,8 @@
 """Functions that close over arrays: an update of these is seen when they are packed again."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +127,21 @@ def test_a_number_of_python_beside_an_array_of_another_shape():
     held["w"] = rand(D + 1, D)
     with pytest.raises(TypeError, match="dot_general"):
         step.pack(2.0, X)
+
+
+@pytest.mark.filterwarnings("ignore::hire_rewrite.HireRewriteWarning")
+@pytest.mark.parametrize("call", [lambda step, x: step(x), lambda step, x: jax.jit(step)(x)])
+def test_what_is_dropped_is_freed(call):
+    """The function, its programs, and the arrays that it closes over, or that were packed."""
+
+    def made():
+        w, rule = rand(D, D), hire.Linear(encoding=hire.Blocks(8), force=True)
+        return w, hire.transform(lambda x: x @ w, rule, weights=())
+
+    w, step = made()
+    call(step, X)
+    packed = jax.tree.leaves(step._sight._seen[1])
+    held = [weakref.ref(item) for item in (step, w, *packed)]
+    del step, w, packed
+    gc.collect()
+    assert not any(ref() is not None for ref in held)

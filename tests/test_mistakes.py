@@ -34,6 +34,7 @@ def packed(step, params):
 
 BATCH = (TOKEN, CACHE)
 THIRD = hire.transform(lambda token, cache, params: decode(params, token, cache), RULE, weights=2)
+UP = jnp.eye(D)
 BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
 
 
@@ -55,6 +56,12 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
         (lambda step, params, packed: step(packed, jnp.ones(3), CACHE), "look at these first"),
         (lambda step, params, packed: hire.save_rules("r.json", packed.rules), "rules first"),
         (lambda step, params, packed: hire.save_rules([packed], "r.json"), "is not a rule"),
+        (lambda step, params, packed: step.evaluate(packed, 3), "a int is given"),
+        (lambda step, params, packed: step.pack(params, *BATCH, calibration=3), "a int is given"),
+        (lambda step, params, packed: step.tune(params, 3, kl=1.0), "give at least 2"),
+        (lambda step, params, packed: packed.with_arrays(None), "a NoneType: give a dict"),
+        (lambda step, params, packed: hire.transform(decode, mode=["hire"]), "must be one of"),
+        (lambda step, params, packed: BOTH(BOTH.pack(UP, UP, UP), UP, UP), "argument 1 is float32"),
         (lambda step, params, packed: packed.check({**params, "up": "abc"}), "params/up is none"),
         (lambda step, params, packed: THIRD.evaluate(THIRD.pack(*BATCH, params), [()]), "a batch"),
         (lambda step, params, packed: THIRD.tune(params, [(TOKEN,)] * 2), "a batch has 1 arg"),
@@ -97,7 +104,9 @@ def test_rules_go_to_a_path_of_pathlib(packed, tmp_path):
     assert hire.load_rules(tmp_path / "rules.json") == packed.rules
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"{", b"5", b'[{"type": "Nope"}]'])
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"[" * 100_000, b"{", b"5", b"{}", b'[{"type": "Nope"}]']
+)
 def test_a_file_of_something_else_has_no_rules(tmp_path, text):
     (tmp_path / "rules.json").write_bytes(text)
     with pytest.raises(hire.HireRewriteError, match=r"load_rules: (there is no|.*holds no rules)"):

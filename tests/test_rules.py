@@ -12,6 +12,22 @@ from hire_rewrite.names import groups
 from hire_rewrite.rules import count
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: hire.Linear(encoding=hire.Blocks),
+        lambda: hire.FFN(k=8, tail="predicted", encoding=hire.Blocks),
+        lambda: hire.Head(predictor=hire.Quantized),
+        lambda: hire.Head(exact=hire.Nested),
+        lambda: hire.Cascade(hire.LowRank, hire.Quantized(4)),
+        lambda: hire.Head(force="no"),
+    ],
+)
+def test_a_class_is_no_setting_nor_a_word_a_truth(made):
+    with pytest.raises(hire.HireRewriteError, match=r"is not a|must be True or False"):
+        made()
+
+
 @pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, -0.1, True, "half", None, float("nan")])
 def test_k_out_of_range(k):
     with pytest.raises(hire.HireRewriteError, match="FFN: k="):

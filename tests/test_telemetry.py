@@ -186,6 +186,11 @@ def test_sums_on_the_device_and_on_the_host():
     np.testing.assert_array_equal(jax.jit(many)(held, TOKEN).counts, total.counts)
     host = total.on_host()
     assert host.counts.dtype == np.int64
+    many = hire.Telemetry(host.counts + 2**40, host.sites)
+    for added in (many + total, total + many):
+        assert (added.counts == 2**40 + 2 * host.counts).all()
+    with pytest.raises(hire.HireRewriteError, match="outside of jit"):
+        jax.jit(lambda one: many + one)(total)
     assert (host + host)["head"].calls.tolist() == [6]
     assert str(host).count("\n") == len(host.sites)
 

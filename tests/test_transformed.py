@@ -1,5 +1,6 @@
 """`transform` from the front door: calls, compositions, packing, and bad input."""
 
+import copy
 import functools
 import warnings
 
@@ -500,6 +501,16 @@ def test_a_method():
         assert model.step is model.step
         assert [site.status for site in model.step.plan(weights, x).sites] == ["rewritten"]
     assert Model.step.__doc__ == "One step."
+
+
+def test_an_error_of_jax_names_the_function_and_is_short():
+    params, x = {"embed": init()["embed"]}, jnp.ones((1, D))
+    step = hire.transform(lambda params, x: x @ params["embed"].T, *FULL, on_miss="ignore")
+    packed = jax.device_put(step.pack(params, x), jax.devices()[0])
+    with pytest.raises(ValueError, match="of <lambda>") as caught:
+        step(packed, jax.device_put(x, jax.devices()[1]))
+    assert len(str(caught.value)) < 1000
+    assert copy.deepcopy([step]) == [copy.copy(step)] == [step]
 
 
 class Library:

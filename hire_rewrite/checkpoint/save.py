@@ -25,6 +25,7 @@ def save(packed: Packed, path: str | os.PathLike[str]) -> None:
     path = Path(local("save", path)).absolute()
     check_arrays("save", packed)
     leaves, names = jax.tree.leaves(packed), array_names(packed)
+    leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
     for name, leaf in zip(names, leaves, strict=True):
         _check_leaf(name, leaf)
     arrays = [StoredArray(n, leaf.shape, leaf.dtype) for n, leaf in zip(names, leaves, strict=True)]
@@ -46,6 +47,8 @@ def save(packed: Packed, path: str | os.PathLike[str]) -> None:
                 f"save: {path}: its arrays are sharded over several processes, which write a "
                 "directory together: give a path that does not end in .safetensors"
             )
+        if path.is_dir():
+            raise HireRewriteError(f"save: {path} is there already, and is a directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         one_file.write(path, description, arrays, numbers())
         return

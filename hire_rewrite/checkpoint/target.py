@@ -17,6 +17,7 @@ from hire_rewrite.packed import Packed
 from hire_rewrite.packed_info import PackedInfo
 from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.rewrite import rewrite_for
+from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites.linear.rule import Linear
 from hire_rewrite.transformed import Transformed
@@ -39,10 +40,10 @@ def target_of(
     """
     try:
         known = {(site.kind, site.key): site.statistics for site in metadata.sites}
-        shapes = _packed_shapes(
+        shapes, plan = _packed_shapes(
             step, metadata.rules, lambda d: known.get((d.site.kind.name, d.site.key)), args, kwargs
         )
-        info = _told(shapes.info, metadata)
+        info = _told(shapes.info, metadata, plan)
         _check_arrays(shapes, metadata.arrays)
         target = dataclasses.replace(shapes, info=info)
         _check_serves(step, target, args, kwargs)
@@ -71,8 +72,11 @@ def _of_devices(metadata: Metadata, step: Transformed, args: Sequence[Any]) -> s
     )
 
 
-def _told(info: PackedInfo, metadata: Metadata) -> PackedInfo:
+def _told(info: PackedInfo, metadata: Metadata, plan: Plan) -> PackedInfo:
     """What packing shapes told, and what calibration and numbers told when it was packed.
+
+    Args:
+      plan: of the call with shapes.
 
     Raises:
       HireRewriteError: the checkpoint has other sites.
@@ -93,6 +97,12 @@ def _told(info: PackedInfo, metadata: Metadata) -> PackedInfo:
     if len(layouts) != len(metadata.sites) or len(layouts) != len(info.sites):
         mine = {(site.kind, site.key) for site in info.sites}
         others = [site.name for site in metadata.sites if (site.kind, site.key) not in mine]
+        dense = [site for site in plan.sites if site.name in others and site.status == "dense"]
+        if dense:
+            raise HireRewriteError(
+                "it was packed for other arguments, or for another function: it holds "
+                f"{dense[0].name!r:.80}, which stays dense in this call: {dense[0].reason}"
+            )
         raise HireRewriteError(
             "it was packed for another function: it holds "
             f"{', '.join(f'{name!r:.80}' for name in others[:4]) or 'other sites'}, which this one "
@@ -137,8 +147,8 @@ def _packed_shapes(
     told: Callable[[Decision], Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> Packed:
-    """The `Packed` of shapes of a call with arrays or shapes.
+) -> tuple[Packed, Plan]:
+    """The `Packed` of shapes of a call with arrays or shapes, and the plan for it.
 
     Args:
       rules: those that sites are packed by.
@@ -150,7 +160,8 @@ def _packed_shapes(
     if known:
         analysis = analyses.of(None, args, kwargs, known)
     analysis.check_decided()
-    return analysis.pack([placed(leaf) for leaf in step._weight_leaves(args)])
+    shapes = [placed(leaf) for leaf in step._weight_leaves(args)]
+    return analysis.pack(shapes), analysis.plan
 
 
 def _check_serves(

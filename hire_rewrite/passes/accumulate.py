@@ -36,6 +36,11 @@ def accumulate(
     Raises:
       HireRewriteError: a batch has another structure than `example`.
     """
+    if not isinstance(batches, Iterable):
+        raise HireRewriteError(
+            f"{what}: a {type(batches).__name__} is given: give tuples of the arguments after the "
+            "weights, in a list"
+        )
     compiled: dict[Hashable, Callable[[Any], Any]] = {}
     total: dict[str, Any] | None = None
     for number, batch in enumerate(batches):

@@ -40,7 +40,7 @@ def calibrate(
         site's inputs hold a NaN or an infinity.
     """
     statistics: Mapping[str, Any] = {}
-    if analyses.of(None, args, kwargs).undecided:
+    if analyses.of(None, args, kwargs).undecided and isinstance(batches, Iterable):
         batches = list(batches)  # the sizes first, then what depends on them
         first = _watch(analyses, args, kwargs, batches, {}, lambda d: d.undecided)
         statistics = first.statistics

@@ -132,9 +132,10 @@ def pack_shapes(
             shardings = decision.site.sharding.shardings(arrays, decision.op.partition_specs)
             if shardings is not None:
                 placed[decision.name] = jax.tree.map(_with_sharding, arrays, shardings)
-    if not placed:
+    over = (array.sharding for array in (*jax.tree.leaves(placed), *origin.specs))
+    mesh = next((each.mesh for each in over if isinstance(each, NamedSharding)), None)
+    if mesh is None:
         return packed
-    mesh = jax.tree.leaves(placed)[0].sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
     sites = {
         name: placed.get(name) or jax.tree.map(lambda a: _with_sharding(a, replicated), arrays)

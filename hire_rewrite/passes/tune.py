@@ -84,7 +84,7 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
 
 def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     """Batches to fit predictors to, and others to measure them on: every fourth, or the last."""
-    every = list(batches)
+    every = list(batches) if isinstance(batches, Iterable) else []
     for number, batch in enumerate(every):
         if not isinstance(batch, tuple):
             raise HireRewriteError(

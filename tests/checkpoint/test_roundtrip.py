@@ -1,6 +1,7 @@
 """What is saved is what is loaded: numbers, dtypes, and what was decided."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -315,3 +316,27 @@ def test_in_another_process_without_the_weights(tmp_path, packed, step):
     packed.save(tmp_path / "p.safetensors")
     got = of_another_process("model", tmp_path / "p.safetensors")
     np.testing.assert_allclose(got, step(packed, X), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", KINDS, indirect=True)
+def test_what_stays_dense_lies_where_shapes_say(place):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("m",))
+    columns = NamedSharding(mesh, P(None, "m"))
+    shapes = {"head": jax.ShapeDtypeStruct((D, V), jnp.float32, sharding=columns)}
+    weights = {"head": jax.device_put(rand(D, V), columns)}
+    certified = hire.Head(certify=True, min_width=V, force=True)  # which no mesh has
+    for rules in ((), (certified,)):
+        step = hire.transform(lambda p, x: x @ p["head"], *rules, on_miss="ignore")
+        packed = step.pack(weights, X)
+        assert step.pack(shapes, X).weights["p/head"].sharding == columns
+        packed.save(place)
+        assert hire.Packed.load(place, step, shapes, X).weights["p/head"].sharding == columns
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    step.pack({"head": rand(D, V)}, X).save(place)
+    with pytest.raises(hire.HireRewriteError, match="where proofs are not supported"):
+        hire.Packed.load(place, step, shapes, X)
+
+
+def test_what_is_on_the_host_is_saved(tmp_path, step, packed):
+    jax.device_get(packed).save(tmp_path / "p.safetensors")
+    same(hire.Packed.load(tmp_path / "p.safetensors", step), packed)

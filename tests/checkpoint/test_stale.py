@@ -142,6 +142,16 @@ def test_a_program_for_two_packs_does_not_mix_them_up(step, packed):
     again.check(new)
 
 
+def test_other_arrays_are_not_taken_for_those_that_were_packed(step, packed):
+    new = step.pack(negated(PARAMS), X)
+    packed.with_arrays(packed.arrays).check(PARAMS)
+    mixed = packed.with_arrays(new.arrays)
+    np.testing.assert_array_equal(step(mixed, X), step(new, X))
+    for weights in (PARAMS, negated(PARAMS)):
+        with pytest.raises(hire.HireRewriteError, match="does not know the numbers"):
+            mixed.check(weights)
+
+
 def test_one_of_two_arguments_changed():
     step = hire.transform(lambda a, b, x: jnp.tanh(x @ a) @ b, RULE, weights=(0, 1))
     packed = step.pack(PARAMS["up"], PARAMS["down"], X)
@@ -180,17 +190,23 @@ def test_what_cannot_be_saved_is_said(step, packed, tmp_path, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
+    (tmp_path / "d.safetensors").mkdir()
     for made, path, said in (
         (shapes, tmp_path / "p.safetensors", "made of shapes"),
         (packed, "gs://bucket/packed", "not a path"),
         (packed, taken, "there already"),
+        (packed, tmp_path / "d.safetensors", "there already"),
     ):
         with pytest.raises(hire.HireRewriteError, match=said):
             made.save(path)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(hire.HireRewriteError, match="pip install orbax-checkpoint"):
         packed.save(tmp_path / "new")
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["notes.txt", "taken"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [
+        "d.safetensors",
+        "notes.txt",
+        "taken",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(96, D, D), (3, 50, D, D)])

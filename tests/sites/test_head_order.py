@@ -143,3 +143,20 @@ def test_a_rule_that_says_so_rewrites_it():
     packed = step.pack(PARAMS, X)
     assert len(step.plan(packed, X).rewritten) == 1
     np.testing.assert_array_equal(step(packed, X), fn(PARAMS, X))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_logits_that_are_no_real_numbers_stay_dense(dtype):
+    """They have no order, or none that guesses in floating point keep."""
+
+    def model(w, x):
+        logits = lax.dot(x, w, preferred_element_type=dtype)
+        return logits if dtype == jnp.complex64 else jnp.argmax(logits, -1)
+
+    kind = jnp.int8 if dtype == jnp.int32 else dtype
+    w, x = jnp.arange(16 * 64).reshape(16, 64).astype(kind), jnp.ones((1, 16), kind)
+    step = hire.transform(model, hire.Head(k=8, min_width=8, force=True), on_miss="ignore")
+    packed = step.pack(w, x)
+    (site,) = [site for site in step.plan(packed, x).sites if site.kind == "head"]
+    assert (site.status, "floating-point" in site.reason) == ("dense", True)
+    np.testing.assert_array_equal(step(packed, x), model(w, x))

@@ -58,7 +58,7 @@ class Cascade:
 
     def __post_init__(self) -> None:
         for name, predictor in (("first", self.first), ("second", self.second)):
-            if not isinstance(predictor, Predictor):
+            if not isinstance(predictor, Predictor) or isinstance(predictor, type):
                 raise HireRewriteError(
                     f"Cascade: {name}={predictor!r} is not a predictor: give LowRank(...) or "
                     "Quantized(...)"

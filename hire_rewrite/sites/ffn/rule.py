@@ -9,7 +9,7 @@ import numbers
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor
-from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int
+from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int, is_one
 
 _CRITERIA = ("hidden", "output")
 _TAILS = ("zero", "predicted")
@@ -162,7 +162,7 @@ class FFN(Rule):
             raise HireRewriteError(f'FFN: tail={self.tail!r} must be "zero" or "predicted"')
         for name in _ENCODINGS:
             encoding = getattr(self, name)
-            if encoding is not None and not isinstance(encoding, Encoding):
+            if encoding is not None and not is_one(encoding, Encoding):
                 raise HireRewriteError(
                     f"FFN: {name}={encoding!r} is not an encoding: give Blocks(...) or Float(...)"
                 )

@@ -8,7 +8,7 @@ import numbers
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Coarse, CoarseEncoding, Encoding
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int
+from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int, is_one
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -92,7 +92,7 @@ class Head(Rule):
 
     def _check_exact(self) -> None:
         """Raise HireRewriteError if the rows cannot be stored so, or not guess so."""
-        if self.exact is not None and not isinstance(self.exact, Encoding):
+        if self.exact is not None and not is_one(self.exact, Encoding):
             raise HireRewriteError(
                 f"Head: exact={self.exact!r} is not an encoding: give Blocks(...), Nested(...) or "
                 "Float(...)"

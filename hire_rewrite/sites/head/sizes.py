@@ -31,6 +31,8 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
     """
     match: HeadMatch = site.match
     linear, width, sharding = match.linear, match.width, site.sharding
+    if not jnp.issubdtype(match.logits.dtype, jnp.floating):
+        raise Unfit(f"its logits are {match.logits.dtype}, and only floating-point ones are chosen")
     k = count(rule.k, width, f"{site.name}: k")
     candidates = candidate_count(site.name, rule, k, min(width, max(256, 4 * k)), width)
     num_shards, predictor = sharding.num_shards, rule.guesses_by

@@ -6,7 +6,7 @@ import dataclasses
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding
-from hire_rewrite.rules import Rule, check_amount
+from hire_rewrite.rules import Rule, check_amount, is_one
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -60,7 +60,7 @@ class Linear(Rule):
             check_amount("Linear", "k", self.k)
         for name in ("encoding", "exact"):
             encoding = getattr(self, name)
-            if encoding is not None and not isinstance(encoding, Encoding):
+            if encoding is not None and not is_one(encoding, Encoding):
                 raise HireRewriteError(
                     f"Linear: {name}={encoding!r} is not an encoding: give Blocks(...) or "
                     "Float(...)"
