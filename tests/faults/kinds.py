@@ -78,6 +78,17 @@ def shapes_of(fn: Callable[..., Any], d: int = D, f: int = F, v: int = V) -> dic
     }[fn]
 
 
+def near_ties(p: Params, x: Any) -> np.ndarray:
+    """bool[tokens], whether a `top_k_block` has two numbers at its threshold, or beside it, that
+    are told apart by rounding alone: whichever is kept, it is the function."""
+    with np.errstate(all="ignore"):
+        h = np.sort(np.asarray(x, np.float64) @ np.asarray(p["up"], np.float64), -1)
+    if h.shape[1] < 25:
+        return np.zeros(len(h), bool)
+    least, next_one = h[:, -24], h[:, -25]
+    return (least > 0) & (least - next_one <= 1e-6 * least)
+
+
 ENCODINGS = {
     "bfloat16": hire.Float("bfloat16"),
     "8 bits": hire.Blocks(8),

@@ -31,11 +31,20 @@ def test_odd_weights(weights):
     assert not count.wrong
 
 
+@pytest.mark.parametrize("weights", ["ties", "one row zero"])
+def test_candidates_of_numbers_of_any_size(weights):
+    """The order of guesses below a threshold does not get lost where they are tiny or huge."""
+    count = Count()
+    of_values(KINDS["no rules: top k"], count, weights, "up")
+    assert not count.wrong
+
+
 def test_sizes_dtypes_and_settings():
     count = Count()
     of_shape(KINDS["head, all"], count, "1 neuron, 1 row", 1)
     of_shape(KINDS["linear, float32"], count, "nothing", 0)
     of_dtype(KINDS["linear, bfloat16"], count, "int4")
+    of_dtype(KINDS["linear, float32"], count, "float64")
     of_setting(KINDS["linear, 8 bits"], count, "debug_nans")
     assert not count.wrong
 

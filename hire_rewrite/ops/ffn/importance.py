@@ -8,6 +8,7 @@ from jax import Array, lax
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.top_k.keys import below_zero
 from hire_rewrite.ops.top_k.select import marked, scatter, sharded_top_k, top_k
 
 __all__ = ["best_mask", "best_places", "guess", "importance", "places", "top_groups", "with_common"]
@@ -61,7 +62,7 @@ def _guessed_importance(scores: Array, block: BlockLayer) -> Array:
         if spec.gate_bias is not None:
             gate = gate + vectors[spec.gate_bias].astype(jnp.float32)[None]
         gate = gate.reshape(*rank.shape, spec.group).max(-1)
-        below = gate / (1 + jnp.abs(gate)) - 1 if spec.selects else jnp.minimum(gate, 0.0)
+        below = below_zero(gate) if spec.selects else jnp.minimum(gate, 0.0)
         rank = jnp.where(rank == 0, below, rank)
     return rank
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.kernels import register_kernel
 from hire_rewrite.ops.top_k import select
+from hire_rewrite.ops.top_k.keys import below_zero
 from hire_rewrite.ops.top_k.select import top_k
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "int16"]
@@ -159,3 +160,14 @@ def test_set_apart_is_differentiated_in_the_order_of_its_places():
     (places, _, others), (_, apart, left) = jax.jvp(run, (values,), (jnp.arange(64.0)[None],))
     np.testing.assert_array_equal(apart, np.asarray(places, np.float32))
     np.testing.assert_array_equal(left, np.where(others != 0, np.arange(64.0), 0))
+
+
+def test_numbers_below_zero_have_the_order_of_numbers_of_any_size():
+    bits = np.random.default_rng(0).integers(-(2**31), 2**31, 100_000)
+    numbers = bits.astype(np.int32).view(np.float32)
+    numbers = np.sort(numbers[~np.isnan(numbers)])
+    below = np.asarray(below_zero(jnp.asarray(numbers)))
+    assert (below < 0).all()
+    assert (below < -np.finfo(np.float32).tiny).sum() >= len(below) - 1  # all but infinity
+    assert (np.diff(below) >= 0).all()
+    assert len(np.unique(below)) > 0.99 * len(np.unique(numbers))
