@@ -5,6 +5,8 @@ by looking at what is there rather than at a version number where that says it.
 """
 
 import functools
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -319,3 +321,9 @@ cpu_fuses_widening = jax.__version_info__ < (0, 12)
 """Whether XLA's CPU backend emits vector code for a vector-matrix product that is fused with the
 widening of the matrix. From jaxlib 0.12 on it adds up one number at a time, in order: 9 times
 slower, so that other forms are better there."""
+
+
+def rounds_casts() -> bool:
+    """Whether XLA is told to round wherever a program does: it leaves out a cast to fewer bits and
+    back otherwise."""
+    return bool(re.search(r"xla_allow_excess_precision=(false|0)", os.environ.get("XLA_FLAGS", "")))

@@ -162,5 +162,8 @@ def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:
 def relative_error(got: Array, wanted: Array) -> Array:
     """f32[tokens], ‖got − wanted‖ / ‖wanted‖ of vectors: [tokens, n]."""
     got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+    greatest = jnp.abs(wanted).max(-1, keepdims=True, initial=0.0)
+    unit = jnp.where((greatest > 0) & (greatest < jnp.inf), greatest, 1.0)  # as in `lengths`
+    got, wanted = got / unit, wanted / unit
     size = jnp.sqrt(jnp.square(wanted).sum(-1))
     return jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)

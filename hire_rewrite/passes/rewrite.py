@@ -7,14 +7,17 @@ and the annotations of what stood in its place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import source_info_util
+from jax.extend.core import primitives as p
 from jax.extend.source_info_util import NameStack
 
 from hire_rewrite import _compat
@@ -89,6 +92,16 @@ class _Around:
     states: dict[SiteReplacement, Any] = dataclasses.field(default_factory=dict)
 
 
+def _precision_of(nodes: Collection[Node]) -> AbstractContextManager[Any]:
+    """The precision that the products among some nodes ask for, for those that take their place and
+    ask for none."""
+    asked = {node.params["precision"] for node in nodes if node.primitive is p.dot_general_p}
+    for precision in (lax.Precision.HIGHEST, lax.Precision.HIGH):
+        if (precision, precision) in asked:
+            return jax.default_matmul_precision(precision.name.lower())
+    return contextlib.nullcontext()
+
+
 @dataclasses.dataclass
 class _Writer:
     units: Mapping[Node, SiteReplacement]
@@ -133,7 +146,7 @@ class _Writer:
             return self._run_call(item, ins, around)
         unit = item.replacement
         last = max(unit.nodes, key=lambda node: node.index)  # all are annotated alike
-        with traced_context(last.eqn, inside=True):
+        with traced_context(last.eqn, inside=True), _precision_of(unit.nodes):
             results, report = unit.emit(ins, around.index, around.states.get(unit, unit.state))
         reports = {**unit.known} if report is None else {**unit.known, unit.name: report}
         # One type for all reports: loops and branches put zeros in their place.

@@ -86,7 +86,8 @@ def near_ties(p: Params, x: Any) -> np.ndarray:
     if h.shape[1] < 25:
         return np.zeros(len(h), bool)
     least, next_one = h[:, -24], h[:, -25]
-    return (least > 0) & (least - next_one <= 1e-6 * least)
+    with np.errstate(invalid="ignore"):
+        return (least > 0) & (least - next_one <= 1e-6 * least)
 
 
 ENCODINGS = {

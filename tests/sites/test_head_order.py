@@ -160,3 +160,52 @@ def test_logits_that_are_no_real_numbers_stay_dense(dtype):
     (site,) = [site for site in step.plan(packed, x).sites if site.kind == "head"]
     assert (site.status, "floating-point" in site.reason) == ("dense", True)
     np.testing.assert_array_equal(step(packed, x), model(w, x))
+
+
+def near_rows(count):
+    """Weights of which one row is far ahead, and so many are nearly alike behind it."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, D)).astype(np.float32)
+    rows = 0.1 * rng.normal(size=(512, D)).astype(np.float32)
+    rows[7] = 3 * x.sum(0)
+    rows[100 : 100 + count] = x.sum(0) + 1e-4 * rng.normal(size=(count, D))
+    return jnp.asarray(rows), jnp.asarray(x)
+
+
+def test_what_is_forbidden_is_proved_besides():
+    """A token that is taken out behind the head may be the only one that was proved."""
+
+    def greedy(rows, x):
+        return jnp.argmax((x @ rows.T).at[:, 7].set(-jnp.inf), -1)
+
+    rows, x = near_rows(40)
+    for k, status in ((1, "dense"), (8, "rewritten")):
+        rule = hire.Head(k=k, candidates=8, certify=True, min_width=512, force=True)
+        step = hire.transform(greedy, rule, on_miss="ignore")
+        packed = step.pack(rows, x)
+        np.testing.assert_array_equal(step(packed, x), greedy(rows, x))
+        (site,) = step.plan(packed, x).sites
+        assert (site.status, "may be taken out" in site.reason) == (status, k == 1)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda z: jax.nn.softmax(z).astype(jnp.bfloat16),
+        jax.nn.log_softmax,
+        lambda z: (z / 0.7).astype(jnp.bfloat16) * 1,
+    ],
+)
+def test_logits_that_rounding_makes_one_are_not_proved(last, scale):
+    """Of equal ones the first counts, which the head may only have guessed."""
+
+    def greedy(rows, x):
+        return jnp.argmax(last(x @ rows.T), -1)
+
+    rng = np.random.default_rng(1)
+    rows = jnp.asarray(scale * rng.normal(size=(512, D)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(512, D)), jnp.float32)
+    rule = hire.Head(k=1, candidates=8, certify=True, min_width=512, force=True)
+    step = hire.transform(greedy, rule)
+    np.testing.assert_array_equal(step(step.pack(rows, x), x), jax.jit(greedy)(rows, x))

@@ -550,3 +550,24 @@ def test_weights_side_by_side_along_two_axes():
     assert site.status == "dense"
     assert "several axes, of [2, 3]" in site.reason
     close(step(step.pack(w, x), x), x @ w)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_have_the_precision_of_those_whose_place_they_take(precision):
+    """Where backends round operands, a model that asks for more gets it."""
+
+    def model(params, x):
+        x = jax.nn.relu(jnp.dot(x, params["up"], precision=precision))
+        x = jnp.dot(x, params["down"], precision=precision)
+        return jnp.dot(x, params["head"], precision=precision)
+
+    params = {"up": rand(D, F), "down": rand(F, D), "head": rand(D, F)}
+    rules = Linear(encoding=Float("bfloat16"), force=True), hire.FFN(k="positive", force=True)
+    step = hire.transform(model, *rules)
+    packed = step.pack(params, inputs(2, D))
+    assert len(step.plan(packed, inputs(2, D)).rewritten) == 2
+    traced = jax.jit(step).trace(packed, inputs(2, D))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 2
+    assert not any("DEFAULT" in product or "precision" not in product for product in products)

@@ -40,14 +40,15 @@ class DenseError(NamedTuple):
         return rounding.at_least(factor * length * norm + self.tiny)
 
 
-def dense_error(d: int, x_dtype: Any, precision: Any, length: Array, norm: Array) -> DenseError:
+def dense_error(d: int, dtype: Any, precision: Any, length: Array, norm: Array) -> DenseError:
     """The error of a dense product of vectors of length d, on the platform that runs it.
 
     Args:
+      dtype: of the operands; the wider one of two.
       length: f32[tokens, 1], no less than ‖x‖.
       norm: f32[1, n], no less than the norms of the rows.
     """
-    operand = rounding.operand_unit(x_dtype, precision)
+    operand = rounding.operand_unit(dtype, precision)
 
     def constants(unit: float, off: float) -> tuple[float, float, float]:
         grown = (1 + off) ** 2

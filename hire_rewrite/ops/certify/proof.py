@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify import rounding
 from hire_rewrite.ops.certify.dense import dense_error
@@ -19,6 +20,9 @@ from hire_rewrite.ops.predictors import Certifying
 from hire_rewrite.ops.top_k.select import scatter
 
 __all__ = ["chain_of", "enclose", "ordered", "proved", "widen"]
+
+_RANKED_SLACK = 4
+"""Roundings, at most, on the way to what ranks the values: a softmax, its logarithm, a cast."""
 
 _RAW_SLACK, _SLACK, _NARROW_SLACK = 4, 16, 4
 """How far code behind the logits may be from monotone, in units of its rounding: as if its argument
@@ -52,7 +56,8 @@ def proved(
     chain = chain_of(endpoints, x.shape[0], spec)
     norm = lax.dynamic_index_in_dim(state.bound["norm"], layer)
     length, arrays = rounding.norms(x)[:, None], state.guessing(predictor)
-    dense = dense_error(x.shape[1], x.dtype, spec.precision, length, norm)
+    both = jnp.promote_types(x.dtype, spec.compute_dtype)
+    dense = dense_error(x.shape[1], both, spec.precision, length, norm)
     guessed = predictor.bound(arrays, state.bound, x, layer) + dense.below(length, norm)
     units = rounding.CPU_UNIT, rounding.OTHER_UNIT
     share = rounding.platform(*(rounding.gamma(roundings + 2, unit) for unit in units))
@@ -72,7 +77,7 @@ def proved(
         exact = jnp.take_along_axis(values, place, axis=-1, mode="promise_in_bounds")
         order = best(exact, min(spec.certify, place.shape[-1]))[1]
         ranked = jnp.take_along_axis(place, order, axis=-1, mode="promise_in_bounds")
-        sure &= ordered(*widen(low, high, chain), ranked)
+        sure &= ordered(*widen(low, high, chain), ranked, spec.rounding)
     return sure
 
 
@@ -100,6 +105,10 @@ def enclose(middle: Array, error: Array, spec: HeadSpec, chain: Chain) -> tuple[
     """
     # The term of `middle` is for the rounding of the sums below.
     error = rounding.at_least(error + 2.0**-23 * jnp.abs(middle))
+    if spec.cast:
+        here = rounding.BFLOAT16_UNIT if _compat.rounds_casts() else 0.0
+        cast = 2 * rounding.platform(here, rounding.BFLOAT16_UNIT)
+        error = rounding.at_least(error + cast * (jnp.abs(middle) + error))
     ends = []
     narrow = jnp.dtype(spec.out_dtype) != jnp.float32
     for end, sign in ((middle - error, -1.0), (middle + error, 1.0)):
@@ -136,16 +145,20 @@ def widen(first: Array, second: Array, chain: Chain) -> tuple[Array, Array]:
     return low - off(low), high + off(high)
 
 
-def ordered(low: Array, high: Array, ranked: Array) -> Array:
+def ordered(low: Array, high: Array, ranked: Array, unit: float = 0.0) -> Array:
     """bool[tokens], whether the `ranked` are the greatest, in this order, whatever was rounded.
 
     Args:
       low, high: f32[tokens, n], the ends of all values.
       ranked: i32[tokens, c].
+      unit: of the arithmetic on them before they are ranked.
     """
     lows, highs = (
         jnp.take_along_axis(end, ranked, axis=-1, mode="promise_in_bounds") for end in (low, high)
     )
+    if unit:
+        # Of a softmax's logarithm the rounding is that of a number up to log V, below 16.
+        lows = lows - _RANKED_SLACK * unit * (16 + jnp.abs(lows))
     # Of NaN every comparison is false: it must not count as below.
     rivals = jnp.sum(~(high < lows[:, -1:]), axis=-1)
     return (rivals == ranked.shape[1]) & (lows[:, :-1] > highs[:, 1:]).all(-1)

@@ -22,6 +22,7 @@ from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 
 __all__ = [
+    "BFLOAT16_UNIT",
     "CPU_UNIT",
     "OTHER_UNIT",
     "at_least",

@@ -30,7 +30,7 @@ def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec)
     """[tokens, V] for x: [tokens, d], by the best rows that are held: as the model has them, or as
     they are stored."""
     held = state.rows if spec.exact is None else state.dense
-    dtype, out_dtype = spec.compute_dtype, spec.out_dtype
+    dtype, out_dtype = spec.compute_dtype, jnp.bfloat16 if spec.cast else spec.out_dtype
     if spec.exact is None or held is not None:
         rows = lax.dynamic_index_in_dim(held, layer, keepdims=False)
     else:

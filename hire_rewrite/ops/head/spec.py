@@ -37,10 +37,14 @@ class HeadSpec:
       starts: for each endpoint the row that its first value belongs to; () for 0 everywhere. (An
         endpoint may have fewer than V values: padding of the vocabulary is cut off.)
       certify: how many of the greatest values of each endpoint are proved, at most k; 0 for none.
+      rounding: the unit of the arithmetic on the values before they are ranked, for proofs: by so
+        little they may differ and be ranked as equal. 0.0 where they are ranked as they are.
       num_shards: the rows are taken as so many equal shards, one behind the other, and of each
         shard the same number are candidates: one shard for each device.
       recall_target: of searches for the greatest values of all devices (see `da_top_k`).
       exact: how the rows are stored; None for as the model has them.
+      cast: whether the model's product is of bfloat16 and cast to `out_dtype`: compilers for CPU
+        leave that rounding out, others may.
     """
 
     width: int
@@ -52,9 +56,11 @@ class HeadSpec:
     compute_dtype: Any
     starts: tuple[int, ...] = ()
     certify: int = 0
+    rounding: float = 0.0
     num_shards: int = 1
     recall_target: float = 1.0
     exact: Encoding | None = None
+    cast: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates <= self.width:

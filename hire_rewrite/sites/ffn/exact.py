@@ -13,7 +13,7 @@ from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.graph.nodes import Frame, Node, Value
 from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.ffn.importance import top_groups
+from hire_rewrite.ops.ffn.importance import lengths, top_groups
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.ffn.match import FFNMatch
@@ -105,7 +105,7 @@ class RawBlock:
         linear, piece = self.match.down, self.match.piece
         weight = look_up(linear.weight, env).astype(jnp.float32)
         rows = jnp.moveaxis(weight, linear.weight_in, range(len(linear.weight_in)))
-        norms = jnp.sqrt(jnp.square(rows.reshape(linear.in_dim, -1)).sum(-1))
+        norms = lengths(rows.reshape(linear.in_dim, -1))
         return lax.slice_in_dim(norms, piece.start, piece.start + self.match.region.size)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, SiblingState
+from hire_rewrite.ops.ffn.importance import lengths
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch
@@ -70,7 +71,7 @@ def _down_in_groups(
     down = _in_groups(spec, down, order)
     norms = None
     if spec.criterion == "output":
-        norms = jnp.linalg.norm(down.astype(jnp.float32), axis=-1)
+        norms = lengths(down)
     return down, tuple(_in_groups(spec, vector, order) for vector in vectors), norms
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Stored, fetched_kind
 from hire_rewrite.ops.ffn import tail as ops
+from hire_rewrite.ops.ffn.importance import lengths
 from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.predictors import Predictor, Read
@@ -177,7 +178,7 @@ class PredictedFFNOperation(DividedBlock):
             exact_up={} if spec.exact is None else store(spec.exact, by_neuron),
             exact_down={} if spec.exact is None else store(spec.exact, own.down),
             vectors=own.vectors,
-            norms=jnp.linalg.norm(own.down.astype(jnp.float32), axis=-1) if by_output else None,
+            norms=lengths(own.down) if by_output else None,
         )
 
     @property

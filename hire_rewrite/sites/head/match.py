@@ -21,7 +21,7 @@ from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.logits import LogitTopK, downstream, follow
-from hire_rewrite.sites.head.order import disorder
+from hire_rewrite.sites.head.order import AS_LOGITS, Ranked, ranked
 from hire_rewrite.sites.kind import Match
 from hire_rewrite.sites.replacement import arguments
 
@@ -45,7 +45,7 @@ class HeadMatch(Match):
       top_ks: the operations behind them that look for the greatest of the whole vocabulary.
       lookups: where rows of its weight are looked up, if a rule may ask for these.
       doubt: why it is a vocabulary only if a rule says so (by `min_width`); None if it surely is.
-      disorder: why something may rank its guesses before its exact logits; None if nothing does.
+      ranked: what is ranked behind it.
     """
 
     linear: Linear
@@ -55,8 +55,13 @@ class HeadMatch(Match):
     results: tuple[Value, ...]
     top_ks: tuple[LogitTopK, ...] = ()
     doubt: str | None = None
-    disorder: str | None = None
+    ranked: Ranked = AS_LOGITS
     lookups: tuple[Node, ...] = ()
+
+    @property
+    def disorder(self) -> str | None:
+        """Why something may rank its guesses before its exact logits; None if nothing does."""
+        return self.ranked.disorder
 
     @property
     def axis(self) -> int:
@@ -145,7 +150,7 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
     match = _epilogue(linear, axis, context)
     places = [(value, match.places[value][0]) for value in match.outputs]
     return dataclasses.replace(
-        match, top_ks=walk.found, doubt=doubt, disorder=disorder(walk, places, match.nodes)
+        match, top_ks=walk.found, doubt=doubt, ranked=ranked(walk, places, match.nodes)
     )
 
 

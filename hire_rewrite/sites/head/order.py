@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,13 +40,30 @@ _UP, _DOWN, _LOST = 1, -1, 0
 """How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
 
 
-def disorder(
-    walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collection[Node]
-) -> str | None:
-    """Why the greatest of what is ranked may not be those of the greatest logits; None if they are.
+class Ranked(NamedTuple):
+    """How what is ranked behind a head is made of its logits.
+
+    Attributes:
+      disorder: why its greatest may not be those of the greatest logits; None if they are.
+      forbidden: how many of the greatest logits the program may take out of the order.
+      rounding: the unit of the coarsest arithmetic between, which may make two logits one; 0.0
+        where nothing is between.
+    """
+
+    disorder: str | None
+    forbidden: int
+    rounding: float
+
+
+AS_LOGITS = Ranked(None, 0, 0.0)
+"""What is ranked is the logits themselves."""
+
+
+def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collection[Node]) -> Ranked:
+    """What is ranked behind a head.
 
     Args:
-      walk: of the head's logits, which has found that they are.
+      walk: of the head's logits, which has found that something is.
       outputs: what its epilogue returns, each with its vocabulary axis.
       inside: the epilogue.
     """
@@ -54,7 +72,7 @@ def disorder(
     order.stack = [(value, axis, _UP) for value, axis in outputs]
     while order.stack and order.reason is None:
         order.visit(*order.stack.pop())
-    return order.reason
+    return Ranked(order.reason, sum(order.forbidden.values()), order.rounding)
 
 
 class _Order:
@@ -67,6 +85,8 @@ class _Order:
         self.ways: dict[tuple[Value, int], int] = {}
         self.lost: dict[Value, Node] = {}
         self.reason: str | None = None
+        self.forbidden: dict[Node, int] = {}
+        self.rounding = 0.0
         self.of_logits = downstream([walk.product], walk.uses)
 
     def visit(self, value: Value, axis: int, way: int) -> None:
@@ -142,6 +162,7 @@ class _Order:
             return _UP if is_one_hot(user.ins[1 - position]) else _LOST
         if not has(primitive, Trait.POINTWISE):
             return _UP  # it lies elsewhere
+        self._round(user, position)
         if not jnp.issubdtype(user.outs[0].dtype, jnp.floating):
             return None  # a condition
         others = [other for i, other in enumerate(user.ins) if i != position]
@@ -156,6 +177,16 @@ class _Order:
             return _LOST
         return _way_of(user, position, others)
 
+    def _round(self, user: Node, position: int) -> None:
+        """Remember an operation that may make two numbers one."""
+        before, after = user.ins[position].dtype, user.outs[0].dtype
+        if not jnp.issubdtype(after, jnp.floating) or user.primitive is p.select_n_p:
+            return
+        unit = float(jnp.finfo(after).eps)
+        if has(user.primitive, Trait.CASTS) and unit <= float(jnp.finfo(before).eps):
+            return
+        self.rounding = max(self.rounding, unit)
+
     def _is_alike(self, case: Value, other: Value, axis: int) -> bool:
         """Whether a case of a choice is ordered as another one is, or is one number."""
         if case is other or not _varies(case, axis):
@@ -166,15 +197,20 @@ class _Order:
     def _forbids(self, user: Node) -> bool:
         """Whether a scatter makes a few logits less or leaves them: the greatest of the others stay
         what they are."""
-        if math.prod(user.ins[1].shape[:-1]) > _FEW:
+        count = math.prod(user.ins[1].shape[:-1])
+        if count > _FEW:
             return False
         made = origin(user.ins[2], Trait.CASTS | Trait.MOVES)
         chosen = made.node is not None and made.node.primitive is p.select_n_p
         cases = made.node.ins[1:] if made.node is not None and chosen else (made,)
         adds = user.primitive is p.scatter_add_p
-        return (adds or user.primitive is p.scatter_p) and all(
+        lowers = (adds or user.primitive is p.scatter_p) and all(
             self._lowers(case, 0.0 if adds else -1e4, adds) for case in cases
         )
+        if lowers:  # others each time, in a loop
+            looped = user.scope.parent is not None
+            self.forbidden[user] = math.prod(user.outs[0].shape) if looped else count
+        return lowers
 
     def _lowers(self, update: Value, most: float, adds: bool) -> bool:
         """Whether an update is a number so small, or what it takes the place of."""

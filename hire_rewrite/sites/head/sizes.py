@@ -31,8 +31,9 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
     """
     match: HeadMatch = site.match
     linear, width, sharding = match.linear, match.width, site.sharding
-    if not jnp.issubdtype(match.logits.dtype, jnp.floating):
-        raise Unfit(f"its logits are {match.logits.dtype}, and only floating-point ones are chosen")
+    for value in match.outputs:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise Unfit(f"its logits are {value.dtype}, and only floating-point ones are chosen")
     k = count(rule.k, width, f"{site.name}: k")
     candidates = candidate_count(site.name, rule, k, min(width, max(256, 4 * k)), width)
     num_shards, predictor = sharding.num_shards, rule.guesses_by
@@ -60,6 +61,7 @@ def head_spec(site: MatchedSite, rule: Head) -> HeadSpec:
         num_shards=num_shards,
         recall_target=rule.recall_target,
         exact=rule.exact,
+        cast=linear.out.dtype != match.logits.dtype,
     )
     if rule.exact is not None:
         _check_exact(site, rule.exact, spec)
@@ -108,12 +110,18 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
         )
     if match.disorder is not None:
         raise Unfit(f"certify: {match.disorder}")
+    count = int(rule.certify) + match.ranked.forbidden
+    if count > spec.k:
+        raise Unfit(
+            f"certify: {match.ranked.forbidden} of its greatest logits may be taken out behind it, "
+            f"so that {count} have to be proved of k={rule.k}: give a greater k"
+        )
     sides = {side: jax.ShapeDtypeStruct(side.shape, side.dtype) for side in match.side_inputs}
 
     def examine(arrays: Any) -> None:
         chain_of(epilogue_of(match, dict(zip(sides, arrays, strict=True))), site.tokens, proved)
 
     with unfit_if_refused():
-        proved = dataclasses.replace(spec, certify=int(rule.certify))
+        proved = dataclasses.replace(spec, certify=count, rounding=match.ranked.rounding)
         jax.eval_shape(examine, list(sides.values()))
     return proved

@@ -20,6 +20,7 @@ CODE = {
     "by a mask": lambda a, b: a * (a > 0) * b,
     "both": lambda a, b: jnp.where((a > 0) & ~(b < 0.1), a * b, 0.0),
     "shrunk": lambda a, b: jnp.sign(a) * jnp.maximum(jnp.abs(a) - 0.5, 0),
+    "rounded": lambda a, b: jax.nn.relu(lax.reduce_precision(a, 8, 2) - 0.99) * b,
     "quotient": lambda a, b: a / (1 + b**2),
     "even and odd powers": lambda a, b: a**2 - b**3,
     "bounded": lambda a, b: jax.nn.sigmoid(a) * jnp.tanh(b) + jnp.minimum(a, b),

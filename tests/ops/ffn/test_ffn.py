@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
-from hire_rewrite.ops.ffn.importance import guess, importance, top_groups
+from hire_rewrite.ops.ffn.importance import guess, importance, lengths, top_groups
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import LowRank, Quantized
+from hire_rewrite.ops.quality import relative_error
 from tests.ops.cases import Oracle, ffn, fitted, normal
 
 
@@ -430,3 +431,14 @@ def test_rows_fetched_in_pieces(name, tokens, monkeypatch):
     pieces = run(hire_ffn, x, spec, state, activation, predictor=predictor)
     np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
     assert np.abs(whole).max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1.0, 1e20, 1e30])
+def test_lengths_and_errors_of_numbers_of_any_size(scale):
+    vectors = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    vectors[0] = 0.0
+    scaled = jnp.asarray(vectors * np.float32(scale))
+    want = np.linalg.norm(np.asarray(scaled, np.float64), axis=-1)
+    np.testing.assert_allclose(np.asarray(lengths(scaled), np.float64), want, rtol=1e-5)
+    errors = relative_error(1.5 * scaled, scaled)
+    np.testing.assert_allclose(errors, [0.0, 0.5, 0.5, 0.5, 0.5], rtol=1e-4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.head.head import HeadSpec, HeadState, dense_head, hire_head
 from hire_rewrite.ops.head.logits import exact_values
+from hire_rewrite.ops.head.tail import with_tail
 from hire_rewrite.ops.predictors import LowRank, Quantized
 from tests.ops.cases import Oracle, fitted, head, normal
 
@@ -317,3 +318,17 @@ def test_where_a_guess_is_no_number_the_row_is_read(predictor, nan, monkeypatch)
     (got,) = run(x, spec, state, predictor)
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got[:, 7], want[:, 7], rtol=1e-5)
+
+
+def test_masks_stay_masks_where_guesses_are_far_off():
+    """What the tail is moved by is a square: in float16, and in float32 too, it may be infinite."""
+    rng = np.random.default_rng(0)
+    for dtype, size in ((jnp.float16, 1e4), (jnp.float32, 1e21)):
+        spec = HeadSpec(64, 4, 8, "predicted", dtype, None, dtype)
+        guesses = jnp.asarray(size * rng.uniform(0, 1, (1, 64)), dtype).at[:, 50:].set(-jnp.inf)
+        places = jnp.arange(8)[None]
+        exact = jnp.asarray(size * rng.uniform(-1, 2, (1, 8)), dtype)
+        values = with_tail(exact, places, guesses, spec)
+        assert not jnp.isnan(values).any()
+        assert (values[:, 50:] == -jnp.inf).all()
+        assert values.argmax() == exact.argmax()
