@@ -38,8 +38,8 @@ def transform(
       fn: any function of arrays that JAX can trace.
       rules: what to rewrite and how; the first that fits a site decides. Without any, what does
         not change the model: the same numbers in fewer bits, for every layer that they fit;
-        `Head()` for other heads; FFN blocks that select a top-k by themselves by their own k, and
-        those behind a ReLU without what it makes zero, where that pays.
+        `Head()` for other heads; FFN blocks that keep the greatest of their gates, by their own k,
+        and those behind a ReLU without what it makes zero, where that pays.
       weights: the positions of the arguments that hold weights, as `argnums` in `jax.grad`.
         Arrays that `fn` closes over are weights too; `()` if there are no others.
       mesh: shard the rows of sites over all devices of this mesh, where their weights are not

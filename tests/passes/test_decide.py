@@ -226,6 +226,24 @@ def test_a_block_that_selects_has_its_own_k():
     assert (rule.group, rule.k) == (1, 8)
 
 
+def test_what_is_selected_by_something_else_than_a_gate_stays_dense():
+    """Candidates beyond the k greatest guesses are those of the greatest gates."""
+
+    def kept(by, h):
+        return jnp.where(by >= jax.lax.top_k(by, 8)[0][..., -1:], h, 0)
+
+    for select in (
+        lambda h: kept(jnp.abs(h), h),
+        lambda h: kept(-jnp.abs(h), h),
+        lambda h: kept(jax.nn.relu(h), h),  # all of them, where fewer than 8 are positive
+        lambda h: kept(h + jnp.sin(jnp.arange(h.shape[-1])), jax.nn.relu(h)),
+        lambda h: kept(jax.nn.gelu(h), jax.nn.gelu(h)),
+    ):
+        site = only(fn=plain(select), params=PLAIN, tokens=1)
+        assert (site.status, site.rule) == ("dense", None)
+    assert only(fn=plain(lambda h: kept(h, jax.nn.gelu(h))), params=PLAIN, tokens=1).rule.k == 8
+
+
 def test_how_many_a_statistic_selects_nobody_knows():
     """The data say: no k is right for all of them."""
 

@@ -209,3 +209,46 @@ def test_logits_that_rounding_makes_one_are_not_proved(last, scale):
     rule = hire.Head(k=1, candidates=8, certify=True, min_width=512, force=True)
     step = hire.transform(greedy, rule)
     np.testing.assert_array_equal(step(step.pack(rows, x), x), jax.jit(greedy)(rows, x))
+
+
+def _chosen(q, asked, kept):
+    return (jnp.where(asked(q), q, -1.0) if kept else jnp.where(asked(q), -1.0, q)).argmax(-1)
+
+
+AWRY = {
+    "the great ones are dropped": lambda z, x: _chosen(
+        jax.nn.softmax(z), lambda q: q > 1e-3, False
+    ),
+    "the greatest is dropped": lambda z, x: jnp.where(
+        z == z.max(-1, keepdims=True), -jnp.inf, z
+    ).argmax(-1),
+    "not those below": lambda z, x: _chosen(jax.nn.softmax(z), lambda q: ~(q < 1e-3), False),
+    "times a negative": lambda z, x: (jax.nn.log_softmax(z) * -jnp.exp(x[:, :1])).argmax(-1),
+    "times a constant": lambda z, x: (jax.nn.log_softmax(z) * np.float32([-1.0])).argmax(-1),
+    "the first of a sort": lambda z, x: jnp.argsort(z, -1)[:, 0],
+    "another head": lambda z, x: (
+        jax.nn.log_softmax(z) - jax.nn.log_softmax((x + jax.random.normal(KEY, x.shape)) @ OTHER)
+    ).argmax(-1),
+}
+STRAIGHT = {
+    "top k": lambda z, x: jnp.where(
+        z < lax.top_k(z, 9)[0][:, -1:], -jnp.inf, jax.nn.softmax(z)
+    ).argmax(-1),
+    "not below": lambda z, x: _chosen(jax.nn.softmax(z), lambda q: ~(q < 1e-3), True),
+    "noise": lambda z, x: (z / 0.7 + jax.random.gumbel(KEY, z.shape)).argmax(-1),
+    "the last of a sort": lambda z, x: jnp.argsort(z, -1)[:, -9:],
+    "the first of the negated": lambda z, x: jnp.argsort(-z, -1)[:, :9],
+}
+OTHER = PARAMS["other"]
+
+
+@pytest.mark.parametrize(("name", "behind"), [*AWRY.items(), *STRAIGHT.items()])
+def test_what_is_chosen_may_be_what_was_guessed(name, behind):
+    def model(params, x):
+        return behind(x @ params["head"], x)
+
+    for rules in ((), (hire.Head(certify=True),)):
+        plan = hire.transform(model, *rules, on_miss="ignore").plan(PARAMS, X)
+        heads = [site for site in plan.sites if site.kind == "head" and "head" in site.name]
+        asked = [site.rule is not None for site in heads]
+        assert asked == ([True] if name in STRAIGHT else [False] * len(heads)), heads

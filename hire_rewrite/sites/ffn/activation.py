@@ -71,6 +71,8 @@ class Activation:
       gate_bias: the number of the vector that is added to the gate first, if there is one.
       keeps: how many positions the region itself selects, if it does (at most, and by a count on
         random numbers where a statistic selects).
+      by_gate: whether these are those of the greatest gates and no others, as tried, whatever the
+        other projections and vectors are. Only then candidates for them can be found by the gate.
       zeroing: the projections that tell which neurons are zero, whatever the others are: one if one
         does, otherwise all; none if the code is not seen to make any zero, from bounds of its
         arguments.
@@ -81,6 +83,7 @@ class Activation:
     sparse: bool = False
     gate_bias: int | None = None
     keeps: int | None = None
+    by_gate: bool = False
     zeroing: tuple[int, ...] = ()
 
 
@@ -111,19 +114,39 @@ def _selecting(region: Region) -> Activation:
     vectors = [jnp.zeros(region.size, vector.value.dtype) for vector in region.vectors]
     # The same row for all tokens, so that the count does not depend on how many there are.
     count = len(region.projections)
-    rows = np.random.default_rng(0).normal(size=(count, region.size))
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(count, region.size))
     ones = np.ones(region.size)
+
+    def run(rows: Sequence[Any] | np.ndarray, vectors: Sequence[Any]) -> np.ndarray:
+        """bool[size], the positions that are not zero for any token."""
+        pre = [
+            jnp.broadcast_to(
+                jnp.asarray(row, item.linear.out.dtype),
+                (item.window.tokens(item.linear.out.shape), region.size),
+            )
+            for row, item in zip(rows, region.projections, strict=True)
+        ]
+        found = np.asarray(region.run(pre, vectors, sides) != 0)
+        return np.asarray(found.reshape(-1, region.size).any(0))
 
     def kept(varied: Sequence[int]) -> int:
         """Positions that are not zero, where some projections vary and the others are one."""
-        pre = [
-            jnp.broadcast_to(
-                jnp.asarray(rows[i] if i in varied else ones, item.linear.out.dtype),
-                (item.window.tokens(item.linear.out.shape), region.size),
-            )
-            for i, item in enumerate(region.projections)
-        ]
-        return int(np.asarray(region.run(pre, vectors, sides) != 0).sum(-1).max())
+        return int(run([rows[i] if i in varied else ones for i in range(count)], vectors).sum())
+
+    def selects_by(gate: int, most: int) -> bool:
+        """Whether the greatest gates alone are kept; of none that is positive, perhaps fewer."""
+        for sign in (1, 1, -1):
+            rows = rng.normal(size=(count, region.size))
+            rows[gate] = rows[gate] if sign > 0 else -np.abs(rows[gate])
+            drawn = [jnp.asarray(rng.normal(size=region.size), v.dtype) for v in vectors]
+            greatest = np.zeros(region.size, bool)
+            greatest[np.argsort(-rows[gate])[:most]] = True
+            rows[gate] -= ~greatest  # in bfloat16 too they are apart
+            found = run(rows, drawn)
+            if (found & ~greatest).any() or (sign > 0 and found.sum() < most):
+                return False
+        return True
 
     gates = [i for i in range(count) if 2 * kept([i]) <= region.size]
     most = kept(range(count))
@@ -131,7 +154,9 @@ def _selecting(region: Region) -> Activation:
         reason = "it reads all hidden positions, but selects no few of them"
         raise NoMatch(Refusal.MIXES_POSITIONS, reason, last)
     name = "topk" if exact else STATISTICAL
-    return Activation(name, gates[-1] if gates else 0, sparse=True, keeps=most)
+    sole = [gate for gate in range(count) if exact and selects_by(gate, most)]
+    gate = (sole or gates or [0])[-1]
+    return Activation(name, gate, sparse=True, keeps=most, by_gate=bool(sole))
 
 
 def _zeroing(probe: _Probe) -> tuple[int, ...]:

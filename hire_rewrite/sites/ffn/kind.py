@@ -9,7 +9,6 @@ from hire_rewrite.ops.encodings import Blocks
 from hire_rewrite.patterns.linear import Linear, MatchContext
 from hire_rewrite.rules import Rule
 from hire_rewrite.sharding.rows import RowSharding
-from hire_rewrite.sites.ffn.activation import STATISTICAL
 from hire_rewrite.sites.ffn.match import FFNMatch, match_ffn
 from hire_rewrite.sites.ffn.operation import FFNOperation
 from hire_rewrite.sites.ffn.positive import positive_operation
@@ -38,8 +37,8 @@ class FFNKind(SiteKind):
 
     def default_rule(self, match: FFNMatch) -> FFN | None:
         """What the graph itself selects, by its own k; of a ReLU what is not zero."""
-        if match.activation.name == STATISTICAL:
-            return None  # how many it keeps the data say
+        if match.activation.keeps is not None and not match.activation.by_gate:
+            return None  # how many it keeps, or which, cannot be told by the gate
         if match.activation.keeps is not None:
             return FFN(k=selected_k(match.activation, match.region.size), group=1)
         return FFN(k="positive") if match.activation.zeroing else None

@@ -67,5 +67,11 @@ def _is_small(value: Value) -> bool:
 
 
 def is_negative(value: Value) -> bool:
-    """Whether a value is a number below zero that is written into the program."""
-    return value.literal is not None and bool(np.all(np.asarray(value.literal) < 0))
+    """Whether a value is a number below zero that is written into the program, or is negated."""
+    source = origin(value, Trait.CASTS | Trait.MOVES)
+    number = source.const if source.literal is None else source.literal
+    if number is not None and np.ndim(number) <= 1:
+        return bool(np.all(np.asarray(number) < 0))
+    return source.node is not None and (
+        source.node.primitive is p.neg_p and not is_negative(source.node.ins[0])
+    )

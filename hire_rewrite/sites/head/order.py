@@ -10,7 +10,7 @@ each logit by itself before any of this is no matter: candidates are chosen by w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -137,8 +137,25 @@ class _Order:
                     "those may be none of the greatest"
                 )
             return
+        if user.primitive is p.sort_p:
+            wanted = tuple(way for way in wanted if way not in self._read_ends(user, axis))
         if way not in wanted:
             self._refuse(value, way, f"{user.primitive} ranks them ({source_of(user)})")
+
+    def _read_ends(self, user: Node, axis: int) -> set[int]:
+        """Of numbers in ascending order the ways for which their least ones are seen to be read:
+        those of which the first are, or the last, and no others."""
+        found = set()
+        for out in user.outs:
+            for reader, _ in self.uses.users(out):
+                if reader.primitive is p.slice_p:
+                    start = reader.params["start_indices"][axis]
+                    short = reader.params["limit_indices"][axis] < out.shape[axis]
+                    if short and start == 0:
+                        found.add(_UP)
+                    elif not short and start > 0:
+                        found.add(_DOWN)
+        return found
 
     def _refuse(self, value: Value, way: int, why: str) -> None:
         blamed = self.lost.get(value)
@@ -171,6 +188,7 @@ class _Order:
             if position == 0:
                 return None
             masks = _varies(condition, axis) and condition not in self.of_logits
+            masks |= self._drops_the_greatest(condition, cases, user.ins[position])
             alike = all(self._is_alike(case, user.ins[position], axis) for case in cases)
             return _LOST if masks or not alike else _UP
         if any(_varies(other, axis) and not _is_random(other) for other in others):
@@ -186,6 +204,24 @@ class _Order:
         if has(user.primitive, Trait.CASTS) and unit <= float(jnp.finfo(before).eps):
             return
         self.rounding = max(self.rounding, unit)
+
+    def _drops_the_greatest(self, condition: Value, cases: Sequence[Value], kept: Value) -> bool:
+        """Whether a choice that compares the logits themselves leaves out the great ones, or those
+        that are equal to something."""
+        made = origin(condition, _LAID).node
+        if made is None or len(cases) != 2:
+            return False
+        if made.primitive is p.not_p:
+            return self._drops_the_greatest(made.ins[0], cases[::-1], kept)
+        compared = [origin(value, _LAID) is origin(kept, _LAID) for value in made.ins]
+        if not has(made.primitive, Trait.COMPARES) or compared.count(True) != 1:
+            return False
+        if made.primitive in (p.eq_p, p.ne_p):
+            other = origin(made.ins[compared.index(False)], _LAID)
+            return other.literal is None
+        # True where the logits are great: that case has to be theirs.
+        great = (made.primitive in (p.gt_p, p.ge_p)) == compared[0]
+        return cases[great] is not kept
 
     def _is_alike(self, case: Value, other: Value, axis: int) -> bool:
         """Whether a case of a choice is ordered as another one is, or is one number."""
@@ -280,6 +316,10 @@ def _varies(value: Value, axis: int, depth: int = 16) -> bool:
 
 
 def _is_random(value: Value) -> bool:
-    """Whether random numbers are in it: what is drawn is drawn by guesses, too."""
-    made = (each.node for each in backward_slice(value))
-    return any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
+    """Whether it is random numbers, and nothing that a model computes: what is drawn is drawn by
+    guesses, too."""
+    made = [each.node for each in backward_slice(value)]
+    drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
+    return drawn and not any(
+        node is not None and has(node.primitive, Trait.MULTIPLIES) for node in made
+    )
