@@ -36,7 +36,8 @@ def with_tail(
     if spec.tail == "-inf":
         return scatter(jnp.full_like(guesses, -jnp.inf), candidates, exact)
     shift = _shift(exact, at(guesses, candidates), 1 if axes else spec.num_shards, axes)
-    most = float(jnp.finfo(guesses.dtype).max)  # it is a square, and −infinity plus infinity NaN
+    # It is a square, and −infinity plus infinity would be NaN.
+    most = shift.dtype.type(min(jnp.finfo(dtype).max for dtype in (guesses.dtype, shift.dtype)))
     tail = guesses + lax.stop_gradient(lax.clamp(-most, shift, most)).astype(guesses.dtype)
     known = lax.stop_gradient(exact)
     if axes:
