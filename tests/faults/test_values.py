@@ -31,6 +31,7 @@ def test_odd_weights(weights):
     assert not count.wrong
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weights", ["ties", "one row zero"])
 def test_candidates_of_numbers_of_any_size(weights):
     """The order of guesses below a threshold does not get lost where they are tiny or huge."""

@@ -188,6 +188,7 @@ def test_what_is_forbidden_is_proved_besides():
         assert (site.status, "may be taken out" in site.reason) == (status, k == 1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
 @pytest.mark.parametrize(
     "last",
