@@ -12,7 +12,7 @@ from typing import Any
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
-from hire_rewrite.rules import Rule
+from hire_rewrite.rules import Rule, is_int
 from hire_rewrite.sites import site_kinds
 
 
@@ -76,7 +76,7 @@ def plain(item: Any, types: Mapping[str, type], what: str = "save_rules") -> Any
     """
     if isinstance(item, tuple):
         return [plain(value, types, what) for value in item]
-    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+    if is_int(item):
         return int(item)
     if isinstance(item, numbers.Real) and not isinstance(item, bool):
         return float(item)

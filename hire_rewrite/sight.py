@@ -50,8 +50,9 @@ class OnSight:
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Packed | None:
         seen, known = self._seen or (None, [])
-        same = seen is not None and len(seen) == len(leaves)
-        same = same and all(map(operator.is_, seen or (), leaves))
+        same = (
+            seen is not None and len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
+        )
         if not self._analyses.weights and known:
             return known[0]
         analysis = self._analyses.of(None, args, kwargs)

@@ -125,9 +125,10 @@ class Reader:
         self.description = read_bytes(self._path / _DESCRIPTION, MAX_BYTES)
         self.size = 0
         found = (
-            (os.path.join(top, name), name in files)
-            for top, folders, files in os.walk(self._path)
-            for name in (*folders, *files)
+            (os.path.join(top, name), is_file)
+            for top, *both in os.walk(self._path)
+            for names, is_file in zip(both, (False, True), strict=True)
+            for name in names
         )
         for count, (name, is_file) in enumerate(found):
             if os.path.islink(name) or count > _MAX_CHUNKS:

@@ -15,7 +15,16 @@ from jax import Array, lax
 
 from hire_rewrite.ops.top_k.select import top_k
 
-__all__ = ["Choice", "Comparison", "Measured", "Quality", "Reading", "quality", "relative_error"]
+__all__ = [
+    "Choice",
+    "Comparison",
+    "Measured",
+    "Quality",
+    "Reading",
+    "lengths",
+    "quality",
+    "relative_error",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +170,15 @@ def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:
 
 def relative_error(got: Array, wanted: Array) -> Array:
     """f32[tokens], ‖got − wanted‖ / ‖wanted‖ of vectors: [tokens, n]."""
-    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
-    greatest = jnp.abs(wanted).max(-1, keepdims=True, initial=0.0)
-    unit = jnp.where((greatest > 0) & (greatest < jnp.inf), greatest, 1.0)  # as in `lengths`
-    got, wanted = got / unit, wanted / unit
-    size = jnp.sqrt(jnp.square(wanted).sum(-1))
-    return jnp.sqrt(jnp.square(got - wanted).sum(-1)) / jnp.where(size == 0, 1.0, size)
+    size = lengths(wanted)
+    off = got.astype(jnp.float32) - wanted.astype(jnp.float32)
+    return lengths(off) / jnp.where(size == 0, 1.0, size)
+
+
+def lengths(vectors: Array) -> Array:
+    """f32[...], the Euclidean norms of vectors: [..., n], of however small or great numbers."""
+    sizes = jnp.abs(vectors.astype(jnp.float32))
+    # Squares of numbers below 1e-19 would all be zero, and of those above 1e19 infinite.
+    greatest = sizes.max(-1, initial=0.0)
+    unit = jnp.where((greatest > 0) & (greatest < jnp.inf), greatest, 1.0)
+    return unit * jnp.sqrt(jnp.square(sizes / unit[..., None]).sum(-1))

@@ -8,6 +8,7 @@ from jax import Array, lax
 from hire_rewrite.ops.ffn.block import FFNSpec
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.quality import lengths
 from hire_rewrite.ops.top_k.keys import below_zero
 from hire_rewrite.ops.top_k.select import marked, scatter, sharded_top_k, top_k
 
@@ -16,7 +17,6 @@ __all__ = [
     "best_places",
     "guess",
     "importance",
-    "lengths",
     "places",
     "top_groups",
     "with_common",
@@ -96,15 +96,6 @@ def importance(h: Array, norms: Array | None, group: int) -> Array:
         rank = lengths(values.reshape(tokens, n // group, group))
     # With its sign bit set a NaN would rank last.
     return jnp.where(jnp.isnan(rank), jnp.inf, rank)
-
-
-def lengths(vectors: Array) -> Array:
-    """f32[...], the Euclidean norms of vectors: [..., n], of however small or great numbers."""
-    sizes = jnp.abs(vectors.astype(jnp.float32))
-    # Squares of numbers below 1e-19 would all be zero, and of those above 1e19 infinite.
-    greatest = sizes.max(-1, initial=0.0)
-    unit = jnp.where((greatest > 0) & (greatest < jnp.inf), greatest, 1.0)
-    return unit * jnp.sqrt(jnp.square(sizes / unit[..., None]).sum(-1))
 
 
 def top_groups(h: Array, norms: Array | None, spec: FFNSpec, among: Array | None = None) -> Array:

@@ -25,9 +25,6 @@ from hire_rewrite.patterns.axes import run_part
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 
-STATISTICAL = "statistical_topk"
-"""The name of an activation that selects by a statistic of all neurons: how many, the data say."""
-
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _NARROW = np.array([-7.9, -1.0, -0.01, 0.01, 1.0, 7.9], np.float32)
@@ -153,7 +150,7 @@ def _selecting(region: Region) -> Activation:
     if not 0 < 2 * most <= region.size:
         reason = "it reads all hidden positions, but selects no few of them"
         raise NoMatch(Refusal.MIXES_POSITIONS, reason, last)
-    name = "topk" if exact else STATISTICAL
+    name = "topk" if exact else "statistical_topk"
     sole = [gate for gate in range(count) if exact and selects_by(gate, most)]
     gate = (sole or gates or [0])[-1]
     return Activation(name, gate, sparse=True, keeps=most, by_gate=bool(sole))

@@ -13,8 +13,9 @@ from hire_rewrite.graph.evaluate import look_up, run_node
 from hire_rewrite.graph.nodes import Frame, Node, Value
 from hire_rewrite.ops.ffn.activity import activity
 from hire_rewrite.ops.ffn.block import FFNSpec
-from hire_rewrite.ops.ffn.importance import lengths, top_groups
+from hire_rewrite.ops.ffn.importance import top_groups
 from hire_rewrite.ops.moments import Moments
+from hire_rewrite.ops.quality import lengths
 from hire_rewrite.patterns.region import from_tokens, to_tokens
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.replacement import arguments

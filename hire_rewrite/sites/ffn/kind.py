@@ -37,11 +37,12 @@ class FFNKind(SiteKind):
 
     def default_rule(self, match: FFNMatch) -> FFN | None:
         """What the graph itself selects, by its own k; of a ReLU what is not zero."""
-        if match.activation.keeps is not None and not match.activation.by_gate:
+        activation = match.activation
+        if activation.keeps is None:
+            return FFN(k="positive") if activation.zeroing else None
+        if not activation.by_gate:
             return None  # how many it keeps, or which, cannot be told by the gate
-        if match.activation.keeps is not None:
-            return FFN(k=selected_k(match.activation, match.region.size), group=1)
-        return FFN(k="positive") if match.activation.zeroing else None
+        return FFN(k=selected_k(activation, match.region.size), group=1)
 
     def unasked(self, match: FFNMatch) -> str:
         name = match.activation.name

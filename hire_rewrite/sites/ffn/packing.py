@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding, Stored
 from hire_rewrite.ops.ffn.block import FFNSpec, FFNState, SiblingState
-from hire_rewrite.ops.ffn.importance import lengths
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.ops.quality import lengths
 from hire_rewrite.sharding.rows import RowSharding
 from hire_rewrite.sites.ffn.match import FFNMatch
 from hire_rewrite.sites.kind import MatchedSite

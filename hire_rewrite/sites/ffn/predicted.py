@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from hire_rewrite.graph.weights import narrow
 from hire_rewrite.ops.encodings import Blocks, Encoding, Float, Stored, fetched_kind
 from hire_rewrite.ops.ffn import tail as ops
-from hire_rewrite.ops.ffn.importance import lengths
 from hire_rewrite.ops.ffn.sharded import compared, summed
 from hire_rewrite.ops.ffn.tail import PredictedFFNSpec, PredictedFFNState
 from hire_rewrite.ops.predictors import Predictor, Read
+from hire_rewrite.ops.quality import lengths
 from hire_rewrite.rules import count
 from hire_rewrite.sites.ffn.divided import DividedBlock
 from hire_rewrite.sites.ffn.match import FFNMatch

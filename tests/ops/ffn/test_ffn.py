@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.ffn.ffn import dense_ffn, exact_ffn, hire_ffn, masked_ffn
-from hire_rewrite.ops.ffn.importance import guess, importance, lengths, top_groups
+from hire_rewrite.ops.ffn.importance import guess, importance, top_groups
 from hire_rewrite.ops.ffn.layer import BlockLayer
 from hire_rewrite.ops.predictors import LowRank, Quantized
-from hire_rewrite.ops.quality import relative_error
+from hire_rewrite.ops.quality import lengths, relative_error
 from tests.ops.cases import Oracle, ffn, fitted, normal
 
 
