@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ from . import lockstep
 FOLDER = Path("out/day")
 GROWTH = 32 << 20
 """Bytes by which a process may be larger in the end than after its first steps."""
+_SAMPLES = 100
+"""Reports whose median says how large a process is: from one to the next it goes up and down by
+the 15 to 50 MiB of XLA's buffers."""
 _PATIENCE = 1800.0
 """Seconds without a step after which a process counts as hanging."""
 
@@ -133,7 +137,7 @@ def counted(form: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     telemetry = ends[-1].get("telemetry", {})
     proved = [site["proved"] for site in telemetry.values() if site["proved"] is not None]
     note = f"{min(proved):.3%} of tokens were proved" if proved else ""
-    grown = [end["rss"] - end["rss_first"] for end in ends]
+    grown = list(map(_growth, runs))
     loaded = [run[0]["begun"] == "loaded" for run in runs[1:]]
     return [
         {
@@ -159,6 +163,13 @@ def counted(form: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "wrong": sum(not each for each in loaded),
         },
     ]
+
+
+def _growth(run: Sequence[dict[str, Any]]) -> float:
+    """Bytes from the median of the first reports after warm-up to that of the last ones."""
+    sizes = [line["rss"] for line in run if line.get("warm")]
+    some = max(1, min(_SAMPLES, len(sizes) // 2))
+    return statistics.median(sizes[-some:]) - statistics.median(sizes[:some]) if sizes else 0.0
 
 
 def _load(folder: Path, requests: int) -> dict[str, Any]:

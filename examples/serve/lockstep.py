@@ -137,27 +137,25 @@ def together(
     Args:
       words: i32[n], text for prompts.
       tell: called every few steps with what was seen so far: `steps`, `tokens`, `wrong`; `warm`,
-        the steps after the first ones; `compiled`, programs that were compiled in these; `rss` and
-        `rss_first`, bytes of this process now and after the first steps, the greatest of some.
+        the steps after the first ones; `compiled`, programs that were compiled in these; `rss`,
+        bytes of this process.
       first: how many steps the first ones are.
       end: the token that ends an answer.
     """
     engine = Engine(pair, queue=4 * pair.slots, end=end)
     traffic, compilations = Traffic(engine, words, seed), Compilations()
-    before = told = size = 0
+    before = told = 0
     seen: dict[str, Any] = {}
     while pair.steps < steps:
         traffic.tick()
         warm = max(0, pair.steps - first)
-        if warm <= first:  # of the first steps after warm-up, the greatest
-            size = max(size, resident())
         if not warm:
             before = compilations.count
         if pair.steps - told >= 10 or pair.steps >= steps:
             told = pair.steps
             seen = {
                 "steps": pair.steps, "tokens": pair.tokens, "wrong": pair.wrong, "warm": warm,
-                "compiled": compilations.count - before, "rss": resident(), "rss_first": size,
+                "compiled": compilations.count - before, "rss": resident(),
             }  # fmt: skip
             tell(seen)
     return seen

@@ -276,13 +276,32 @@ def test_packed_weights_on_disk_say_the_same(models, tmp_path):
 
 
 def test_the_rows_of_a_record():
-    size = {"rss": 9, "rss_first": 9}
-    first = {"steps": 10, "tokens": 30, "wrong": 0, "warm": 5, "compiled": 0, **size}
-    last = {"steps": 30, "tokens": 50, "wrong": 1, "warm": 5, "compiled": 2, **size}
+    first = {"steps": 10, "tokens": 30, "wrong": 0, "warm": 5, "compiled": 0, "rss": 9}
+    last = {"steps": 30, "tokens": 50, "wrong": 1, "warm": 5, "compiled": 2}
     last |= {"rss": 9 + 2 * day.GROWTH, "telemetry": {"head": {"proved": 0.5}}}
     lines = [{"begun": "packed"}, first, {"begun": "packed"}, first, last]
     rows = day.counted("certify", lines)
     assert [(row["tried"], row["wrong"]) for row in rows] == [(80, 1), (10, 2), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "grew"),
+    [
+        ([0, 50] * 250, False),  # up and down
+        ([5] * 499 + [50], False),  # once, in the end
+        ([i / 10 for i in range(500)], True),  # ever more
+        ([0] * 250 + [40] * 250, True),
+        ([0] * 2 + [40] * 2, True),
+    ],
+)
+def test_what_is_growth(sizes, grew):
+    """In MiB; before warm-up a process may grow as it likes."""
+    report = {"steps": 10, "tokens": 30, "wrong": 0, "compiled": 0}
+    lines = [report | {"warm": i + 1, "rss": size * 2**20} for i, size in enumerate(sizes)]
+    lines[-1]["telemetry"] = {}
+    rows = day.counted("certify", [{"begun": "packed"}, report | {"warm": 0, "rss": 0}, *lines])
+    (row,) = (row for row in rows if "grew" in row["what"])
+    assert (row["tried"], row["wrong"]) == (1, grew)
 
 
 def test_a_day_goes_on_from_what_its_processes_reported(tmp_path):

@@ -40,7 +40,8 @@ class Blocks:
       bits: 8 (−128…127) or 4 (−8…7, with a minimum 0…15).
       block: how many columns share a scale, a divisor of the rows' length; None for the whole row.
       minimum: whether each block has a number that is added to its products, besides the scale.
-      scale: the dtype of scales and minimums. In float16 a scale above 65504 becomes infinite.
+      scale: the dtype of scales and minimums. In float16 a scale above 65504 becomes infinite, and
+        one below 3·10⁻⁸ zero, as do the numbers of its block: give "bfloat16" for such weights.
 
     Raises:
       HireRewriteError: other bits, another dtype, or a block that is not a positive int.

@@ -152,7 +152,8 @@ class LowRank:
         n, d = rows.shape
         self.check(n, d)
         rank = self._rank(n, d)
-        w = rows.astype(jnp.float32)
+        unit = _unit(rows)
+        w = rows.astype(jnp.float32) / unit
         with jax.default_matmul_precision("highest"):
             mean, covariance = jnp.zeros(d, jnp.float32), jnp.eye(d, dtype=jnp.float32)
             near = mean
@@ -177,15 +178,17 @@ class LowRank:
             right = (root @ vectors) * inverse[None]
             down = (inverse**3)[:, None] * (gram_root @ vectors).T
             # Without the mean, which may be large, little is lost where Q x is rounded.
-            up, state = w @ right, {"down": down, "center": -(down @ mean), "offset": w @ mean}
+            up, offset = w @ right, unit * (w @ mean)
+            state = {"down": down, "center": -(down @ mean), "offset": offset}
             if self.bits is None:
-                state["up"] = up.astype(_stored(rows.dtype))
+                state["up"] = (unit * up).astype(_stored(rows.dtype))
             else:
-                state["up"], state["scale"] = quantize_rows(up)
+                state["up"], scale = quantize_rows(up)
+                state["scale"] = unit * scale
             if top is not None:
                 # Without moments the scale of the errors is not known.
                 error = _deviation(seen - (seen @ right) @ down, covariance)
-                state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * error
+                state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * unit * error
         return state
 
     def score(
@@ -219,6 +222,14 @@ def _stored(dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize <= 2 else jnp.float32)
 
 
+def _unit(rows: Array) -> Array:
+    """f32[], the power of two that rows are divided by, exactly, so that their squares neither
+    vanish nor overflow."""
+    greatest = jnp.abs(rows).max().astype(jnp.float32)
+    usual = jnp.isfinite(greatest) & (greatest > 0)
+    return jnp.ldexp(jnp.float32(1), jnp.where(usual, jnp.frexp(greatest)[1] - 1, 0))
+
+
 def _bounded(mean: Array, covariance: Array) -> Array:
     """A mean that is large beside the deviations, made shorter."""
     square, variance = mean @ mean, jnp.trace(covariance)
@@ -245,7 +256,8 @@ def _weights(level: Array, deviation: Array, top: float) -> Array:
     Args:
       level, deviation: the mean and standard deviation of each row's product, f32[n].
     """
-    deviation = jnp.maximum(deviation, 1e-6)
+    greatest = deviation.max()
+    deviation = jnp.maximum(deviation, jnp.where(greatest > 0, 1e-6 * greatest, 1.0))
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds

@@ -203,3 +203,18 @@ def test_a_mean_that_is_large_beside_the_deviations(top):
         exact = np.asarray(seen, np.float64) @ np.asarray(rows, np.float64).T
         off.append(np.sqrt(np.square(scores - exact).mean() / exact.var(0).mean()))
     assert off[1] < 1.5 * off[0] + 0.05
+
+
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("power", [-66, 66, 126])
+def test_the_size_of_the_weights_does_not_matter(power, bits):
+    """Their squares would vanish, or be infinite."""
+    rows, seen, size = normal(0, N, D), Moments.of(activations(2, 500)), 2.0**power
+    if power == 126:
+        rows = rows / 8  # so that the greatest stay finite
+    fit = jax.jit(LowRank(12, bits).fit, static_argnums=2)
+    one, other = fit(rows, seen, 32), fit(rows * size, seen, 32)
+    scaled = {"scale" if bits else "up", "offset", "bonus"}
+    for name, array in one.items():
+        factor = np.float32(size if name in scaled else 1)
+        np.testing.assert_array_equal(np.asarray(array) * factor, other[name], name)
