@@ -187,8 +187,8 @@ class LowRank:
                 state["scale"] = unit * scale
             if top is not None:
                 # Without moments the scale of the errors is not known.
-                error = _deviation(seen - (seen @ right) @ down, covariance)
-                state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * unit * error
+                error = unit * _deviation(seen - (seen @ right) @ down, covariance)
+                state["bonus"] = jnp.zeros(n, jnp.float32) if moments is None else _BONUS * error
         return state
 
     def score(
