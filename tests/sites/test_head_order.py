@@ -51,6 +51,22 @@ def _turned_in_a_loop(p, x):
     return lax.scan(body, (x, x @ p["head"]), None, length=3)[0][1].argmax(-1)
 
 
+def _summed(loop):
+    """The logits of several passes."""
+    return lambda p, x: loop(lambda c: c + x @ p["head"], jnp.zeros((2, V))).argmax(-1)
+
+
+def _timestamps(z, begin=3000):
+    """Whisper: a timestamp, if all of them together are likelier than any word."""
+    log = jax.nn.log_softmax(z)
+    likelier = jax.nn.logsumexp(log[:, begin:], -1) > log[:, :begin].max(-1)
+    return jnp.where(likelier[:, None] & (jnp.arange(V) < begin), -jnp.inf, z).argmax(-1)
+
+
+def _at(z, token):
+    return jnp.take_along_axis(z, token[:, None], -1)[:, 0]
+
+
 def of_logits(fn):
     return lambda p, x: fn(x @ p["head"])
 
@@ -80,6 +96,13 @@ KEPT = {
     "one token forbidden": of_logits(lambda z: z.at[:, 3].set(-jnp.inf).argmax(-1)),
     "a few tokens less": of_logits(lambda z: z.at[:, SOME[:9]].add(-5.0).argmax(-1)),
     "one looked up": of_logits(lambda z: jnp.take_along_axis(z, z.argmax(-1)[:, None], -1).max()),
+    "two of its greatest compared": of_logits(
+        lambda z: _at(z, lax.top_k(z, 2)[1][:, 0]) - _at(z, lax.top_k(z, 2)[1][:, 1]) > 1.0
+    ),
+    "one compared": of_logits(lambda z: jax.nn.softmax(z)[:, 5] > 0.5),
+    "a loop over all logits": of_logits(
+        lambda z: lax.scan(lambda c, _: (jax.nn.softmax(c), None), z, None, length=2)[0].argmax(-1)
+    ),
     "greatest of all tokens": of_logits(lambda z: z.max(0).argmax(-1)),
     "loop": _decoded,
 }
@@ -104,6 +127,24 @@ LOST = {
     "many forbidden": of_logits(lambda z: z.at[:, jnp.arange(V - 9)].set(-jnp.inf).argmax(-1)),
     "a penalty for some": of_logits(lambda z: z.at[:, SOME].set(_penalized(z[:, SOME])).argmax(-1)),
     "a choice of four": of_logits(lambda z: z[:, SOME[:4]].argmax(-1)),
+    "a choice of four, one by one": of_logits(
+        lambda z: jnp.stack([jax.nn.log_softmax(z)[:, i] for i in (4, 9, 11, 300)], -1).argmax(-1)
+    ),
+    "one or the other": of_logits(lambda z: z[:, 4] > z[:, 9]),
+    "one less the other": of_logits(lambda z: jnp.exp(z[:, 4]) - jnp.exp(z[:, 9]) > 0.5),
+    "a part of the probabilities": of_logits(lambda z: jax.nn.softmax(z)[:, 1000:].argmax(-1)),
+    "its halves": of_logits(
+        lambda z: [part.argmax(-1) for part in jnp.split(jax.nn.softmax(z), 2, -1)]
+    ),
+    "the first are forbidden": of_logits(
+        lambda z: jnp.where(X[:, :1] > 0, z.at[:, :300].set(-jnp.inf), z).argmax(-1)
+    ),
+    "timestamps": of_logits(_timestamps),
+    "added up in a loop": _summed(lambda body, z: lax.scan(lambda c, _: (body(c), None), z, None, 3)[0]),
+    "added up so many times": _summed(lambda body, z: lax.fori_loop(0, 3, lambda _, c: body(c), z)),
+    "added up while it is small": _summed(
+        lambda body, z: lax.while_loop(lambda c: c.max() < 9.0, body, z)
+    ),
     "those that are allowed": of_logits(
         lambda z: jnp.full(z.shape, -jnp.inf).at[:, SOME].set(z[:, SOME]).argmax(-1)
     ),
@@ -216,6 +257,12 @@ def _chosen(q, asked, kept):
     return (jnp.where(asked(q), q, -1.0) if kept else jnp.where(asked(q), -1.0, q)).argmax(-1)
 
 
+def _typical(z, x):
+    log = jax.nn.log_softmax(z)
+    entropy = -(jnp.exp(log) * log).sum(-1, keepdims=True)
+    return jnp.where(jnp.abs(log + entropy) < 2.0, z, -jnp.inf).argmax(-1)
+
+
 AWRY = {
     "the great ones are dropped": lambda z, x: _chosen(
         jax.nn.softmax(z), lambda q: q > 1e-3, False
@@ -224,6 +271,28 @@ AWRY = {
         z == z.max(-1, keepdims=True), -jnp.inf, z
     ).argmax(-1),
     "not those below": lambda z, x: _chosen(jax.nn.softmax(z), lambda q: ~(q < 1e-3), False),
+    "all but the greatest, by their chance": lambda z, x: jnp.where(
+        jax.nn.softmax(z) > 0.1, -jnp.inf, z
+    ).argmax(-1),
+    "allowed, and likely": lambda z, x: _chosen(
+        jax.nn.softmax(z), lambda q: (jnp.arange(V) % 7 == 0) & (q > 1e-9), True
+    ),
+    "allowed, or unlikely": lambda z, x: _chosen(
+        jax.nn.softmax(z), lambda q: (jnp.arange(V) % 7 == 0) | (q < 1e-9), False
+    ),
+    "the greatest tells who is allowed": lambda z, x: jnp.where(
+        (z.argmax(-1) < 3000)[:, None] & (jnp.arange(V) % 7 == 0), -jnp.inf, z
+    ).argmax(-1),
+    "allowed, if all are finite": lambda z, x: jnp.where(
+        (jnp.arange(V) % 7 == 0) & jnp.isfinite(jax.nn.logsumexp(z, -1, keepdims=True)), z, -jnp.inf
+    ).argmax(-1),
+    "a band": lambda z, x: jnp.where(
+        (z < 0.5 * z.max(-1, keepdims=True)) & (z > 0), z, -jnp.inf
+    ).argmax(-1),
+    "typical": _typical,
+    "one alone": lambda z, x: jnp.where(
+        jnp.arange(V) == z.argmin(-1)[:, None], jax.nn.softmax(z), 0.0
+    ).argmax(-1),
     "times a negative": lambda z, x: (jax.nn.log_softmax(z) * -jnp.exp(x[:, :1])).argmax(-1),
     "times a constant": lambda z, x: (jax.nn.log_softmax(z) * np.float32([-1.0])).argmax(-1),
     "the first of a sort": lambda z, x: jnp.argsort(z, -1)[:, 0],
@@ -234,6 +303,23 @@ AWRY = {
 STRAIGHT = {
     "top k": lambda z, x: jnp.where(
         z < lax.top_k(z, 9)[0][:, -1:], -jnp.inf, jax.nn.softmax(z)
+    ).argmax(-1),
+    "likely, and in the top k": lambda z, x: _chosen(
+        jax.nn.softmax(z),
+        lambda q: (q > 1e-9) & ~(z < lax.top_k(z, 9)[0][:, -1:]) & jnp.isfinite(z),
+        True,
+    ),
+    "top p, and likely": lambda z, x: jnp.where(
+        (_top_p(z) == -jnp.inf) | (jax.nn.softmax(z) < 1e-9), -jnp.inf, z
+    ).argmax(-1),
+    "without what has no chance": lambda z, x: jnp.where(
+        jax.nn.softmax(z) == 0, -jnp.inf, z
+    ).argmax(-1),
+    "another for some tokens": lambda z, x: jnp.where(
+        x[:, :1] > 0, jax.nn.softmax(z), jax.nn.softmax(2 * z)
+    ).argmax(-1),
+    "all but the greatest": lambda z, x: jnp.where(
+        jnp.arange(V) == z.argmax(-1)[:, None], -jnp.inf, z
     ).argmax(-1),
     "not below": lambda z, x: _chosen(jax.nn.softmax(z), lambda q: ~(q < 1e-3), True),
     "noise": lambda z, x: (z / 0.7 + jax.random.gumbel(KEY, z.shape)).argmax(-1),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
@@ -147,7 +147,7 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
     if linear.out_dim != shape[axis]:
         reason = "several vocabularies lie side by side in one product"
         raise NoMatch(Refusal.UNSUPPORTED, reason, node)
-    match = _epilogue(linear, axis, context)
+    match = _epilogue(linear, axis, context, walk.values)
     places = [(value, match.places[value][0]) for value in match.outputs]
     return dataclasses.replace(
         match, top_ks=walk.found, doubt=doubt, ranked=ranked(walk, places, match.nodes)
@@ -222,11 +222,18 @@ def _logits(linear: Linear, uses: Uses) -> Value:
     return wide if is_cast else out
 
 
-def _epilogue(linear: Linear, axis: int, context: MatchContext) -> HeadMatch:
-    """A head with the code behind its logits."""
+def _epilogue(
+    linear: Linear, axis: int, context: MatchContext, made: Collection[Value]
+) -> HeadMatch:
+    """A head with the code behind its logits.
+
+    Args:
+      made: all values along its vocabulary that are made of them, in the next iteration of a loop
+        too: what it guesses is no bias of its own.
+    """
     uses, logits = context.uses, _logits(linear, context.uses)
     places: dict[Value, Place] = {logits: (axis, 0)}
-    tainted = {logits}
+    tainted = {logits, *made}
     epilogue: list[Node] = []
     heads = {node for node, match in context.taken.items() if isinstance(match, HeadMatch)}
     theirs = downstream(heads, uses)

@@ -10,18 +10,19 @@ each logit by itself before any of this is no matter: candidates are chosen by w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Value, source_of
-from hire_rewrite.graph.provenance import backward_slice, body_of
+from hire_rewrite.graph.nodes import Node, Uses, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
-from hire_rewrite.patterns.axes import origin
+from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
+from hire_rewrite.sites.head.along import is_random, varies
+from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
 
@@ -35,9 +36,6 @@ _FEW = 16
 """Tokens that a program may forbid one by one: of 64 exact logits enough are left."""
 
 _LAID = Trait.CASTS | Trait.MOVES | Trait.CUTS
-
-_UP, _DOWN, _LOST = 1, -1, 0
-"""How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
 
 
 class Ranked(NamedTuple):
@@ -69,9 +67,13 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
     """
     order = _Order(walk, inside)
     order.logits = {origin(value, _LAID) for value, _ in outputs}
-    order.stack = [(value, axis, _UP) for value, axis in outputs]
+    order.stack = [(value, axis, UP) for value, axis in outputs]
     while order.stack and order.reason is None:
         order.visit(*order.stack.pop())
+        if not order.stack:
+            order.doubt_choices()
+    if order.reason is None:
+        order.doubt_lookups()
     return Ranked(order.reason, sum(order.forbidden.values()), order.rounding)
 
 
@@ -84,6 +86,8 @@ class _Order:
         self.stack: list[tuple[Value, int, int]] = []
         self.ways: dict[tuple[Value, int], int] = {}
         self.lost: dict[Value, Node] = {}
+        self.choices: list[tuple[Node, int, int]] = []
+        self.singles: list[Value] = []
         self.reason: str | None = None
         self.forbidden: dict[Node, int] = {}
         self.rounding = 0.0
@@ -91,18 +95,19 @@ class _Order:
 
     def visit(self, value: Value, axis: int, way: int) -> None:
         if value.shape[axis] == 1:
-            return  # a single one that was looked up
+            self._look_up(value)
+            return
         known = self.ways.get((value, axis))
-        if known in (way, _LOST):
+        if known in (way, LOST):
             return
         if known is not None:  # both ways round, from iteration to iteration
-            way = _LOST
+            way = LOST
         self.ways[value, axis] = way
         if value in self.uses.results:
             outside = leave(value, axis)
             self.stack += ((*there, way) for there in outside)
             floating = jnp.issubdtype(value.dtype, jnp.floating)
-            if value.scope.parent is None and floating and way != _UP:
+            if value.scope.parent is None and floating and way != UP:
                 self._refuse(value, way, "they are returned")
         for user, position in self.uses.users(value):
             if user in self.inside:
@@ -114,28 +119,51 @@ class _Order:
             if not behind:
                 self._consumed(user, value, axis, way)
                 continue
-            there = self._way(user, position, axis) if way != _LOST else _LOST
+            there = self._way(user, position, axis) if way != LOST else LOST
             if there is None:
                 continue
             for out, place in behind:
-                if there == _LOST:
+                if there == LOST:
                     self.lost.setdefault(out, self.lost.get(value, user))
                 self.stack.append((out, place, way * there))
 
+    def doubt_choices(self) -> None:
+        """Give up the order behind choices that leave out what is great: all conditions can be
+        told when all values have been seen."""
+        conditions = Choices(self._known_way, self.of_logits)
+        for user, position, axis in self.choices:
+            way = self.ways[user.ins[position], axis]
+            kept = conditions.kept(user, position, axis)
+            (out,) = user.outs
+            if kept is Where.OTHERS:
+                self._forbid(user, 1)
+            elif kept not in (Where.ALL, Where.RANKS, Where.GREAT) and way != LOST:
+                self.lost.setdefault(out, user)
+                self.stack.append((out, axis, LOST))
+        self.choices.clear()
+
+    def _known_way(self, value: Value) -> int | None:
+        ways = {self.ways[value, i] for i in range(len(value.shape)) if (value, i) in self.ways}
+        return ways.pop() if len(ways) == 1 else LOST if ways else None
+
+    def _forbid(self, user: Node, count: int) -> None:
+        """Remember that so many logits of a token may be taken out."""
+        looped = user.scope.parent is not None  # others each time, in a loop
+        self.forbidden[user] = math.prod(user.outs[0].shape) if looped else count
+
     def _consumed(self, user: Node, value: Value, axis: int, way: int) -> None:
         """An operation is the end of the axis."""
-        wanted: tuple[int, ...] = (_UP, _DOWN)
+        wanted: tuple[int, ...] = (UP, DOWN)
         if user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
-            wanted = (_DOWN,)
+            wanted = (DOWN,)
         elif user.primitive is p.reduce_max_p or has(user.primitive, Trait.SEARCHES):
-            wanted = (_UP,)
+            wanted = (UP,)
         elif not has(user.primitive, Trait.ORDERS):
-            several = user.primitive is p.gather_p and _picks(user, value, axis) != 1
-            if several and self._is_ranked(user.outs[0]):
-                self.reason = (
-                    f"several of its logits are looked up and ranked ({source_of(user)}), and "
-                    "those may be none of the greatest"
-                )
+            if user.primitive is p.gather_p:
+                if _picks(user, value, axis) == 1:
+                    self._look_up(user.outs[0])
+                elif any(map(self._ranks, _soon(user.outs[0], self.uses))):
+                    self._refuse_lookups(user)
             return
         if user.primitive is p.sort_p:
             wanted = tuple(way for way in wanted if way not in self._read_ends(user, axis))
@@ -152,15 +180,15 @@ class _Order:
                     start = reader.params["start_indices"][axis]
                     short = reader.params["limit_indices"][axis] < out.shape[axis]
                     if short and start == 0:
-                        found.add(_UP)
+                        found.add(UP)
                     elif not short and start > 0:
-                        found.add(_DOWN)
+                        found.add(DOWN)
         return found
 
     def _refuse(self, value: Value, way: int, why: str) -> None:
         blamed = self.lost.get(value)
         what = f"changed by {blamed.primitive} ({source_of(blamed)})" if blamed else "turned round"
-        if way == _UP:
+        if way == UP:
             what = "the logits'"
         self.reason = (
             f"its logits are exact where they are greatest, and {why} in an order that is {what}"
@@ -172,27 +200,28 @@ class _Order:
         if has(primitive, Trait.REDUCES | Trait.ORDERS):
             gone = user.params.get("axes", ())
             alone = all(size[i] == 1 for i in gone) and bool(gone)
-            return _UP if alone or primitive is p.reduce_max_p else _LOST
+            return UP if alone or primitive is p.reduce_max_p else LOST
         if has(primitive, Trait.SCATTERS):
-            return _UP if position == 2 or self._forbids(user) else _LOST
+            return UP if position == 2 or self._forbids(user, axis) else LOST
         if primitive is p.dot_general_p:
-            return _UP if is_one_hot(user.ins[1 - position]) else _LOST
+            return UP if is_one_hot(user.ins[1 - position]) else LOST
         if not has(primitive, Trait.POINTWISE):
-            return _UP  # it lies elsewhere
+            there = result_axis(user, position, axis)
+            cut = there is not None and 1 < user.outs[0].shape[there[0]] < size[axis]
+            return LOST if cut else UP  # a part, or it lies elsewhere
         self._round(user, position)
         if not jnp.issubdtype(user.outs[0].dtype, jnp.floating):
             return None  # a condition
         others = [other for i, other in enumerate(user.ins) if i != position]
         if primitive is p.select_n_p:
-            condition, *cases = user.ins
             if position == 0:
                 return None
-            masks = _varies(condition, axis) and condition not in self.of_logits
-            masks |= self._drops_the_greatest(condition, cases, user.ins[position])
+            cases = user.ins[1:]
+            self.choices.append((user, position, axis))
             alike = all(self._is_alike(case, user.ins[position], axis) for case in cases)
-            return _LOST if masks or not alike else _UP
-        if any(_varies(other, axis) and not _is_random(other) for other in others):
-            return _LOST
+            return UP if alike else LOST
+        if any(varies(other, axis) and not is_random(other) for other in others):
+            return LOST
         return _way_of(user, position, others)
 
     def _round(self, user: Node, position: int) -> None:
@@ -205,35 +234,17 @@ class _Order:
             return
         self.rounding = max(self.rounding, unit)
 
-    def _drops_the_greatest(self, condition: Value, cases: Sequence[Value], kept: Value) -> bool:
-        """Whether a choice that compares the logits themselves leaves out the great ones, or those
-        that are equal to something."""
-        made = origin(condition, _LAID).node
-        if made is None or len(cases) != 2:
-            return False
-        if made.primitive is p.not_p:
-            return self._drops_the_greatest(made.ins[0], cases[::-1], kept)
-        compared = [origin(value, _LAID) is origin(kept, _LAID) for value in made.ins]
-        if not has(made.primitive, Trait.COMPARES) or compared.count(True) != 1:
-            return False
-        if made.primitive in (p.eq_p, p.ne_p):
-            other = origin(made.ins[compared.index(False)], _LAID)
-            return other.literal is None
-        # True where the logits are great: that case has to be theirs.
-        great = (made.primitive in (p.gt_p, p.ge_p)) == compared[0]
-        return cases[great] is not kept
-
     def _is_alike(self, case: Value, other: Value, axis: int) -> bool:
         """Whether a case of a choice is ordered as another one is, or is one number."""
-        if case is other or not _varies(case, axis):
+        if case is other or not varies(case, axis):
             return True
         ways = self.ways.get((case, axis)), self.ways.get((other, axis))
         return (ways[0] is None and case in self.of_logits) or ways[0] == ways[1]
 
-    def _forbids(self, user: Node) -> bool:
+    def _forbids(self, user: Node, axis: int) -> bool:
         """Whether a scatter makes a few logits less or leaves them: the greatest of the others stay
         what they are."""
-        count = math.prod(user.ins[1].shape[:-1])
+        count = math.prod(user.ins[1].shape[:-1]) * _written(user, axis)
         if count > _FEW:
             return False
         made = origin(user.ins[2], Trait.CASTS | Trait.MOVES)
@@ -243,9 +254,8 @@ class _Order:
         lowers = (adds or user.primitive is p.scatter_p) and all(
             self._lowers(case, 0.0 if adds else -1e4, adds) for case in cases
         )
-        if lowers:  # others each time, in a loop
-            looped = user.scope.parent is not None
-            self.forbidden[user] = math.prod(user.outs[0].shape) if looped else count
+        if lowers:
+            self._forbid(user, count)
         return lowers
 
     def _lowers(self, update: Value, most: float, adds: bool) -> bool:
@@ -257,18 +267,64 @@ class _Order:
             return float(np.max(np.asarray(source.literal))) <= most
         return not adds and source in self.logits
 
-    def _is_ranked(self, value: Value) -> bool:
-        """Whether numbers are soon ranked."""
-        seen, stack = {value}, [value]
-        while stack and len(seen) < 64:
-            for user, _ in self.uses.users(stack.pop()):
-                if has(user.primitive, Trait.SEARCHES | Trait.ORDERS):
-                    return True
-                new = {v for v in user.outs if jnp.issubdtype(v.dtype, jnp.floating)} - seen
-                if not user.bodies and not has(user.primitive, Trait.REDUCES):
-                    seen |= new
-                    stack += new
-        return False
+    def _ranks(self, value: Value) -> bool:
+        """Whether numbers are ranked."""
+        users = (user.primitive for user, _ in self.uses.users(value))
+        return any(has(primitive, Trait.SEARCHES | Trait.ORDERS) for primitive in users)
+
+    def _look_up(self, single: Value) -> None:
+        """Remember a single logit of each token, unless the logits say which."""
+        made = single.node
+        if made is not None and not any(v in self.of_logits for v in made.ins[1:]):
+            self.singles.append(single)
+
+    def doubt_lookups(self) -> None:
+        """Refuse if logits that were looked up one by one are compared with each other."""
+        groups = [_soon(single, self.uses) for single in self.singles]
+        for i, group in enumerate(groups):
+            others = set[Value]().union(*groups[:i]) - group
+            for value in group:
+                for user, position in self.uses.users(value):
+                    rest = [v for j, v in enumerate(user.ins) if j != position]
+                    if others.isdisjoint(rest):
+                        continue
+                    behind = [v for out in user.outs for v in _soon(out, self.uses)]
+                    if has(user.primitive, Trait.COMPARES) or any(map(self._decides, behind)):
+                        self._refuse_lookups(user)
+
+    def _decides(self, value: Value) -> bool:
+        """Whether something is decided by numbers."""
+        users = (user.primitive for user, _ in self.uses.users(value))
+        compared = any(has(primitive, Trait.COMPARES) for primitive in users)
+        return compared or self._ranks(value)
+
+    def _refuse_lookups(self, user: Node) -> None:
+        self.reason = (
+            f"several of its logits are looked up and ranked ({source_of(user)}), and those may be "
+            "none of the greatest"
+        )
+
+
+def _soon(value: Value, uses: Uses) -> set[Value]:
+    """Numbers, and what is made of each of them next."""
+    seen, stack = {value}, [value]
+    while stack and len(seen) < 64:
+        for user, _ in uses.users(stack.pop()):
+            new = {v for v in user.outs if jnp.issubdtype(v.dtype, jnp.floating)} - seen
+            if not user.bodies and not has(user.primitive, Trait.REDUCES):
+                seen |= new
+                stack += new
+    return seen
+
+
+def _written(scatter: Node, axis: int) -> int:
+    """How many numbers in a row a scatter writes along an axis for each of its indices."""
+    numbers = scatter.params["dimension_numbers"]
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    if axis in gone:
+        return 1
+    before = sum(i not in gone for i in range(axis))
+    return int(scatter.ins[2].shape[numbers.update_window_dims[before]])
 
 
 def _picks(user: Node, value: Value, axis: int) -> int:
@@ -284,42 +340,11 @@ def _way_of(user: Node, position: int, others: Collection[Value]) -> int:
     """How the result of one operation on each number is ordered."""
     primitive = user.primitive
     if primitive is p.integer_pow_p:
-        return _UP if user.params["y"] % 2 and user.params["y"] > 0 else _LOST
+        return UP if user.params["y"] % 2 and user.params["y"] > 0 else LOST
     if primitive in _RISING:
-        return _UP
+        return UP
     # Of probabilities a power rises or falls as its exponent says.
     kind = "?" if primitive is p.pow_p and position == 0 else slope(primitive, position)
     if kind == "?":
-        return _DOWN if any(map(is_negative, others)) else _UP
-    return {"+": _UP, "-": _DOWN}.get(kind, _LOST)
-
-
-def _varies(value: Value, axis: int, depth: int = 16) -> bool:
-    """Whether numbers may differ along an axis."""
-    if value.literal is not None or axis >= len(value.shape) or value.shape[axis] == 1:
-        return False
-    if value.is_input and value.scope.parent is not None:
-        body, i = body_of(value)
-        sliced = body.inputs[i].role == "slice"
-        return body.inputs[i].role == "carry" or _varies(body.inputs[i].outer, axis + sliced, depth)
-    node = value.node
-    if node is None or node.bodies or depth == 0:
-        return True
-    if node.primitive is p.broadcast_in_dim_p:
-        places = list(node.params["broadcast_dimensions"])
-        return axis in places and _varies(node.ins[0], places.index(axis), depth - 1)
-    if node.primitive is p.iota_p:
-        return bool(node.params["dimension"] == axis)
-    if has(node.primitive, Trait.POINTWISE):
-        return any(_varies(operand, axis, depth - 1) for operand in node.ins)
-    return True
-
-
-def _is_random(value: Value) -> bool:
-    """Whether it is random numbers, and nothing that a model computes: what is drawn is drawn by
-    guesses, too."""
-    made = [each.node for each in backward_slice(value)]
-    drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
-    return drawn and not any(
-        node is not None and has(node.primitive, Trait.MULTIPLIES) for node in made
-    )
+        return DOWN if any(map(is_negative, others)) else UP
+    return {"+": UP, "-": DOWN}.get(kind, LOST)

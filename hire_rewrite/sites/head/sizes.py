@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.certify.proof import chain_of
+from hire_rewrite.ops.certify.rounding import check_product
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.head.spec import HeadSpec
 from hire_rewrite.ops.predictors import Cascade, certifies
@@ -122,6 +123,7 @@ def _certified(site: MatchedSite, rule: Head, spec: HeadSpec) -> HeadSpec:
         chain_of(epilogue_of(match, dict(zip(sides, arrays, strict=True))), site.tokens, proved)
 
     with unfit_if_refused():
+        check_product(match.linear.x.dtype, spec.out_dtype, spec.precision)
         proved = dataclasses.replace(spec, certify=count, rounding=match.ranked.rounding)
         jax.eval_shape(examine, list(sides.values()))
     return proved

@@ -1,0 +1,64 @@
+"""Numbers along the vocabulary that no head computes: whether they differ, and where they are from."""
+
+from __future__ import annotations
+
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Value
+from hire_rewrite.graph.provenance import backward_slice, body_of
+from hire_rewrite.graph.traits import Trait, has
+
+
+def varies(value: Value, axis: int, depth: int = 16) -> bool:
+    """Whether numbers may differ along an axis."""
+    if value.literal is not None or axis >= len(value.shape) or value.shape[axis] == 1:
+        return False
+    if value.is_input and value.scope.parent is not None:
+        body, i = body_of(value)
+        sliced = body.inputs[i].role == "slice"
+        return body.inputs[i].role == "carry" or varies(body.inputs[i].outer, axis + sliced, depth)
+    node = value.node
+    if node is None or node.bodies or depth == 0:
+        return True
+    if node.primitive is p.broadcast_in_dim_p:
+        places = list(node.params["broadcast_dimensions"])
+        return axis in places and varies(node.ins[0], places.index(axis), depth - 1)
+    if node.primitive is p.iota_p:
+        return bool(node.params["dimension"] == axis)
+    if has(node.primitive, Trait.POINTWISE):
+        return any(varies(operand, axis, depth - 1) for operand in node.ins)
+    return True
+
+
+def counts_up(value: Value, axis: int) -> bool:
+    """Whether a value is the numbers 0, 1, 2, … along an axis: each is there once."""
+    while value.node is not None:
+        node = value.node
+        if node.primitive is p.iota_p:
+            return bool(node.params["dimension"] == axis)
+        if node.primitive is p.broadcast_in_dim_p:
+            places = list(node.params["broadcast_dimensions"])
+            if axis not in places:
+                return False
+            value, axis = node.ins[0], places.index(axis)
+        elif has(node.primitive, Trait.CASTS):
+            value = node.ins[0]
+        else:
+            return False
+    return False
+
+
+def is_random(value: Value) -> bool:
+    """Whether it is random numbers, and nothing that a model computes: what is drawn is drawn by
+    guesses, too."""
+    made = [each.node for each in backward_slice(value)]
+    drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
+    return drawn and not any(
+        node is not None and has(node.primitive, Trait.MULTIPLIES) for node in made
+    )
+
+
+def is_of_ranks(value: Value) -> bool:
+    """Whether it is made of numbers that were put in order: ranks, or sums of the greatest."""
+    made = (each.node for each in backward_slice(value))
+    return any(node is not None and has(node.primitive, Trait.ORDERS) for node in made)

@@ -1,0 +1,146 @@
+"""Which logits a choice (`jnp.where`) keeps: the greatest, as all samplers do, or others.
+
+A head guesses all but the greatest of its logits. A choice behind it is no matter if what it leaves
+out is less than what it keeps, as top-k, top-p and a least probability do: the condition compares
+the logits with one number for all. Of a list of allowed tokens, a band, or all but the greatest,
+the greatest one that is kept may be a guess.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection
+
+import numpy as np
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import origin
+from hire_rewrite.sites.head.along import counts_up, is_of_ranks, varies
+
+_SAME = Trait.CASTS | Trait.KEEPS
+
+UP, DOWN, LOST = 1, -1, 0
+"""How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
+
+
+class Where(enum.Enum):
+    """For which logits of a token a condition is true."""
+
+    ALL = "all or none"
+    GREAT = "those that are greater than the others"
+    SMALL = "those that are less than the others"
+    ONE = "one at most"
+    OTHERS = "all but one at most"
+    RANKS = "those of some ranks"
+    SOME = "some"
+
+
+_NOT = {
+    Where.GREAT: Where.SMALL, Where.SMALL: Where.GREAT, Where.ONE: Where.OTHERS,
+    Where.OTHERS: Where.ONE, Where.ALL: Where.ALL, Where.RANKS: Where.RANKS,
+    Where.SOME: Where.SOME,
+}  # fmt: skip
+
+
+class Choices:
+    """What conditions say about the logits of a head.
+
+    Args:
+      way: how a value is ordered along the vocabulary; None if that is not known.
+      of_logits: the values that are computed from the logits.
+    """
+
+    def __init__(self, way: Callable[[Value], int | None], of_logits: Collection[Value]) -> None:
+        self._way, self._of_logits = way, of_logits
+
+    def kept(self, choice: Node, position: int, axis: int) -> Where:
+        """Which numbers a `select_n` takes from its operand at a position."""
+        condition, *cases = choice.ins
+        if not varies(condition, axis):
+            return Where.ALL
+        if len(cases) != 2:
+            return Where.SOME
+        where = self._where(condition, axis)
+        return where if position == 2 else _NOT[where]
+
+    def _where(self, condition: Value, axis: int) -> Where:
+        if not varies(condition, axis):
+            return Where.ALL
+        node = condition.node
+        if node is None or len(node.outs) != 1:
+            return self._unknown(condition)
+        if node.primitive is p.broadcast_in_dim_p:
+            places = list(node.params["broadcast_dimensions"])
+            return self._where(node.ins[0], places.index(axis))
+        if has(node.primitive, _SAME) and node.ins[0].dtype == condition.dtype:
+            return self._where(node.ins[0], axis)
+        if node.primitive is p.not_p:
+            return _NOT[self._where(node.ins[0], axis)]
+        if node.primitive is p.and_p:
+            return _both(*(self._where(operand, axis) for operand in node.ins))
+        if node.primitive is p.or_p:
+            return _NOT[_both(*(_NOT[self._where(operand, axis)] for operand in node.ins))]
+        if node.primitive is p.is_finite_p and self._known(node.ins[0]) is not None:
+            return Where.ALL
+        if has(node.primitive, Trait.COMPARES):
+            return self._compared(node, axis)
+        return self._unknown(condition)
+
+    def _compared(self, node: Node, axis: int) -> Where:
+        """Where numbers differ from others so."""
+        one, other = node.ins
+        turned = not varies(one, axis)
+        if turned:
+            one, other = other, one
+        if varies(other, axis):  # z != z asks for NaN
+            return Where.ALL if origin(one, Trait.CASTS) is origin(other, Trait.CASTS) else (
+                self._unknown(node.outs[0])
+            )
+        if node.primitive in (p.eq_p, p.ne_p):
+            where = self._equal(one, other, axis)
+            return where if node.primitive is p.eq_p else _NOT[where]
+        way = self._known(one)
+        if way is None:
+            return self._unknown(node.outs[0])
+        if way == LOST:
+            return Where.SOME
+        asks_for_great = (node.primitive in (p.gt_p, p.ge_p)) != turned
+        return Where.GREAT if asks_for_great == (way == UP) else Where.SMALL
+
+    def _equal(self, one: Value, other: Value, axis: int) -> Where:
+        if counts_up(one, axis):
+            return Where.ONE
+        if self._known(one) in (None, LOST):
+            return self._unknown(one)
+        # Those that are −∞ or have no chance, but not those that are as great as the greatest.
+        number = origin(other, Trait.CASTS | Trait.MOVES).literal
+        least = number is not None and bool(np.all(np.asarray(number) <= 0))
+        return Where.SMALL if least else Where.SOME
+
+    def _known(self, value: Value) -> int | None:
+        way = self._way(value)
+        while way is None and value.node is not None and has(value.node.primitive, _SAME):
+            value = value.node.ins[0]
+            way = self._way(value)
+        return way
+
+    def _unknown(self, value: Value) -> Where:
+        """What was computed in another way, in the order of the logits if they were put in order:
+        nobody who samples keeps the lesser ones of those."""
+        ranks = value in self._of_logits and is_of_ranks(value)
+        return Where.RANKS if ranks else Where.SOME
+
+
+def _both(one: Where, other: Where) -> Where:
+    """Where two conditions are true."""
+    if one is other or other is Where.ALL:
+        return one
+    if one is Where.ALL:
+        return other
+    if Where.ONE in (one, other):
+        return Where.ONE
+    return Where.RANKS if {one, other} < {Where.RANKS, Where.GREAT, Where.SMALL} and (
+        Where.RANKS in (one, other)
+    ) else Where.SOME
