@@ -68,10 +68,16 @@ def test_what_cannot_be_certified():
     (site,) = hire.inspect(penalized, PARAMS, x, rules=[HEAD]).sites
     assert site.status == "dense"
     assert "bound" in site.reason
-    half = jax.tree.map(lambda a: a.astype(jnp.float16), PARAMS)
-    (site,) = hire.inspect(logits_of, half, x.astype(jnp.float16), rules=[HEAD]).sites
-    assert site.status == "dense"
-    assert "float32 and bfloat16" in site.reason
+    half, narrow = jax.tree.map(lambda a: a.astype(jnp.float16), PARAMS), x.astype(jnp.float16)
+
+    def mixed(params, x):
+        embed = params["embed"]
+        return jax.lax.dot_general(x, embed, (((1,), (1,)), ((), ())), None, jnp.float32)
+
+    for fn, params in ((logits_of, half), (mixed, PARAMS)):
+        (site,) = hire.inspect(fn, params, narrow, rules=[HEAD]).sites
+        assert site.status == "dense"
+        assert "float32 and bfloat16" in site.reason
     for change, message in (
         ({"predictor": Oracle()}, "params/embed: certify"),
         ({"predictor": hire.LowRank(8)}, "certify"),

@@ -140,10 +140,12 @@ LOST = {
         lambda z: jnp.where(X[:, :1] > 0, z.at[:, :300].set(-jnp.inf), z).argmax(-1)
     ),
     "timestamps": of_logits(_timestamps),
-    "added up in a loop": _summed(lambda body, z: lax.scan(lambda c, _: (body(c), None), z, None, 3)[0]),
-    "added up so many times": _summed(lambda body, z: lax.fori_loop(0, 3, lambda _, c: body(c), z)),
+    "added up in a loop": _summed(
+        lambda add, z: lax.scan(lambda c, _: (add(c), None), z, None, 3)[0]
+    ),
+    "added up so many times": _summed(lambda add, z: lax.fori_loop(0, 3, lambda _, c: add(c), z)),
     "added up while it is small": _summed(
-        lambda body, z: lax.while_loop(lambda c: c.max() < 9.0, body, z)
+        lambda add, z: lax.while_loop(lambda c: c.max() < 9.0, add, z)
     ),
     "those that are allowed": of_logits(
         lambda z: jnp.full(z.shape, -jnp.inf).at[:, SOME].set(z[:, SOME]).argmax(-1)
@@ -201,6 +203,18 @@ def test_logits_that_are_no_real_numbers_stay_dense(dtype):
     (site,) = [site for site in step.plan(packed, x).sites if site.kind == "head"]
     assert (site.status, "floating-point" in site.reason) == ("dense", True)
     np.testing.assert_array_equal(step(packed, x), model(w, x))
+
+
+@pytest.mark.parametrize("search", [lax.top_k, lax.approx_max_k])
+def test_as_many_are_exact_as_the_program_asks_for(search):
+    """Without rules; a rule says how many itself."""
+    for asked, exact in ((3, 64), (300, 300)):
+        step = hire.transform(lambda p, x, k=asked: search(x @ p["head"], k))
+        packed = step.pack(PARAMS, X)
+        (site,) = step.plan(packed, X).rewritten
+        assert f"top {exact} " in site.reason
+        for got, want in zip(step(packed, X), step.fn(PARAMS, X), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def near_rows(count):

@@ -34,7 +34,10 @@ class HeadKind(SiteKind):
         return match
 
     def default_rule(self, match: HeadMatch) -> Head | None:
-        return Head() if match.doubt is None and match.disorder is None else None
+        if match.doubt is not None or match.disorder is not None:
+            return None
+        asked = max((search.node.params["k"] for search in match.top_ks), default=0)
+        return Head(k=asked) if asked > Head.k else Head()
 
     def asks(self, rule: Head, site: MatchedSite) -> bool:
         if rule.min_width is None:
