@@ -1,4 +1,4 @@
-"""Numbers along the vocabulary that no head computes: whether they differ, and where they are from."""
+"""Numbers along the vocabulary: whether they differ, and what they were made of."""
 
 from __future__ import annotations
 

@@ -95,9 +95,8 @@ class Choices:
         if turned:
             one, other = other, one
         if varies(other, axis):  # z != z asks for NaN
-            return Where.ALL if origin(one, Trait.CASTS) is origin(other, Trait.CASTS) else (
-                self._unknown(node.outs[0])
-            )
+            same = origin(one, Trait.CASTS) is origin(other, Trait.CASTS)
+            return Where.ALL if same else self._unknown(node.outs[0])
         if node.primitive in (p.eq_p, p.ne_p):
             where = self._equal(one, other, axis)
             return where if node.primitive is p.eq_p else _NOT[where]
@@ -141,6 +140,5 @@ def _both(one: Where, other: Where) -> Where:
         return other
     if Where.ONE in (one, other):
         return Where.ONE
-    return Where.RANKS if {one, other} < {Where.RANKS, Where.GREAT, Where.SMALL} and (
-        Where.RANKS in (one, other)
-    ) else Where.SOME
+    ordered = {one, other} <= {Where.RANKS, Where.GREAT, Where.SMALL}
+    return Where.RANKS if ordered and Where.RANKS in (one, other) else Where.SOME

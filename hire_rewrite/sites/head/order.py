@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Uses, Value, source_of
+from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
@@ -25,6 +25,7 @@ from hire_rewrite.sites.head.along import is_random, varies
 from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
+from hire_rewrite.sites.head.looked_up import are_ranked, compared_lookups, picks
 
 _RISING = frozenset(
     (p.log_p, p.log1p_p, p.exp2_p, p.expm1_p, p.sqrt_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p,
@@ -72,8 +73,9 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
         order.visit(*order.stack.pop())
         if not order.stack:
             order.doubt_choices()
-    if order.reason is None:
-        order.doubt_lookups()
+    compared = compared_lookups(order.singles, walk.uses) if order.reason is None else None
+    if compared is not None:
+        order.refuse_lookups(compared)
     return Ranked(order.reason, sum(order.forbidden.values()), order.rounding)
 
 
@@ -160,10 +162,10 @@ class _Order:
             wanted = (UP,)
         elif not has(user.primitive, Trait.ORDERS):
             if user.primitive is p.gather_p:
-                if _picks(user, value, axis) == 1:
+                if picks(user, value, axis) == 1:
                     self._look_up(user.outs[0])
-                elif any(map(self._ranks, _soon(user.outs[0], self.uses))):
-                    self._refuse_lookups(user)
+                elif are_ranked(user.outs[0], self.uses):
+                    self.refuse_lookups(user)
             return
         if user.primitive is p.sort_p:
             wanted = tuple(way for way in wanted if way not in self._read_ends(user, axis))
@@ -267,54 +269,17 @@ class _Order:
             return float(np.max(np.asarray(source.literal))) <= most
         return not adds and source in self.logits
 
-    def _ranks(self, value: Value) -> bool:
-        """Whether numbers are ranked."""
-        users = (user.primitive for user, _ in self.uses.users(value))
-        return any(has(primitive, Trait.SEARCHES | Trait.ORDERS) for primitive in users)
-
     def _look_up(self, single: Value) -> None:
         """Remember a single logit of each token, unless the logits say which."""
         made = single.node
         if made is not None and not any(v in self.of_logits for v in made.ins[1:]):
             self.singles.append(single)
 
-    def doubt_lookups(self) -> None:
-        """Refuse if logits that were looked up one by one are compared with each other."""
-        groups = [_soon(single, self.uses) for single in self.singles]
-        for i, group in enumerate(groups):
-            others = set[Value]().union(*groups[:i]) - group
-            for value in group:
-                for user, position in self.uses.users(value):
-                    rest = [v for j, v in enumerate(user.ins) if j != position]
-                    if others.isdisjoint(rest):
-                        continue
-                    behind = [v for out in user.outs for v in _soon(out, self.uses)]
-                    if has(user.primitive, Trait.COMPARES) or any(map(self._decides, behind)):
-                        self._refuse_lookups(user)
-
-    def _decides(self, value: Value) -> bool:
-        """Whether something is decided by numbers."""
-        users = (user.primitive for user, _ in self.uses.users(value))
-        compared = any(has(primitive, Trait.COMPARES) for primitive in users)
-        return compared or self._ranks(value)
-
-    def _refuse_lookups(self, user: Node) -> None:
+    def refuse_lookups(self, user: Node) -> None:
         self.reason = (
             f"several of its logits are looked up and ranked ({source_of(user)}), and those may be "
             "none of the greatest"
         )
-
-
-def _soon(value: Value, uses: Uses) -> set[Value]:
-    """Numbers, and what is made of each of them next."""
-    seen, stack = {value}, [value]
-    while stack and len(seen) < 64:
-        for user, _ in uses.users(stack.pop()):
-            new = {v for v in user.outs if jnp.issubdtype(v.dtype, jnp.floating)} - seen
-            if not user.bodies and not has(user.primitive, Trait.REDUCES):
-                seen |= new
-                stack += new
-    return seen
 
 
 def _written(scatter: Node, axis: int) -> int:
@@ -325,15 +290,6 @@ def _written(scatter: Node, axis: int) -> int:
         return 1
     before = sum(i not in gone for i in range(axis))
     return int(scatter.ins[2].shape[numbers.update_window_dims[before]])
-
-
-def _picks(user: Node, value: Value, axis: int) -> int:
-    """How many logits a gather looks up for each token."""
-    sizes = list(user.outs[0].shape)
-    for i, size in enumerate(value.shape):
-        if i != axis and size in sizes:
-            sizes.remove(size)
-    return math.prod(sizes)
 
 
 def _way_of(user: Node, position: int, others: Collection[Value]) -> int:
