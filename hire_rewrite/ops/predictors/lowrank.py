@@ -152,8 +152,9 @@ class LowRank:
         n, d = rows.shape
         self.check(n, d)
         rank = self._rank(n, d)
-        unit = _unit(rows)
-        w = rows.astype(jnp.float32) / unit
+        w = rows.astype(jnp.float32)
+        unit = _unit(w)
+        w = w / unit
         with jax.default_matmul_precision("highest"):
             mean, covariance = jnp.zeros(d, jnp.float32), jnp.eye(d, dtype=jnp.float32)
             near = mean
@@ -225,7 +226,7 @@ def _stored(dtype: Any) -> Any:
 def _unit(rows: Array) -> Array:
     """f32[], the power of two that rows are divided by, exactly, so that their squares neither
     vanish nor overflow."""
-    greatest = jnp.abs(rows).max().astype(jnp.float32)
+    greatest = jnp.abs(rows).max()
     usual = jnp.isfinite(greatest) & (greatest > 0)
     return jnp.ldexp(jnp.float32(1), jnp.where(usual, jnp.frexp(greatest)[1] - 1, 0))
 
