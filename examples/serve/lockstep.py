@@ -164,8 +164,7 @@ def together(
 def resident() -> int:
     """Bytes of memory that this process has; 0 where the system does not say it.
 
-    What glibc holds free is given back first: it keeps some for each of XLA's threads, which comes
-    to 70 MB in the first thousands of steps, and is no memory that anybody has forgotten.
+    What glibc holds free is given back first: that is no memory that anybody has forgotten.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have it not
         ctypes.CDLL(None).malloc_trim(0)
