@@ -233,14 +233,20 @@ def test_what_is_forbidden_is_proved_besides():
     def greedy(rows, x):
         return jnp.argmax((x @ rows.T).at[:, 7].set(-jnp.inf), -1)
 
+    def chosen(rows, x):
+        logits = x @ rows.T
+        taken = jnp.arange(512) == logits.argmax(-1, keepdims=True)
+        return jnp.argmax(jnp.where(taken, -jnp.inf, logits), -1)
+
     rows, x = near_rows(40)
-    for k, status in ((1, "dense"), (8, "rewritten")):
-        rule = hire.Head(k=k, candidates=8, certify=True, min_width=512, force=True)
-        step = hire.transform(greedy, rule, on_miss="ignore")
-        packed = step.pack(rows, x)
-        np.testing.assert_array_equal(step(packed, x), greedy(rows, x))
-        (site,) = step.plan(packed, x).sites
-        assert (site.status, "may be taken out" in site.reason) == (status, k == 1)
+    for fn in (greedy, chosen):
+        for k, status in ((1, "dense"), (8, "rewritten")):
+            rule = hire.Head(k=k, candidates=8, certify=True, min_width=512, force=True)
+            step = hire.transform(fn, rule, on_miss="ignore")
+            packed = step.pack(rows, x)
+            np.testing.assert_array_equal(step(packed, x), fn(rows, x))
+            (site,) = step.plan(packed, x).sites
+            assert (site.status, "may be taken out" in site.reason) == (status, k == 1)
 
 
 @pytest.mark.sampled(3)
@@ -299,6 +305,9 @@ AWRY = {
     ).argmax(-1),
     "allowed, if all are finite": lambda z, x: jnp.where(
         (jnp.arange(V) % 7 == 0) & jnp.isfinite(jax.nn.logsumexp(z, -1, keepdims=True)), z, -jnp.inf
+    ).argmax(-1),
+    "two taken out": lambda z, x: jnp.where(
+        (jnp.arange(V) != z.argmax(-1)[:, None]) & (jnp.arange(V) != 7), z, -jnp.inf
     ).argmax(-1),
     "a band": lambda z, x: jnp.where(
         (z < 0.5 * z.max(-1, keepdims=True)) & (z > 0), z, -jnp.inf

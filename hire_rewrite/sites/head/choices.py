@@ -134,7 +134,7 @@ class Choices:
 
 def _both(one: Where, other: Where) -> Where:
     """Where two conditions are true."""
-    if one is other or other is Where.ALL:
+    if other is Where.ALL or (one is other and one is not Where.OTHERS):  # all but one, and another
         return one
     if one is Where.ALL:
         return other
