@@ -46,6 +46,7 @@ from jax import Array, lax
 from jax.scipy.stats import norm
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.ops.certify.rounding import power_below
 from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.narrow import matmul
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
@@ -226,9 +227,8 @@ def _stored(dtype: Any) -> Any:
 def _unit(rows: Array) -> Array:
     """f32[], the power of two that rows are divided by, exactly, so that their squares neither
     vanish nor overflow."""
-    greatest = jnp.abs(rows).max()
-    usual = jnp.isfinite(greatest) & (greatest > 0)
-    return jnp.ldexp(jnp.float32(1), jnp.where(usual, jnp.frexp(greatest)[1] - 1, 0))
+    power = power_below(jnp.abs(rows).max())
+    return jnp.where((power > 0) & (power < jnp.inf), power, 1.0)
 
 
 def _bounded(mean: Array, covariance: Array) -> Array:

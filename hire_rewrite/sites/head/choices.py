@@ -134,7 +134,9 @@ class Choices:
 
 def _both(one: Where, other: Where) -> Where:
     """Where two conditions are true."""
-    if other is Where.ALL or (one is other and one is not Where.OTHERS):  # all but one, and another
+    if one is other is Where.OTHERS:
+        return Where.SOME  # all but two
+    if one is other or other is Where.ALL:
         return one
     if one is Where.ALL:
         return other

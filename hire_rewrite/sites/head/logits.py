@@ -23,6 +23,7 @@ from hire_rewrite.patterns.layout import fixed_starts
 from hire_rewrite.patterns.linear import free_axes, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_distorted
+from hire_rewrite.sites.head.looked_up import soon
 
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
@@ -205,17 +206,11 @@ class Walk:
 
     def _check_lookup(self, user: Node) -> None:
         """Raise if numbers that were looked up go into a product soon: scores of an attention."""
-        seen, stack = {user.outs[0]}, [user.outs[0]]
-        while stack and len(seen) < 64:
-            for reader, position in self.uses.users(stack.pop()):
+        for value in soon(user.outs[0], self.uses, until=Trait(0)):
+            for reader, position in self.uses.users(value):
                 if reader.primitive is p.dot_general_p and not is_one_hot(reader.ins[1 - position]):
                     reason = "what is looked up in it is multiplied: not a vocabulary"
                     raise self._refuse(reason, user, Refusal.CONTRACTED)
-                if reader.bodies:
-                    continue
-                floats = {v for v in reader.outs if jnp.issubdtype(v.dtype, jnp.floating)}
-                stack += floats - seen
-                seen |= floats
 
     def _cut(self, user: Node) -> NoMatch:
         return self._refuse(f"{user.primitive} cuts or mixes the wide axis", user)

@@ -30,13 +30,13 @@ def picks(gather: Node, logits: Value, axis: int) -> int:
 def are_ranked(looked_up: Value, uses: Uses) -> bool:
     """Whether several logits that were looked up at once are soon ranked."""
     return any(
-        _is_read_by(value, Trait.SEARCHES | Trait.ORDERS, uses) for value in _soon(looked_up, uses)
+        _is_read_by(value, Trait.SEARCHES | Trait.ORDERS, uses) for value in soon(looked_up, uses)
     )
 
 
 def compared_lookups(singles: Sequence[Value], uses: Uses) -> Node | None:
     """Where logits that were looked up one by one meet, if that decides something; or None."""
-    groups = [_soon(single, uses) for single in singles]
+    groups = [soon(single, uses) for single in singles]
     before: set[Value] = set()
     for group in groups:
         for value in group:
@@ -51,7 +51,7 @@ def compared_lookups(singles: Sequence[Value], uses: Uses) -> Node | None:
 def _decides(node: Node, uses: Uses) -> bool:
     """Whether something is decided by what an operation returns."""
     deciding = Trait.COMPARES | Trait.SEARCHES | Trait.ORDERS
-    behind = (value for out in node.outs for value in _soon(out, uses))
+    behind = (value for out in node.outs for value in soon(out, uses))
     return has(node.primitive, Trait.COMPARES) or any(
         _is_read_by(value, deciding, uses) for value in behind
     )
@@ -61,12 +61,12 @@ def _is_read_by(value: Value, traits: Trait, uses: Uses) -> bool:
     return any(has(user.primitive, traits) for user, _ in uses.users(value))
 
 
-def _soon(value: Value, uses: Uses) -> list[Value]:
-    """Numbers, and what is made of each of them next."""
+def soon(value: Value, uses: Uses, until: Trait = Trait.REDUCES) -> list[Value]:
+    """Numbers, and what is made of them next in their scope, up to operations of some traits."""
     seen = [value]
     for current in seen:
         for user, _ in uses.users(current):
-            if len(seen) < _MOST and not user.bodies and not has(user.primitive, Trait.REDUCES):
+            if len(seen) < _MOST and not user.bodies and not has(user.primitive, until):
                 numbers = (out for out in user.outs if jnp.issubdtype(out.dtype, jnp.floating))
                 seen += [out for out in numbers if out not in seen]
     return seen
