@@ -86,6 +86,14 @@ def test_kernels_are_built_for_the_oldest_jaxlib():
     assert oldest.replace(">=", "==") in PROJECT["build-system"]["requires"]
 
 
+def test_the_changelog_names_tests_that_there_are():
+    project = pathlib.Path(__file__).parents[1]
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (project / "CHANGELOG.md").read_text())
+    assert named
+    for path, test in named:
+        assert f"def {test}(" in (project / path).read_text(), (path, test)
+
+
 def test_public_names():
     for name in hire_rewrite.__all__:
         assert getattr(hire_rewrite, name).__doc__
