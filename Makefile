@@ -8,7 +8,7 @@ PYTEST := $(RUN) -m pytest -n auto --dist worksteal
 # For `make matrix` and `make wheels`: names or paths of interpreters.
 PYTHONS ?= python3.11 python3.12 python3.13
 
-.PHONY: demo gemma translate test long zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels serve serve-day
+.PHONY: demo gemma translate test long zoo bench relu mesh quality pretrain fuzz tpu gpu docs lint format matrix clean help faults fuzz-kernels wheels reliability serve serve-day
 
 help:
 	@echo "make demo      SmolLM2-135M dense and rewritten, side by side, and llama.cpp"
@@ -30,6 +30,8 @@ help:
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
 	@echo "make faults    odd values, sizes, dtypes and settings at every kind of site; writes a record"
 	@echo "make fuzz-kernels  the C++ kernels on random bytes under sanitizers; writes a record"
+	@echo "make reliability  hostile checkpoints, exports, tests of both and of more: the shorter runs of"
+	@echo "               docs/reliability.md (ten minutes)"
 	@echo "make docs      the generated pages of docs/, and the site in out/site"
 	@echo "make lint      ruff and mypy"
 	@echo "make matrix    the tests on every interpreter of PYTHONS, versions of jax, and the oldest"
@@ -126,6 +128,14 @@ fuzz-kernels: $(VENV)/.test
 
 faults: $(VENV)/.test
 	$(RUN) -m tests.faults.values
+
+# What no other target writes records of; the others are faults, fuzz, fuzz-kernels, matrix, wheels
+# and serve-day.
+reliability: $(VENV)/.test
+	$(RUN) -m benchmarks.reliability_checkpoints --files 4000 --packs 10000
+	$(RUN) -m benchmarks.exported --tokens 16
+	$(RUN) -m benchmarks.reliability_tests
+	$(RUN) -m benchmarks.reliability
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

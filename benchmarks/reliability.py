@@ -28,7 +28,9 @@ TITLES = {
     "export": "Export and start",
     "export_gpu": "Export and start on a GPU",
     "versions": "Versions of Python, JAX and its neighbors",
+    "wheels": "Wheels and sdist",
     "serve": "A server's day",
+    "tests": "Tests, by what they try",
 }
 """The parts, in the order of the page."""
 
@@ -38,8 +40,9 @@ INTRODUCTION = """\
 # Reliability
 
 What was tried to break the package, how often, and how often it broke. What a run found wrong was
-mended, with a test, before the run that is counted here; the [changelog](../CHANGELOG.md) names both.
-Smaller runs of this are in `make test`, and those under sanitizers in `make long`.
+mended, with a test, before the run that is counted here; the [changelog](../CHANGELOG.md) names
+both. Smaller runs of this are in `make test`, and those under sanitizers in
+`make long`.
 """
 
 

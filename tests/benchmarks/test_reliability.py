@@ -1,6 +1,8 @@
 """The page of what was tried: every record that there is, and no other."""
 
-from benchmarks import reliability
+import pytest
+
+from benchmarks import reliability, reliability_tests
 
 MACHINE = {"cores": 2, "processor": "a chip", "jax": "0.10.2", "python": "3.11.9"}
 
@@ -22,3 +24,31 @@ def test_every_record_has_a_title():
         for path in reliability.timing.RESULTS.glob("reliability_*.json")
     }
     assert names == set(reliability.records())
+
+
+REPORT = """\
+<testsuites><testsuite>
+<testcase classname="tests.test_export" name="a"/>
+<testcase classname="tests.test_export" name="b"><failure message="no">...</failure></testcase>
+<testcase classname="tests.test_export" name="c"><skipped/></testcase>
+<testcase classname="tests.test_exported" name="d"><error/></testcase>
+<testcase classname="tests.fuzz.test_laws" name="e"><properties/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_tests_are_counted_by_their_files(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    found = reliability_tests.outcomes(tmp_path / "report.xml")
+    row = reliability_tests.row("export", ["tests/test_export.py"], found)
+    assert (row["tried"], row["wrong"]) == (2, 1)
+    assert row["note"] == "`tests/test_export.py`; 1 skipped"
+    row = reliability_tests.row("laws", ["tests/fuzz"], found)
+    assert (row["tried"], row["wrong"]) == (1, 0)
+    with pytest.raises(ValueError, match="test_serve"):
+        reliability_tests.row("the server", ["tests/examples/test_serve.py"], found)
+
+
+def test_files_of_counted_tests_exist():
+    for path in (path for part in reliability_tests.PARTS.values() for path in part):
+        assert (reliability_tests.ROOT / path).exists(), path
