@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import io_callback
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as p
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hire_rewrite.errors import HireRewriteError
 
@@ -270,6 +270,26 @@ def varying_type(aval: Any) -> dict[str, Any]:
     if kind is None or not kind.varying:
         return {}
     return {"manual_axis_type": kind, "sharding": aval.sharding}  # whose mesh has the axes
+
+
+def varying_shape(spec: Any, arrays: Sequence[Any]) -> Any:
+    """The type of an array inside `shard_map`, if it differs along the axes of the mesh along which
+    any of some arrays does."""
+    axes = frozenset(varying_axes(arrays))
+    if not axes:
+        return spec
+    kind = jax.typeof(arrays[0]).manual_axis_type.update(varying=axes)
+    around = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    return jax.ShapeDtypeStruct(
+        spec.shape, spec.dtype, weak_type=spec.weak_type, manual_axis_type=kind, sharding=around
+    )
+
+
+def invariant_shape(spec: Any) -> Any:
+    """The type of an array that is the same on all devices of a `shard_map`."""
+    if not varying_type(spec):
+        return spec
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, weak_type=spec.weak_type)
 
 
 def varying_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:

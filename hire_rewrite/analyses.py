@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hire_rewrite import _compat
 from hire_rewrite.analysis import Analysis
 from hire_rewrite.arguments import check_call, not_traced, without_weights
 from hire_rewrite.errors import HireRewriteError
@@ -145,9 +146,11 @@ class Analyses:
         return self.of(None, args, kwargs, {**analysis.statistics, **told})
 
     def _with_origin(self, packed: Packed, args: Sequence[Any]) -> list[Any]:
-        """The arguments with the shapes that a `Packed` was made of in its place."""
-        origin = packed.info.origin
-        originals = jax.tree.unflatten(origin.tree, origin.specs)
+        """The arguments with the shapes that a `Packed` was made of in its place; inside a
+        `shard_map` they differ from device to device if any of its arrays does."""
+        origin, arrays = packed.info.origin, jax.tree.leaves(packed)
+        specs = [_compat.varying_shape(spec, arrays) for spec in origin.specs]
+        originals = jax.tree.unflatten(origin.tree, specs)
         if len(originals) != len(self.weights):
             raise HireRewriteError(
                 f"{self.name}: the Packed was made of {len(originals)} weight arguments, "
@@ -186,6 +189,7 @@ class Analyses:
             misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
         self._report(misses, plan)
         leaves, tree = jax.tree.flatten(tuple(args[i] for i in self.weights))
+        leaves = list(map(_compat.invariant_shape, leaves))
         paths = tuple(graph.paths[i] for i in graph.weights)
         origin = Origin(tree, paths, tuple(leaves), (without_weights(args, self.weights), kwargs))
         self._detections[traced] = found  # not before nothing can fail: it may not be seen again

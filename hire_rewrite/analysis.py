@@ -107,7 +107,11 @@ class Analysis:
                 check_not_deleted("pack", origin.paths, weights)
                 origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
             make = pack_shapes if shapes else pack
-            return make(self.trace, self.decisions, origin, weights, calibration)
+            packed = make(self.trace, self.decisions, origin, weights, calibration)
+            if origin.fingerprint is None:
+                return packed
+            origin = dataclasses.replace(origin, packed=fingerprint(jax.tree.leaves(packed)))
+        return dataclasses.replace(packed, info=dataclasses.replace(packed.info, origin=origin))
 
     def with_weights(self, packed: Packed, weights: Sequence[Any] | None) -> Packed:
         """A `Packed` with the weights of sites that hold rounded ones alone, to compare with.

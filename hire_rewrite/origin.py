@@ -18,14 +18,16 @@ from hire_rewrite.names import first_names, unique
 class Origin:
     """What a `Packed` was made from.
 
-    Two that differ in `call` or `fingerprint` alone are equal: programs compiled for one serve the
+    Two that differ in `call` or fingerprints alone are equal: programs compiled for one serve the
     other.
 
     Attributes:
       tree: the structure of the tuple of weight arguments.
       paths, specs: of each weight the path, and the shape, dtype and sharding.
       call: shapes of the call that it was packed for: the other arguments, and those by keyword.
-      fingerprint: as `fingerprint.fingerprint` has it; None where the numbers were not known.
+      fingerprint: of the weights, as `fingerprint.fingerprint` has it; None where the numbers were
+        not known.
+      packed: the fingerprint of what they were packed to.
     """
 
     tree: Any
@@ -33,6 +35,9 @@ class Origin:
     specs: tuple[jax.ShapeDtypeStruct, ...]
     call: Any = dataclasses.field(default=None, compare=False, repr=False)
     fingerprint: tuple[int | None, ...] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+    packed: tuple[int | None, ...] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
 
@@ -44,10 +49,13 @@ class Origin:
         return self.paths[0].partition("/")[0]
 
 
-def check_origin(origin: Origin, weights: Sequence[Any], *, known: bool = True) -> None:
+def check_origin(
+    origin: Origin, packed: Sequence[Any], weights: Sequence[Any], *, known: bool = True
+) -> None:
     """Raise HireRewriteError if weight arguments are not those that a `Packed` was made from.
 
     Args:
+      packed: the arrays of the `Packed`.
       known: whether it is an error that nobody knows, as it was packed in a trace.
     """
     check_specs(origin, weights)
@@ -57,12 +65,13 @@ def check_origin(origin: Origin, weights: Sequence[Any], *, known: bool = True) 
             "the weights are shapes, or are traced, and have no numbers to compare with those that "
             "were packed: give arrays, outside of jit"
         )
-    if origin.fingerprint is None and not known:
-        return
-    if origin.fingerprint is None:
+    if origin.fingerprint is None or fingerprint(packed) != origin.packed:
+        if not known:
+            return
         raise HireRewriteError(
-            "the Packed does not know the numbers that it was packed from, as it was packed or "
-            "passed on in a trace, or given other arrays: pack outside of jit to have it checked"
+            "the Packed does not know the numbers that its arrays were packed from, as it was "
+            "packed or passed on in a trace, or given other arrays: pack outside of jit to have it "
+            "checked, and restore what was saved with Packed.load"
         )
     found = fingerprint(leaves)
     for path, before, now in zip(origin.paths, origin.fingerprint, found, strict=True):

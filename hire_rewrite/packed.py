@@ -103,8 +103,8 @@ class Packed:
         return dict(zip(self._named(str), jax.tree.leaves(self), strict=True))
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> Packed:
-        """This one with other arrays, those of a dictionary like `arrays`. What they were made of
-        nobody knows then: `check` has no numbers to compare weights with.
+        """This one with other arrays, those of a dictionary like `arrays`. If their numbers are
+        others, nobody knows what they were made of, and `check` refuses them.
 
         Raises:
           HireRewriteError: names are missing, or are not of this `Packed`.
@@ -114,16 +114,14 @@ class Packed:
                 f"with_arrays: the arrays are a {type(arrays).__name__}: give a dict like "
                 "Packed.arrays"
             )
-        names, mine = [*self._named(str)], self.arrays
+        names = [*self._named(str)]
         for what, odd in (("lack", set(names) - set(arrays)), ("have", set(arrays) - set(names))):
             if odd:
                 raise HireRewriteError(
                     f"with_arrays: the arrays {what} {first_names(sorted(odd))}, unlike this "
                     "Packed: give those of Packed.arrays of one with the same rules and shapes"
                 )
-        made = jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in names])
-        same = all(arrays[name] is mine[name] for name in names)
-        return made if same else dataclasses.replace(made, info=made.info.without_fingerprint)
+        return jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in names])
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -143,8 +141,9 @@ class Packed:
     def check(self, *weights: Any) -> None:
         """Check the arrays against what was packed and, if they are given, the weights themselves.
 
-        An update of the weights is seen in a few numbers of each. What changes one number alone is
-        not, so far as it is not among these.
+        An update is seen in a thousand numbers of each weight: what changes some numbers in a
+        hundred, wherever they are. What changes fewer, such as a few rows of a large embedding,
+        may go unseen.
 
         Args:
           weights: the arguments that hold the weights, in order.
@@ -161,7 +160,8 @@ class Packed:
 
         Raises:
           HireRewriteError: an array has not the shape and dtype that it was packed with; a weight
-            is not the one that was packed; or nobody knows, as it was packed in a trace.
+            is not the one that was packed, or is deleted; or nobody knows, as it was packed in a
+            trace, or given other arrays (by restoring into it, or `jax.tree.map`).
         """
         leaves = jax.tree_util.tree_leaves_with_path((self.weights, self.sites))
         if len(leaves) != len(self.info.shapes):
@@ -179,7 +179,17 @@ class Packed:
                     "instead of changing the packed arrays"
                 )
         if weights:
-            check_origin(self.info.origin, weights)
+            self._check_origin("check", weights)
+
+    def _check_origin(self, name: str, weights: Sequence[Any], *, known: bool = True) -> None:
+        """`origin.check_origin` of its arrays, none of which may be deleted."""
+        leaves, origin = jax.tree.leaves(self), self.info.origin
+        check_not_deleted(name, self.paths, leaves)
+        given = jax.tree.leaves(tuple(weights))
+        if len(given) == len(origin.paths):  # else they are of another structure
+            check_not_deleted(name, origin.paths, given)
+        with jax.transfer_guard("allow"):
+            check_origin(origin, leaves, weights, known=known)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a directory (Orbax), or to one file if the path ends in `.safetensors`.

@@ -70,7 +70,8 @@ class PackedInfo:
     @functools.cached_property
     def without_fingerprint(self) -> PackedInfo:
         """The same of other arrays: traced ones, which are compiled once and run on others too."""
-        return dataclasses.replace(self, origin=dataclasses.replace(self.origin, fingerprint=None))
+        origin = dataclasses.replace(self.origin, fingerprint=None, packed=None)
+        return dataclasses.replace(self, origin=origin)
 
     @functools.cached_property
     def short_names(self) -> tuple[dict[str, str], dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from hire_rewrite import _compat
 from hire_rewrite.analyses import Analyses
 from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import Warner
@@ -61,6 +62,7 @@ class Runner:
 
         if packed is None and not (self.mode.packs_on_sight or self.mode.exact_form):
             return original()
+        packed = _alike(packed)
         analysis = analysis or self.analyses.of(packed, args, kwargs)
         if packed is None:
             analysis.check_decided()
@@ -103,3 +105,11 @@ class Runner:
                 warn(text.format(first_names([name for _, name in new])))
 
         return announcing(announce)(results, given) if sites else results
+
+
+def _alike(packed: Packed | None) -> Packed | None:
+    """Inside a `shard_map`, a `Packed` whose arrays all differ from device to device if one does:
+    so the function is traced."""
+    if axes := _compat.varying_axes(jax.tree.leaves(packed)):
+        return jax.tree.map(lambda array: _compat.varying_over(array, axes), packed)
+    return packed

@@ -17,8 +17,7 @@ from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
-from hire_rewrite.origin import check_origin
-from hire_rewrite.packed import Packed, check_arrays
+from hire_rewrite.packed import Packed, check_arrays, check_not_deleted
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
@@ -171,6 +170,7 @@ class Transformed:
                 "weights, or shapes for all and no calibration"
             )
         analysis, seen = self._analyses.of_now(args, kwargs), None
+        check_not_deleted("pack", analysis.origin.paths, leaves)
         if calibration is not None:
             with timed(self.name, "calibrate") as found, jax.transfer_guard("allow"):
                 analysis, seen = calibrate(self._analyses, args, kwargs, calibration)
@@ -228,7 +228,7 @@ class Transformed:
         leaves = None
         if weights is not None:
             arguments = self._analyses.weight_arguments(weights)
-            check_origin(packed.info.origin, arguments, known=False)
+            packed._check_origin("evaluate", arguments, known=False)
             leaves = jax.tree.leaves(arguments)
         with timed(self.name, "evaluate") as found, jax.transfer_guard("allow"):
             report = evaluate(self._analyses, packed, batches, leaves, targets, kwargs)

@@ -523,6 +523,7 @@ class Library:
     filtered = hire.transform(eqx.filter_jit(lambda self, params, x: x @ params["embed"].T), *FULL)
 
 
+@pytest.mark.filterwarnings("ignore:functools.partial:FutureWarning")  # of Python 3.13's own
 def test_what_stands_in_a_class_and_is_no_method():
     params, x = {"embed": init()["embed"]}, jnp.ones((1, D))
     library = Library()

@@ -33,7 +33,7 @@ from hire_rewrite.saved import built, plain, rule_types
 from hire_rewrite.sites import site_kinds
 from hire_rewrite.sites.kind import StaysDense
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is written, or what packed arrays mean, changes."""
 
 
@@ -43,7 +43,7 @@ class Metadata:
 
     Attributes:
       arrays: in the order of the leaves.
-      paths, specs, fingerprint: as in `origin.Origin`.
+      paths, specs, fingerprint, packed: as in `origin.Origin`.
       weights, call: the trees of the weight arguments and of the others, as JSON; None if they have
         nodes that are not in JSON.
       sites, examined, rules: as in `packed_info.PackedInfo`.
@@ -54,6 +54,7 @@ class Metadata:
     paths: tuple[str, ...]
     specs: tuple[jax.ShapeDtypeStruct, ...]
     fingerprint: tuple[int | None, ...] | None
+    packed: tuple[int | None, ...] | None
     weights: Any
     call: Any
     sites: tuple[PackedSite, ...]
@@ -94,6 +95,7 @@ def write_metadata(packed: Packed, arrays: Sequence[StoredArray], devices: int) 
             "paths": list(origin.paths),
             "specs": [spec_to_json(shape) for shape in shapes],
             "fingerprint": None if origin.fingerprint is None else list(origin.fingerprint),
+            "packed": None if origin.packed is None else list(origin.packed),
             "weights": tree_to_json(jax.tree.unflatten(origin.tree, shapes)),
             "call": None if origin.call is None else tree_to_json(origin.call),
         },
@@ -200,12 +202,16 @@ def _metadata(data: Mapping[str, Any]) -> Metadata:
     for rule in rules:
         if not isinstance(rule, Rule) or rule.path is None:
             raise ValueError(f"{rule!r} is not a rule for one layer")
-    fingerprint = origin["fingerprint"]
+    fingerprint, packed = (
+        None if numbers is None else tuple(map(_number, numbers))
+        for numbers in (origin["fingerprint"], origin["packed"])
+    )
     metadata = Metadata(
         arrays,
         tuple(map(_string, origin["paths"])),
         tuple(map(spec_from_json, origin["specs"])),
-        None if fingerprint is None else tuple(map(_number, fingerprint)),
+        fingerprint,
+        packed,
         origin["weights"],
         origin["call"],
         tuple(

@@ -112,7 +112,9 @@ def _told(info: PackedInfo, metadata: Metadata, plan: Plan) -> PackedInfo:
     same_rules = {*info.rules} == {*metadata.rules}
     return dataclasses.replace(
         info,
-        origin=dataclasses.replace(info.origin, fingerprint=metadata.fingerprint),
+        origin=dataclasses.replace(
+            info.origin, fingerprint=metadata.fingerprint, packed=metadata.packed
+        ),
         sites=tuple(
             dataclasses.replace(here[which], statistics=told) for which, told in layouts.items()
         ),

@@ -149,7 +149,8 @@ def placed(leaf: Any) -> Any:
     if _compat.is_ref(aval):
         return aval
     sharding = sharding_over_mesh(leaf) or (None if leaf is aval else aval.sharding)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+    kind: Any = {"weak_type": aval.weak_type, "sharding": sharding, **_compat.varying_type(aval)}
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **kind)
 
 
 def sharding_over_mesh(leaf: Any) -> NamedSharding | None:

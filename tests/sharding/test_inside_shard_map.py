@@ -1,4 +1,4 @@
-"""A rewritten function inside a `shard_map` of the user's, which divides tokens and not weights."""
+"""A rewritten function inside a `shard_map` of the user's, which divides tokens or weights."""
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +58,34 @@ def test_it_is_the_function(name, mode):
     for check in (True, False):
         for held in (*helds, W):
             np.testing.assert_allclose(around(step, check)(held, X), want, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["no site", "linear", "block", "head", "loop"])
+def test_weights_of_each_device(name):
+    """Stacked, and each device has its own; or the same, typed as if they were others."""
+    fn, rules = CASES[name]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    step = hire.transform(fn, *rules, on_miss="ignore")
+    weights = [W * (1 + i % 2) for i in range(8)]
+    packs = [packed(step, w, X) for w in weights]
+
+    def around(fn, held, spec, own):
+        """`fn` on each device, of what `own` makes of its part of `held`."""
+
+        def each(held, x):
+            return fn(jax.tree.map(own, held), x)
+
+        specs = {"in_specs": (spec, P("data")), "out_specs": P("data")}
+        return jax.jit(jax.shard_map(each, mesh=mesh, **specs))(held, X)
+
+    def stacked(fn, trees):
+        tree = jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
+        return around(fn, tree, P("data"), lambda array: array[0])
+
+    def typed(fn, held):
+        return around(fn, held, P(), lambda array: jax.lax.pcast(array, "data", to="varying"))
+
+    want = stacked(fn, weights)
+    for held in (packs, weights):
+        np.testing.assert_allclose(stacked(step, held), want, atol=4e-4)
+    np.testing.assert_allclose(typed(step, packs[0]), typed(fn, weights[0]), atol=2e-4)
