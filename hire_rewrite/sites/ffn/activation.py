@@ -22,8 +22,8 @@ from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.ops.certify.interval import Interval, enclosure
 from hire_rewrite.patterns.axes import run_part
-from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
+from hire_rewrite.sites.ffn.selecting import selection
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
@@ -99,61 +99,11 @@ def classify(region: Region) -> Activation:
 
 
 def _selecting(region: Region) -> Activation:
-    """Of a region with a selection: tried on random numbers."""
-    last = max(region.selection, key=lambda node: node.index)
-    tokens = region.window.tokens(region.value.shape)
-    if not isinstance(tokens, int) or tokens == 0:
-        reason = f"it selects among its hidden positions, and cannot be tried on {tokens} tokens"
-        raise NoMatch(Refusal.UNSUPPORTED, reason, last)
-    exact = any(has(node.primitive, Trait.ORDERS) for node in region.selection)
+    """Of a region with a selection."""
     given = [side for side in region.sides if not _is_made_of_numbers(side)]
-    sides = {side: jnp.ones(side.shape, side.dtype) for side in given}
-    vectors = [jnp.zeros(region.size, vector.value.dtype) for vector in region.vectors]
-    # The same row for all tokens, so that the count does not depend on how many there are.
-    count = len(region.projections)
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(count, region.size))
-    ones = np.ones(region.size)
-
-    def run(rows: Sequence[Any] | np.ndarray, vectors: Sequence[Any]) -> np.ndarray:
-        """bool[size], the positions that are not zero for any token."""
-        pre = [
-            jnp.broadcast_to(
-                jnp.asarray(row, item.linear.out.dtype),
-                (item.window.tokens(item.linear.out.shape), region.size),
-            )
-            for row, item in zip(rows, region.projections, strict=True)
-        ]
-        found = np.asarray(region.run(pre, vectors, sides) != 0)
-        return np.asarray(found.reshape(-1, region.size).any(0))
-
-    def kept(varied: Sequence[int]) -> int:
-        """Positions that are not zero, where some projections vary and the others are one."""
-        return int(run([rows[i] if i in varied else ones for i in range(count)], vectors).sum())
-
-    def selects_by(gate: int, most: int) -> bool:
-        """Whether the greatest gates alone are kept; of none that is positive, perhaps fewer."""
-        for sign in (1, 1, -1):
-            rows = rng.normal(size=(count, region.size))
-            rows[gate] = rows[gate] if sign > 0 else -np.abs(rows[gate])
-            drawn = [jnp.asarray(rng.normal(size=region.size), v.dtype) for v in vectors]
-            greatest = np.zeros(region.size, bool)
-            greatest[np.argsort(-rows[gate])[:most]] = True
-            rows[gate] -= ~greatest  # in bfloat16 too they are apart
-            found = run(rows, drawn)
-            if (found & ~greatest).any() or (sign > 0 and found.sum() < most):
-                return False
-        return True
-
-    gates = [i for i in range(count) if 2 * kept([i]) <= region.size]
-    most = kept(range(count))
-    if not 0 < 2 * most <= region.size:
-        reason = "it reads all hidden positions, but selects no few of them"
-        raise NoMatch(Refusal.MIXES_POSITIONS, reason, last)
-    name = "topk" if exact else "statistical_topk"
-    sole = [gate for gate in range(count) if exact and selects_by(gate, most)]
-    gate = (sole or gates or [0])[-1]
-    return Activation(name, gate, sparse=True, keeps=most, by_gate=bool(sole))
+    found = selection(region, given)
+    name = "topk" if found.exact else "statistical_topk"
+    return Activation(name, found.gate, sparse=True, keeps=found.keeps, by_gate=found.by_gate)
 
 
 def _zeroing(probe: _Probe) -> tuple[int, ...]:
