@@ -11,7 +11,7 @@ import jax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
-from hire_rewrite.graph.calls.inline import in_custom_derivative
+from hire_rewrite.graph.calls.derivative import all_describe_their_code, derivative_calls
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed, check_not_deleted
@@ -51,10 +51,21 @@ class Analysis:
         ]
 
     def lost_rules(self, packed: Packed | None) -> list[str]:
-        """The sites in calls that have a derivative of their own, and in whose place something is
-        put in modes "exact" and "dense": whatever is packed, or on raw weights the exact forms."""
+        """The sites that are in calls with a derivative of their own, or hold some, and in whose
+        place something is put: whatever is packed, or on raw weights the exact forms."""
         replaced = self._exact_forms if packed is None else self.packing
-        return [d.name for d in replaced if not _without_rule(d)]
+        return [d.name for d in replaced if _derivative_calls(d)]
+
+    @functools.cached_property
+    def other_rules(self) -> frozenset[str]:
+        """Those of all sites in calls with a derivative of their own, or that hold some, that is
+        not seen to be that of the code."""
+        return frozenset(
+            d.name
+            for d in self.decisions
+            if d.operation is not None
+            and not (_without_rule(d) and all_describe_their_code(_derivative_calls(d)))
+        )
 
     @property
     def exact_forms(self) -> list[SiteReplacement]:
@@ -167,4 +178,10 @@ class Analysis:
 
 def _without_rule(decision: Decision) -> bool:
     """Not inside a call that has its derivative from a rule: what is put into it dissolves it."""
-    return not any(in_custom_derivative(linear.node) for linear in decision.site.linears)
+    return not any(derivative_calls(linear.node) for linear in decision.site.linears)
+
+
+def _derivative_calls(decision: Decision) -> list[Any]:
+    """The calls with a derivative of their own that a site is in, or that it holds."""
+    calls = (eqn for node in decision.nodes for eqn in derivative_calls(node))
+    return list({id(eqn): eqn for eqn in calls}.values())

@@ -93,18 +93,18 @@ class Runner:
         packed: Packed | None,
     ) -> Any:
         """Results that warn, once of each site, where a gradient is taken that is another one."""
-        if self.mode.differentiable:
-            sites, text = analysis.lost_rules(packed), LOST_RULE
-        else:
-            sites, text = analysis.other_gradients, OTHER_GRADIENT
-
+        other = [] if self.mode.differentiable else analysis.other_gradients
+        lost = [name for name in analysis.lost_rules(packed) if name not in other]
         warn = self.warn  # and not `self`: programs hold what is called, which would hold them
 
         def announce() -> None:
-            if new := warn.new(("gradient", name) for name in sites):
-                warn(text.format(first_names([name for _, name in new])))
+            # Which rules are those of their code is tried where it matters: here.
+            differ = [name for name in lost if name in analysis.other_rules]
+            for sites, text in ((other, OTHER_GRADIENT), (differ, LOST_RULE)):
+                if new := warn.new(("gradient", name) for name in sites):
+                    warn(text.format(first_names([name for _, name in new])))
 
-        return announcing(announce)(results, given) if sites else results
+        return announcing(announce)(results, given) if other or lost else results
 
 
 def _alike(packed: Packed | None) -> Packed | None:

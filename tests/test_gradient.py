@@ -257,3 +257,39 @@ def test_a_derivative_from_a_rule():
     step = hire.transform(model, hire.FFN(k=0.25), mode="exact")
     assert len(said(lambda: gradient(step), "custom_vjp")) == 1
     assert not said(lambda: step(PARAMS, X), "custom_vjp")
+
+
+@jax.custom_jvp
+def straight_through(x):
+    return jnp.maximum(x, 0)
+
+
+straight_through.defjvp(lambda primals, tangents: (straight_through(*primals), tangents[0]))
+
+
+@jax.custom_vjp
+def leaky_backwards(x):
+    return jnp.maximum(x, 0)
+
+
+leaky_backwards.defvjp(lambda x: (jnp.maximum(x, 0), x), lambda x, g: (jnp.where(x > 0, g, g / 9),))
+
+
+@pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
+@pytest.mark.parametrize("activation", [straight_through, leaky_backwards, jax.nn.relu])
+def test_an_activation_with_a_derivative_of_its_own(activation, mode):
+    """The user is told where it is not that of the code; rewritten, or dense in this call."""
+
+    def model(params, x):
+        return activation(x @ params["up"]) @ params["down"]
+
+    step = hire.transform(model, POSITIVE["told"], mode=mode)
+    packed = step.pack(PARAMS, X)
+    for x in (X, jnp.tile(X, (20, 1))):
+        told = said(lambda: jax.grad(lambda x: step(packed, x).sum())(x), "its arithmetic")  # noqa: B023
+        assert len(told) == (activation is not jax.nn.relu and x is X)  # once
+    other = hire.transform(model, POSITIVE["told"], mode=mode)
+    dense = jnp.tile(X, (20, 1))
+    assert other.plan(packed, dense).sites[0].status == "dense"
+    told = said(lambda: jax.grad(lambda x: other(packed, x).sum())(dense), "its arithmetic")
+    assert len(told) == (activation is not jax.nn.relu)

@@ -13,7 +13,6 @@ from jax.sharding import Sharding
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.calls.table import InlineCall
-from hire_rewrite.graph.nodes import Node
 
 
 def inline_call(eqn: Any) -> InlineCall | None:
@@ -25,12 +24,6 @@ def inline_call(eqn: Any) -> InlineCall | None:
     if not _compat.is_high_call(eqn):
         return None
     return _CHECKPOINT if "policy" in _compat.call_params(eqn) else _DERIVATIVE
-
-
-def in_custom_derivative(node: Node) -> bool:
-    """Whether an equation is in a call that has its derivative from a rule."""
-    calls = map(inline_call, node.eqns_around())
-    return any(call is not None and call.derivative for call in calls)
 
 
 class _Plain(InlineCall):

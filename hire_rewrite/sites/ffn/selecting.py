@@ -55,14 +55,14 @@ def selection(region: Region, sides: Sequence[Value]) -> Selection:
     if not isinstance(tokens, int) or tokens == 0:
         reason = f"it selects among its hidden positions, and cannot be tried on {tokens} tokens"
         raise NoMatch(Refusal.UNSUPPORTED, reason, last)
-    trials = _Trials(region, sides)
+    exact = any(has(node.primitive, Trait.ORDERS) for node in region.selection)
+    trials = _Trials(region, sides, exact)
     every = range(len(region.projections))
     gates = [i for i in every if 2 * trials.kept([i]) <= region.size]
     most = trials.kept(every)
     if not 0 < 2 * most <= region.size:
         reason = "it reads all hidden positions, but selects no few of them"
         raise NoMatch(Refusal.MIXES_POSITIONS, reason, last)
-    exact = any(has(node.primitive, Trait.ORDERS) for node in region.selection)
     alone = exact and not _decides(region, sides)
     sole = [gate for gate in every if alone and trials.selects_by(gate, most)]
     return Selection(exact, most, (sole or gates or [0])[-1], bool(sole))
@@ -71,8 +71,8 @@ def selection(region: Region, sides: Sequence[Value]) -> Selection:
 class _Trials:
     """Runs a region on random rows."""
 
-    def __init__(self, region: Region, sides: Sequence[Value]) -> None:
-        self._region, self._sides = region, sides
+    def __init__(self, region: Region, sides: Sequence[Value], exact: bool) -> None:
+        self._region, self._sides, self._exact = region, sides, exact
         self._rng = np.random.default_rng(0)
         self._tokens = [item.window.tokens(item.linear.out.shape) for item in region.projections]
 
@@ -82,6 +82,9 @@ class _Trials:
         """
         size = self._region.size
         drawn = np.random.default_rng(0).normal(size=(len(self._tokens), size))
+        if self._exact:  # what is equal to a threshold is kept, too: no two are
+            dtypes = [item.linear.out.dtype for item in self._region.projections]
+            drawn = np.stack(list(map(_distinct, drawn, dtypes)))
         rows = [row if i in varied else np.ones(size) for i, row in enumerate(drawn)]
         zeros = [jnp.zeros(size, vector.value.dtype) for vector in self._region.vectors]
         ones = {side: jnp.ones(side.shape, side.dtype) for side in self._sides}
@@ -109,7 +112,8 @@ class _Trials:
         np.put_along_axis(greatest, np.argsort(-rows, -1)[:, :most], True, -1)
         # In few bits, too, they are apart from the others: by little or by much.
         apart = np.where(np.arange(len(rows)) % 2, 1.0, 2.0**-5)[:, None]
-        rows = rows - ~greatest * apart * np.abs(rows).mean(-1, keepdims=True)
+        threshold = np.where(greatest, rows, np.inf).min(-1, keepdims=True)
+        rows = rows - ~greatest * apart * np.abs(threshold)
         others = rng.normal(size=(len(self._tokens), region.size))
         pre = [rows if i == gate else row for i, row in enumerate(others)]
         vectors = [jnp.asarray(rng.normal(size=region.size), v.value.dtype) for v in region.vectors]
@@ -150,6 +154,20 @@ class _Trials:
         ]
         found = np.asarray(self._region.run(pre, vectors, sides) != 0)
         return found.reshape(-1, size)
+
+
+def _distinct(row: np.ndarray, dtype: Any) -> np.ndarray:
+    """Numbers in the order of a row's, no two of which are equal in a type, but for very few bits.
+
+    Half of them are negative.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).eps < 1e-5:
+        return row
+    bits, half = int(jnp.finfo(dtype).nmant), -(-len(row) // 2)
+    each = np.arange(half) - half // 2  # of the positive numbers of the type, 1 being number 0
+    positive = 2.0 ** (each >> bits) * (1 + (each & (1 << bits) - 1) / (1 << bits))
+    values = np.concatenate([-positive[::-1], positive])[-len(row) :]
+    return values[np.argsort(np.argsort(row))]
 
 
 def _drawn(side: Value, rng: np.random.Generator) -> Any:
