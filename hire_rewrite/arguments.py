@@ -28,8 +28,7 @@ def packed_among(
       weights: the positions of its weights; a `Packed` stands at the first.
 
     Raises:
-      HireRewriteError: a position is not there, or a `Packed` stands elsewhere, or something that a
-        `Packed` was saved as stands there.
+      HireRewriteError: a position is not there, or a `Packed` stands elsewhere.
     """
     for position in weights:
         if position >= len(args):
@@ -40,12 +39,6 @@ def packed_among(
                 "or () if they are closed over"
             )
     first = args[weights[0]] if weights else None
-    if isinstance(first, Mapping) and {"weights", "sites"} <= set(first) <= _PACKED:
-        raise HireRewriteError(
-            f"{name}: argument {weights[0]} is a {type(first).__name__} of `weights` "
-            "and `sites`, which a Packed is restored to without a target: give the restoring "
-            "call a target, pack(...) of jax.ShapeDtypeStructs in place of the weights"
-        )
     misplaced = [i for i, arg in enumerate(args) if isinstance(arg, Packed) and arg is not first]
     if misplaced:
         raise HireRewriteError(
@@ -110,6 +103,13 @@ def not_traced(
       args: arrays or shapes; where there is a `Packed`, what it was made of.
       packed: whether there is one.
     """
+    for i in weights:
+        if isinstance(args[i], Mapping) and {"weights", "sites"} <= set(args[i]) <= _PACKED:
+            return (
+                f"argument {i} is a {type(args[i]).__name__} of `weights` and `sites`, which a "
+                "Packed is restored to without a target: give the restoring call a target, "
+                "pack(...) of jax.ShapeDtypeStructs in place of the weights"
+            )
     names = argument_names(fn, len(args))
     said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     holders = [i for i, arg in enumerate(args) if i not in weights and _has_matrix(arg)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import first_names
@@ -279,6 +280,26 @@ def _is_wider_than_allowed(dtype: Any) -> bool:
     """Whether JAX would narrow it, as jax_enable_x64 is off."""
     extended = jnp.issubdtype(dtype, jax.dtypes.extended)
     return not extended and jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def check_devices(name: str, packed: Packed | None) -> None:
+    """Raise HireRewriteError if arrays of a `Packed`, given to the function of this name, are on
+    other devices than those of the mesh that it was packed over."""
+    specs = () if packed is None else packed.info.origin.specs
+    meshes = [s.sharding.mesh for s in specs if isinstance(s.sharding, NamedSharding)]
+    if packed is None or not meshes or not isinstance(meshes[0], Mesh):
+        return
+    over = [*meshes[0].devices.flat]
+    arrays = zip(packed.paths, jax.tree.leaves(packed), strict=True)
+    for path, leaf in ((path, leaf) for path, leaf in arrays if isinstance(leaf, jax.Array)):
+        sharding: Any = leaf.sharding
+        here = [*(sharding.mesh.devices.flat if hasattr(sharding, "mesh") else leaf.devices())]
+        if here != over:
+            places = (", ".join(map(str, some[:8])) for some in (here, over))
+            raise HireRewriteError(
+                "{}: {} lies on {}, and was packed over the mesh of {}: put it there again, or "
+                "pack or load it for the devices that it is to be on".format(name, path, *places)
+            )
 
 
 def check_not_deleted(name: str, paths: Sequence[str], leaves: Sequence[Any]) -> None:

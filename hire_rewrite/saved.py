@@ -43,16 +43,17 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """The rules in a file of `save_rules`, or of what was written by `Packed.save`.
 
     Raises:
-      HireRewriteError: the file holds something else.
+      HireRewriteError: there is no such file, or it holds something else.
     """
-    from hire_rewrite.checkpoint import is_checkpoint, read_rules  # which need this module
+    # These need this module.
+    from hire_rewrite.checkpoint import is_checkpoint, read_rules
+    from hire_rewrite.checkpoint.bounded import MAX_BYTES, local, parse, read_bytes
 
+    path = local("load_rules", path)
     if is_checkpoint(path):
         return read_rules(path)
-    with open(path, "rb") as file:
-        text = file.read()
+    items = parse(read_bytes(path, MAX_BYTES), f"load_rules: {path} holds no rules")
     try:
-        items = json.loads(text)
         if not isinstance(items, list):
             raise ValueError(f"it is a {type(items).__name__}, and not a list of rules")
         rules = tuple(built(item, rule_types()) for item in items)

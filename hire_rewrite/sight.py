@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from hire_rewrite import _compat
@@ -77,8 +76,7 @@ class OnSight:
             return analysis.pack(leaves)
         new: list[Packed] = []
         lasting = all(isinstance(leaf, jax.Array) for leaf in leaves)
-        inside = isinstance(jnp.zeros(()), jax.core.Tracer)
-        with jax.ensure_compile_time_eval() if inside else contextlib.nullcontext():
+        with jax.ensure_compile_time_eval() if tracing() else contextlib.nullcontext():
             analysis = self._analyses.examined(analysis, args, kwargs, leaves)
             if analysis.packing:
                 hint = ", without calibration, so LowRank predictors will recall badly"

@@ -83,11 +83,12 @@ class Telemetry:
     `lax.scan`, in a jitted step that takes the sum so far, by `jax.tree.map(jnp.add, a, b)`.
     Numbers on the device are u32 and wrap around: take them to the host (`on_host`) before `read`
     comes to 2^32 (of a site that reads 4,000 units for a token, before a million tokens have gone
-    by), and go on from there with a new sum.
+    by) and before the recall of a million tokens was measured, and go on with a new sum.
 
     Attributes:
       counts: u32[rows, 8], the rows of all sites one after the other; i64 on the host. Under
-        `vmap` with the mapped axis in front. The columns, summed over calls:
+        `vmap` with the mapped axis in front (`out_axes=0`); of a `shard_map` whose devices'
+        counters are joined, those rows of each device. The columns, summed over calls:
         calls, tokens: runs of the site, and tokens in them.
         read: units that were read one by one.
         whole, whole_tokens: runs that read all units, and the tokens in them.
@@ -118,7 +119,7 @@ class Telemetry:
             return NotImplemented
         if isinstance(self.counts, np.ndarray) != isinstance(other.counts, np.ndarray):
             return self.on_host() + other.on_host()
-        if self.sites == other.sites:
+        if self.sites == other.sites and self.counts.shape == other.counts.shape:
             return Telemetry(self.counts + other.counts, self.sites)
         mine, others = _by_name(self), _by_name(other)
         known = {site.name: site for site in (*other.sites, *self.sites)}
@@ -154,15 +155,17 @@ class Telemetry:
         """The same with i64 counters in NumPy, those of mapped calls added up; waits for them.
 
         Raises:
-          HireRewriteError: they are traced.
+          HireRewriteError: they are traced, or shapes, or their axes are others than they were.
         """
+        if isinstance(self.counts, jax.ShapeDtypeStruct):
+            raise HireRewriteError("telemetry of shapes has no counters: call the function")
         if isinstance(self.counts, jax.core.Tracer):
             raise HireRewriteError(
                 "telemetry that is traced is not on the host, nor added to a sum there: return it, "
                 "and add it outside of jit"
             )
         counts = np.asarray(jax.device_get(self.counts)).astype(np.int64)
-        return Telemetry(counts.sum(tuple(range(counts.ndim - 2))), self.sites)
+        return Telemetry(_added_up(counts, self.sites), self.sites)
 
     def summary(self) -> dict[str, SiteUsage]:
         """What each site read, by name; sites that never ran have no shares."""
@@ -201,11 +204,27 @@ def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telem
     return Telemetry(jax.numpy.concatenate(every), tuple(sites))
 
 
+def _added_up(counts: Any, sites: Sequence[CountedSite]) -> Any:
+    """[rows, 8], those of mapped calls, and of several devices, added up.
+
+    Raises:
+      HireRewriteError: these are no counters of the sites.
+    """
+    rows, fields = sum(site.rows for site in sites), len(FIELDS)
+    shape = counts.shape
+    if len(shape) < 2 or shape[-1] != fields or shape[-2] % max(rows, 1) or not rows <= shape[-2]:
+        raise HireRewriteError(
+            f"telemetry: counts are {list(shape)}, where its sites have [..., {rows}, {fields}]: "
+            "return it as it is, with mapped axes in front (out_axes=0)"
+        )
+    return counts.reshape(-1, rows, fields).sum(0, dtype=counts.dtype) if rows else counts
+
+
 def _by_name(telemetry: Telemetry) -> dict[str, Any]:
-    """The counters of each site, [..., rows, 8]."""
-    found, start = {}, 0
+    """The counters of each site, [rows, 8]."""
+    counts, found, start = _added_up(telemetry.counts, telemetry.sites), {}, 0
     for site in telemetry.sites:
-        found[site.name] = telemetry.counts[..., start : start + site.rows, :]
+        found[site.name] = counts[start : start + site.rows]
         start += site.rows
     return found
 

@@ -17,7 +17,7 @@ from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.graph.trace import abstract, placed
 from hire_rewrite.log import timed
-from hire_rewrite.packed import Packed, check_arrays, check_not_deleted
+from hire_rewrite.packed import Packed, check_arrays, check_devices, check_not_deleted
 from hire_rewrite.passes.budget import tune_within
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.diff import Diff
@@ -122,8 +122,10 @@ class Transformed:
             return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         try:
             return self._compiled(*operands)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError) as error:
             check_arrays(self.name, packed)
+            if "devices" in str(error):
+                check_devices(self.name, packed)
             raise
 
     def plan(self, /, *args: Any, **kwargs: Any) -> Plan:

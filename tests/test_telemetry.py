@@ -1,5 +1,6 @@
 """Counters beside the result: what was read, in every form that a function has."""
 
+import dataclasses
 import functools
 
 import jax
@@ -372,3 +373,35 @@ def test_where_no_site_is_counted():
     for telemetry in (one, mapped, sum([one, one])):
         assert telemetry.summary() == {}
         assert str(telemetry) == "no site is counted"
+
+
+def test_sums_of_mapped_and_other_calls():
+    on = hire.transform(lambda p, x: x @ p, HEAD, telemetry=True)
+    p, x = weights()["head"], jnp.ones((2, 64))
+    held = on.pack(p, x)
+    _, one = on(held, x)
+    three, four = (jax.vmap(on, (None, 0))(held, jnp.stack([x] * n))[1] for n in (3, 4))
+    name = one.sites[0].name
+    for first, second, calls in ((three, one, 4), (one, three, 4), (three, four, 7)):
+        assert (first + second)[name].calls == calls
+        assert (first.on_host() + second)[name].calls == calls
+        assert jax.jit(lambda a, b: a + b)(first, second)[name].calls == calls
+    other = dataclasses.replace(
+        three, sites=tuple(dataclasses.replace(site, name="other") for site in three.sites)
+    )
+    assert {n: usage.calls for n, usage in (one + other).summary().items()} == {name: 1, "other": 3}
+    _, turned = jax.vmap(on, (None, 0), out_axes=-1)(held, jnp.stack([x] * 3))
+    with pytest.raises(hire.HireRewriteError, match="mapped axes in front"):
+        turned.summary()
+    with pytest.raises(hire.HireRewriteError, match="of shapes"):
+        jax.eval_shape(on, held, x)[1].summary()
+
+
+def test_counters_of_devices_that_are_joined():
+    on = hire.transform(lambda p, x: x @ p, HEAD, telemetry=True)
+    p, x, mesh = weights()["head"], jnp.ones((8, 64)), mesh_of(AxisType.Auto, model=4)
+    held = on.pack(p, x[:2])
+    each = {"in_specs": (P(), P("model")), "out_specs": (P("model"), P("model"))}
+    _, telemetry = jax.jit(jax.shard_map(on, mesh=mesh, **each))(held, x)
+    (usage,) = telemetry.summary().values()
+    assert (usage.calls, usage.tokens) == (4, 8)

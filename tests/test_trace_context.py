@@ -99,6 +99,18 @@ def test_without_jit_loops_are_loops():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["file.safetensors", "directory"])
+def test_it_loads_and_packs_at_first_sight_under_a_guard(kind, tmp_path):
+    if kind == "directory":
+        pytest.importorskip("orbax.checkpoint")
+    rewritten = hire.transform(step, RULE)
+    with jax.transfer_guard("disallow"):
+        rewritten.pack(PARAMS, X).save(tmp_path / kind)
+        loaded = hire.Packed.load(tmp_path / kind, rewritten)
+        got = [rewritten(weights, X)[0] for weights in (loaded, PARAMS)]
+    np.testing.assert_array_equal(*got)
+
+
 @pytest.mark.parametrize("jit", ["jit", "no jit"])
 def test_da_top_k_without_jit(jit):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from . import completions, metrics
 from .completions import Asked, BadRequest
@@ -67,11 +68,7 @@ class _Server:
         except Refused as refused:
             return _refused(refused)
         if asked.stream:
-            return StreamingResponse(
-                self._stream(asked, events, stack),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
-            )
+            return _Stream(self._stream(asked, events), stack)
         async with stack:
             return await self._whole(request, asked, events)
 
@@ -84,18 +81,15 @@ class _Server:
             return _error(503, "the model has failed")
         return JSONResponse({"status": "ok"})
 
-    async def _stream(
-        self, asked: Asked, events: AsyncIterator[Event], stack: contextlib.AsyncExitStack
-    ) -> AsyncIterator[str]:
-        """Server-sent events. Starlette closes it where the client goes away."""
+    async def _stream(self, asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+        """Server-sent events."""
         speak = self._words.speaker()
-        async with stack:
-            async for event in events:
-                text = "" if event.token is None else speak(event.token)
-                if text or event.end is not None:
-                    part = completions.answer(asked, text, event.end)
-                    yield f"data: {json.dumps(part)}\n\n"
-            yield "data: [DONE]\n\n"
+        async for event in events:
+            text = "" if event.token is None else speak(event.token)
+            if text or event.end is not None:
+                part = completions.answer(asked, text, event.end)
+                yield f"data: {json.dumps(part)}\n\n"
+        yield "data: [DONE]\n\n"
 
     async def _whole(
         self, request: Request, asked: Asked, events: AsyncIterator[Event]
@@ -121,6 +115,20 @@ class _Server:
         if end in ("failed", "cancelled"):
             return _error(503, "the model has failed" if end == "failed" else "stopped")
         return JSONResponse(completions.answer(asked, "".join(parts), end, said))
+
+
+class _Stream(StreamingResponse):
+    """A streamed answer, whose request is dropped where the client goes away, before it begins
+    too: then its text is never asked for."""
+
+    def __init__(self, text: AsyncIterator[str], request: contextlib.AsyncExitStack) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(text, media_type="text/event-stream", headers=headers)
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._request:
+            await super().__call__(scope, receive, send)
 
 
 async def _body(request: Request) -> bytes | None:

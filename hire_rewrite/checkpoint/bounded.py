@@ -65,11 +65,19 @@ def local(what: str, path: Any) -> str:
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise HireRewriteError(f"{what}: the path is a {type(path).__name__}: give a str or a Path")
     text = os.fspath(path)
-    if "://" in text or "\0" in text:
+    if "://" in text or "\0" in text or not _is_encoded(text):
         raise HireRewriteError(
             f"{what}: {text!r} is not a path in the file system: give one, and copy from or to it"
         )
     return text
+
+
+def _is_encoded(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -121,4 +129,4 @@ _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> HireRewriteError:
-    return HireRewriteError(f"{os.fspath(path)}: {error.strerror}: give what save wrote")
+    return HireRewriteError(f"{os.fspath(path)}: {error.strerror}: give what was saved")

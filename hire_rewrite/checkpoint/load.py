@@ -34,7 +34,8 @@ def load(
             "step is what transform returned"
         )
     where = os.fspath(local("load", path))
-    with opened(where) as reader:
+    # A guard against transfers is for what a program does at each call.
+    with jax.transfer_guard("allow"), opened(where) as reader:
         metadata = read_metadata(reader.description, where)
         reader.check(metadata.arrays)
         args, kwargs = _arguments(where, metadata, step, args, kwargs, reader.size)

@@ -270,7 +270,7 @@ def trees_of(metadata: Metadata) -> tuple[Any, Any]:
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path is that of a checkpoint, and not of a file of rules."""
-    return Path(path).is_dir() or Path(path).suffix == one_file.SUFFIX
+    return os.path.isdir(path) or Path(path).suffix == one_file.SUFFIX
 
 
 @contextlib.contextmanager
@@ -280,7 +280,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[one_file.Reader | directory
     Raises:
       HireRewriteError: there is none.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         yield directory.Reader(path)
         return
     with open_regular(path) as file:

@@ -23,6 +23,15 @@ from hire_rewrite.packed import Packed, check_arrays
 def save(packed: Packed, path: str | os.PathLike[str]) -> None:
     """See `Packed.save`."""
     path = Path(local("save", path)).absolute()
+    try:
+        _save(packed, path)
+    except OSError as error:
+        raise HireRewriteError(
+            f"save: {path}: {error.strerror or error}: nothing of it is kept"
+        ) from error
+
+
+def _save(packed: Packed, path: Path) -> None:
     check_arrays("save", packed)
     leaves, names = jax.tree.leaves(packed), array_names(packed)
     leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]

@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints (`benchmarks.reliability_checkpoints` has thousands)."""
 
+import json
 import os
 import random
 import resource
@@ -16,6 +17,7 @@ from benchmarks.reliability_checkpoints import (
     trial,
 )
 from hire_rewrite.checkpoint.bounded import parse
+from hire_rewrite.checkpoint.metadata import checksummed
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +54,30 @@ def test_a_flipped_bit_among_the_numbers_is_seen(checkpoint, place, tmp_path):
 
 
 def test_damage_that_is_not_looked_for_is_found(checkpoint):
-    """The trial itself: without checksums a flipped bit is other numbers."""
-    step, packed, (file, _) = checkpoint
+    """The trial itself: without checksums a flipped bit is other numbers. (A directory has none if
+    several processes wrote it; a file without them is refused.)"""
+    step, packed, (file, folder) = checkpoint
 
     def without_checksums(path, rng):
         def edit(told):
             for array in told["arrays"]:
                 array["crc32"] = None
 
-        rewrite(path, edit)
-        data = bytearray(path.read_bytes())
+        if path.is_file():
+            rewrite(path, edit)
+        else:
+            told = json.loads((path / "packed.json").read_bytes())
+            del told["checksum"]
+            edit(told)
+            (path / "packed.json").write_bytes(checksummed(told))
+        held = path if path.is_file() else path / "arrays" / "000000" / "0"
+        data = bytearray(held.read_bytes())
         data[-1] ^= 1
-        path.write_bytes(data)
+        held.write_bytes(data)
 
-    assert trial(step, packed, file, without_checksums, random.Random(0)).startswith(
-        "other numbers"
-    )
+    rng = random.Random(0)
+    assert trial(step, packed, folder, without_checksums, rng).startswith("other numbers")
+    assert trial(step, packed, file, without_checksums, rng) == "refused"
 
 
 def rewrite(path, edit):
@@ -163,5 +173,9 @@ def test_what_lies_elsewhere_is_not_read(checkpoint, tmp_path, name):
 
 def test_what_no_one_writes_to_is_not_waited_for(checkpoint, tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(hire.HireRewriteError, match="not a regular file"):
         hire.Packed.load(tmp_path / "pipe.safetensors", checkpoint[0])
+    for name in (tmp_path / "pipe.json", "/dev/zero"):
+        with pytest.raises(hire.HireRewriteError, match="not a regular file"):
+            hire.load_rules(name)

@@ -64,7 +64,8 @@ def test_a_directory_that_is_not_completed_is_removed(tmp_path, monkeypatch, whe
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["hire_rewrite.checkpoint.save"], where, fail)
-        with pytest.raises(type(error)):
+        told = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else hire.HireRewriteError
+        with pytest.raises(told, match=str(error)):
             packed.save(tmp_path / "p")
     assert not (tmp_path / "p").exists()
     packed.save(tmp_path / "p")
@@ -108,13 +109,31 @@ def test_an_empty_directory_can_be_written_and_another_cannot(tmp_path):
         assert sorted((tmp_path / name).rglob("*")) == before
 
 
-@pytest.mark.parametrize("path", [b"p.safetensors", 3, None, "a\0b.safetensors", "gs://a/b"])
+NO_PATHS = [b"p.safetensors", 3, None, "a\0b.safetensors", "gs://a/b", "\ud800.safetensors"]
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
 def test_paths_that_are_none(path):
     step, packed = step_of()
     with pytest.raises(hire.HireRewriteError, match="path"):
         packed.save(path)
-    with pytest.raises(hire.HireRewriteError, match="path"):
-        hire.Packed.load(path, step)
+    for load in (lambda path: hire.Packed.load(path, step), hire.load_rules):
+        with pytest.raises(hire.HireRewriteError, match="path"):
+            load(path)
+
+
+def test_paths_where_nothing_can_be(tmp_path):
+    step, packed = step_of()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for parent in ("file", "loop"):
+        for name in ("p.safetensors", "p"):
+            with pytest.raises(hire.HireRewriteError, match="save: "):
+                packed.save(tmp_path / parent / name)
+    for load in (lambda path: hire.Packed.load(path, step), hire.load_rules):
+        for name in ("n" * 5000, "nowhere.json", "file/p.safetensors"):
+            with pytest.raises(hire.HireRewriteError, match="was saved"):
+                load(tmp_path / name)
 
 
 def test_arrays_that_were_donated(tmp_path):
@@ -126,3 +145,5 @@ def test_arrays_that_were_donated(tmp_path):
             use()
     with pytest.raises(hire.HireRewriteError, match="p/norm was deleted, or donated"):
         step.pack(params, X)
+    with pytest.raises(hire.HireRewriteError, match="p/norm was deleted, or donated"):
+        packed.check(params)

@@ -53,6 +53,38 @@ MORE = {**PARAMS, "more": rand(D, D)}
 SHAPES = jax.eval_shape(lambda: PARAMS)
 
 
+OTHER = {name: -w for name, w in PARAMS.items()}
+
+
+@pytest.mark.parametrize("kind", ["tree.map", "arrays", "half", "orbax", "saved"])
+def test_arrays_of_another_pack_are_not_those_of_its_weights(step, packed, kind, tmp_path):
+    """The structure tells what it was made of, the arrays are others."""
+    other = step.pack(OTHER, X)
+    if kind == "orbax":
+        ocp = pytest.importorskip("orbax.checkpoint")
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / "there", other)
+        with ocp.StandardCheckpointer() as saver:
+            mixed = saver.restore(tmp_path / "there", packed)
+    elif kind == "arrays":
+        mixed = packed.with_arrays(other.arrays)
+    elif kind == "half":
+        arrays = dict(list(packed.arrays.items())[:1] + list(other.arrays.items())[1:])
+        mixed = packed.with_arrays(arrays)
+    else:
+        mixed = jax.tree.map(lambda _, array: array, packed, other)
+    if kind == "saved":
+        mixed.save(tmp_path / "mixed.safetensors")
+        mixed = hire.Packed.load(tmp_path / "mixed.safetensors", step)
+    if kind != "half":
+        np.testing.assert_allclose(step(mixed, X), step(other, X), atol=1e-6)
+    for weights in (PARAMS, OTHER):
+        with pytest.raises(hire.HireRewriteError, match="does not know the numbers"):
+            mixed.check(weights)
+    jax.tree.map(jnp.copy, packed).check(PARAMS)
+    packed.with_arrays({name: np.asarray(a) for name, a in packed.arrays.items()}).check(PARAMS)
+
+
 @pytest.mark.parametrize(
     ("fn", "rules", "args", "said"),
     [
@@ -150,6 +182,16 @@ def test_other_arrays_are_not_taken_for_those_that_were_packed(step, packed):
     for weights in (PARAMS, negated(PARAMS)):
         with pytest.raises(hire.HireRewriteError, match="does not know the numbers"):
             mixed.check(weights)
+
+
+def test_a_small_step_in_few_bits_is_seen(step):
+    """In bfloat16 a few in a hundred numbers change."""
+    params = {**PARAMS, "norm": jnp.asarray(inputs(256, 256), jnp.bfloat16)}
+    moved = (params["norm"] + 1e-4 * jnp.sign(inputs(256, 256))).astype(jnp.bfloat16)
+    assert 0.01 < np.mean(moved != params["norm"]) < 0.1
+    packed = hire.transform(lambda p, x: x @ p["norm"][:D]).pack(params, X)
+    with pytest.raises(hire.HireRewriteError, match="norm has changed"):
+        packed.check({**params, "norm": moved})
 
 
 def test_one_of_two_arguments_changed():

@@ -2,6 +2,7 @@
 model with random weights, or on none."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
@@ -376,6 +377,38 @@ def test_an_answer_whole_and_as_it_comes():
     assert "serve_tokens_total 36\n" in metrics
     assert 'serve_requests_total{end="length"} 3\n' in metrics
     assert health == 200
+
+
+@pytest.mark.parametrize("how", ["goes away", "cannot be sent to"])
+def test_a_client_that_leaves_before_its_answer_begins(how):
+    """Its slot is free again, and no token is said to nobody."""
+    body = json.dumps({"prompt": "a", "max_tokens": 40, "stream": True}).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+        "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"",
+        "headers": [], "scheme": "http", "server": ("here", 1), "client": ("there", 2),
+    }  # fmt: skip
+
+    async def run(client, runner):
+        events = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            return events.pop() if events else {"type": "http.disconnect"}
+
+        async def send(message):
+            if how == "cannot be sent to":
+                raise OSError("gone")
+            await asyncio.sleep(60)
+
+        app = create_app(runner, Bytes())
+        with contextlib.suppress(Exception):  # what the server logs
+            await asyncio.wait_for(app(scope, receive, send), 30)
+        await asyncio.sleep(0.2)
+        return (await client.get("/metrics")).text
+
+    metrics = requests_of(run, Echo(pause=0.02))
+    assert 'serve_requests_total{end="cancelled"} 1\n' in metrics
+    assert 'end="length"' not in metrics
 
 
 WRONG = [
