@@ -49,9 +49,9 @@ def parse(body: bytes, words: Words) -> Asked:
     for name, value in given.items():
         if name in _ONLY:
             if value != _ONLY[name] and value is not None:
-                raise BadRequest(f"{name}={value!r} is not supported here", name)
+                raise BadRequest(f"{name}={value!r:.80} is not supported here", name)
         elif name not in known:
-            raise BadRequest(f"{name} is not a parameter that is known here", name)
+            raise BadRequest(f"{name:.80} is not a parameter that is known here", name[:80])
     request = Request(
         name=f"cmpl-{uuid.uuid4().hex}",
         prompt=_prompt(given.get("prompt"), words),
@@ -61,7 +61,7 @@ def parse(body: bytes, words: Words) -> Asked:
     )
     stream = given.get("stream") or False
     if not isinstance(stream, bool):
-        raise BadRequest(f"stream is {stream!r}: give true or false", "stream")
+        raise BadRequest(f"stream is {stream!r:.80}: give true or false", "stream")
     return Asked(request, stream, str(given.get("model") or "smollm2-135m"))
 
 
@@ -105,7 +105,7 @@ def _integer(given: dict[str, Any], name: str, default: int, *, least: int) -> i
     if value is None:
         return default
     if not _is_integer(value) or not least <= value < 2**63:
-        raise BadRequest(f"{name} is {value!r}: give an integer from {least} on", name)
+        raise BadRequest(f"{name} is {value!r:.80}: give an integer from {least} to 2^63 - 1", name)
     return int(value)
 
 
@@ -119,5 +119,5 @@ def _temperature(given: dict[str, Any]) -> float:
         return 0.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= 2:
-        raise BadRequest(f"temperature is {value!r}: give a number from 0 to 2", "temperature")
+        raise BadRequest(f"temperature is {value!r:.80}: give a number from 0 to 2", "temperature")
     return float(value)

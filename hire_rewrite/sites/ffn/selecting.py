@@ -96,17 +96,15 @@ class _Trials:
         tokens, dtype = self._tokens[gate], self._region.projections[gate].linear.out.dtype
         cases = list(self._cases(dtype, most))
         self._rng.shuffle(cases)  # so that tokens beside each other differ
-        cases += [cases[i % len(cases)] for i in range(-len(cases) % tokens)]
         for start in range(0, len(cases), tokens):
-            some = cases[start : start + tokens]
-            if not self._are_kept(gate, most, np.stack([row for row, _ in some]),
-                                  np.array([whole for _, whole in some])):  # fmt: skip
+            rows, whole = map(np.stack, zip(*cases[start : start + tokens], strict=True))
+            if not self._are_kept(gate, most, rows, whole):
                 return False
         return True
 
     def _are_kept(self, gate: int, most: int, rows: np.ndarray, whole: np.ndarray) -> bool:
-        """Whether of these gates [tokens, size] the greatest alone are kept, and all of them where
-        `whole` says so."""
+        """Whether of these gates, [n, size], which tokens have in turn, the greatest alone are
+        kept, and all of them where `whole` says so."""
         region, rng = self._region, self._rng
         greatest = np.zeros(rows.shape, bool)
         np.put_along_axis(greatest, np.argsort(-rows, -1)[:, :most], True, -1)
@@ -118,9 +116,12 @@ class _Trials:
         pre = [rows if i == gate else row for i, row in enumerate(others)]
         vectors = [jnp.asarray(rng.normal(size=region.size), v.value.dtype) for v in region.vectors]
         found = self._run(pre, vectors, {side: _drawn(side, rng) for side in self._sides})
-        if found.shape != greatest.shape or (found & ~greatest).any():
+        if len(found) != self._tokens[gate]:
             return False
-        return bool((found.sum(-1) == most)[whole].all())
+        turn = np.arange(len(found)) % len(rows)
+        return not (found & ~greatest[turn]).any() and bool(
+            (found.sum(-1) == most)[whole[turn]].all()
+        )
 
     def _cases(self, dtype: Any, most: int) -> Iterable[tuple[np.ndarray, bool]]:
         """Rows, and whether so many of each are positive."""
@@ -146,14 +147,16 @@ class _Trials:
         vectors: Sequence[Any],
         sides: Mapping[Value, Any],
     ) -> np.ndarray:
-        """bool[tokens, size], the positions that are not zero; of rows [size] or [tokens, size]."""
-        size = self._region.size
+        """bool[tokens, size], the positions that are not zero; of rows [size] or [n, size], of
+        which tokens have one each in turn."""
         pre = [
-            jnp.broadcast_to(jnp.asarray(row, item.linear.out.dtype), (tokens, size))
-            for row, item, tokens in zip(rows, self._region.projections, self._tokens, strict=True)
+            jnp.asarray(some, item.linear.out.dtype)[np.arange(tokens) % len(some)]
+            for some, item, tokens in zip(
+                map(np.atleast_2d, rows), self._region.projections, self._tokens, strict=True
+            )
         ]
         found = np.asarray(self._region.run(pre, vectors, sides) != 0)
-        return found.reshape(-1, size)
+        return found.reshape(-1, self._region.size)
 
 
 def _distinct(row: np.ndarray, dtype: Any) -> np.ndarray:
