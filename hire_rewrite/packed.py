@@ -286,7 +286,8 @@ def check_devices(name: str, packed: Packed | None) -> None:
     """Raise HireRewriteError if arrays of a `Packed`, given to the function of this name, are on
     other devices than those of the mesh that it was packed over."""
     specs = () if packed is None else packed.info.origin.specs
-    meshes = [s.sharding.mesh for s in specs if isinstance(s.sharding, NamedSharding)]
+    shardings = [getattr(spec, "sharding", None) for spec in specs]
+    meshes = [some.mesh for some in shardings if isinstance(some, NamedSharding)]
     if packed is None or not meshes or not isinstance(meshes[0], Mesh):
         return
     over = [*meshes[0].devices.flat]

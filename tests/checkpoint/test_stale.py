@@ -151,6 +151,18 @@ def test_weights_that_changed_are_known(packed, name, change):
         packed.check({**PARAMS, name: change(PARAMS[name])})
 
 
+def test_a_pack_that_has_left_its_mesh(step):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("m",))
+    placed = {**PARAMS, "up": jax.device_put(PARAMS["up"], NamedSharding(mesh, P(None, "m")))}
+    packed = step.pack(placed, X)
+    want = step(packed, X)
+    turned = Mesh(np.array(jax.devices()[3::-1]), ("m",))
+    for place in (jax.devices()[1], NamedSharding(turned, P())):
+        with pytest.raises(hire.HireRewriteError, match="was packed over the mesh of"):
+            step(jax.device_put(packed, place), jax.device_put(X, place))
+    np.testing.assert_array_equal(step(packed, X), want)
+
+
 def test_it_goes_where_the_arrays_go(step, packed):
     jax.tree.map(lambda leaf: leaf, packed).check(PARAMS)
     jax.device_put(packed, jax.devices()[1]).check(PARAMS)
