@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import hire_rewrite as hire
 
@@ -292,4 +294,16 @@ def test_an_activation_with_a_derivative_of_its_own(activation, mode):
     dense = jnp.tile(X, (20, 1))
     assert other.plan(packed, dense).sites[0].status == "dense"
     told = said(lambda: jax.grad(lambda x: other(packed, x).sum())(dense), "its arithmetic")
+    assert len(told) == (activation is not jax.nn.relu)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("activation", [straight_through, jax.nn.relu])
+def test_it_is_told_inside_a_shard_map_too(activation, check_vma):
+    step = hire.transform(lambda p, x: activation(x @ p["up"]) @ p["down"], POSITIVE["told"])
+    packed, mesh = step.pack(PARAMS, X), jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": check_vma}
+    divided = jax.shard_map(step, mesh=mesh, **specs)
+    x = jnp.tile(X, (4, 1))
+    told = said(lambda: jax.jit(jax.grad(lambda x: divided(packed, x).sum()))(x), "its arithmetic")
     assert len(told) == (activation is not jax.nn.relu)

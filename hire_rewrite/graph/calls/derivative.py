@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import Mesh, PartitionSpec
 
+from hire_rewrite import _compat
 from hire_rewrite.graph.calls.inline import inline_call
 from hire_rewrite.graph.nodes import Node
 
@@ -26,12 +28,13 @@ def all_describe_their_code(eqns: Iterable[Any]) -> bool:
     """Whether the rules of such calls are the derivatives of their arithmetic, as tried on random
     numbers: that of `jax.nn.relu` is (but for the point zero), a straight-through estimator's is
     not. What cannot be tried is not."""
-    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
+    no_mesh = jax.sharding.use_abstract_mesh(_NO_MESH)
+    with jax.core.eval_context(), no_mesh, jax.transfer_guard("allow"):
         return all(map(_describes_its_code, eqns))
 
 
 def _describes_its_code(eqn: Any) -> bool:
-    call, rng = inline_call(eqn), np.random.default_rng(0)
+    call = inline_call(eqn)
     assert call is not None
     code = jaxpr_as_fun(call.body(eqn))
 
@@ -39,13 +42,37 @@ def _describes_its_code(eqn: Any) -> bool:
         results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
         return list(results) if eqn.primitive.multiple_results else [results]
 
-    try:
+    def gradients() -> list[list[Any]]:
+        rng = np.random.default_rng(0)
         operands = [_drawn(var.aval, rng) for var in eqn.invars]
         cotangents = [_drawn(var.aval, rng) for var in eqn.outvars]
-        got, want = (_gradients(fn, operands, cotangents) for fn in (by_rule, code))
-    except Exception:  # of whatever kind: a mesh's axis that is not known here, say
+        return [_gradients(fn, operands, cotangents) for fn in (by_rule, code)]
+
+    try:
+        got, want = _inside(_manual_mesh(eqn), gradients)
+    except Exception:  # of whatever kind: its mesh has more devices than there are here, say
         return False
     return all(map(_alike, got, want))
+
+
+def _manual_mesh(eqn: Any) -> Any:
+    """The mesh of the `shard_map` that an equation is in; None if it is in none."""
+    meshes = [getattr(getattr(var.aval, "sharding", None), "mesh", None) for var in eqn.invars]
+    return next((mesh for mesh in meshes if mesh is not None and mesh.manual_axes), None)
+
+
+def _inside(mesh: Any, run: Callable[[], Any]) -> Any:
+    """What a function of nothing returns inside a `shard_map` over devices of this process, from
+    each of them."""
+    if mesh is None:
+        return run()
+    devices = np.array(jax.devices()[: mesh.size]).reshape(mesh.axis_sizes)
+    axes = tuple(mesh.manual_axes)
+    of_each = jax.shard_map(
+        lambda: jax.tree.map(lambda array: array[None], run()), in_specs=(),
+        mesh=Mesh(devices, mesh.axis_names), out_specs=PartitionSpec(axes), axis_names={*axes},
+    )  # fmt: skip
+    return jax.jit(of_each)()
 
 
 def _gradients(fn: Any, operands: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
@@ -70,6 +97,6 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _drawn(aval: Any, rng: np.random.Generator) -> Any:
     """Random numbers of a type; integers that are zero or one."""
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        return jnp.asarray(rng.normal(size=aval.shape), aval.dtype)
-    return jnp.asarray(rng.integers(0, 2, size=aval.shape), aval.dtype)
+    inexact = jnp.issubdtype(aval.dtype, jnp.inexact)
+    drawn = rng.normal(size=aval.shape) if inexact else rng.integers(0, 2, size=aval.shape)
+    return _compat.varying_like(jnp.asarray(drawn, aval.dtype), aval)
