@@ -11,7 +11,7 @@ import jax
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.fingerprint import fingerprint
-from hire_rewrite.graph.calls.derivative import all_describe_their_code, derivative_calls
+from hire_rewrite.graph.calls.derivative import derivative_calls
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed, check_not_deleted
@@ -50,22 +50,19 @@ class Analysis:
             if d.rewritten and not (d.op.keeps_gradient and _without_rule(d))
         ]
 
-    def lost_rules(self, packed: Packed | None) -> list[str]:
+    def lost_rules(self, packed: Packed | None) -> dict[str, list[Any]]:
         """The sites that are in calls with a derivative of their own, or hold some, and in whose
-        place something is put: whatever is packed, or on raw weights the exact forms."""
-        replaced = self._exact_forms if packed is None else self.packing
-        return [d.name for d in replaced if _derivative_calls(d)]
+        place something is put: whatever is packed, or on raw weights the exact forms.
 
-    @functools.cached_property
-    def other_rules(self) -> frozenset[str]:
-        """Those of all sites in calls with a derivative of their own, or that hold some, that is
-        not seen to be that of the code."""
-        return frozenset(
-            d.name
-            for d in self.decisions
-            if d.operation is not None
-            and not (_without_rule(d) and all_describe_their_code(_derivative_calls(d)))
-        )
+        Returns:
+          By name the calls that it holds, whose rules may yet be those of their code; none where it
+          is in one.
+        """
+        replaced = self._exact_forms if packed is None else self.packing
+        calls = {d.name: (d, _derivative_calls(d)) for d in replaced}
+        return {
+            name: found if _without_rule(d) else [] for name, (d, found) in calls.items() if found
+        }
 
     @property
     def exact_forms(self) -> list[SiteReplacement]:

@@ -13,6 +13,7 @@ from hire_rewrite.analyses import Analyses
 from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import Warner
 from hire_rewrite.gradient import LOST_RULE, OTHER_GRADIENT, announcing
+from hire_rewrite.graph.calls.derivative import all_describe_code
 from hire_rewrite.log import timed
 from hire_rewrite.names import first_names
 from hire_rewrite.packed import Packed
@@ -94,12 +95,13 @@ class Runner:
     ) -> Any:
         """Results that warn, once of each site, where a gradient is taken that is another one."""
         other = [] if self.mode.differentiable else analysis.other_gradients
-        lost = [name for name in analysis.lost_rules(packed) if name not in other]
-        warn = self.warn  # and not `self`: programs hold what is called, which would hold them
+        lost = {n: calls for n, calls in analysis.lost_rules(packed).items() if n not in other}
+        # And neither `self` nor the analysis: programs hold what is called, which would hold them.
+        warn = self.warn
 
         def announce() -> None:
             # Which rules are those of their code is tried where it matters: here.
-            differ = [name for name in lost if name in analysis.other_rules]
+            differ = [n for n, calls in lost.items() if not (calls and all_describe_code(calls))]
             for sites, text in ((other, OTHER_GRADIENT), (differ, LOST_RULE)):
                 if new := warn.new(("gradient", name) for name in sites):
                     warn(text.format(first_names([name for _, name in new])))

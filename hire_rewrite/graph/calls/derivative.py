@@ -24,7 +24,7 @@ def derivative_calls(node: Node) -> list[Any]:
     return [eqn for eqn, call in calls if call is not None and call.derivative]
 
 
-def all_describe_their_code(eqns: Iterable[Any]) -> bool:
+def all_describe_code(eqns: Iterable[Any]) -> bool:
     """Whether the rules of such calls are the derivatives of their arithmetic, as tried on random
     numbers: that of `jax.nn.relu` is (but for the point zero), a straight-through estimator's is
     not. What cannot be tried is not."""
