@@ -277,6 +277,7 @@ def leaky_backwards(x):
 leaky_backwards.defvjp(lambda x: (jnp.maximum(x, 0), x), lambda x, g: (jnp.where(x > 0, g, g / 9),))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 @pytest.mark.parametrize("activation", [straight_through, leaky_backwards, jax.nn.relu])
 def test_an_activation_with_a_derivative_of_its_own(activation, mode):

@@ -60,6 +60,7 @@ def test_it_is_the_function(name, mode):
             np.testing.assert_allclose(around(step, check)(held, X), want, atol=2e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["no site", "linear", "block", "head", "loop"])
 def test_weights_of_each_device(name):
     """Stacked, and each device has its own; or the same, typed as if they were others."""

@@ -83,6 +83,7 @@ NOT_ALONE = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NOT_ALONE)
 def test_it_stays_dense(name):
     fn, *given = NOT_ALONE[name]
