@@ -53,15 +53,30 @@ def _sampled(array: Any) -> np.ndarray:
     if not isinstance(array, jax.Array):
         numbers = np.asarray(array)
         return numbers[_places(numbers.shape)]
-    if array.is_fully_addressable and [d.platform for d in array.devices()] == ["cpu"]:
-        # Another object with the same buffer: a view that the array itself kept would hold the
-        # buffer, which could then not be donated any more.
-        return np.array(np.asarray(array.addressable_data(0))[_places(array.shape)])
+    if array.is_fully_addressable and {d.platform for d in array.devices()} == {"cpu"}:
+        return _of_shards(array)
     with packing_context([array]):  # the mesh in use may have types that say how arrays are sharded
         array = automatic(array)
         over_mesh = isinstance(array.sharding, NamedSharding)
         replicated = NamedSharding(array.sharding.mesh, PartitionSpec()) if over_mesh else None
         return np.asarray(_sampler(replicated)(array))
+
+
+def _of_shards(array: jax.Array) -> np.ndarray:
+    """`_sampled` where all numbers are in this process' memory: nothing is compiled."""
+    places = _places(array.shape)
+    found = np.empty(len(places[0]) if places else (), array.dtype)
+    for number, shard in enumerate(array.addressable_shards):
+        if shard.replica_id:
+            continue
+        ends = [part.indices(n)[:2] for part, n in zip(shard.index, array.shape, strict=True)]
+        inside = [(lo <= at) & (at < hi) for at, (lo, hi) in zip(places, ends, strict=True)]
+        here = np.logical_and.reduce(inside) if inside else ()
+        own = tuple(at[here] - lo for at, (lo, _) in zip(places, ends, strict=True))
+        # Another object with the same buffer: a view that the array itself kept would hold the
+        # buffer, which could then not be donated any more.
+        found[here] = np.asarray(array.addressable_data(number))[own]
+    return found
 
 
 @functools.cache

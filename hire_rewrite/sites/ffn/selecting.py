@@ -20,7 +20,7 @@ from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.patterns.region import Region
 
-_POWERS = (-40, -13, 0, 13, 40)
+_POWERS = (-40, 0, 40)
 """Rows are multiplied by these powers of two; of float16 by fewer."""
 
 
