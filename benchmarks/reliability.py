@@ -41,8 +41,7 @@ INTRODUCTION = """\
 
 What was tried to break the package, how often, and how often it broke. What a run found wrong was
 mended, with a test, before the run that is counted here; the [changelog](../CHANGELOG.md) names
-both. Smaller runs of this are in `make test`, and those under sanitizers in
-`make long`.
+both. Smaller runs of this are in `make test`, and those under sanitizers in `make long`.
 """
 
 

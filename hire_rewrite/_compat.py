@@ -272,17 +272,20 @@ def varying_type(aval: Any) -> dict[str, Any]:
     return {"manual_axis_type": kind, "sharding": aval.sharding}  # whose mesh has the axes
 
 
-def varying_shape(spec: Any, arrays: Sequence[Any]) -> Any:
-    """The type of an array inside `shard_map`, if it differs along the axes of the mesh along which
-    any of some arrays does."""
+def varying_shapes(specs: Sequence[Any], arrays: Sequence[Any]) -> Sequence[Any]:
+    """The types of arrays inside `shard_map`, if they differ along the axes of the mesh along which
+    any of some other arrays does."""
     axes = frozenset(varying_axes(arrays))
     if not axes:
-        return spec
-    kind = jax.typeof(arrays[0]).manual_axis_type.update(varying=axes)
-    around = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
-    return jax.ShapeDtypeStruct(
-        spec.shape, spec.dtype, weak_type=spec.weak_type, manual_axis_type=kind, sharding=around
-    )
+        return specs
+    kind: Any = {
+        "manual_axis_type": jax.typeof(arrays[0]).manual_axis_type.update(varying=axes),
+        "sharding": NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec()),
+    }
+    return [
+        jax.ShapeDtypeStruct(spec.shape, spec.dtype, weak_type=spec.weak_type, **kind)
+        for spec in specs
+    ]
 
 
 def invariant_shape(spec: Any) -> Any:

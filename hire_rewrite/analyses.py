@@ -148,8 +148,8 @@ class Analyses:
     def _with_origin(self, packed: Packed, args: Sequence[Any]) -> list[Any]:
         """The arguments with the shapes that a `Packed` was made of in its place; inside a
         `shard_map` they differ from device to device if any of its arrays does."""
-        origin, arrays = packed.info.origin, jax.tree.leaves(packed)
-        specs = [_compat.varying_shape(spec, arrays) for spec in origin.specs]
+        origin = packed.info.origin
+        specs = _compat.varying_shapes(origin.specs, jax.tree.leaves(packed))
         originals = jax.tree.unflatten(origin.tree, specs)
         if len(originals) != len(self.weights):
             raise HireRewriteError(

@@ -59,9 +59,10 @@ class Analysis:
           is in one.
         """
         replaced = self._exact_forms if packed is None else self.packing
-        calls = {d.name: (d, _derivative_calls(d)) for d in replaced}
         return {
-            name: found if _without_rule(d) else [] for name, (d, found) in calls.items() if found
+            d.name: calls if _without_rule(d) else []
+            for d in replaced
+            if (calls := _derivative_calls(d))
         }
 
     @property

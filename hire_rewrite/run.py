@@ -112,6 +112,8 @@ class Runner:
 def _alike(packed: Packed | None) -> Packed | None:
     """Inside a `shard_map`, a `Packed` whose arrays all differ from device to device if one does:
     so the function is traced."""
-    if axes := _compat.varying_axes(jax.tree.leaves(packed)):
-        return jax.tree.map(lambda array: _compat.varying_over(array, axes), packed)
-    return packed
+    if not _compat.manual_axes():
+        return packed
+    arrays, tree = jax.tree.flatten(packed)
+    alike: Packed | None = jax.tree.unflatten(tree, _compat.varying_alike(arrays))
+    return alike

@@ -153,12 +153,12 @@ class Reader:
         """Raise HireRewriteError if the file does not hold these arrays, and nothing else."""
         wanted, found = _table(arrays), {**self._header}
         del found["__metadata__"]
-        # In JSON alone: 1.0 and True are equal to 1.
         for array in arrays:
             if array.crc32 is None:
                 raise HireRewriteError(
                     f"{self._path}: its description is damaged: {array.name!r:.80} has no checksum"
                 )
+        # In JSON alone: 1.0 and True are equal to 1.
         for name in [*wanted, *found]:
             if json.dumps(wanted.get(name)) != json.dumps(found.get(name)):
                 raise HireRewriteError(

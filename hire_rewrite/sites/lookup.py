@@ -58,9 +58,8 @@ def looked_up(node: Node, places: Array, decode: Callable[[Array], Array]) -> Ar
     count, mode = node.ins[0].shape[0], node.params["mode"]
     places = places[..., 0]
     inside = (places >= 0) & (places < count)
-    places = jnp.clip(
-        places, 0, count - 1
-    )  # as XLA does, also where none is promised to be outside
+    # As XLA does, also where it is promised that none is outside.
+    places = jnp.clip(places, 0, count - 1)
     rows = decode(places).astype(node.outs[0].dtype)
     if mode == GatherScatterMode.FILL_OR_DROP:
         fill = node.params["fill_value"]
