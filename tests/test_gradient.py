@@ -101,7 +101,7 @@ POSITIVE = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", POSITIVE.values(), ids=POSITIVE)
 @pytest.mark.parametrize("fn", [block, gated_relu])
 def test_blocks_without_their_zeros_have_the_models_gradient(fn, rule):
@@ -200,7 +200,7 @@ BUDGETS = {  # rules that leave something out, and run kernels where there are s
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore::hire_rewrite.errors.HireRewriteWarning")
 @pytest.mark.parametrize("mode", ["hire", "exact"])
 @pytest.mark.parametrize("kind", SITES)

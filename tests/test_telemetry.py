@@ -54,6 +54,7 @@ def equations(jaxpr):
 CASES = {case.name: case for case in [*FFN_CASES, *HEAD_CASES]}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["while_loop", "cond", "nested scan", "layers of experts"])
 def test_the_result_is_the_same_beside_counters(name):
     case = CASES[name]

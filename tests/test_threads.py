@@ -106,6 +106,7 @@ def test_a_function_that_calls_itself(want):
     np.testing.assert_allclose(step(PARAMS, X), want, atol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError("of mine"), SystemExit])
 def test_packing_that_is_broken_off(want, packs, error, raw):

@@ -42,12 +42,8 @@ def test_it_answers_as_jit_does(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-LONG = "leaks", "no jit"  # without caches, and operation by operation
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in CONTEXTS]
-)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", CONTEXTS)
 def test_it_plans_packs_and_measures_in_it(name):
     """What moves numbers to devices and back on purpose is not what a guard is for."""
     layers, batch = {"up": rand(D, V), "down": rand(V, D)}, inputs(64, D)

@@ -191,6 +191,7 @@ def placed(tree, mesh):
     return jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), tree, like)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("place", KINDS, indirect=True)
 def test_onto_another_mesh(place, params):
     """Of as many shards: on half as many devices, or with the axes in another order."""

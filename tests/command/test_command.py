@@ -64,6 +64,7 @@ def test_pack_looks_at_the_numbers():
         assert bool(changes["regions"]) == bool(pack)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "code"),
     [
@@ -121,9 +122,8 @@ def test_rules_are_read_from_a_file(tmp_path):
     assert "Head(k=7, force=True)" in [site["rule"] for site in plan["sites"]]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n == "tune" else ()) for n in NAMES]
-)
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_of_its_help_works(name, tmp_path, monkeypatch):
     text = run(name, "--help").output.replace("\\\n", " ")
     (example,) = re.findall(r"^\s*hire-rewrite (.*)$", text, re.MULTILINE)

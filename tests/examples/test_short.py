@@ -36,6 +36,7 @@ def test_the_toy_finds_what_the_dense_one_says():
 # The same decoder in three libraries
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("example", [nnx_model, linen_model, equinox_model])
 def test_models_of_libraries_choose_the_same_tokens(example):
     plan, dense, rewritten = example.main(SMALL, n=20)

@@ -42,11 +42,13 @@ def test_what_is_planted_is_found(part):
     _holds(FOUND, 250, part)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_laws_that_need_no_numbers(part):
     _holds(TRACED, 4, part)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_laws_of_numbers(part):
     def two(rng):

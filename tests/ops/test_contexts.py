@@ -20,7 +20,7 @@ def lowered(name, platform):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_promoted_by_itself(name):
     EVERY[name]()
@@ -29,7 +29,7 @@ def test_nothing_is_promoted_by_itself(name):
             lowered(name, platform)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_wider_with_x64(name):
     fn = EVERY[name]()
@@ -41,6 +41,7 @@ def test_nothing_is_wider_with_x64(name):
     assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(lambda leaf: leaf.dtype, want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["greatest", "block, common groups", "head, certified"])
 def test_results_are_the_same_with_x64(name):
     fn = EVERY[name]()
@@ -49,6 +50,7 @@ def test_results_are_the_same_with_x64(name):
         close(run(lambda x: fn(x), X), want)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("precision", ["highest", "BF16_BF16_F32"])
 def test_what_is_guessed_does_not_depend_on_the_precision_that_is_set(name, precision):

@@ -42,6 +42,7 @@ def every(x, rows):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [*SIGNED, *INTEGERS])
 def test_rows_are_read_as_if_they_were_wide(dtype):
     rows, x = (normal(0, 2, 40, 64) * 2).astype(dtype), normal(1, 3, 64)
@@ -51,7 +52,7 @@ def test_rows_are_read_as_if_they_were_wide(dtype):
         np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", [*SIGNED, *INTEGERS])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_blocks_and_heads(dtype, tokens):

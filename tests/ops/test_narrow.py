@@ -34,6 +34,7 @@ def form(request, monkeypatch):
         yield request.param
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("tokens", "dtype"), [(1, "int8"), (4, "float32"), (9, "int8"), (2, "bfloat16")]
 )
@@ -133,7 +134,7 @@ def test_blocks_of_zeros_and_blocks_that_are_not_finite():
     assert scores[0, 3] == pytest.approx(4.0, rel=0.1)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_product_with_blocks(form, tokens):
     x, rows = normal(0, tokens, 24), normal(1, 3, 53, 24)

@@ -101,7 +101,7 @@ def packed_by(run):
     return run.pack(PARAMS, WORDS[:1], calibration=[(WORDS,), (WORDS[::-1],)])
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", RULES)
 def test_many_tokens_are_measured_as_each_alone(name):
     run = hire.transform(step, RULES[name], VOCABULARY, on_miss="ignore")
@@ -175,8 +175,16 @@ TRIED = {
 }
 
 
-@pytest.mark.sampled(5)
-@pytest.mark.parametrize(("name", "kl"), [*((name, 3e-3) for name in TRIED), ("everything", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "kl"),
+    [
+        ("linear", 3e-3),
+        *(
+            pytest.param(*some, marks=pytest.mark.long)
+            for some in [("FFN", 3e-3), ("head", 3e-3), ("everything", 3e-3), ("everything", 0.1)]
+        ),
+    ],
+)
 def test_tuned_rules_are_within_their_budget_in_decoding(name, kl):
     """Many tokens in each batch, where an FFN that is asked for stays dense."""
     batches = [(jnp.asarray(np.roll(WORDS, 7 * i)[: TOKENS - i]),) for i in range(4)]

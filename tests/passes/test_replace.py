@@ -22,7 +22,7 @@ def tolerance(case):
     return 2e-2 if "bf16" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)) else 1e-4
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_few_candidates(case):
     """The top k that is predicted and gathered is that of dense arithmetic on the raw weights.
@@ -40,7 +40,7 @@ def test_few_candidates(case):
 MODES = [("hire", True), ("dense", True), ("exact", True), ("exact", False)]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("number", range(0, len(CASES), 2), ids=lambda i: CASES[i].name)
 def test_full_budget(number):
     """With k and candidates of everything, in each mode, it is the original."""

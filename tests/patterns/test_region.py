@@ -43,7 +43,7 @@ def cut(array, window):
     return jnp.moveaxis(kept, window.axis, -1)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", FLAT, ids=str)
 def test_some_positions(case):
     args = (case.params, *case.args)

@@ -95,6 +95,7 @@ def check_little_is_sent(compiled):
     assert max(size for one, size in sent if (one, size) != logits) <= 4 * TOKEN.size * D
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "exact"),
     [("data and tensor", None), ("stored in shards", Nested()), ("a manual region", None)],
@@ -197,6 +198,7 @@ def in_parts():
     return np.asarray(step(packed, TOKEN))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("region", [False, True])
 def test_a_copy_of_each_device_and_its_own_top_k(region):
     layout, mesh = LAYOUTS["data and tensor"], mesh_of(data=2, model=4)

@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_function(name, mode):

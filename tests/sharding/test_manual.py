@@ -146,6 +146,7 @@ FINDS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FINDS)
 def test_searches_gather_no_logits(name):
     mesh = mesh_of(data=2, model=4)
@@ -296,6 +297,7 @@ def test_partial_sums_are_no_logits():
     assert "parts of sums" in plan.rejected[0].reason
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_loops_inside(check_vma):
     """A decode loop: sites that a loop runs several times with the same weights."""
@@ -498,6 +500,7 @@ def test_weights_inside_and_outside_are_packed_apart():
         np.testing.assert_array_equal(one.argmax(-1), dense.argmax(-1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("predictor", [hire.Quantized(), hire.Quantized(4)])
 def test_tokens_apart_and_weights_in_common(monkeypatch, predictor):
     """The loops of CPU's forms carry what differs from device to device."""

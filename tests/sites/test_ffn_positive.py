@@ -38,7 +38,7 @@ def tolerance(case):
     return 2e-2 if "bf16" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)) else 1e-4
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("name", "predictor"),
     [*((name, Quantized()) for name in SOME), *((name, None) for name in TOLD)],
@@ -124,6 +124,7 @@ def test_a_margin_misses_few_and_reads_less():
     assert told.error < 1e-6 < narrow.error < 0.1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("seed", range(2))
 def test_what_is_proved_is_zero_in_double_precision(dtype, seed):
@@ -326,6 +327,7 @@ def test_under_vmap_and_in_a_loop():
     close(lax.map(functools.partial(step, got), x), block(p, x), 1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("predictor", [None, Quantized()])
 @pytest.mark.parametrize("activation", ["relu", "gated"])
 def test_on_a_mesh_each_device_has_neurons_of_its_own(activation, predictor):

@@ -504,6 +504,7 @@ def test_weights_of_experts():
         assert site.bytes_after / site.bytes_before == pytest.approx((32 + 2) / (32 * 4))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize("k", [1.0, 0.1])
 def test_experts_with_exact_inputs(k, tokens):

@@ -11,6 +11,7 @@ from hire_rewrite.sites.matrices import Matrices
 WEIGHT = jax.random.normal(jax.random.key(0), (3, 8, 4, 64))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize(("axes", "n_axes"), [((0, 1, 2), 2), ((2, 0, 1), 1), ((1, 2, 0), 2)])
 def test_layouts(stacked, axes, n_axes):

@@ -75,21 +75,21 @@ def check_sites(model: Model, plan: hire.Plan) -> None:
     assert not dense or model.name == "explicit shardings"
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_copies_that_hold_the_same_numbers(model, dtype):
     check_sites(model, check(model, COPIES, dtype))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", mostly_long(MODELS), ids=str)
 def test_all_neurons_and_inputs_exactly(model, dtype):
     check_sites(model, check(model, CHOICES, dtype))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model", mostly_long(MODELS), ids=str)
 def test_without_rules(model):
     """The same numbers in fewer bytes, of whatever is not a site of a kind that needs a rule."""

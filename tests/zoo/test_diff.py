@@ -21,7 +21,7 @@ def traced(model):
     return trace(built.fn, (built.weights, *built.args), {}, (0,))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("model", mostly_long(MODELS, every=4), ids=str)
 def test_a_model_and_itself(model):
     built = model.build(jnp.dtype("float32"))

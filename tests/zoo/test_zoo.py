@@ -69,7 +69,7 @@ def test_sites(model, dtype):
         assert row(model, plan) in ROWS, "docs/coverage.md is old: `make docs` writes it"
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("model", [m for m in MODELS if m.sites], ids=str)
 def test_results_at_full_budget(model, dtype):

@@ -135,6 +135,7 @@ def test_what_is_far_apart_is_proved_and_what_is_equal_is_not():
     np.testing.assert_array_equal(got, dense(x, state, spec_of())[0])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("d", [1, 7, 300, 5000])
 @pytest.mark.parametrize("kind", ["mixed", "positive", "heavy"])
 def test_the_dense_product_is_within_its_bound(d, kind):

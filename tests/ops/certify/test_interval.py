@@ -59,7 +59,7 @@ def compiled(name, dtype):
     return jax.jit(bounds), run, jax.jit(run)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CODE)
 def test_results_are_within_the_bounds(name, dtype):

@@ -36,7 +36,7 @@ def case(encoding, tokens):
     return stored, *map(jnp.asarray, (x, h, onto, picked))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_products_and_sums(encoding, tokens):

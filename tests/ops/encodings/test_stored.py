@@ -100,7 +100,7 @@ def test_what_is_decoded_is_near(encoding):
     assert off.max() >= 0.3 * steps(encoding, rows).min()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("encoding", EVERY, ids=str)
 def test_product(form, encoding):
     if form == "other backends" and isinstance(encoding, Float):

@@ -80,6 +80,7 @@ def test_dense_is_the_model_and_so_is_a_full_budget(name, dtype):
         np.testing.assert_allclose(np.float32(got), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_equals_exact_where_recall_is_one(name, tokens, dtype):

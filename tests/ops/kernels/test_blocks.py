@@ -60,7 +60,7 @@ def calls_kernel(x, *operands, **settings):
     return "hire_block_product" in run.lower(x, *operands).as_text()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("round_inputs", [False, True])
 @pytest.mark.parametrize("minimum", [False, True, "of scales"])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -80,6 +80,7 @@ def test_block_product(bits, d, block, minimum, dtype, round_inputs):
         assert (np.abs(run(x, *operands, jnp.int32(layer)) - products) <= error * size).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("round_inputs", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("minimum", [False, True, "of scales"])
@@ -109,6 +110,7 @@ def test_matrices_of_other_forms_are_read_one_by_one():
         np.testing.assert_array_equal(got, block_product(x, *matrix, 0, bits=4))
 
 
+@pytest.mark.sampled(3)
 @needed
 @pytest.mark.parametrize("round_inputs", [False, True])
 @pytest.mark.parametrize(

@@ -217,8 +217,10 @@ def test_sanitizers_find_nothing(sanitizer, tmp_path):
     ("form", "some"),
     [
         ("0", "values"),
-        ("portable", "product and (test_cpu or 576)"),
-        pytest.param("avx2", "product and (test_cpu or 576)", marks=pytest.mark.long),
+        *(
+            pytest.param(form, "product and (test_cpu or 576)", marks=pytest.mark.long)
+            for form in ("portable", "avx2")
+        ),
     ],
 )
 def test_other_forms(form, some):

@@ -63,6 +63,7 @@ def test_product_of_rows_that_no_block_divides(monkeypatch, dtype, tokens):
         close(got, exact(x.astype(jnp.bfloat16), rows[layer]), 20 * 256)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("d", "block"), [(512, 32), (1024, 8)])
 def test_rounded_tokens(monkeypatch, tokens, d, block):
@@ -76,7 +77,7 @@ def test_rounded_tokens(monkeypatch, tokens, d, block):
     close(got, exact(*want), d)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("minimum", [False, True, -7.5])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def backend(request, monkeypatch):
         yield request.param
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("predictor", EVERY)
 @pytest.mark.parametrize(
     ("dtype", "scale"), [(jnp.float32, 1e-30), (jnp.float32, 1e15), (jnp.bfloat16, 1.0)]

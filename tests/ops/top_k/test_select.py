@@ -36,6 +36,7 @@ def assert_same_as_lax(scores, k):
     assert np.asarray(values).tobytes() == np.asarray(want_values).tobytes()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize(
     ("dtype", "n", "k"),
