@@ -42,8 +42,12 @@ def test_it_answers_as_jit_does(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("name", CONTEXTS)
+SHORT = "x64", "transfers"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CONTEXTS]
+)
 def test_it_plans_packs_and_measures_in_it(name):
     """What moves numbers to devices and back on purpose is not what a guard is for."""
     layers, batch = {"up": rand(D, V), "down": rand(V, D)}, inputs(64, D)

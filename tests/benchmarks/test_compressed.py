@@ -69,6 +69,7 @@ def said(params, windows):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("part", "names"),
     [("Attention", ATTENTION), ("FFN and attention", FFN + ATTENTION)],

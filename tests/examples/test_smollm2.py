@@ -84,6 +84,7 @@ def tokens(words):
 # Tokenizer
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "sample",
     [

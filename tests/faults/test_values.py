@@ -14,7 +14,7 @@ SAMPLE = (
 )  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SAMPLE)
 def test_odd_tokens(name):
     count = Count()

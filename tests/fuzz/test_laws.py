@@ -57,7 +57,7 @@ def test_laws_of_numbers(part):
     _holds(EXECUTED, 2, part, two)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_block_in_every_nest(form):
     """Whatever chance does: each form, with a block and a head in it."""

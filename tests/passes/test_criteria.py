@@ -24,7 +24,7 @@ SOME = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SOME)
 def test_packed_equals_raw(name):
     case = NAMED[name]

@@ -146,6 +146,7 @@ def mixture(params, x):
     return jnp.einsum("etf,efd->etd", h, params["down"])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "rule",
     [linear(0.05, exact=Blocks(8), round_inputs=True), guessed(0.05), zeros(0.25)],

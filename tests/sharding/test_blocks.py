@@ -60,6 +60,7 @@ def test_in_a_manual_region_each_device_leaves_out_its_zeros(name):
     assert "cond" in str(jax.make_jaxpr(step)(packed, TOKEN))
 
 
+@pytest.mark.long
 def test_in_a_manual_region_it_is_measured_and_calibrated_by_device():
     mesh = mesh_of(data=2, model=4)
     step = hire.transform(whole(mesh), positive(budget=0.5))

@@ -98,7 +98,7 @@ def alone(rule, params, token=TOKEN, **settings):
     return run(run.pack(params, token), token)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("encoding", [Float("float32"), Blocks(8), Blocks(4)], ids=str)
 def test_it_computes_what_one_device_does(name, encoding):

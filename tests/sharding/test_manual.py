@@ -94,7 +94,7 @@ FORMS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "predictor"),
     [*((name, hire.Quantized()) for name in FORMS), ("blocks", hire.LowRank(48))],
@@ -194,6 +194,7 @@ def slice_of(number):
     return jax.tree.map(cut, weights(), SPECS)
 
 
+@pytest.mark.long
 def test_reports_of_scanned_shard_maps():
     mesh = mesh_of(model=4)
     settings = {"predictor": hire.LowRank(24)}
@@ -330,6 +331,7 @@ def _replicated(cut):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("cut", "share"),
     [

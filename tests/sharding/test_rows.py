@@ -151,7 +151,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("name", "predictor"), CASES)
 def test_a_block_computes_what_it_does_in_parts(name, predictor):
     layout = LAYOUTS[name]
@@ -159,7 +159,7 @@ def test_a_block_computes_what_it_does_in_parts(name, predictor):
     np.testing.assert_allclose(logits, alone(rules(predictor, layout.parts)[0]), atol=1e-5)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("name", "predictor"), CASES)
 def test_a_head_knows_no_less_than_on_one_device(name, predictor):
     layout, rule = LAYOUTS[name], rules(predictor)[1]
@@ -173,7 +173,7 @@ def test_a_head_knows_no_less_than_on_one_device(name, predictor):
     assert (values >= lax.top_k(one, 16)[0] - 1e-5).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "exact") for name in LAYOUTS), ("data and tensor", "dense")]
 )
@@ -188,6 +188,7 @@ def test_the_other_modes(name, mode):
         np.testing.assert_allclose(jax.jit(one)(params, token), wanted, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
 def test_little_goes_between_devices(name):
     layout, (_, token, packed) = LAYOUTS[name], packed_on(name)
@@ -247,7 +248,7 @@ def tied(params, token):
     return jnp.tanh(params["embed"][token]) @ params["embed"].T
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("exact", [hire.Blocks(8), hire.Nested()], ids=str)
 @pytest.mark.parametrize(("rows", "spec"), [(VOCABULARY, P("model")), (4105, P(None, "model"))])
 def test_rows_in_an_encoding_and_a_tied_embedding(exact, rows, spec):
@@ -369,7 +370,7 @@ def sampled(params, token):
     return values, indices, jnp.argmax(probability, axis=-1), lax.approx_max_k(probability, 3)[1]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["tensor", "data and tensor", "stored in shards"])
 @pytest.mark.parametrize("target", [1.0, 0.9])
 def test_searches_for_the_greatest_gather_no_logits(name, target):
@@ -463,6 +464,7 @@ def capped_step(run):
     return lambda params, token: jnp.tanh(run(params, token) / 3 + 0.25) * jnp.float32(3)
 
 
+@pytest.mark.long
 def test_explicit_sharding_of_raw_weights():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     layout = LAYOUTS["data and tensor"]

@@ -32,7 +32,7 @@ def tolerance(case):
     return 2e-2 if "bf16" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)) else 1e-4
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", SOME)
 def test_a_copy_that_loses_nothing_gives_the_model(name):
     """However the block is written: what is guessed and what is exact make up the whole."""
@@ -45,6 +45,7 @@ def test_a_copy_that_loses_nothing_gives_the_model(name):
     close(got, want, tolerance(case))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["gated with biases", "scan", "experts in a batch", "bfloat16"])
 @pytest.mark.parametrize("mode", ["hire", "exact", "dense"])
 def test_with_all_neurons_and_in_the_other_modes_it_is_the_model(name, mode):

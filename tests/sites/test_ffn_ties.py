@@ -27,7 +27,7 @@ def params_of(dtype, alike):
     return {"up": jnp.asarray(up, dtype), "down": jnp.asarray(down, dtype)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("candidates", [40, F])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -65,7 +65,7 @@ def kernels(request, monkeypatch):
         monkeypatch.setenv("HIRE_REWRITE_KERNELS", "0")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 def test_the_logits_of_candidates_are_those_of_what_is_stored(kernels, encoding):
     whole = hire.transform(untied, rule(encoding, candidates=V))

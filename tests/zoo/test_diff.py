@@ -35,7 +35,7 @@ def some():
     return [traced(model) for model in MODELS if str(model) in SOME]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_two_models(some, pair):
     first, second = (some[number] for number in pair)

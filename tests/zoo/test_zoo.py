@@ -88,6 +88,7 @@ def test_the_page_has_each_model_once():
     assert len(ROWS) == len(MODELS)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "model",
     mostly_long(m for m in MODELS if m.sites and m.form != "generate" and m.mapped),
@@ -104,7 +105,7 @@ def test_full_budget_under_vmap(model):
     close(run(mapped[0], weights, *batch), run(mapped[1], one.weights, *batch))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "model",
     mostly_long(m for m in MODELS if m.sites and not m.discrete and m.name not in UNDIFFERENTIATED),

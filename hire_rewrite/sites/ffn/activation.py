@@ -27,7 +27,10 @@ from hire_rewrite.sites.ffn.selecting import selection
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
+_POSITIONS = 4 * _GRID.size  # of all runs, so that operations are compiled for one size
 _NARROW = np.array([-7.9, -1.0, -0.01, 0.01, 1.0, 7.9], np.float32)
+_NEAR = np.float32(1e-3)
+_LOWEST = np.full_like(_NARROW, -8.0)
 _erf = np.vectorize(math.erf)
 
 
@@ -113,7 +116,8 @@ def _zeroing(probe: _Probe) -> tuple[int, ...]:
         return ()
     every = tuple(range(probe.count))
     choices = [(p,) for p in every] + ([every] if len(every) > 1 else [])
-    return next((gates for gates in choices if probe.zeroes(gates)), ())
+    zeroes = probe.zeroes(choices)
+    return next((gates for gates, found in zip(choices, zeroes, strict=True) if found), ())
 
 
 class _Probe:
@@ -131,48 +135,57 @@ class _Probe:
         self.neutral = self._neutral()
 
     def run(self, pre: Sequence[np.ndarray], vectors: Sequence[float]) -> np.ndarray:
-        items, n = self.region.projections, len(self.grid)
-        rows = [jnp.asarray(row, i.linear.out.dtype) for row, i in zip(pre, items, strict=True)]
+        rows = [
+            jnp.asarray(np.resize(row, _POSITIONS), item.linear.out.dtype)
+            for row, item in zip(pre, self.region.projections, strict=True)
+        ]
         numbers = [
-            jnp.full(n, number, vector.value.dtype)
+            jnp.asarray(np.full(_POSITIONS, number), vector.value.dtype)
             for number, vector in zip(vectors, self.region.vectors, strict=True)
         ]
-        return np.asarray(self.region.run_one_token(rows, numbers, _stand_in), np.float32)
+        results = self.region.run_one_token(rows, numbers, _stand_in)
+        return np.asarray(results, np.float32)[: len(pre[0])]
 
     def only(self, i: int, row: np.ndarray, others: np.ndarray) -> list[np.ndarray]:
         """A row for a projection, and one for the other."""
         return [row if i == j else others for j in range(self.count)]
 
-    def zeroes(self, gates: Sequence[int]) -> bool:
-        """Whether some bounds of these projections, and none of the others, give zero alone."""
-        size = len(_NARROW)
-        wide = Interval(np.full(size, -8.0, np.float32), np.full(size, 8.0, np.float32))
+    def zeroes(self, choices: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether some bounds of these projections, and none of the others, give zero alone.
+
+        All choices are tried at once, each at positions of its own.
+        """
         vectors: list[Any] = [
-            np.full(size, number, vector.value.dtype)
+            np.full(len(choices) * len(_NARROW), number, vector.value.dtype)
             for number, vector in zip(self.neutral, self.region.vectors, strict=True)
         ]
 
         def code(*pre: Any) -> Any:
             return self.region.run_one_token(pre, vectors, _stand_in)
 
-        narrow = Interval(_NARROW - np.float32(1e-3), _NARROW + np.float32(1e-3))
-        ins = [narrow if p in gates else wide for p in range(self.count)]
+        ins = [
+            Interval(
+                np.concatenate([_NARROW - _NEAR if i in gates else _LOWEST for gates in choices]),
+                np.concatenate([_NARROW + _NEAR if i in gates else -_LOWEST for gates in choices]),
+            )
+            for i in range(self.count)
+        ]
         ends = enclosure(code, ins, self.region.projections[0].linear.out.dtype)
-        return bool(ends.is_zero.any())
+        return [bool(zero.any()) for zero in np.split(np.asarray(ends.is_zero), len(choices))]
 
     def activation(self) -> Activation:
-        gate = self._gate()
+        gate, values = self._gate()
         if gate is None:
             return Activation("custom")
 
         def curve(numbers: np.ndarray, vectors: Sequence[float] = self.neutral) -> np.ndarray:
             return self.run(self.only(gate, numbers, self.ones), vectors)
 
-        values, below = curve(self.grid), self.grid <= 0
+        below = self.grid <= 0
         sparse = bool(np.all(values[below] == 0) and np.all(values[~below] > 0))
-        # A scale that may be negative turns the gate round.
-        flipped = [-number for number in self.neutral]
-        sparse = sparse and bool(np.all(curve(self.grid, flipped)[below] == 0))
+        if sparse and any(self.neutral):  # a scale that may be negative turns the gate round
+            flipped = [-number for number in self.neutral]
+            sparse = bool(np.all(curve(self.grid, flipped)[below] == 0))
 
         def is_gate_bias(i: int) -> bool:
             lifted = [number + (j == i) for j, number in enumerate(self.neutral)]
@@ -183,18 +196,26 @@ class _Probe:
         name = _nearest(self.grid, values, self.tolerance, gated=self.count == 2)
         return Activation(name, gate, sparse, next(biases, None))
 
-    def _gate(self) -> int | None:
-        """The projection in whose partner the region is linear; relu is so for positive factors."""
-        if self.count == 1:
-            return 0
-        for gate in range(self.count):
-            doubled, single = (
-                self.run(self.only(gate, self.grid, factor * self.ones), self.neutral)
-                for factor in (-2, 1)
-            )
-            if np.allclose(doubled, -2 * single, rtol=2 * self.tolerance):
-                return gate
-        return None
+    def _gate(self) -> tuple[int | None, np.ndarray]:
+        """The projection in whose partner the region is linear, and its curve beside a one.
+
+        A partner is tried with 1 and with -2: relu is linear for positive factors. All is run at
+        once, each case at positions of its own.
+        """
+        factors = (1, -2) if self.count > 1 else (1,)
+        cases = [
+            self.only(gate, self.grid, factor * self.ones)
+            for gate in range(self.count)
+            for factor in factors
+        ]
+        results = self.run(
+            [np.concatenate(rows) for rows in zip(*cases, strict=True)], self.neutral
+        )
+        curves = results.reshape(self.count, len(factors), -1)
+        for gate, (single, *doubled) in enumerate(curves):
+            if all(np.allclose(row, -2 * single, rtol=2 * self.tolerance) for row in doubled):
+                return gate, single
+        return None, curves[0, 0]
 
     def _neutral(self) -> tuple[float, ...]:
         """A number for each vector with which it changes nothing: 0 for a bias, 1 for a scale.
@@ -203,6 +224,8 @@ class _Probe:
         result.
         """
         vectors = len(self.region.vectors)
+        if not vectors:
+            return ()
         for choice in sorted(itertools.product((0.0, 1.0), repeat=min(vectors, 8)), key=sum):
             numbers = (*choice, *(0.0 for _ in range(vectors - len(choice))))
             rows = [self.only(i, self.grid, self.ones) for i in range(self.count)]

@@ -246,6 +246,7 @@ def test_numbers_whose_squares_vanish_or_overflow_are_ranked(group, factor):
     np.testing.assert_allclose(np.float64(rank) / factor, want, rtol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("predictor", [Quantized(), LowRank(16)])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_layers_under_scan_and_vmap(predictor, tokens):

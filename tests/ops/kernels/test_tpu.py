@@ -113,6 +113,7 @@ def test_half_precision_scales_are_read_as_they_are():
     np.testing.assert_array_equal(got[0], scale.astype(jnp.float32))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("tokens", "lists"), [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize(("count", "members"), [(13, 16), (4, 64)])
 def test_fetched_product(monkeypatch, tokens, lists, count, members):

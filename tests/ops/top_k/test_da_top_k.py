@@ -114,7 +114,7 @@ class TestExact:
 
 
 class TestRecall:
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("target", [0.9, 0.95, 0.99, 0.999])
     @pytest.mark.parametrize("shards", SHARDS)
     def test_every_row_reaches_the_target(self, shards, target):
