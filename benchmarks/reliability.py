@@ -41,7 +41,8 @@ INTRODUCTION = """\
 
 What was tried to break the package, how often, and how often it broke. What a run found wrong was
 mended, with a test, before the run that is counted here; the [changelog](../CHANGELOG.md) names
-both. Smaller runs of this are in `make test`, and those under sanitizers in `make long`.
+both. Where the commit is known that a run was of, it is named. Smaller runs of this are in
+`make test`, and those under sanitizers in `make long`.
 """
 
 
@@ -69,6 +70,7 @@ def lines(found: Mapping[str, Record]) -> Iterable[str]:
             continue
         record = found[part]
         machine = record["machine"]
+        commit = f"commit {record['commit']}, " if record.get("commit") else ""
         device = "" if machine.get("backend", "cpu") == "cpu" else f" and one {machine['device']}"
         yield f"\n## {title}\n"
         yield f"{record['about']}\n"
@@ -80,7 +82,7 @@ def lines(found: Mapping[str, Record]) -> Iterable[str]:
             ],
         )
         yield (
-            f"\n`{record['command']}`, on {machine['cores']} cores ({machine['processor']})"
+            f"\n`{record['command']}`, {commit}on {machine['cores']} cores ({machine['processor']})"
             f"{device}, jax {machine['jax']}, Python {machine['python']}."
         )
 

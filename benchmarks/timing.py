@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 LONG = 256 * 2**20  # bytes of an array that fits no cache
 RESULTS = Path(__file__).parent / "results"
+CODE = ("hire_rewrite", "tests", "examples", "pyproject.toml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,18 +152,33 @@ def of_backend(name: str) -> str:
 
 
 def write(name: str, result: Mapping[str, Any], command: str) -> Path:
-    """Write a result with the command that made it and the machine; return the file's path."""
+    """Write a result with the command that made it, on which commit, and the machine.
+
+    Returns:
+      The file's path.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    whole = {"command": command, "machine": machine(), **result}
+    whole = {"command": command, "commit": commit(), "machine": machine(), **result}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
 def read(name: str) -> dict[str, Any]:
-    """What `write` wrote, without the command and the machine."""
+    """What `write` wrote, without the command, the commit, and the machine."""
     whole = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in whole.items() if key not in ("command", "machine")}
+    return {k: value for k, value in whole.items() if k not in ("command", "commit", "machine")}
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with a note if its code was changed; None without git."""
+    git = ["git", "-C", str(RESULTS)]
+    told = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if told.returncode:
+        return None
+    changes = [*git, "diff", "--quiet", "HEAD", "--", *(f":/{folder}" for folder in CODE)]
+    changed = subprocess.run(changes, capture_output=True).returncode != 0
+    return told.stdout.strip() + ", changed" * changed
 
 
 # Not a product of NumPy's: its threads go on to wait busily, and would slow down what is measured.

@@ -85,6 +85,8 @@ def run(combination: Combination, interpreter: str, arguments: list[str]) -> int
 
 def row(combination: Combination) -> dict[str, Any]:
     """What pytest reported of a combination, for the record."""
+    from benchmarks import timing
+
     code = "import jax; print(jax.__version__)"
     told = subprocess.run([_python(combination), "-c", code], capture_output=True, text=True)
     suites = list(xml.etree.ElementTree.parse(_report(combination)).getroot().iter("testsuite"))
@@ -96,7 +98,7 @@ def row(combination: Combination) -> dict[str, Any]:
         "what": f"tests: {combination.name}",
         "tried": tests - skipped,
         "wrong": failed + errors,
-        "note": f"jax {told.stdout.strip()}; {skipped} skipped",
+        "note": f"jax {told.stdout.strip()}; {skipped} skipped; commit {timing.commit()}",
     }
 
 

@@ -16,6 +16,8 @@ def test_page_has_each_record_and_its_counts():
     headings = [line for line in text if line.startswith("\n## ")]
     assert headings == [f"\n## {reliability.TITLES['fuzz']}\n"]
     assert "| graphs | 100,000 | 3 | seeds 0 to 9 |" in text
+    assert "commit" not in text[-1]
+    assert "commit abc" in list(reliability.lines({"fuzz": record | {"commit": "abc"}}))[-1]
 
 
 def test_every_record_has_a_title():

@@ -1,6 +1,8 @@
 """The measuring rules: alternation, what is waited for, and what a results file holds."""
 
 import json
+import shutil
+import subprocess
 
 import jax
 import pytest
@@ -58,3 +60,25 @@ def test_write(tmp_path, monkeypatch):
     assert written["command"] == "python -m benchmarks.some"
     assert written["machine"]["jax"] == jax.__version__
     assert written["machine"]["cores"] >= 1
+    assert written["commit"] is None  # of a folder that is in no checkout
+
+
+def test_a_record_knows_its_commit_and_whether_code_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        run = ["git", "-C", str(tmp_path), *names, *arguments]
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "benchmarks" / "results")
+    for folder in ("benchmarks/results", "hire_rewrite"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    (tmp_path / "benchmarks" / "results" / "file").write_text("a record is no code")
+    assert timing.commit() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "hire_rewrite" / "file").write_text("after")
+    assert timing.commit() == git("rev-parse", "--short", "HEAD") + ", changed"

@@ -3,8 +3,8 @@
     python -m tests.fuzz                        100,000 functions, from seed 0
     python -m tests.fuzz --graphs 500 --first 7000
 
-What is done is kept in out/fuzz: a run that was stopped goes on where it was. Every function is
-traced, planned and looked at; a share of them is rewritten, and a share of these run.
+What is done is kept in out/fuzz, by commit: a run that was stopped goes on where it was. Every
+function is traced, planned and looked at; a share of them is rewritten, and a share of these run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ FOLDER = Path(__file__).parents[2] / "out" / "fuzz"
 
 
 def main() -> int:
+    from benchmarks import timing  # after tests.fuzz.run, which sets up jax
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--graphs", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -33,11 +35,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.seed is not None:
         return one(options.seed)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = FOLDER / str(timing.commit())  # what other code did counts for nothing
+    folder.mkdir(parents=True, exist_ok=True)
     results, todo = [], []
     for first in range(options.first, options.first + options.graphs, CHUNK):
         last = min(first + CHUNK, options.first + options.graphs)
-        path = FOLDER / f"{first}-{last}.json"
+        path = folder / f"{first}-{last}.json"
         if path.exists():
             results.append(json.loads(path.read_text(encoding="utf-8")))
         else:
@@ -54,11 +57,9 @@ def main() -> int:
                 running[done].write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
                 for seed, law, error, graph in results[-1]["wrong"]:
                     print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
-    from benchmarks.timing import write
-
     command = f"python -m tests.fuzz --graphs {options.graphs} --first {options.first}"
     made = record(results)
-    print(write("reliability_fuzz", made, command))
+    print(timing.write("reliability_fuzz", made, command))
     return int(bool(made["rows"][0]["wrong"]))
 
 
