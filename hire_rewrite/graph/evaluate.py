@@ -100,6 +100,15 @@ def traced_context(eqn: Any, *, inside: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def trial() -> Iterator[None]:
+    """Around code that is run on some numbers to learn what it does: outside of the trace and the
+    mesh of whoever asks, and whatever transfers it forbids."""
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.core.eval_context(), no_mesh, jax.transfer_guard("allow"):
+        yield
+
+
 def _run(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Bind an equation with its own parameters; its numbers are weakly typed as it has them."""
     arrays = [

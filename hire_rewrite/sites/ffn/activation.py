@@ -12,12 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.evaluate import literal_array
+from hire_rewrite.graph.evaluate import literal_array, trial
 from hire_rewrite.graph.nodes import Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.ops.certify.interval import Interval, enclosure
@@ -25,7 +24,6 @@ from hire_rewrite.patterns.axes import run_part
 from hire_rewrite.patterns.region import Region
 from hire_rewrite.sites.ffn.selecting import selection
 
-_NO_MESH = jax.sharding.AbstractMesh((), ())
 _GRID = np.concatenate([np.linspace(-8.0, 8.0, 65), [-0.013, 0.013]]).astype(np.float32)
 _POSITIONS = 4 * _GRID.size  # of all runs, so that operations are compiled for one size
 _NARROW = np.array([-7.9, -1.0, -0.01, 0.01, 1.0, 7.9], np.float32)
@@ -93,7 +91,7 @@ def classify(region: Region) -> Activation:
     Raises:
       NoMatch: it reads all positions, but selects no few of them.
     """
-    with jax.core.eval_context(), jax.sharding.use_abstract_mesh(_NO_MESH):
+    with trial():
         if region.selection:
             return _selecting(region)
         probe = _Probe(region)
