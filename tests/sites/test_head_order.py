@@ -104,6 +104,16 @@ KEPT = {
         lambda z: lax.scan(lambda c, _: (jax.nn.softmax(c), None), z, None, length=2)[0].argmax(-1)
     ),
     "greatest of all tokens": of_logits(lambda z: z.max(0).argmax(-1)),
+    "chances that are never zero": of_logits(
+        lambda z: jnp.log(jnp.clip(jax.nn.softmax(z), 1e-9, 1.0)).argmax(-1)
+    ),
+    "if all are numbers": of_logits(
+        lambda z: jnp.where((jnp.isfinite(z) & ~jnp.isnan(z)).all(-1), z.argmax(-1), 0)
+    ),
+    "how many make nine tenths": of_logits(
+        lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z))[:, ::-1], -1) < 0.9).sum(-1)
+    ),
+    "those above a chance are returned": of_logits(lambda z: (z, jax.nn.softmax(z) > 1e-3)),
     "loop": _decoded,
 }
 LOST = {
@@ -157,6 +167,28 @@ LOST = {
         lambda z: (jax.nn.log_softmax(z) - jnp.arange(V) / V).argmax(-1)
     ),
     "loop": _turned_in_a_loop,
+    "drawn by shares of a sum": of_logits(
+        lambda z: jax.vmap(lambda q: jax.random.choice(KEY, V, p=q))(jax.nn.softmax(z))
+    ),
+    "the first beyond a sum": of_logits(
+        lambda z: (jnp.cumsum(jax.nn.softmax(z), -1) > 0.3).argmax(-1)
+    ),
+    "how many are below a sum": of_logits(
+        lambda z: (jnp.cumsum(jax.nn.softmax(z), -1) < 0.3).sum(-1)
+    ),
+    "the rank of one": of_logits(lambda z: (z > z[:, 17:18]).sum(-1)),
+    "the first above a number": of_logits(lambda z: (z > 3.0).argmax(-1)),
+    "the first above a chance": of_logits(lambda z: (jax.nn.softmax(z) > 1e-3).argmax(-1)),
+    "marks for those above": of_logits(
+        lambda z: jnp.where(jax.nn.softmax(z) > 1e-3, jnp.arange(V), V).min(-1)
+    ),
+    "any of some": of_logits(lambda z: ((z > 2.0) & (jnp.arange(V) % 7 == 0)).any(-1)),
+    "integers": of_logits(lambda z: (0.2 * z).astype(jnp.int32).argmax(-1)),
+    "capped": of_logits(lambda z: jnp.minimum(jax.nn.log_softmax(z), -8.0).argmax(-1)),
+    "capped by what is given": lambda p, x: jnp.minimum(
+        jax.nn.softmax(x @ p["head"]), jnp.abs(x[:, :1])
+    ).argmax(-1),
+    "not below a number": of_logits(lambda z: jnp.maximum(jax.nn.softmax(z), 0.1).argmax(-1)),
 }
 
 
@@ -205,7 +237,27 @@ def test_logits_that_are_no_real_numbers_stay_dense(dtype):
     np.testing.assert_array_equal(step(packed, x), model(w, x))
 
 
-@pytest.mark.parametrize("search", [lax.top_k, lax.approx_max_k])
+def _again_and_again(z, k):
+    """The greatest, and then the greatest of the others."""
+
+    def body(z, _):
+        token = z.argmax(-1)
+        return jnp.where(jnp.arange(V) == token[:, None], -jnp.inf, z), token
+
+    return [lax.scan(body, z, None, length=k)[1]]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lax.top_k,
+        lax.approx_max_k,
+        lambda z, k: [jnp.sort(z, -1)[:, -k:]],
+        lambda z, k: [jnp.flip(jnp.argsort(z, -1), -1)[:, :k]],
+        lambda z, k: [jnp.argsort(-z, -1)[:, :k], jnp.argsort(-z, -1)[:, k - 1]],
+        lambda z, k: _again_and_again(z, k - 1),
+    ],
+)
 def test_as_many_are_exact_as_the_program_asks_for(search):
     """Without rules; a rule says how many itself."""
     for asked, exact in ((3, 64), (300, 300)):
@@ -215,6 +267,19 @@ def test_as_many_are_exact_as_the_program_asks_for(search):
         assert f"top {exact} " in site.reason
         for got, want in zip(step(packed, X), step.fn(PARAMS, X), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_so_many_are_taken_out_as_nobody_knows():
+    def model(p, x):
+        def again(carry):
+            z, count = carry
+            return jnp.where(jnp.arange(V) == z.argmax(-1)[:, None], -jnp.inf, z), count + x[0, 0]
+
+        return lax.while_loop(lambda c: c[1] < 9.0, again, (x @ p["head"], 0.0))[0].argmax(-1)
+
+    plan = plan_of(model)
+    assert not plan.rewritten
+    assert "as many of its greatest logits as it likes" in plan.sites[0].reason
 
 
 def near_rows(count):

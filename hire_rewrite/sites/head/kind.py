@@ -36,8 +36,7 @@ class HeadKind(SiteKind):
     def default_rule(self, match: HeadMatch) -> Head | None:
         if match.doubt is not None or match.disorder is not None:
             return None
-        asked = max((search.node.params["k"] for search in match.top_ks), default=0)
-        return Head(k=asked) if asked > Head.k else Head()
+        return Head(k=max(match.ranked.depth, Head.k))
 
     def asks(self, rule: Head, site: MatchedSite) -> bool:
         if rule.min_width is None:

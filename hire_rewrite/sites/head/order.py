@@ -10,14 +10,13 @@ each logit by itself before any of this is no matter: candidates are chosen by w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Value, source_of
+from hire_rewrite.graph.nodes import Node, Uses, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
@@ -26,17 +25,14 @@ from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
 from hire_rewrite.sites.head.looked_up import are_ranked, compared_lookups, picks
+from hire_rewrite.sites.head.steps import is_stepped, may_level, searched_sum
+from hire_rewrite.sites.head.taken_out import LAID, TakenOut
 
 _RISING = frozenset(
     (p.log_p, p.log1p_p, p.exp2_p, p.expm1_p, p.sqrt_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p,
      p.erf_p)
 )  # fmt: skip
 """Functions that rise where they are defined, but for rounding."""
-
-_FEW = 16
-"""Tokens that a program may forbid one by one: of 64 exact logits enough are left."""
-
-_LAID = Trait.CASTS | Trait.MOVES | Trait.CUTS
 
 
 class Ranked(NamedTuple):
@@ -47,14 +43,17 @@ class Ranked(NamedTuple):
       forbidden: how many of the greatest logits the program may take out of the order.
       rounding: the unit of the coarsest arithmetic between, which may make two logits one; 0.0
         where nothing is between.
+      depth: how many of the greatest logits are asked for: by what searches them, what is read
+        of them in order, and where those before are taken out.
     """
 
     disorder: str | None
     forbidden: int
     rounding: float
+    depth: int
 
 
-AS_LOGITS = Ranked(None, 0, 0.0)
+AS_LOGITS = Ranked(None, 0, 0.0, 1)
 """What is ranked is the logits themselves."""
 
 
@@ -67,8 +66,11 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
       inside: the epilogue.
     """
     order = _Order(walk, inside)
-    order.logits = {origin(value, _LAID) for value, _ in outputs}
-    order.stack = [(value, axis, UP) for value, axis in outputs]
+    order.logits.update(origin(value, LAID) for value, _ in outputs)
+    whole = jnp.issubdtype(walk.product.outs[0].dtype, jnp.integer)  # logits that are integers
+    order.stack = [
+        (value, axis, LOST if is_stepped(value) and not whole else UP) for value, axis in outputs
+    ]
     while order.stack and order.reason is None:
         order.visit(*order.stack.pop())
         if not order.stack:
@@ -76,7 +78,13 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
     compared = compared_lookups(order.singles, walk.uses) if order.reason is None else None
     if compared is not None:
         order.refuse_lookups(compared)
-    return Ranked(order.reason, sum(order.forbidden.values()), order.rounding)
+    taken = order.taken.behind
+    if taken == math.inf:
+        order.reason = "a loop behind it takes out as many of its greatest logits as it likes"
+        return Ranked(order.reason, order.taken.at_most, order.rounding, 1)
+    searched = (search.node.params.get("k", 1) for search in walk.found)
+    depth = max([1, order.depth, *searched]) + int(taken)
+    return Ranked(order.reason, order.taken.at_most, order.rounding, depth)
 
 
 class _Order:
@@ -91,7 +99,8 @@ class _Order:
         self.choices: list[tuple[Node, int, int]] = []
         self.singles: list[Value] = []
         self.reason: str | None = None
-        self.forbidden: dict[Node, int] = {}
+        self.taken = TakenOut(walk.product, self.logits)
+        self.depth = 0
         self.rounding = 0.0
         self.of_logits = downstream([walk.product], walk.uses)
 
@@ -106,8 +115,7 @@ class _Order:
             way = LOST
         self.ways[value, axis] = way
         if value in self.uses.results:
-            outside = leave(value, axis)
-            self.stack += ((*there, way) for there in outside)
+            self._pass_on(value, leave(value, axis), way)
             floating = jnp.issubdtype(value.dtype, jnp.floating)
             if value.scope.parent is None and floating and way != UP:
                 self._refuse(value, way, "they are returned")
@@ -115,19 +123,27 @@ class _Order:
             if user in self.inside:
                 continue
             if user.bodies:
-                self.stack += ((*there, way) for there in enter(user, value, axis))
+                self._pass_on(value, enter(user, value, axis), way)
                 continue
             behind = self.walk.behind(user, position, axis)
             if not behind:
                 self._consumed(user, value, axis, way)
                 continue
-            there = self._way(user, position, axis) if way != LOST else LOST
+            chooses = user.primitive is p.select_n_p and position == 0
+            there = self._way(user, position, axis) if way != LOST or chooses else LOST
             if there is None:
                 continue
             for out, place in behind:
                 if there == LOST:
                     self.lost.setdefault(out, self.lost.get(value, user))
                 self.stack.append((out, place, way * there))
+
+    def _pass_on(self, value: Value, places: Collection[tuple[Value, int]], way: int) -> None:
+        """Go on where a value enters or leaves a body."""
+        for there, axis in places:
+            if value in self.lost:
+                self.lost.setdefault(there, self.lost[value])
+            self.stack.append((there, axis, way))
 
     def doubt_choices(self) -> None:
         """Give up the order behind choices that leave out what is great: all conditions can be
@@ -138,7 +154,7 @@ class _Order:
             kept = conditions.kept(user, position, axis)
             (out,) = user.outs
             if kept is Where.OTHERS:
-                self._forbid(user, 1)
+                self.taken.add(user, 1)
             elif kept not in (Where.ALL, Where.RANKS, Where.GREAT) and way != LOST:
                 self.lost.setdefault(out, user)
                 self.stack.append((out, axis, LOST))
@@ -148,15 +164,16 @@ class _Order:
         ways = {self.ways[value, i] for i in range(len(value.shape)) if (value, i) in self.ways}
         return ways.pop() if len(ways) == 1 else LOST if ways else None
 
-    def _forbid(self, user: Node, count: int) -> None:
-        """Remember that so many logits of a token may be taken out."""
-        looped = user.scope.parent is not None  # others each time, in a loop
-        self.forbidden[user] = math.prod(user.outs[0].shape) if looped else count
-
     def _consumed(self, user: Node, value: Value, axis: int, way: int) -> None:
         """An operation is the end of the axis."""
         wanted: tuple[int, ...] = (UP, DOWN)
-        if user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
+        if has(user.primitive, Trait.REDUCES) and user.outs[0].shape == value.shape:
+            self.lost.setdefault(user.outs[0], user)  # sums of all before
+            self.stack.append((user.outs[0], axis, LOST))
+            return
+        if has(user.primitive, Trait.REDUCES) and way == LOST and is_stepped(value):
+            wanted = ()
+        elif user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
             wanted = (DOWN,)
         elif user.primitive is p.reduce_max_p or has(user.primitive, Trait.SEARCHES):
             wanted = (UP,)
@@ -166,26 +183,27 @@ class _Order:
                     self._look_up(user.outs[0])
                 elif are_ranked(user.outs[0], self.uses):
                     self.refuse_lookups(user)
+                if way == LOST and searched_sum(value, self.lost.get(value)):
+                    self._refuse(value, way, f"{user.primitive} searches them ({source_of(user)})")
             return
         if user.primitive is p.sort_p:
-            wanted = tuple(way for way in wanted if way not in self._read_ends(user, axis))
+            wanted = self._wanted_of_sorted(user, axis, way)
         if way not in wanted:
             self._refuse(value, way, f"{user.primitive} ranks them ({source_of(user)})")
 
-    def _read_ends(self, user: Node, axis: int) -> set[int]:
-        """Of numbers in ascending order the ways for which their least ones are seen to be read:
-        those of which the first are, or the last, and no others."""
-        found = set()
-        for out in user.outs:
-            for reader, _ in self.uses.users(out):
-                if reader.primitive is p.slice_p:
-                    start = reader.params["start_indices"][axis]
-                    short = reader.params["limit_indices"][axis] < out.shape[axis]
-                    if short and start == 0:
-                        found.add(UP)
-                    elif not short and start > 0:
-                        found.add(DOWN)
-        return found
+    def _wanted_of_sorted(self, user: Node, axis: int, way: int) -> tuple[int, ...]:
+        """The ways in which numbers may be sorted: those for which their least ones are not seen to
+        be read. How many of the greatest are is remembered."""
+        wanted = {UP, DOWN}
+        for start, limit, size in _parts(user, axis, self.uses):
+            if start == 0 and limit < size:
+                wanted.discard(UP)
+            elif start > 0 and limit == size:
+                wanted.discard(DOWN)
+            depth = size - start if way == UP else limit  # numbers ascend
+            if 2 * depth <= size:
+                self.depth = max(self.depth, depth)
+        return tuple(wanted)
 
     def _refuse(self, value: Value, way: int, why: str) -> None:
         blamed = self.lost.get(value)
@@ -204,7 +222,7 @@ class _Order:
             alone = all(size[i] == 1 for i in gone) and bool(gone)
             return UP if alone or primitive is p.reduce_max_p else LOST
         if has(primitive, Trait.SCATTERS):
-            return UP if position == 2 or self._forbids(user, axis) else LOST
+            return UP if position == 2 or self.taken.by_scatter(user, axis) else LOST
         if primitive is p.dot_general_p:
             return UP if is_one_hot(user.ins[1 - position]) else LOST
         if not has(primitive, Trait.POINTWISE):
@@ -212,17 +230,19 @@ class _Order:
             cut = there is not None and 1 < user.outs[0].shape[there[0]] < size[axis]
             return LOST if cut else UP  # a part, or it lies elsewhere
         self._round(user, position)
+        if primitive is p.select_n_p and position == 0:  # what it keeps is told where that is met
+            return None if any(case in self.of_logits for case in user.ins[1:]) else LOST
         if not jnp.issubdtype(user.outs[0].dtype, jnp.floating):
-            return None  # a condition
+            return LOST if is_stepped(user.outs[0]) else None
         others = [other for i, other in enumerate(user.ins) if i != position]
         if primitive is p.select_n_p:
-            if position == 0:
-                return None
             cases = user.ins[1:]
             self.choices.append((user, position, axis))
             alike = all(self._is_alike(case, user.ins[position], axis) for case in cases)
             return UP if alike else LOST
         if any(varies(other, axis) and not is_random(other) for other in others):
+            return LOST
+        if may_level(user, position, size[axis]):
             return LOST
         return _way_of(user, position, others)
 
@@ -243,32 +263,6 @@ class _Order:
         ways = self.ways.get((case, axis)), self.ways.get((other, axis))
         return (ways[0] is None and case in self.of_logits) or ways[0] == ways[1]
 
-    def _forbids(self, user: Node, axis: int) -> bool:
-        """Whether a scatter makes a few logits less or leaves them: the greatest of the others stay
-        what they are."""
-        count = math.prod(user.ins[1].shape[:-1]) * _written(user, axis)
-        if count > _FEW:
-            return False
-        made = origin(user.ins[2], Trait.CASTS | Trait.MOVES)
-        chosen = made.node is not None and made.node.primitive is p.select_n_p
-        cases = made.node.ins[1:] if made.node is not None and chosen else (made,)
-        adds = user.primitive is p.scatter_add_p
-        lowers = (adds or user.primitive is p.scatter_p) and all(
-            self._lowers(case, 0.0 if adds else -1e4, adds) for case in cases
-        )
-        if lowers:
-            self._forbid(user, count)
-        return lowers
-
-    def _lowers(self, update: Value, most: float, adds: bool) -> bool:
-        """Whether an update is a number so small, or what it takes the place of."""
-        source = origin(update, _LAID)
-        while not adds and source.node is not None and source.node.primitive is p.gather_p:
-            source = origin(source.node.ins[0], _LAID)
-        if source.literal is not None:
-            return float(np.max(np.asarray(source.literal))) <= most
-        return not adds and source in self.logits
-
     def _look_up(self, single: Value) -> None:
         """Remember a single logit of each token, unless the logits say which."""
         made = single.node
@@ -282,14 +276,19 @@ class _Order:
         )
 
 
-def _written(scatter: Node, axis: int) -> int:
-    """How many numbers in a row a scatter writes along an axis for each of its indices."""
-    numbers = scatter.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    if axis in gone:
-        return 1
-    before = sum(i not in gone for i in range(axis))
-    return int(scatter.ins[2].shape[numbers.update_window_dims[before]])
+def _parts(sort: Node, axis: int, uses: Uses) -> Iterator[tuple[int, int, int]]:
+    """Where parts begin and end that are read of what a sort returns, and the size of the whole."""
+    values = [(out, False) for out in sort.outs]
+    for value, turned in values:
+        for reader, _ in uses.users(value):
+            if reader.primitive is p.rev_p and axis in reader.params["dimensions"]:
+                values.append((reader.outs[0], not turned))
+            elif reader.primitive is p.slice_p:
+                start, limit = (
+                    reader.params[name][axis] for name in ("start_indices", "limit_indices")
+                )
+                size = value.shape[axis]
+                yield (size - limit, size - start, size) if turned else (start, limit, size)
 
 
 def _way_of(user: Node, position: int, others: Collection[Value]) -> int:

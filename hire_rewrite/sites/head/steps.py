@@ -1,0 +1,69 @@
+"""What leaves of the order of great logits nothing but steps: conditions, integers, caps, floors.
+
+Several logits are one number behind it. Who looks for the greatest finds the first of equal ones,
+and who counts, counts all: any of them may be a guess.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import origin
+from hire_rewrite.sites.head.along import is_of_ranks
+
+
+def is_stepped(value: Value) -> bool:
+    """Whether a value that is made of logits is a decision about each of them, or an integer.
+
+    Whether they are numbers at all is none, and who samples may count ranks, as top p does.
+    """
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return False
+    node = value.node
+    if node is not None and node.primitive is p.is_finite_p:
+        return False
+    if node is not None and node.primitive in (p.eq_p, p.ne_p):
+        one, other = (origin(operand, Trait.CASTS) for operand in node.ins)
+        if one is other:
+            return False
+    return not is_of_ranks(value)
+
+
+def may_level(node: Node, position: int, size: int) -> bool:
+    """Whether a cap or a floor may make several of the greatest of `size` numbers equal.
+
+    They are taken for chances or their logarithms, of which no two are above one half, and the
+    greatest is at least 1 / size.
+    """
+    others = [value for i, value in enumerate(node.ins) if i != position]
+    if node.primitive is p.max_p:
+        floors, caps = others, []
+    elif node.primitive is p.min_p:
+        floors, caps = [], others
+    elif node.primitive is p.clamp_p and position == 1:
+        floors, caps = others[:1], others[1:]
+    else:
+        return False
+    least, half = 1 / max(size, 1), 0.5
+    low = all(n <= -math.log(size) or 0 <= n <= least for n in map(_number, floors))
+    high = all(n >= half or math.log(half) <= n <= 0 for n in map(_number, caps))
+    return not (low and high)
+
+
+def _number(value: Value) -> float:
+    """The number that a value is, as the program has it; NaN if it is none, or several."""
+    source = origin(value, Trait.CASTS | Trait.MOVES)
+    number = source.const if source.literal is None else source.literal
+    return float(np.asarray(number)) if number is not None and np.ndim(number) == 0 else math.nan
+
+
+def searched_sum(summed: Value, blamed: Node | None) -> bool:
+    """Whether numbers that were summed up along the vocabulary are looked up one by one, as who
+    draws a token by its share of the sum does."""
+    return blamed is not None and has(blamed.primitive, Trait.REDUCES) and not is_of_ranks(summed)
