@@ -21,7 +21,13 @@ from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed
 from hire_rewrite.passes.decide import decide
 from hire_rewrite.passes.detect import Detection, detect
-from hire_rewrite.passes.misses import closed_over, idle_rules, unlisted_weights, unused_rules
+from hire_rewrite.passes.misses import (
+    absent_sites,
+    closed_over,
+    idle_rules,
+    unlisted_weights,
+    unused_rules,
+)
 from hire_rewrite.passes.state import state_among_weights
 from hire_rewrite.plan import Plan
 from hire_rewrite.recent import Recent
@@ -184,7 +190,7 @@ class Analyses:
             # What stands in the place of the weights is not state among weights.
             hint = forgotten or state_among_weights(graph)
             plan = plan if hint is None else dataclasses.replace(plan, hints=(hint,))
-        misses = unused_rules(plan, decisions)
+        misses = unused_rules(plan, decisions) + absent_sites(decisions)
         if packed is None and not explained:
             misses += idle_rules(plan, decisions, self.rules, exact=self.exact)
         self._report(misses, plan)

@@ -16,6 +16,7 @@ from hire_rewrite.graph.trace import placed, sharding_over_mesh
 from hire_rewrite.packed import Packed
 from hire_rewrite.packed_info import PackedInfo
 from hire_rewrite.passes.decision import Decision
+from hire_rewrite.passes.misses import absent_sites
 from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
@@ -177,6 +178,8 @@ def _check_serves(
     held = tuple(with_packed(args, step.weights, packed))
     analyses = step._analyses
     analysis = analyses.of(packed, held, kwargs)
+    for _, absent in absent_sites(analysis.decisions):
+        raise HireRewriteError(absent)
     rest = analyses.without_weights(held, packed)
     swaps = analysis.replacements(packed, step.mode.packed)
     rewrite_for(analysis.trace, swaps, analysis.inputs(packed, rest, kwargs), step.name)

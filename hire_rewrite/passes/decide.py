@@ -26,6 +26,7 @@ from hire_rewrite.sharding.rows import UNSHARDED
 from hire_rewrite.sites import MatchedSite, Operation, Unfit
 from hire_rewrite.sites.kind import Functions, StaysDense
 
+_ABSENT = "the Packed does not hold it: pack with this function to rewrite it"
 _DECODING = (1, 2, 4, 8)
 """What is packed pays for one of these numbers of tokens at least."""
 
@@ -109,11 +110,15 @@ class _Decider:
         operation.check()
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
-        reason, rewritten = self._reason(operation, packs, now)
+        absent = self.packed is not None and not packs and self._would_pack(operation)
+        reason, rewritten = _ABSENT, False
+        if not absent:
+            reason, rewritten = self._reason(operation, packs, now)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)
-        return Decision(site, row, operation, packs, name, asked, now)
+        missing = absent and bool(self.rules)
+        return Decision(site, row, operation, packs, name, asked, now, missing)
 
     def _rule_of(self, site: MatchedSite) -> Rule | None:
         kind = site.kind
@@ -191,8 +196,6 @@ class _Decider:
     def _reason(self, operation: Operation, packs: bool, now: Estimate) -> tuple[str, bool]:
         """Why a site is what it is, and whether it is rewritten."""
         rule, tokens = operation.rule, operation.site.tokens
-        if self.packed is not None and not packs and self._would_pack(operation):
-            return "the Packed does not hold it: pack with this function to rewrite it", False
         if rule.takes(tokens) and (rule.force or (packs and now.pays)):
             return operation.describe() + self._limit(operation), True
         if not rule.takes(tokens):

@@ -22,6 +22,8 @@ class Decision:
       cost: what it saves in this call, if its sizes are known.
       asked: whether mode "exact" gives it its top-k on raw weights: a rule of the user's asks for
         it, whether that pays or not, or it is packed.
+      absent: whether a rule of the user's asks for it and would pack it, and the `Packed` that the
+        call was given does not hold it.
     """
 
     site: MatchedSite
@@ -31,6 +33,7 @@ class Decision:
     packed_name: str = ""
     asked: bool = False
     cost: Estimate | None = None
+    absent: bool = False
 
     @property
     def name(self) -> str:

@@ -73,6 +73,22 @@ def idle_rules(
     return []
 
 
+def absent_sites(decisions: Sequence[Decision]) -> list[tuple[Hashable, str]]:
+    """A message for each rule that asks for sites which a `Packed` does not hold."""
+    absent: dict[Rule | None, list[str]] = {}
+    for decision in decisions:
+        if decision.absent:
+            absent.setdefault(decision.row.rule, []).append(decision.name)
+    return [
+        (
+            ("absent", rule),
+            f"the Packed does not hold {first_names(names)}, which {rule} asks for: pack with this "
+            "function, or give transform the rules that it was packed with (Packed.rules)",
+        )
+        for rule, names in absent.items()
+    ]
+
+
 def _may_run(decision: Decision) -> bool:
     """Whether a site is packed, or may be when packing has looked at it."""
     operation = decision.operation

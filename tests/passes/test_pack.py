@@ -171,6 +171,27 @@ def test_a_packed_of_a_decode_step_serves_a_prefill_with_fewer_sites():
     np.testing.assert_array_equal(run(step, result, X), run(step, fresh, X))
 
 
+def test_a_packed_that_lacks_what_rules_ask_for(tmp_path):
+    """Said in a call, and refused where it is loaded; without rules such sites are dense."""
+
+    def model(p, x):
+        return plain()(p, x) @ p["embed"].T
+
+    ffn, head = hire.FFN(k=8, force=True), hire.Head(k=4, min_width=1, force=True)
+    result = pack(model, PLAIN | TIED, X, rules=(head,))
+    asked = hire.transform(model, ffn, head)
+    with pytest.warns(UserWarning, match=r"does not hold p/down, which FFN\(k=8.*pack with this"):
+        got = run(asked, result, X)
+    np.testing.assert_array_equal(got, run(hire.transform(model, head), result, X))
+    with pytest.raises(hire.HireRewriteError, match="does not hold p/down"):
+        run(hire.transform(model, ffn, head, on_miss="raise"), result, X)
+    result.save(tmp_path / "packed.safetensors")
+    with pytest.raises(hire.HireRewriteError, match="does not hold p/down"):
+        hire.Packed.load(
+            tmp_path / "packed.safetensors", hire.transform(model, ffn, head, on_miss="ignore")
+        )
+
+
 def test_a_packed_goes_to_another_machine(monkeypatch):
     """What was packed where it pays is run where it does not: in dense arithmetic."""
     rule = hire.FFN(k=8, predictor=Oracle())
