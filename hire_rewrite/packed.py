@@ -32,12 +32,13 @@ def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
     """A pytree of arrays, made by `pack` and passed where the weights stood.
 
     In a checkpoint its arrays do not have the name of the argument that held the weights, if there
-    was one alone: a function that calls it otherwise can load them.
+    was one alone: a function that calls it otherwise can load them. It is equal to itself alone:
+    `check` compares it with weights.
 
     Examples:
       >>> import jax.numpy as jnp, hire_rewrite as hire

@@ -125,6 +125,15 @@ def test_another_machine_loads_it(file, packed, monkeypatch):
     np.testing.assert_allclose(step(loaded, X), step(packed, X), atol=1e-6)
 
 
+def test_a_pack_is_equal_to_itself_alone(step, packed):
+    other = step.pack(PARAMS, X)
+    assert packed == packed  # noqa: PLR0124
+    assert packed != other
+    assert packed in [other, packed]
+    assert packed not in [other, None]
+    assert len({packed, other, packed}) == 2
+
+
 def test_a_pack_of_other_arrays_is_not_called(step, packed):
     name = "params/norm"
     wrong = [
