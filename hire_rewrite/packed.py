@@ -143,9 +143,9 @@ class Packed:
     def check(self, *weights: Any) -> None:
         """Check the arrays against what was packed and, if they are given, the weights themselves.
 
-        An update is seen in a thousand numbers of each weight: what changes some numbers in a
-        hundred, wherever they are. What changes fewer, such as a few rows of a large embedding,
-        may go unseen.
+        An update is seen in two thousand numbers of each weight, at random places: what changes one
+        in a hundred of its numbers or more, wherever they are. What changes fewer, such as a few
+        rows of a large embedding, may go unseen.
 
         Args:
           weights: the arguments that hold the weights, in order.

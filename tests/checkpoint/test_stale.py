@@ -283,6 +283,45 @@ def test_no_layer_of_a_stack_changes_unseen(shape):
     assert fingerprint([stack]) == before
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(576, 1536), (576, 576), (2048, 576), (49152, 576), (16, 100), (5000,), (30, 64, 640)],
+)
+def test_one_index_in_a_hundred_does_not_change_unseen(shape):
+    """Neither beside each other nor at equal distances, along any axis."""
+    weight = np.zeros(shape, np.int8)
+    before = fingerprint([weight])
+    for axis, size in enumerate(shape):
+        along = np.moveaxis(weight, axis, 0)
+        width = -(-size // 100)
+        blocks = [slice(at, at + width) for at in range(0, size - width + 1, (width + 1) // 2)]
+        combs = [slice(at, None, n) for n in (2, 3, 16, 96) if 2 * n <= size for at in range(n)]
+        for some in blocks + combs:
+            along[some] = 1
+            assert fingerprint([weight]) != before, (axis, some)
+            along[some] = 0
+    assert fingerprint([weight]) == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((576, 1536), slice(1223, 1261)), ((16, 100), [2, 52])]
+)
+def test_columns_that_changed_are_seen(shape, columns):
+    weight = jnp.asarray(rand(*shape))
+    step = hire.transform(lambda w, x: x @ w, RULE, on_miss="ignore")
+    packed = step.pack(weight, inputs(2, shape[0]))
+    packed.check(weight)
+    with pytest.raises(hire.HireRewriteError, match="has changed"):
+        packed.check(weight.at[:, jnp.r_[columns]].set(0.0))
+
+
+def test_places_are_the_same_where_an_array_is_divided():
+    weight = rand(64, 256)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    divided = jax.device_put(weight, NamedSharding(mesh, P("b", "a")))
+    assert fingerprint([divided]) == fingerprint([np.asarray(weight)])
+
+
 def negated(params):
     return jax.tree.map(jnp.negative, params)
 
