@@ -222,7 +222,8 @@ class Packed:
             `load_rules(path)` returns.
           args, kwargs: a call's arguments as for `step.pack`, arrays or shapes; where arrays are to
             be sharded, weights have shardings. Without them they are those that it was packed for,
-            if the weights were in dicts, lists and tuples, and are put on one device.
+            if the weights were in dicts, lists and tuples and the call is not large for the
+            checkpoint (more than 4096 along an axis, in a small one), and are put on one device.
 
         Raises:
           HireRewriteError: the checkpoint is damaged or incomplete, or is of another model, shape,

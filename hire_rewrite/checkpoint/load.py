@@ -6,6 +6,7 @@ sizes are written out. What comes of it is what the checkpoint has to hold.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +21,8 @@ from hire_rewrite.origin import Origin, check_specs
 from hire_rewrite.packed import Packed
 from hire_rewrite.transformed import Transformed
 
-_LARGE = 2**20
-"""Sizes up to here are believed; greater ones if the file has as many bytes."""
+_LENGTH = 4096
+"""Sizes along an axis up to here are believed, whatever the file has."""
 
 
 def load(
@@ -74,7 +75,7 @@ def _arguments(
             check_specs(origin, weights)
         if call is not None and not _is_call(call):
             raise ValueError("it holds no call's arguments")
-        large = max((n for spec in jax.tree.leaves((weights, call)) for n in spec.shape), default=0)
+        untrusted = _untrusted(weights, call, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HireRewriteError(f"{where}: its description is damaged: {error!r:.300}") from error
     if args or kwargs:
@@ -95,10 +96,10 @@ def _arguments(
             "structure a checkpoint holds: give them, Packed.load(path, step, *args), arrays or "
             "shapes"
         )
-    if large > max(size, _LARGE):
+    if untrusted is not None:
         raise HireRewriteError(
-            f"{where}: it has {size} bytes and tells of an array with {large} numbers along an "
-            "axis: give the arguments, Packed.load(path, step, *args), if that is right"
+            f"{where}: it has {size} bytes and tells of {untrusted}, for which the function would "
+            "be traced: give the arguments, Packed.load(path, step, *args), if that is right"
         )
     if len(weights) != len(step.weights):
         raise HireRewriteError(
@@ -111,6 +112,24 @@ def _arguments(
         return step._analyses.joined(held, rest), by_keyword
     except HireRewriteError as error:
         raise HireRewriteError(f"{where}: {error}") from error
+
+
+def _untrusted(weights: Any, call: Any, size: int) -> str | None:
+    """What is too large to be believed of a checkpoint with so many bytes; None if nothing is.
+
+    The function's own Python may allocate what it is traced for, and of a length its square: a
+    mask. Weights lie in the checkpoint, in whatever form.
+    """
+    believed = max(size, _LENGTH**2)
+    for spec in jax.tree.leaves(weights):
+        if max(spec.shape, default=0) > max(size, _LENGTH):
+            return f"a weight with {max(spec.shape)} numbers along an axis"
+    for spec in jax.tree.leaves(call):
+        if max(spec.shape, default=0) ** 2 > believed:
+            return f"a call's argument with {max(spec.shape)} numbers along an axis"
+        if math.prod(spec.shape) > believed:
+            return f"a call's argument with {math.prod(spec.shape)} numbers"
+    return None
 
 
 def _is_call(call: Any) -> bool:

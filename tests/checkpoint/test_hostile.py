@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hire_rewrite as hire
@@ -146,6 +148,39 @@ def test_huge_shapes_are_not_believed(checkpoint, tmp_path):
     rewrite(path, edit)
     with pytest.raises(hire.HireRewriteError, match="1099511627776 numbers"):
         hire.Packed.load(path, step)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((5000,), "5000 numbers along"), ((2**19,), "524288"), ((300, 300, 300), "27000000 numbers")],
+)
+def test_a_long_call_is_not_traced_at_the_word_of_a_small_file(tmp_path, shape, said):
+    """A model's own Python may make a mask of the square."""
+    traced = []
+
+    def decode(params, tokens):
+        traced.append(tokens.shape)
+        length = tokens.shape[0]
+        mask = np.tril(np.ones((length, length), bool))
+        x = params["embed"][tokens]
+        return jnp.where(mask, x @ x.T, 0) @ x @ params["embed"].T
+
+    params = {"embed": jnp.asarray(np.random.default_rng(0).normal(size=(256, 16)), jnp.float32)}
+    step = hire.transform(decode, hire.Head(k=4, min_width=1, force=True), on_miss="ignore")
+    tokens = jnp.arange(8)
+    path = tmp_path / "p.safetensors"
+    step.pack(params, tokens).save(path)
+    assert hire.Packed.load(path, step).sites
+
+    def edit(told):
+        told["origin"]["call"]["tree"]["tuple"][0]["tuple"][0]["leaf"][0] = list(shape)
+
+    rewrite(path, edit)
+    traced.clear()
+    with pytest.raises(hire.HireRewriteError, match=f"{said}.*give the arguments"):
+        hire.Packed.load(path, step)
+    assert not traced
+    assert hire.Packed.load(path, step, params, tokens).sites
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,6 @@ def test_another_machine_loads_it(file, packed, monkeypatch):
 
 def test_a_pack_is_equal_to_itself_alone(step, packed):
     other = step.pack(PARAMS, X)
-    assert packed == packed  # noqa: PLR0124
     assert packed != other
     assert packed in [other, packed]
     assert packed not in [other, None]
