@@ -196,7 +196,8 @@ class Packed:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a directory (Orbax), or to one file if the path ends in `.safetensors`.
 
-        A file is replaced when the new one is complete. A directory holds sharded arrays, which
+        A file is replaced when the new one is complete; of a link, what it is a link to. `~` is the
+        user's directory. A directory holds sharded arrays, which
         several processes may write together and which go to any number of devices; it must not be
         there yet. It needs `pip install orbax-checkpoint`.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.files import local
 from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule, is_int
@@ -47,7 +48,7 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """
     # These need this module.
     from hire_rewrite.checkpoint import is_checkpoint, read_rules
-    from hire_rewrite.checkpoint.bounded import MAX_BYTES, local, parse, read_bytes
+    from hire_rewrite.checkpoint.bounded import MAX_BYTES, parse, read_bytes
 
     path = local("load_rules", path)
     if is_checkpoint(path):

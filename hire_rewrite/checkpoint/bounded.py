@@ -56,30 +56,6 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def local(what: str, path: Any) -> str:
-    """A path in the file system.
-
-    Raises:
-      HireRewriteError: it is not one.
-    """
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise HireRewriteError(f"{what}: the path is a {type(path).__name__}: give a str or a Path")
-    text = os.fspath(path)
-    if "://" in text or "\0" in text or not _is_encoded(text):
-        raise HireRewriteError(
-            f"{what}: {text!r} is not a path in the file system: give one, and copy from or to it"
-        )
-    return text
-
-
-def _is_encoded(text: str) -> bool:
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:  # half a character
-        return False
-    return True
-
-
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """The content of a file of at most `limit` bytes.
 

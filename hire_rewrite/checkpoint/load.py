@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 
-from hire_rewrite.checkpoint.bounded import local
 from hire_rewrite.checkpoint.metadata import Metadata, opened, read_metadata, trees_of
 from hire_rewrite.checkpoint.target import target_of
 from hire_rewrite.errors import HireRewriteError, is_out_of_memory
+from hire_rewrite.files import local
 from hire_rewrite.origin import Origin, check_specs
 from hire_rewrite.packed import Packed
 from hire_rewrite.transformed import Transformed
@@ -34,7 +34,7 @@ def load(
             f"load: the function is a {type(step).__name__}: give Packed.load(path, step), where "
             "step is what transform returned"
         )
-    where = os.fspath(local("load", path))
+    where = local("load", path)
     # A guard against transfers is for what a program does at each call.
     with jax.transfer_guard("allow"), opened(where) as reader:
         metadata = read_metadata(reader.description, where)

@@ -8,7 +8,6 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -270,7 +269,7 @@ def trees_of(metadata: Metadata) -> tuple[Any, Any]:
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path is that of a checkpoint, and not of a file of rules."""
-    return os.path.isdir(path) or Path(path).suffix == one_file.SUFFIX
+    return os.path.isdir(path) or one_file.is_named(path)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,9 @@ a byte.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -26,6 +24,7 @@ import numpy as np
 from hire_rewrite.checkpoint.arrays import StoredArray, as_bytes, on_devices
 from hire_rewrite.checkpoint.bounded import MAX_BYTES, parse
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.files import followed, replacing
 
 SUFFIX = ".safetensors"
 _KEY = "hire_rewrite"
@@ -40,6 +39,12 @@ _NAMES = {
 _HALVES = ("int4", "uint4")
 
 
+def is_named(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of one file: its name, or that of what it is a link to, says so."""
+    names = (os.fspath(path), followed(os.fspath(path)))
+    return any(name.lower().endswith(SUFFIX) for name in names)
+
+
 def write(
     path: str | os.PathLike[str],
     description: Callable[[], bytes],
@@ -52,27 +57,20 @@ def write(
       description: the description, asked for when all arrays are written.
       numbers: of each array.
     """
-    temporary = os.path.join(os.path.dirname(os.path.abspath(path)), f".{uuid.uuid4().hex}.part")
-    try:
-        with open(temporary, "xb") as file:
-            # Its checksums are known at the end; the place in front is for ten digits each.
-            room = len(_header(description(), arrays)) + 16 * len(arrays) + 64
-            if room > MAX_BYTES:
-                raise HireRewriteError(
-                    f"save: {path}: what is to be said of its arrays takes {room} bytes, more than "
-                    f"{MAX_BYTES}: give a path that does not end in {SUFFIX}"
-                )
-            file.seek(8 + (room := -(-room // 8) * 8))
-            for array, stored in zip(numbers, arrays, strict=True):
-                file.write(_encoded(array, stored))
-            header = _header(description(), arrays)
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + header.ljust(room))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(os.fspath(path)) as file:
+        # Its checksums are known at the end; the place in front is for ten digits each.
+        room = len(_header(description(), arrays)) + 16 * len(arrays) + 64
+        if room > MAX_BYTES:
+            raise HireRewriteError(
+                f"save: {path}: what is to be said of its arrays takes {room} bytes, more than "
+                f"{MAX_BYTES}: give a path that does not end in {SUFFIX}"
+            )
+        file.seek(8 + (room := -(-room // 8) * 8))
+        for array, stored in zip(numbers, arrays, strict=True):
+            file.write(_encoded(array, stored))
+        header = _header(description(), arrays)
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + header.ljust(room))
 
 
 def _header(description: bytes, arrays: Sequence[StoredArray]) -> bytes:

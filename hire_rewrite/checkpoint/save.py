@@ -14,24 +14,22 @@ import numpy as np
 
 from hire_rewrite.checkpoint import directory, one_file
 from hire_rewrite.checkpoint.arrays import StoredArray, checksum, on_host
-from hire_rewrite.checkpoint.bounded import local, parse
+from hire_rewrite.checkpoint.bounded import parse
 from hire_rewrite.checkpoint.metadata import array_names, checksummed, write_metadata
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.files import followed, in_words, local
 from hire_rewrite.packed import Packed, check_arrays
 
 
 def save(packed: Packed, path: str | os.PathLike[str]) -> None:
     """See `Packed.save`."""
-    path = Path(local("save", path)).absolute()
-    try:
-        _save(packed, path)
-    except OSError as error:
-        raise HireRewriteError(
-            f"save: {path}: {error.strerror or error}: nothing of it is kept"
-        ) from error
+    name = local("save", path)
+    with in_words("save", name):
+        _save(packed, Path(followed(name)).absolute(), whole=one_file.is_named(name))
 
 
-def _save(packed: Packed, path: Path) -> None:
+def _save(packed: Packed, path: Path, *, whole: bool) -> None:
+    """Write it to one file if it is to be `whole`, or else to a directory."""
     check_arrays("save", packed)
     leaves, names = jax.tree.leaves(packed), array_names(packed)
     leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
@@ -50,14 +48,14 @@ def _save(packed: Packed, path: Path) -> None:
             yield array
 
     parse(description(), "save")  # what cannot be read is known before anything is written
-    if path.suffix == one_file.SUFFIX:
+    if whole:
         if not all(leaf.is_fully_addressable for leaf in leaves):
             raise HireRewriteError(
                 f"save: {path}: its arrays are sharded over several processes, which write a "
                 "directory together: give a path that does not end in .safetensors"
             )
-        if path.is_dir():
-            raise HireRewriteError(f"save: {path} is there already, and is a directory")
+        if path.exists() and not path.is_file():
+            raise HireRewriteError(f"save: {path} is there already, and is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         one_file.write(path, description, arrays, numbers())
         return

@@ -1,6 +1,7 @@
 """What is saved is what is loaded: numbers, dtypes, and what was decided."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,54 @@ def test_what_is_saved_is_what_is_loaded(place, step, params, packed):
         loaded.check({**params, "up": params["up"] * 1.001})
     with_arguments = hire.Packed.load(place, fresh, jax.eval_shape(lambda: params), X)
     same(with_arguments, packed)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("~/p.safetensors", "p.safetensors"),
+        ("P.SafeTensors", "P.SafeTensors"),
+        (".safetensors", ".safetensors"),
+        ("slash.safetensors/", "slash.safetensors"),
+        ("link.safetensors", "blob"),
+        ("latest", "other.safetensors"),
+    ],
+)
+def test_paths_to_one_file(tmp_path, monkeypatch, step, packed, given, written):
+    """With the user's directory, letters of another size, a slash, and links, which stay."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    links = [tmp_path / "link.safetensors", tmp_path / "latest"]
+    for link, target in zip(links, ("blob", "other.safetensors"), strict=True):
+        link.symlink_to(target)
+    for _ in range(2):
+        packed.save(given)
+        same(hire.Packed.load(given, step), packed)
+        assert hire.load_rules(given) == packed.rules
+    assert all(link.is_symlink() for link in links)
+    assert (tmp_path / written).is_file()
+    assert {*tmp_path.iterdir()} == {*links, tmp_path / written}
+
+
+@pytest.mark.parametrize("given", ["~/packed", "packed/", "link"])
+def test_paths_to_a_directory(tmp_path, monkeypatch, step, packed, given):
+    pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("packed")
+    packed.save(given)
+    same(hire.Packed.load(given, step), packed)
+    assert hire.load_rules(given) == packed.rules
+    assert {*tmp_path.iterdir()} == {tmp_path / "link", tmp_path / "packed"}
+
+
+@pytest.mark.parametrize("path", ["", "a\0b.safetensors", "pipe.safetensors"])
+def test_paths_that_nothing_is_saved_to(tmp_path, monkeypatch, packed, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.safetensors")
+    with pytest.raises(hire.HireRewriteError):
+        packed.save(path)
+    assert os.listdir() == ["pipe.safetensors"]
 
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)
