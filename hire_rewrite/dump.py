@@ -78,7 +78,7 @@ def _write(folder: Path, name: str, analysis: Analysis, diff: Callable[[], Diff]
         return
     write("2.rewritten.txt", str(changes.after))
     write("3.diff.txt", str(changes) or "no difference")
-    changes.save(folder / f"{stem}.3.diff.html")
+    write("3.diff.html", changes.to_html())
 
 
 def _first(folder: Path, label: str, traced: str) -> str:

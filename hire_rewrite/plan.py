@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.export import is_symbolic_dim
 
+from hire_rewrite.files import write
 from hire_rewrite.names import grouped, groups
 from hire_rewrite.patterns.refusal import Refusal
 from hire_rewrite.rules import Rule
@@ -158,8 +159,7 @@ class Plan:
         """The plan as JSON, with rules as they print; written to `path` if it is given."""
         text = json.dumps(_plain(self), indent=1)
         if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            write("to_json", path, text + "\n")
         return text
 
     def draw(self, path: str | os.PathLike[str]) -> None:
@@ -172,7 +172,7 @@ class Plan:
           path: a file whose name ends in `.svg` or `.png`.
 
         Raises:
-          HireRewriteError: it has another ending, or matplotlib is missing.
+          HireRewriteError: it has another ending, or cannot be written, or matplotlib is missing.
 
         Examples:
           >>> import jax.numpy as jnp, pathlib, tempfile, hire_rewrite as hire

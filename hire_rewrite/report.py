@@ -8,6 +8,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from hire_rewrite.files import write
 from hire_rewrite.names import groups
 from hire_rewrite.plan import table
 
@@ -130,8 +131,7 @@ class Report:
         """The report as JSON, null for what is not finite; written to `path` if it is given."""
         text = json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False)
         if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            write("to_json", path, text + "\n")
         return text
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.files import local
+from hire_rewrite.files import local, write
 from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule, is_int
@@ -18,26 +18,46 @@ from hire_rewrite.sites import site_kinds
 
 
 def save_rules(rules: Iterable[Rule], path: str | os.PathLike[str]) -> None:
-    """Write rules to a JSON file, which `load_rules` reads.
+    """Write rules to a JSON file, which `load_rules` reads; one that is there is replaced.
 
     Raises:
-      HireRewriteError: the arguments are something else, or a predictor or an encoding is not
-        registered.
+      HireRewriteError: the arguments are something else, a predictor or an encoding is not
+        registered, or the file cannot be written.
     """
-    if not isinstance(path, str | os.PathLike) or isinstance(rules, str | os.PathLike):
+    text = json.dumps([plain(rule, rule_types()) for rule in _rules(rules, path)], indent=1)
+    write("save_rules", path, text + "\n")
+
+
+def _rules(rules: Any, path: Any) -> list[Rule]:
+    """The rules that are given to be saved to a path.
+
+    Raises:
+      HireRewriteError: they are something else.
+    """
+    kind = type(rules).__name__
+    if isinstance(rules, str | os.PathLike):
         raise HireRewriteError(
-            f"save_rules: rules are a {type(rules).__name__} and the path is a "
-            f"{type(path).__name__}: give save_rules(rules, path), the rules first"
+            f"save_rules: rules are a {kind} and the path is a {type(path).__name__}: give "
+            "save_rules(rules, path), the rules first"
         )
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
-    for rule in rules:
+    if hasattr(rules, "rules"):
+        name = {"Packed": "packed", "Transformed": "step"}.get(kind, "its")
+        raise HireRewriteError(
+            f"save_rules: a {kind} stands where the rules belong: give {name}.rules"
+        )
+    if isinstance(rules, Rule):
+        return [rules]
+    if not isinstance(rules, Iterable):
+        raise HireRewriteError(
+            f"save_rules: rules are a {kind}: give packed.rules, say, or those of tune"
+        )
+    found = list(rules)
+    for rule in found:
         if not isinstance(rule, Rule):
             raise HireRewriteError(
                 f"save_rules: {rule!r} is not a rule: give packed.rules, say, or those of tune"
             )
-    text = json.dumps([plain(rule, rule_types()) for rule in rules], indent=1)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    return found
 
 
 def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:

@@ -1,5 +1,8 @@
 """Calls that cannot be right: what is said, and that it is this package's error."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,6 +59,10 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
         (lambda step, params, packed: step(packed, jnp.ones(3), CACHE), "look at these first"),
         (lambda step, params, packed: hire.save_rules("r.json", packed.rules), "rules first"),
         (lambda step, params, packed: hire.save_rules([packed], "r.json"), "is not a rule"),
+        (lambda step, params, packed: hire.save_rules(packed, "r.json"), r"packed\.rules"),
+        (lambda step, params, packed: hire.save_rules(step, "r.json"), r"step\.rules"),
+        (lambda step, params, packed: hire.save_rules(None, "r.json"), "a NoneType"),
+        (lambda step, params, packed: hire.save_rules(5, "r.json"), "a int"),
         (lambda step, params, packed: step.evaluate(packed, 3), "a int is given"),
         (lambda step, params, packed: step.pack(params, *BATCH, calibration=3), "a int is given"),
         (lambda step, params, packed: step.tune(params, 3, kl=1.0), "give at least 2"),
@@ -71,9 +78,11 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
         ),
     ],
 )
-def test_what_was_wrong_is_named_first(step, params, packed, call, named):
+def test_what_was_wrong_is_named_first(step, params, packed, call, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing is written
     with pytest.raises(hire.HireRewriteError, match=named):
         call(step, params, packed)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_missing_arguments_are_not_a_matter_of_packing(step, packed):
@@ -102,6 +111,77 @@ def test_an_error_of_the_function_itself_stays(params):
 def test_rules_go_to_a_path_of_pathlib(packed, tmp_path):
     hire.save_rules(packed.rules, tmp_path / "rules.json")
     assert hire.load_rules(tmp_path / "rules.json") == packed.rules
+
+
+WRITTEN = {
+    "save_rules": (lambda plan, changes, path: hire.save_rules([hire.Head()], path), ".json"),
+    "diff": (lambda plan, changes, path: changes.save(path), ".html"),
+    "diff as JSON": (lambda plan, changes, path: changes.to_json(path), ".json"),
+    "plan": (lambda plan, changes, path: plan.to_json(path), ".json"),
+    "draw": (lambda plan, changes, path: plan.draw(path), ".svg"),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The plan and the diff of a function in which nothing is rewritten."""
+    step = hire.transform(lambda w, x: x @ w, on_miss="ignore")
+    args = jnp.ones((8, 8)), jnp.ones((1, 8))
+    return step.plan(*args), step.diff(*args)
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_path_that_cannot_be_written_is_told_of(small, what, tmp_path):
+    write, ending = WRITTEN[what]
+    if what == "draw":
+        pytest.importorskip("matplotlib")
+    (tmp_path / f"folder{ending}").mkdir()
+    for path in (f"missing/x{ending}", f"folder{ending}", f"{'x' * 300}{ending}"):
+        with pytest.raises(hire.HireRewriteError, match=r"x|folder"):
+            write(*small, tmp_path / path)
+    for path in (f"a\0b{ending}", 5, "gs://bucket/x.json"):
+        with pytest.raises(hire.HireRewriteError):
+            write(*small, path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"folder{ending}"]
+
+
+def test_no_path_is_told_of(small):
+    with pytest.raises(hire.HireRewriteError, match="NoneType"):
+        small[1].save(None)
+    with pytest.raises(hire.HireRewriteError, match="NoneType"):
+        small[0].draw(None)
+    with pytest.raises(hire.HireRewriteError, match="NoneType"):
+        hire.save_rules([], None)
+
+
+def test_rules_that_were_there_stay_until_others_are_complete(tmp_path, monkeypatch):
+    path, link = tmp_path / "rules.json", tmp_path / "link.json"
+    link.symlink_to("rules.json")
+    path.touch()
+    path.chmod(0o600)
+    hire.save_rules([hire.Head(k=4)], link)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(hire.HireRewriteError, match="No space left"):
+            hire.save_rules([hire.Head(k=8)], path)
+    assert hire.load_rules(path) == (hire.Head(k=4),)
+    assert {*tmp_path.iterdir()} == {path, link}
+    assert link.is_symlink()
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    """Not replaced, as /dev/null is not either."""
+    os.mkfifo(tmp_path / "pipe")
+    read = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    hire.save_rules([hire.Head(k=4)], tmp_path / "pipe")
+    assert b"Head" in os.read(read, 10_000)
+    os.close(read)
+    hire.save_rules([hire.Head(k=4)], os.devnull)
 
 
 @pytest.mark.parametrize(

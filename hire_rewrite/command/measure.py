@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from hire_rewrite.command.target import Target, batches_of, command, packed_by
+from hire_rewrite.files import check_writable
 
 _BATCHES = click.option(
     "--batches",
@@ -34,6 +35,8 @@ def tune(
       hire-rewrite tune hire_rewrite.command.demo:model \\
         --batches hire_rewrite.command.demo:batches --kl 0.001 -o rules.json
     """
+    if output is not None:
+        check_writable("tune", output)
     tuned = target.step.tune(
         target.params, batches_of(batches, target), kl=kl, recall=recall, seconds=seconds
     )

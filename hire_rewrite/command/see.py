@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hire_rewrite.command.target import Target, command, fail_if_missed
+from hire_rewrite.files import check_writable, write
 from hire_rewrite.plan import (
     Plan,
     grouped_rejections,
@@ -90,10 +90,12 @@ def diff(target: Target, pack: bool, as_json: bool, html: str | None) -> None:
     Examples:
       hire-rewrite diff hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
+    if html is not None:
+        check_writable("diff", html)
     step, args = target.call(pack=pack)
     found = step.diff(*args)
     if html is not None:
-        Path(html).write_text(found.to_html() + "\n", encoding="utf-8")
+        write("diff", html, found.to_html() + "\n")
         click.echo(f"wrote {html}", err=True)
     if as_json:
         click.echo(found.to_json())
@@ -116,6 +118,7 @@ def draw(target: Target, pack: bool, output: str) -> None:
     Examples:
       hire-rewrite draw hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)' -o plan.svg
     """
+    check_writable("draw", output)
     step, args = target.call(pack=pack)
     step.plan(*args).draw(output)
     click.echo(f"wrote {output}")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import hire_rewrite as hire
 from hire_rewrite import command
 from hire_rewrite.command.target import parsed_rule
+from hire_rewrite.transformed import Transformed
 
 HERE, DEMO = "tests.command.test_command", "hire_rewrite.command.demo:model"
 HEAD = ("--rule", "Head(k=64, force=True)")
@@ -113,6 +114,17 @@ def test_several_arguments_with_weights():
     assert found["ratio"] == pytest.approx(ratio)
     report = run("evaluate", f"{HERE}:spread", "--weights", "1,2", *HEAD, "--json")
     assert len(json.loads(report.stdout)["sites"]) == 2
+
+
+@pytest.mark.parametrize("name", ["tune", "draw", "diff"])
+def test_an_output_that_cannot_be_written_is_told_of_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Transformed, name if name != "draw" else "plan", None)
+    option = "--html" if name == "diff" else "-o"
+    args = ("--batches", "hire_rewrite.command.demo:batches", "--kl", "1") if name == "tune" else ()
+    result = run(name, DEMO, *HEAD, *args, option, str(tmp_path / "missing" / "plan.svg"))
+    assert result.exit_code == 1
+    assert "missing/plan.svg" in result.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def test_rules_are_read_from_a_file(tmp_path):

@@ -8,13 +8,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
+from hire_rewrite.files import local, write
 from hire_rewrite.graph.trace import Trace, trace
 from hire_rewrite.passes.diff.align import align
 from hire_rewrite.passes.diff.build import Builder
@@ -120,7 +120,7 @@ class Diff:
         """
         written = to_json(self)
         if path is not None:
-            Path(path).write_text(written + "\n", encoding="utf-8")
+            write("to_json", path, written + "\n")
         return written
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -128,7 +128,7 @@ class Diff:
         (for Graphviz), or text in `.txt` and `.diff`.
 
         Raises:
-          HireRewriteError: it has another ending.
+          HireRewriteError: it has another ending, or cannot be written.
 
         Examples:
           >>> import jax.numpy as jnp, hire_rewrite as hire
@@ -141,12 +141,11 @@ class Diff:
         """
         forms = {".html": to_html, ".htm": to_html, ".json": to_json, ".dot": to_dot}
         forms |= {".txt": text, ".diff": text}
-        form = forms.get(Path(path).suffix.lower())
+        name = local("diff", path)
+        form = forms.get(os.path.splitext(name)[1].lower())
         if form is None:
-            raise HireRewriteError(
-                f"diff: {os.fspath(path)} has to end in .html, .json, .dot, .txt or .diff"
-            )
-        Path(path).write_text(form(self) + "\n", encoding="utf-8")
+            raise HireRewriteError(f"diff: {name} has to end in .html, .json, .dot, .txt or .diff")
+        write("diff", name, form(self) + "\n")
 
     def to_dot(self) -> str:
         """Both graphs in the language of Graphviz, what is in both once: red went, green came."""
