@@ -132,6 +132,22 @@ def test_several_vocabularies_in_one_product():
     assert "several vocabularies lie side by side" in rejected.reason
 
 
+NO_INFINITY = ["float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e5m2fnuz", "float4_e2m1fn"]
+
+
+@pytest.mark.parametrize("dtype", [name for name in NO_INFINITY if hasattr(jnp, name)])
+@pytest.mark.parametrize("normalize", [lambda z: z, jax.nn.log_softmax])
+def test_a_type_without_infinity(dtype, normalize):
+    """What overflows in it is NaN, or its greatest number: neither can be kept below others."""
+
+    def fn(p, x):
+        return jnp.argmax(normalize(x @ p["head"]).astype(dtype), -1)
+
+    plan = plan_of(fn, UNTIED, inputs(T, D))
+    assert plan.sites == ()
+    assert [r.refusal for r in plan.rejected] == [Refusal.UNSUPPORTED]
+
+
 def test_min_width_is_the_least_of_the_rules():
     rules = (hire.Head(min_width=200, path="none"), hire.Head(min_width=128))
     head = UNTIED, inputs(T, D)

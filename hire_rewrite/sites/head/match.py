@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
@@ -20,7 +21,7 @@ from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, or
 from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_negative
-from hire_rewrite.sites.head.logits import LogitTopK, downstream, follow
+from hire_rewrite.sites.head.logits import LogitTopK, Walk, downstream, follow
 from hire_rewrite.sites.head.order import AS_LOGITS, Ranked, ranked
 from hire_rewrite.sites.kind import Match
 from hire_rewrite.sites.replacement import arguments
@@ -141,6 +142,7 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
         raise NoMatch(Refusal.NOT_LOGITS, reason, node)
     _check_sums(linear, context)
     walk = follow(node, axis, context.uses)
+    _check_infinity(walk)
     doubt = doubt or walk.doubt
     if min_width is None and doubt is not None:
         raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
@@ -193,6 +195,17 @@ def _check_sums(linear: Linear, context: MatchContext) -> None:
             if provenance.is_weight(added) and roots & set(provenance.roots(added)):
                 reason = "it is part of distances to the rows of a codebook"
                 raise NoMatch(Refusal.NOT_LOGITS, reason, user)
+
+
+def _check_infinity(walk: Walk) -> None:
+    """Raise if logits are rounded to a type without infinity: what overflows in it is NaN, which is
+    ranked first, or its greatest number, of which there may be many, and nothing is below all."""
+    for value, _, part in walk.seen:
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        if part or not floating or np.isinf(np.asarray(np.inf).astype(value.dtype)):
+            continue
+        reason = f"its logits are rounded to {value.dtype}, which has no infinity"
+        raise NoMatch(Refusal.UNSUPPORTED, reason, value.node)
 
 
 def _scaled(linear: Linear, context: MatchContext) -> list[Value]:
