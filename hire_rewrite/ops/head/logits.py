@@ -9,11 +9,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.encodings import picked_products
+from hire_rewrite.ops.encodings import Coarse, picked_products
 from hire_rewrite.ops.gather import gather_rows, gathered_matmul
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState, best
 from hire_rewrite.ops.head.tail import at, with_tail
-from hire_rewrite.ops.predictors import Predictor, optimistic
+from hire_rewrite.ops.predictors import Predictor, Quantized, optimistic
+from hire_rewrite.ops.predictors.protocol import Choose
 from hire_rewrite.ops.top_k.select import scatter
 
 __all__ = [
@@ -23,7 +24,11 @@ __all__ = [
     "finished",
     "gathered",
     "gathered_logits",
+    "scored",
 ]
+
+_LARGE, _UNIT = 2.0**64, 2.0**100
+"""A token that holds a number of the first size is scored divided by the second, exactly."""
 
 
 def dense_logits(x: Array, state: HeadState, layer: Array | int, spec: HeadSpec) -> Array:
@@ -102,10 +107,28 @@ def candidates_of(
         count = -(-count // spec.num_shards) * spec.num_shards
         return rows_of(greatest(scores[:, : spec.width], count))
 
-    scores = predictor.score(state.guessing(predictor), x, layer, choose)
+    scores = scored(predictor, x, state, layer, choose)
     better = optimistic(scores, state.predictor, layer)[:, : spec.width]
     places = greatest(better, spec.candidates)
     return scores[:, : spec.width], places, rows_of(places)
+
+
+def scored(
+    predictor: Predictor,
+    x: Array,
+    state: HeadState,
+    layer: Array | int,
+    choose: Choose | None = None,
+) -> Array:
+    """A predictor's scores f32[tokens, rows], also of tokens of huge numbers: their products with
+    integers would overflow where those with the rows themselves do not."""
+    arrays = state.guessing(predictor)
+    proportional = isinstance(predictor, Quantized | Coarse)  # not after a mean, as `LowRank` is
+    if not proportional or float(jnp.finfo(x.dtype).max) < _LARGE:
+        return predictor.score(arrays, x, layer, choose)
+    ordinary = (jnp.abs(x) < _LARGE).all(-1, keepdims=True)
+    unit = jnp.where(ordinary, 1.0, _UNIT)
+    return predictor.score(arrays, x / unit.astype(x.dtype), layer, choose) * unit
 
 
 def finished(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from hire_rewrite.ops.head.logits import gathered_logits
+from hire_rewrite.ops.head.logits import gathered_logits, scored
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState
 from hire_rewrite.ops.head.tail import at, with_tail
 from hire_rewrite.ops.predictors import Predictor, optimistic
@@ -45,7 +45,7 @@ def sharded_head(
     count = spec.candidates // spec.num_shards
 
     def guess(x: Array, state: HeadState, layer: Array) -> Array:
-        return predictor.score(state.guessing(predictor), x, layer)
+        return scored(predictor, x, state, layer)
 
     def compute(
         x: Array,

@@ -142,7 +142,7 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
         raise NoMatch(Refusal.NOT_LOGITS, reason, node)
     _check_sums(linear, context)
     walk = follow(node, axis, context.uses)
-    _check_infinity(walk)
+    _check_infinity(walk, node)
     doubt = doubt or walk.doubt
     if min_width is None and doubt is not None:
         raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
@@ -197,7 +197,7 @@ def _check_sums(linear: Linear, context: MatchContext) -> None:
                 raise NoMatch(Refusal.NOT_LOGITS, reason, user)
 
 
-def _check_infinity(walk: Walk) -> None:
+def _check_infinity(walk: Walk, node: Node) -> None:
     """Raise if logits are rounded to a type without infinity: what overflows in it is NaN, which is
     ranked first, or its greatest number, of which there may be many, and nothing is below all."""
     for value, _, part in walk.seen:
@@ -205,7 +205,7 @@ def _check_infinity(walk: Walk) -> None:
         if part or not floating or np.isinf(np.asarray(np.inf).astype(value.dtype)):
             continue
         reason = f"its logits are rounded to {value.dtype}, which has no infinity"
-        raise NoMatch(Refusal.UNSUPPORTED, reason, value.node)
+        raise NoMatch(Refusal.UNSUPPORTED, reason, value.node or node)
 
 
 def _scaled(linear: Linear, context: MatchContext) -> list[Value]:

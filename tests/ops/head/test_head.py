@@ -320,6 +320,19 @@ def test_where_a_guess_is_no_number_the_row_is_read(predictor, nan, monkeypatch)
     np.testing.assert_allclose(got[:, 7], want[:, 7], rtol=1e-5)
 
 
+@pytest.mark.parametrize("predictor", [Quantized(), Quantized(4, block=8)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tokens_whose_products_with_integers_would_overflow(predictor, dtype):
+    """More of their guesses than there are candidates would be no numbers."""
+    spec, state = head(predictor, dtype=dtype)
+    x = normal(5, 3, 16, dtype=dtype)
+    x = x.at[1:].multiply(jnp.asarray([[2.0**100], [2.0**122]], dtype))
+    (got,), (want,) = run(x, spec, state, predictor), dense(x, spec, state)
+    assert np.isfinite(want.astype(jnp.float32)).all()
+    np.testing.assert_array_equal(np.argmax(got, 1), np.argmax(want, 1))
+    np.testing.assert_allclose(greatest(got, spec.k), greatest(want, spec.k), rtol=1e-2)
+
+
 def test_masks_stay_masks_where_guesses_are_far_off():
     """What the tail is moved by is a square: in float16, and in float32 too, it may be infinite."""
     rng = np.random.default_rng(0)
