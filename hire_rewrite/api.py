@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import jax
 from jax.sharding import Mesh
@@ -28,6 +28,7 @@ def transform(
     mode: str = "hire",
     on_miss: str = "warn",
     telemetry: bool | float = False,
+    **others: Never,
 ) -> Any:
     """Rewrite the vocabulary heads, FFN blocks and other linear layers of a JAX function.
 
@@ -58,8 +59,18 @@ def transform(
       A `Transformed`, called like `fn` with a `Packed` in place of the weights.
 
     Raises:
-      HireRewriteError: an argument is out of its range.
+      HireRewriteError: an argument is out of its range, or there is no argument of this name.
     """
+    if others:
+        name = next(iter(others))
+        raise HireRewriteError(
+            f"transform: there is no argument {name}=: "
+            + (
+                "rules are given one by one after the function, transform(fn, *rules)"
+                if name in ("rule", "rules")
+                else "its settings are weights=, mesh=, mode=, on_miss= and telemetry="
+            )
+        )
     if fn is None or isinstance(fn, Rule):
         given = rules if fn is None else (fn, *rules)
         for other in rules if fn is not None else ():
@@ -131,7 +142,7 @@ def _transform(
 def inspect(
     fn: Callable[..., Any],
     *args: Any,
-    rules: Iterable[Rule] = (),
+    rules: Rule | Iterable[Rule] = (),
     weights: int | Sequence[int] = 0,
     **kwargs: Any,
 ) -> Plan:
@@ -139,15 +150,17 @@ def inspect(
 
     Args:
       args, kwargs: a call's arguments: arrays, or `jax.ShapeDtypeStruct`s (nothing is computed).
-      rules, weights: as in `transform`.
+      rules: several, or one.
+      weights: as in `transform`.
     """
-    return transform(fn, *rules, weights=weights, on_miss="ignore").plan(*args, **kwargs)
+    given = _several("inspect", rules)
+    return transform(fn, *given, weights=weights, on_miss="ignore").plan(*args, **kwargs)
 
 
 def diff(
     fn: Callable[..., Any],
     *args: Any,
-    rules: Iterable[Rule] = (),
+    rules: Rule | Iterable[Rule] = (),
     weights: int | Sequence[int] = 0,
     **kwargs: Any,
 ) -> Diff:
@@ -168,13 +181,14 @@ def diff(
     Args:
       args: the second function, if there is one: a callable that is not a pytree of arrays; then
         a call's arguments, as in `inspect`.
-      rules, weights: as in `transform`; not for two functions.
+      rules: several, or one; not for two functions.
+      weights: as in `transform`; not for two functions.
       kwargs: the call's keyword arguments.
 
     Raises:
       HireRewriteError: rules are given for two functions, or one of them cannot be traced.
     """
-    rules = tuple(rules)
+    rules = _several("diff", rules)
     while args and isinstance(args[0], Rule):
         rules, args = (*rules, args[0]), args[1:]
     if args and callable(args[0]) and jax.tree.leaves(args[0]) == [args[0]]:
@@ -185,3 +199,12 @@ def diff(
             )
         return compare_functions(fn, args[0], args[1:], kwargs)
     return transform(fn, *rules, weights=weights).diff(*args, **kwargs)
+
+
+def _several(name: str, rules: Rule | Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules that are given to a function of this name, which may be a single one."""
+    if isinstance(rules, Rule):
+        return (rules,)
+    if not isinstance(rules, Iterable):
+        raise HireRewriteError(f"{name}: rules={rules!r}: give a rule, or a list of rules")
+    return tuple(rules)

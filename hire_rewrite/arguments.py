@@ -11,10 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from hire_rewrite.errors import HireRewriteError
-from hire_rewrite.graph.trace import argument_names
+from hire_rewrite.graph.trace import argument_names, holds_numbers
 from hire_rewrite.packed import Packed
 
-__all__ = ["check_call", "not_traced", "packed_among", "with_packed", "without_weights"]
+__all__ = [
+    "check_call",
+    "check_numbers",
+    "not_traced",
+    "packed_among",
+    "with_packed",
+    "without_weights",
+]
 
 _PACKED = {field.name for field in dataclasses.fields(Packed)}
 
@@ -87,6 +94,25 @@ def check_call(
             f"all others; there are {len(args)} by position"
             + (f" and {', '.join(kwargs)} by keyword" if kwargs else "")
         ) from error
+
+
+def check_numbers(
+    fn: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise HireRewriteError if an argument of a call holds something that is not an array."""
+    named = zip(argument_names(fn, len(args)), args, strict=True)
+    for where, argument in (*named, *kwargs.items()):
+        for leaf in jax.tree.leaves(argument):
+            if holds_numbers(leaf):
+                continue
+            verb = "is" if leaf is argument else "holds"
+            remedy = "give an array, or close over it (with functools.partial, say)"
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                remedy = "give an array (plan, diff, pack and jax.eval_shape take shapes)"
+            raise HireRewriteError(
+                f"{name}: argument `{where}` {verb} a {type(leaf).__name__}, which "
+                f"has no numbers to compute with: {remedy}"
+            )
 
 
 def not_traced(

@@ -142,8 +142,13 @@ class Telemetry:
         """The counters of a site by layer; a short part of its name will do if it is the only one.
 
         Raises:
-          HireRewriteError: there is no such site, or there are several.
+          HireRewriteError: it is not a name, there is no such site, or there are several.
         """
+        if not isinstance(name, str):
+            raise HireRewriteError(
+                f"telemetry[{name!r}]: give the name of a site, one of "
+                f"{', '.join(site.name for site in self.sites)}"
+            )
         found = [site.name for site in self.sites if site.name == name]
         found = found or [site.name for site in self.sites if name in site.name]
         if len(found) != 1:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite.analyses import Analyses
 from hire_rewrite.analysis import Analysis
-from hire_rewrite.arguments import packed_among
+from hire_rewrite.arguments import check_numbers, packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.graph.trace import abstract, placed
@@ -124,6 +124,7 @@ class Transformed:
             return self._compiled(*operands)
         except (TypeError, ValueError, RuntimeError) as error:
             check_arrays(self.name, packed)
+            check_numbers(self.fn, self.name, operands[1], kwargs)
             if "devices" in str(error):
                 check_devices(self.name, packed)
             raise

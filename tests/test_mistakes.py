@@ -66,6 +66,19 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
         (lambda step, params, packed: step.evaluate(packed, 3), "a int is given"),
         (lambda step, params, packed: step.pack(params, *BATCH, calibration=3), "a int is given"),
         (lambda step, params, packed: step.tune(params, 3, kl=1.0), "give at least 2"),
+        (
+            lambda step, params, packed: step.pack(params, *BATCH, calibration=[("x", CACHE)]),
+            "holds a str in argument 0",
+        ),
+        (lambda step, params, packed: step.tune(params, [BATCH] * 2, recall="a"), "recall='a'"),
+        (
+            lambda step, params, packed: step(packed, jax.eval_shape(lambda: TOKEN), CACHE),
+            "argument `token` is a ShapeDtypeStruct",
+        ),
+        (
+            lambda step, params, packed: step(packed, TOKEN, cache={"k": "abc"}),
+            "argument `cache` holds a str",
+        ),
         (lambda step, params, packed: packed.with_arrays(None), "a NoneType: give a dict"),
         (lambda step, params, packed: hire.transform(decode, mode=["hire"]), "must be one of"),
         (lambda step, params, packed: BOTH(BOTH.pack(UP, UP, UP), UP, UP), "argument 1 is float32"),

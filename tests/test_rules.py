@@ -28,6 +28,30 @@ def test_a_class_is_no_setting_nor_a_word_a_truth(made):
         made()
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        *((hire.FFN, {"k": 0.1}, name) for name in ("k", "tail", "margin", "common", "group")),
+        (hire.Head, {}, "tail"),
+        (hire.Linear, {}, "lookups"),
+        *((kind, {}, "bits") for kind in (hire.Quantized, hire.LowRank, hire.Blocks)),
+        (hire.Nested, {}, "scale"),
+        (hire.Float, {}, "dtype"),
+    ],
+)
+def test_an_array_is_not_a_setting(kind, settings, name):
+    for array in (np.array([1, 2]), jnp.ones(3)):
+        with pytest.raises(hire.HireRewriteError, match=f"{kind.__name__}: {name} is an array"):
+            kind(**{**settings, name: array})
+
+
+def test_a_number_is_not_a_truth_nor_a_truth_a_number():
+    with pytest.raises(hire.HireRewriteError, match="lookups=0 must be"):
+        hire.Linear(lookups=0)
+    with pytest.raises(hire.HireRewriteError, match="common=False must be"):
+        hire.FFN(0.1, common=False)
+
+
 @pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, -0.1, True, "half", None, float("nan")])
 def test_k_out_of_range(k):
     with pytest.raises(hire.HireRewriteError, match="FFN: k="):
@@ -64,6 +88,20 @@ def test_what_transform_is_given_in_another_order_or_a_list():
     with pytest.raises(hire.HireRewriteError, match=r"first.*transform\(sin"):
         hire.transform(hire.Head(), jnp.sin)
     assert hire.transform(hire.Head(), hire.Linear())(jnp.sin).rules == (hire.Head(), hire.Linear())
+
+
+def test_rules_by_a_name_of_their_own():
+    fn, args = lambda w, x: x @ w, (jnp.ones((16, 64)), jnp.ones((1, 16)))
+    rule = hire.Head(k=4, candidates=8, min_width=1, force=True)
+    assert hire.inspect(fn, *args, rules=rule) == hire.inspect(fn, *args, rules=[rule])
+    assert hire.diff(fn, *args, rules=rule).changed
+    for call in (hire.inspect, hire.diff):
+        with pytest.raises(hire.HireRewriteError, match="rules=5: give a rule"):
+            call(fn, *args, rules=5)
+    with pytest.raises(hire.HireRewriteError, match=r"transform\(fn, \*rules\)"):
+        hire.transform(fn, rules=[rule])
+    with pytest.raises(hire.HireRewriteError, match="no argument modes="):
+        hire.transform(fn, rule, modes="exact")
 
 
 def test_a_plan_says_where_inputs_are_rounded():

@@ -212,6 +212,9 @@ def test_sums_over_functions_of_other_sites():
     _, c = lone(lone.pack(weights(), jnp.ones((4, 64))), jnp.ones((4, 64)))
     with pytest.raises(HireRewriteError, match="differently"):
         b + c
+    for index in (0, None):
+        with pytest.raises(HireRewriteError, match="name of a site"):
+            a[index]
     with pytest.raises(HireRewriteError, match="layers"):
         a["nothing"]
 

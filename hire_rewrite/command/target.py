@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -107,6 +108,31 @@ def load(what: str, name: str) -> Any:
     return found
 
 
+def _made(what: str, name: str) -> Any:
+    """What the function `package.module:name` returns, called without arguments.
+
+    Raises:
+      click.BadParameter: there is none, or it cannot be called so.
+    """
+    found = load(what, name)
+    if not callable(found):
+        raise click.BadParameter(
+            f"{name} is a {type(found).__name__}, and is to be a function that returns it",
+            param_hint=what,
+        )
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise click.BadParameter(
+            f"{name} is called without arguments, and has some that are required ({error}): give "
+            "them defaults, or name a function that has none",
+            param_hint=what,
+        ) from None
+    except ValueError:  # it does not tell
+        pass
+    return found()
+
+
 def parsed_rule(text: str) -> Rule:
     """The rule that is written as in Python, `FFN(k=0.05, tail="predicted")`. Nothing is executed.
 
@@ -130,12 +156,12 @@ def batches_of(name: str | None, target: Target) -> Iterable[tuple[Any, ...]]:
     """The batches of `--batches`, tuples of the arguments after the weights; or else the call's."""
     if name is None:
         return [without_weights(target.args, target.weights)]
-    return load("--batches", name)()
+    return _made("--batches", name)
 
 
 def packed_by(step: Transformed, target: Target, calibration: str | None) -> Packed:
     """The target's weights, fitted to the batches of `--calibration` if it is given."""
-    fitted = None if calibration is None else load("--calibration", calibration)()
+    fitted = None if calibration is None else _made("--calibration", calibration)
     return step.pack(*target.args, calibration=fitted)
 
 
@@ -155,7 +181,7 @@ def print_json(value: Any) -> None:
 
 
 def _target(target: str, rules: Iterable[str], files: Iterable[str], weights: str) -> Target:
-    made = load("TARGET", target)()
+    made = _made("TARGET", target)
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         _wrong(target, f"returned {type(made).__name__}")
     fn, args = made

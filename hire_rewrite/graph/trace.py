@@ -143,6 +143,17 @@ def abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **kind)
 
 
+def holds_numbers(leaf: Any) -> bool:
+    """Whether a leaf is an array or a number, and neither a shape nor anything else."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return False
+    try:
+        abstract(leaf)
+    except TypeError:
+        return False
+    return True
+
+
 def placed(leaf: Any) -> Any:
     """The type of a weight: `abstract`, and how it lies on a mesh."""
     aval = abstract(leaf)

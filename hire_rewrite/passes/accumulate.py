@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.reports import combine
-from hire_rewrite.graph.trace import abstract
+from hire_rewrite.graph.trace import abstract, holds_numbers
 from hire_rewrite.sites import MatchedSite
 
 
@@ -113,6 +113,12 @@ def _check(what: str, batch: Any, example: Sequence[Any]) -> None:
                 f"{what} has the structure {got} where the call has {want}, in argument {i} after "
                 "the weights: give batches structured as in a call"
             )
+        for leaf in jax.tree.leaves(given):
+            if not holds_numbers(leaf):
+                raise HireRewriteError(
+                    f"{what} holds a {type(leaf).__name__} in argument {i} after the weights: give "
+                    "arrays, as in a call"
+                )
     for a, b in zip(
         map(abstract, jax.tree.leaves(batch)), map(abstract, jax.tree.leaves(example)), strict=True
     ):

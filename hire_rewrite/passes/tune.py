@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def tune(
     kwargs: Mapping[str, Any],
 ) -> Tuned:
     """The rules that `Transformed.tune` returns."""
-    if not 0.0 < recall < 1.0:
+    if not isinstance(recall, numbers.Real) or not 0.0 < recall < 1.0:
         raise HireRewriteError(f"tune: recall={recall!r} must be between 0 and 1")
     fitting, other = held_out(batches)
     given = dict(zip(analyses.weights, analyses.weight_arguments(weights), strict=True))

@@ -36,6 +36,10 @@ def no_pair():
     return 3
 
 
+def run_with(size):
+    return widened()
+
+
 def broken():
     raise RuntimeError("broken by itself")
 
@@ -92,12 +96,25 @@ def test_exit_codes(options, code):
         (f"{HERE}:nothing", "nothing"),
         ("tests", "package.module:name"),
         (f"{HERE}:no_pair", "(fn, args)"),
+        (f"{HERE}:DEMO", "is a str"),
+        (f"{HERE}:run_with", "required"),
     ],
 )
 def test_targets_that_are_none(target, said):
     result = run("inspect", target)
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [("--batches", "DEMO", "is a str"), ("--calibration", "run_with", "required")],
+)
+def test_batches_that_no_function_returns(option, name, said):
+    result = run("evaluate", DEMO, option, f"{HERE}:{name}")
+    assert result.exit_code == 2
+    assert said in result.output
+    assert option in result.output
 
 
 def test_an_error_of_the_factory_is_its_own():

@@ -27,6 +27,7 @@ from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, written
 from hire_rewrite.ops.quantize import pack
+from hire_rewrite.settings import check_settings
 
 __all__ = ["Blocks"]
 
@@ -63,6 +64,7 @@ class Blocks:
     scale: str = "float16"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if isinstance(self.bits, bool) or self.bits not in (4, 8):
             raise HireRewriteError(
                 f"Blocks: bits={self.bits!r} is not supported: give bits=8 or bits=4"

@@ -17,6 +17,7 @@ from hire_rewrite.ops.encodings.protocol import Encoding, Stored, register_encod
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.narrow import matmul, times
 from hire_rewrite.ops.predictors.protocol import Read
+from hire_rewrite.settings import check_settings
 
 __all__ = ["Float", "fetched_kind"]
 
@@ -47,6 +48,7 @@ class Float:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.dtype not in _DTYPES:
             raise HireRewriteError(
                 f"Float: dtype={self.dtype!r} is not supported: give one of {', '.join(_DTYPES)}"

@@ -37,6 +37,7 @@ from hire_rewrite.ops.encodings.protocol import Stored, register_encoding
 from hire_rewrite.ops.gather import gather_rows
 from hire_rewrite.ops.predictors.protocol import Read, State, written
 from hire_rewrite.ops.quantize import pack
+from hire_rewrite.settings import check_settings
 
 __all__ = ["Nested"]
 
@@ -72,6 +73,7 @@ class Nested:
     scale: str = "float16"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_scale("Nested", self.scale)
         if self.block is not None:
             check_block("Nested", self.block, OR_NONE)

@@ -51,6 +51,7 @@ from hire_rewrite.ops.moments import Moments
 from hire_rewrite.ops.narrow import matmul
 from hire_rewrite.ops.predictors.protocol import Choose, Read, State, register_predictor, written
 from hire_rewrite.ops.quantize import quantize_rows
+from hire_rewrite.settings import check_settings
 
 _SHRINKAGE = 1e-3
 """The part of the covariance that is replaced by the mean square of x in all directions alike.
@@ -106,6 +107,7 @@ class LowRank:
     bits: int | None = 8
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.bits not in (None, 8) or isinstance(self.bits, bool):
             raise HireRewriteError(
                 f"LowRank: bits={self.bits!r} is not supported: give bits=8, or None to keep the "

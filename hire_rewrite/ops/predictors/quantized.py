@@ -23,6 +23,7 @@ from hire_rewrite.ops.quantize import (
     quantize_rows,
     rounded_blocks,
 )
+from hire_rewrite.settings import check_settings
 
 _BLOCK = 32
 
@@ -57,6 +58,7 @@ class Quantized:
     block: int | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if isinstance(self.bits, bool) or self.bits not in (4, 8):
             raise HireRewriteError(
                 f"Quantized: bits={self.bits!r} is not supported: rows are stored in 8 or 4 bits, "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -92,7 +93,12 @@ def da_top_k(
       >>> indices.tolist() == jax.lax.top_k(logits, 2)[1].tolist()
       True
     """
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise HireRewriteError(
+            f"da_top_k: x is a {type(x).__name__}: give an array of numbers"
+        ) from None
     wanted = _Wanted(k, recall_target, keep, merge)
     wanted.check(x)
     if (axis_name is None) == (mesh is None):
@@ -137,11 +143,16 @@ class _Wanted:
                 f"da_top_k: x is {x.dtype}{list(x.shape)}: give floating-point numbers or integers "
                 "of whole bytes along at least one axis"
             )
+        for name in ("k", "keep"):
+            number = getattr(self, name)
+            if number is not None and not _is_int(number):
+                raise HireRewriteError(f"da_top_k: {name}={number!r} must be an int")
         if self.k < 1:
             raise HireRewriteError(f"da_top_k: k={self.k} must be at least 1")
-        if not 0.0 < self.recall_target <= 1.0:
+        real = isinstance(self.recall_target, numbers.Real)
+        if not real or not 0.0 < self.recall_target <= 1.0:
             raise HireRewriteError(
-                f"da_top_k: recall_target={self.recall_target} must be in (0, 1]"
+                f"da_top_k: recall_target={self.recall_target!r} must be in (0, 1]"
             )
         if self.keep is not None and self.keep < 1:
             raise HireRewriteError(f"da_top_k: keep={self.keep} must be at least 1")
@@ -167,6 +178,10 @@ class _Wanted:
             )
         formula = whole if shards == 1 else kept_per_shard(n, self.k, shards, self.recall_target)
         return min(whole, self.keep or max(formula, enough))
+
+
+def _is_int(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def _sharded(

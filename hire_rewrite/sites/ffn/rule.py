@@ -10,6 +10,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor
 from hire_rewrite.rules import Rule, check_amount, check_amounts, check_positive_int, is_one
+from hire_rewrite.settings import check_settings
 
 _CRITERIA = ("hidden", "output")
 _TAILS = ("zero", "predicted")
@@ -106,6 +107,7 @@ class FFN(Rule):
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self._check_margin()
         self._check_tail()
         if isinstance(self.k, str):
@@ -117,7 +119,7 @@ class FFN(Rule):
             check_amounts("FFN", self.k, self.candidates)
         if self.budget is not None:
             check_amount("FFN", "budget", self.budget)
-        if self.common != 0:
+        if self.common != 0 or isinstance(self.common, bool):
             check_amount("FFN", "common", self.common)
         if not isinstance(self.keep, numbers.Real) or not 0.0 < float(self.keep) < 1.0:
             raise HireRewriteError(f"FFN: keep={self.keep!r} must be between 0 and 1")

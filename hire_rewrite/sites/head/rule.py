@@ -9,6 +9,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Coarse, CoarseEncoding, Encoding
 from hire_rewrite.ops.predictors import Predictor, Quantized
 from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int, is_one
+from hire_rewrite.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,6 +69,7 @@ class Head(Rule):
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_amounts("Head", self.k, self.candidates)
         self._check_exact()
         if self.tail not in ("predicted", "-inf"):

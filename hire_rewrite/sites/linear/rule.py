@@ -7,6 +7,7 @@ import dataclasses
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.rules import Rule, check_amount, is_one
+from hire_rewrite.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -56,6 +57,7 @@ class Linear(Rule):
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.k != 0 or isinstance(self.k, bool):
             check_amount("Linear", "k", self.k)
         for name in ("encoding", "exact"):
@@ -78,6 +80,6 @@ class Linear(Rule):
             raise HireRewriteError(
                 f"Linear: round_inputs={self.round_inputs!r} must be True or False"
             )
-        if self.lookups not in (None, True, False):
+        if self.lookups is not None and not isinstance(self.lookups, bool):
             raise HireRewriteError(f"Linear: lookups={self.lookups!r} must be True, False or None")
         super().__post_init__()

@@ -367,6 +367,10 @@ class TestErrors:
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "k": 17}, "k=17 of 16 values"),
             ({"mesh": mesh_of(2), "spec": P(None, "x"), "k": 0}, "k=0 must be at least 1"),
             ({"mesh": mesh_of(2), "spec": P(), "x": np.zeros(3, bool)}, "floating-point numbers"),
+            ({"mesh": mesh_of(2), "spec": P(), "x": None}, "x is a NoneType"),
+            ({"mesh": mesh_of(2), "spec": P(None, "x"), "k": "a"}, "k='a' must be an int"),
+            ({"mesh": mesh_of(2), "spec": P(None, "x"), "keep": 2.5}, "keep=2.5 must be an int"),
+            ({"mesh": mesh_of(2), "spec": P(None, "x"), "recall_target": "a"}, "recall_target='a'"),
         ],
     )
     def test_says_what_is_wrong(self, settings, message):

@@ -1,0 +1,26 @@
+"""What rules, predictors and encodings ask of their settings alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from hire_rewrite.errors import HireRewriteError
+
+__all__ = ["check_settings"]
+
+
+def check_settings(given: Any) -> None:
+    """Raise HireRewriteError if a field of a dataclass is an array: what is compared with one is an
+    array again, and not true or false."""
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
+        if isinstance(value, np.ndarray | jax.Array):
+            raise HireRewriteError(
+                f"{type(given).__name__}: {field.name} is an array of {value.dtype}"
+                f"{list(value.shape)}: give a single Python number or word, which is the same for "
+                "all layers and calls"
+            )
