@@ -214,15 +214,18 @@ class Transformed:
           weights: what `packed` was made of, as in `tune`. Needed where it holds a rounded copy of
             a weight alone: what it is compared with is the model on these.
           targets: a batch's arguments to the true class of each row of logits, integers of any
-            shape in the order of the logits; negative where there is none. For perplexity.
+            shape in the order of the logits; negative where there is none. For perplexity. If the
+            logits are a part of the vocabulary, classes in the rest of it count as none.
           kwargs: the call's keyword arguments.
 
         Returns:
           A `Report`; `print` it, or see `to_json`.
 
         Raises:
-          HireRewriteError: `packed` is not a `Packed`, there is no batch, targets do not fit, or
-            the weights are needed.
+          HireRewriteError: `packed` is not a `Packed`, there is no batch, targets do not fit (or
+            are not integers, or not in the vocabulary), the weights are needed, or the dense
+            model's logits hold a NaN or infinity for a token of a batch (−infinity is fine: masked
+            tokens). Where the rewritten model's alone do, the token is no agreement, and `kl` NaN.
         """
         if not isinstance(packed, Packed):
             what = f"{self.name}: evaluate needs a Packed, not {type(packed).__name__}"
@@ -281,7 +284,8 @@ class Transformed:
 
         Raises:
           HireRewriteError: there are fewer than two batches, no site that a rule asks for, both
-            budgets are given, `seconds` without `kl`, or nothing that was tried is within `kl`.
+            budgets are given, `seconds` without `kl`, nothing that was tried is within `kl`, or
+            what the dense model computes for a token of a batch is NaN.
         """
         if kl is None and seconds is not None:
             raise HireRewriteError(

@@ -443,6 +443,128 @@ def test_targets_that_do_not_fit():
         step.evaluate(packed, batches(1), targets=lambda tokens: tokens)
 
 
+VOCABULARY = hire.Head(path="says what a vocabulary is, and asks for none", min_width=64)
+
+
+def head_alone(params, x):
+    return x @ params["embed"].T
+
+
+@functools.cache
+def head_packed(first=0, end=V):
+    def fn(params, x):
+        logits = head_alone(params, x)
+        return logits if (first, end) == (0, V) else logits[:, first:end]
+
+    step, x = hire.transform(fn, HEAD), inputs(3, D)
+    return step, step.pack(PARAMS, x), x
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (lambda x: [0, 1, V], f"class {V}"),
+        (lambda x: jnp.array([0, V + 1, -1]), f"class {V + 1}"),
+        (lambda x: np.array([0, 1, 2**32 + 1]), f"class {2**32 + 1}"),
+        (lambda x: [0.0, 1.5, 2.0], "float"),
+        (lambda x: np.ones(3, bool), "bool"),
+        (lambda x: jnp.ones(3, bool), "bool"),
+        (lambda x: None, "NoneType"),
+        (lambda x: ["a", "b", "c"], "integers"),
+        (lambda x: [[1], [2, 3]], "no array"),
+        (jnp.arange(3), "function"),
+        ([1, 2, 3], "function"),
+    ],
+)
+def test_targets_that_are_no_classes(targets, said):
+    step, packed, x = head_packed()
+    with pytest.raises(HireRewriteError, match=said):
+        step.evaluate(packed, [(x,)], targets=targets)
+
+
+def test_classes_of_any_integer_type():
+    """Negative ones are none, however small."""
+    step, packed, x = head_packed()
+    want = step.evaluate(packed, [(x,)], targets=lambda x: np.array([5, -1, 7])).model.perplexity
+    for classes in (np.array([5, -(2**40), 7]), [5, -1, 7], jnp.array([[5, -9, 7]], jnp.int8)):
+        got = step.evaluate(packed, [(x,)], targets=lambda x, classes=classes: classes)
+        assert got.model.perplexity == want
+    unsigned = step.evaluate(packed, [(x,)], targets=lambda x: np.array([5, 6, 7], np.uint8))
+    assert unsigned.model.perplexity is not None
+
+
+def test_classes_outside_of_a_part_of_the_vocabulary_are_none():
+    step, packed, x = head_packed(8, 90)
+    alone = step.evaluate(packed, [(x,)], targets=lambda x: [8, -1, 89]).model.perplexity
+    rest = step.evaluate(packed, [(x,)], targets=lambda x: [8, 7, 89]).model.perplexity
+    assert rest == alone
+    assert step.evaluate(packed, [(x,)], targets=lambda x: [90, 7, 95]).model.perplexity is None
+    with pytest.raises(HireRewriteError, match=f"{V} rows"):
+        step.evaluate(packed, [(x,)], targets=lambda x: [8, 7, V])
+
+
+# What is not a number
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_batch_whose_dense_logits_are_no_numbers_is_named(bad):
+    step, packed, x = head_packed()
+    with pytest.raises(HireRewriteError, match=r"batch 1.* 1 of 3 token"):
+        step.evaluate(packed, [(x,), (x.at[2].set(bad),), (x,)])
+
+
+def test_masked_tokens_are_numbers():
+    def masked(params, x):
+        return jnp.where(jnp.arange(V) < 10, -jnp.inf, x @ params["embed"].T)
+
+    full = hire.Head(k=V, candidates=V, min_width=64, predictor=Oracle(), force=True)
+    step, x = hire.transform(masked, full), inputs(3, D)
+    model = step.evaluate(step.pack(PARAMS, x), [(x,)]).model
+    assert model.agreement == 1.0
+    assert model.kl == pytest.approx(0.0, abs=1e-5)
+
+
+def test_rewritten_logits_that_are_no_numbers_are_others():
+    """Though the arg max of NaNs is the place 0, as that of the dense model is here."""
+    rule = hire.Linear(encoding=hire.Blocks(8, block=16), force=True)
+    step = hire.transform(head_alone, rule, VOCABULARY, on_miss="ignore")
+    x = jnp.abs(inputs(3, D)) + 1
+    params = {"embed": PARAMS["embed"].at[0].set(100.0)}
+    packed = step.pack(params, x)
+    assert step.evaluate(packed, [(x,)], weights=params).model.agreement == 1.0
+
+    def nans(leaf):
+        return jnp.full_like(leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+    report = step.evaluate(jax.tree.map(nans, packed), [(x,)], weights=params)
+    assert report.model.agreement == report.model.agreement_exact == 0.0
+    assert not report.model.kl < np.inf
+    assert not report.sites[0].error < np.inf
+
+
+def test_a_site_without_logits_whose_result_is_no_number_is_named():
+    def block(params, x):
+        w = jax.tree.map(lambda a: a[0], params["layers"])
+        return (jax.nn.relu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+
+    step, x = hire.transform(block, FFN), inputs(3, D)
+    packed = step.pack(PARAMS, x)
+    with pytest.raises(HireRewriteError, match="batch 1: params/layers"):
+        step.evaluate(packed, [(x,), (x.at[0].set(jnp.nan),)])
+
+
+@pytest.mark.parametrize("budget", [{"recall": 0.9}, {"kl": 0.1}])
+@pytest.mark.parametrize("number", [1, 3])
+def test_tuning_names_a_batch_that_holds_no_numbers(budget, number):
+    """By its place in what the user gave, of which every fourth is held out."""
+    step, _, x = head_packed()
+    given = [(x,)] * 4
+    given[number] = (x.at[1].set(jnp.nan),)
+    named = "calibration" if "recall" in budget and number == 1 else f"batch {number}"
+    with pytest.raises(HireRewriteError, match=named):
+        step.tune(PARAMS, given, **budget)
+
+
 def test_keyword_arguments_of_the_call():
     def scaled(params, tokens, *, scale):
         return scale * model(params, tokens)

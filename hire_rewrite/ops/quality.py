@@ -104,6 +104,7 @@ class Quality(NamedTuple):
       proved: f32[], tokens whose result was proved.
       read, kept, whole: f32[], of a `Reading` the shares of units that were read, and of those
         wanted that were read; and how many tokens read all.
+      undefined: f32[], tokens whose dense result holds a NaN, with which nothing can be compared.
     """
 
     tokens: Array
@@ -117,6 +118,7 @@ class Quality(NamedTuple):
     read: Array
     kept: Array
     whole: Array
+    undefined: Array
 
 
 def quality(comparison: Comparison) -> Quality:
@@ -131,6 +133,7 @@ def quality(comparison: Comparison) -> Quality:
         error_exact=relative_error(rewritten, comparison.exact).sum(),
         proved=zero if proved is None else proved.sum(dtype=jnp.float32),
         **({"read": zero, "kept": zero, "whole": zero} if reading is None else _read(reading)),
+        undefined=jnp.isnan(comparison.dense).any(-1).sum(dtype=jnp.float32),
     )
 
 
@@ -150,6 +153,7 @@ def _chosen(choice: Choice) -> tuple[Array, Array, Array, Array]:
     values, best = top_k(choice.rank, choice.k)
     real = values > choice.nothing
     hit = jnp.take_along_axis(choice.candidates, best, axis=1) | ~real
+    hit &= ~jnp.isnan(choice.rank).any(1, keepdims=True)  # nothing is the greatest of these
     held = jnp.where(real, jnp.take_along_axis(choice.mass, best, axis=1), 0.0)
     held = held / jnp.maximum(held.max(1, keepdims=True), 1e-30)
 

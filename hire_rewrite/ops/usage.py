@@ -67,7 +67,7 @@ def recall_tally(measured: Quality) -> Array:
     Examples:
       >>> zero, empty = jnp.zeros(()), jnp.zeros(0)
       >>> hits = jnp.array([0.0, 0.0, 1.0, 0.0, 2.0])  # of the top 4 one token has 2, two have all
-      >>> seen = Quality(jnp.float32(3), empty, hits, *[zero] * 8)
+      >>> seen = Quality(jnp.float32(3), empty, hits, *[zero] * 9)
       >>> recall_tally(seen)[-2:].tolist()
       [3, 10240]
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -16,12 +17,26 @@ from hire_rewrite.graph.trace import abstract, holds_numbers
 from hire_rewrite.sites import MatchedSite
 
 
+class Numbered(list[Any]):
+    """Some batches of a list of the user's, with the numbers that they have there."""
+
+    def __init__(self, batches: Sequence[Any], numbers: Iterable[int]) -> None:
+        self.numbers = tuple(numbers)
+        super().__init__(batches[number] for number in self.numbers)
+
+
+def numbers_of(batches: Iterable[Any]) -> Iterable[int]:
+    """The numbers of batches, for messages: their places in what the user gave."""
+    return batches.numbers if isinstance(batches, Numbered) else itertools.count()
+
+
 def accumulate(
     what: str,
     batches: Iterable[tuple[Any, ...]],
     example: Sequence[Any] | None,
     prepare: Callable[[tuple[Any, ...]], tuple[Hashable, Any]],
     build: Callable[[Any], Callable[[Any], Any]],
+    check: Callable[[str, Any], None] = lambda *_: None,
 ) -> Any:
     """The sum of the reports of all batches; None if there is no batch.
 
@@ -32,6 +47,8 @@ def accumulate(
       prepare: a batch to its kind of call, and the operands of the function of that kind.
       build: a kind of call to its function, to be compiled, which returns dictionaries of pytrees
         of sums. Calls of different kinds may report different sites.
+      check: given what each batch is called and what it reports; raises HireRewriteError if that
+        is not to be added.
 
     Raises:
       HireRewriteError: a batch has another structure than `example`.
@@ -43,7 +60,7 @@ def accumulate(
         )
     compiled: dict[Hashable, Callable[[Any], Any]] = {}
     total: dict[str, Any] | None = None
-    for number, batch in enumerate(batches):
+    for number, batch in zip(numbers_of(batches), batches, strict=False):
         if not isinstance(batch, tuple):
             raise HireRewriteError(
                 f"{what} {number} is a {type(batch).__name__}: give tuples of the arguments "
@@ -60,6 +77,7 @@ def accumulate(
             shapes = ", ".join(jax.typeof(leaf).str_short() for leaf in jax.tree.leaves(batch))
             error.add_note(f"This was {what} {number}, of {shapes}.")
             raise
+        check(f"{what} {number}", report)
         # One batch at a time: programs that run ahead hold their batches, and on host devices their
         # collectives wait for each other's threads.
         total = jax.block_until_ready(report if total is None else _merge(total, report))

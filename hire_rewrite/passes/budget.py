@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import statistics
 import time
@@ -32,8 +33,14 @@ from hire_rewrite.errors import HireRewriteError, warn
 from hire_rewrite.graph.nodes import Node
 from hire_rewrite.names import grouped
 from hire_rewrite.packed import Packed
-from hire_rewrite.passes.accumulate import accumulate
-from hire_rewrite.passes.logits import divergence, last_logits, with_logits
+from hire_rewrite.passes.accumulate import accumulate, numbers_of
+from hire_rewrite.passes.logits import (
+    check_defined,
+    divergence,
+    last_logits,
+    undefined,
+    with_logits,
+)
 from hire_rewrite.passes.modes import decoded
 from hire_rewrite.passes.progress import progress
 from hire_rewrite.passes.rewrite import rewrite
@@ -117,6 +124,7 @@ def tune_within(
         raise HireRewriteError(
             f"tune: no site of {analyses.name} has anything to choose: look at .plan(...)"
         )
+    step.dense_logits(checking)  # or they are refused when all trials are made
     options, untried = _options(step, offers, trying, clock, len(checking) / len(trying))
     dense, budget = step.dense_logits(checking), kl
     for _ in range(_ATTEMPTS):
@@ -289,21 +297,32 @@ class _Step:
             return run
 
         total = accumulate("tuning batch", batches, None, prepare, build)
-        return float(total["kl"] / total["tokens"])
+        kl = float(total["kl"] / total["tokens"])
+        return math.inf if math.isnan(kl) else kl  # what is not a number is no closer
 
     def dense_logits(self, batches: Sequence[tuple[Any, ...]]) -> list[Array]:
-        """Log probabilities of the dense model, f32[tokens, V] for each batch."""
+        """Log probabilities of the dense model, f32[tokens, V] for each batch.
+
+        Raises:
+          HireRewriteError: those of a token are not numbers.
+        """
         results = []
-        for batch in batches:
+        for number, batch in zip(numbers_of(batches), batches, strict=False):
             args = self.analyses.joined(self.given, batch)
             analysis = self.analyses.of(None, args, self.kwargs)
             inputs = analysis.inputs(None, args, self.kwargs)
-            results.append(self._dense(analysis)(inputs))
+            logits, bad = self._dense(analysis)(inputs)
+            check_defined(f"tune: batch {number}", int(bad), logits.shape[0])
+            results.append(logits)
         return results
 
     @functools.cache  # noqa: B019 (lives as long as one call of tune)
-    def _dense(self, analysis: Analysis) -> Callable[[Any], Array]:
-        return jax.jit(lambda inputs: jax.nn.log_softmax(_logits(analysis, (), inputs), axis=-1))
+    def _dense(self, analysis: Analysis) -> Callable[[Any], tuple[Array, Array]]:
+        def run(inputs: Any) -> tuple[Array, Array]:
+            known = jax.nn.log_softmax(_logits(analysis, (), inputs), axis=-1)
+            return known, undefined(known).sum()
+
+        return jax.jit(run)
 
 
 def _likeness(site: MatchedSite) -> tuple[Hashable, ...]:

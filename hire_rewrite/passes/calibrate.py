@@ -41,7 +41,8 @@ def calibrate(
     """
     statistics: Mapping[str, Any] = {}
     if analyses.of(None, args, kwargs).undecided and isinstance(batches, Iterable):
-        batches = list(batches)  # the sizes first, then what depends on them
+        # The sizes first, then what depends on them.
+        batches = batches if isinstance(batches, list) else list(batches)
         first = _watch(analyses, args, kwargs, batches, {}, lambda d: d.undecided)
         statistics = first.statistics
     seen = _watch(analyses, args, kwargs, batches, statistics, lambda d: d.packs and d.op.learns)

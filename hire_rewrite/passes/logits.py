@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.evaluate import evaluate_inside
 from hire_rewrite.passes.decision import Decision
 from hire_rewrite.patterns.region import to_tokens
@@ -52,6 +53,27 @@ def with_logits(
 
 
 def divergence(p: Array, q: Array) -> Array:
-    """Σ over tokens of KL(p ‖ q) of log probabilities [tokens, V]."""
+    """Σ over tokens of KL(p ‖ q) of log probabilities [tokens, V]; NaN if one of either is."""
     chance = jnp.exp(p)
-    return jnp.where(chance > 0, chance * (p - q), 0.0).sum()
+    return jnp.where(chance == 0, 0.0, chance * (p - q)).sum()
+
+
+def undefined(log_chances: Array) -> Array:
+    """bool[tokens], those whose log probabilities [tokens, V] are NaN: where a logit is NaN or
+    infinity, or all are −infinity (some may be: masked tokens have no probability)."""
+    return jnp.isnan(log_chances).any(-1)
+
+
+def check_defined(where: str, tokens: int, of: int) -> None:
+    """Raise HireRewriteError if the dense logits of some tokens are not numbers.
+
+    Args:
+      where: the batch, for the message.
+      tokens, of: how many are not, of how many.
+    """
+    if tokens:
+        raise HireRewriteError(
+            f"{where}: the dense model's logits hold a NaN, infinity, or nothing but −infinity for "
+            f"{tokens} of {of} token(s), so that nothing can be compared with them: look at the "
+            "weights and the batch, and leave such tokens out of it"
+        )

@@ -12,6 +12,7 @@ import jax
 from hire_rewrite.analyses import Analyses
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.predictors import Predictor
+from hire_rewrite.passes.accumulate import Numbered
 from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.report import SiteReport
@@ -83,7 +84,7 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
     return Trial(operation.site.name, settled, size, min(recalls))
 
 
-def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
+def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[Numbered, Numbered]:
     """Batches to fit predictors to, and others to measure them on: every fourth, or the last."""
     every = list(batches) if isinstance(batches, Iterable) else []
     for number, batch in enumerate(every):
@@ -98,7 +99,7 @@ def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
             "(and a generator that has run once has none left)"
         )
     out = [i for i in range(len(every)) if i % 4 == 3] or [len(every) - 1]
-    return [b for i, b in enumerate(every) if i not in out], [every[i] for i in out]
+    return Numbered(every, (i for i in range(len(every)) if i not in out)), Numbered(every, out)
 
 
 def tune(

@@ -89,12 +89,13 @@ class Match(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Logits that are compared with the dense model's: a value, the axis of the vocabulary, and the
-    row of the vocabulary that position 0 of the axis belongs to."""
+    """Logits that are compared with the dense model's: a value, the axis of the vocabulary, the row
+    of the vocabulary that position 0 of the axis belongs to, and how many rows that has."""
 
     value: Value
     axis: int
     start: int
+    vocabulary: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

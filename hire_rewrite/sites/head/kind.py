@@ -61,7 +61,7 @@ class HeadKind(SiteKind):
 
     def logits(self, match: HeadMatch) -> Logits:
         value = match.outputs[-1]
-        return Logits(value, *match.places[value])
+        return Logits(value, *match.places[value], match.width)
 
     def trials(self, site: MatchedSite, rule: Head | None) -> Sequence[Head]:
         rule = rule or Head()
