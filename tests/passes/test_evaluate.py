@@ -11,6 +11,7 @@ import hire_rewrite as hire
 from hire_rewrite import FFN, Blocks, Head, Linear
 from hire_rewrite.ops.encodings import Float, Nested
 from hire_rewrite.ops.predictors import Cascade, LowRank, Quantized
+from hire_rewrite.ops.quality import Choice, Comparison, quality
 from tests.cases import Oracle, inputs, rand
 
 D, F, V, TOKENS, EXPERTS = 64, 128, 256, 64, 2
@@ -200,3 +201,12 @@ def test_tuned_rules_are_within_their_budget_in_decoding(name, kl):
     words = np.concatenate([np.asarray(tokens) for (tokens,) in batches[:3]])
     each = divergences(decoded(run, packed))[[list(WORDS).index(word) for word in words]]
     assert tuned.kl == pytest.approx(each.mean(), rel=1e-2, abs=1e-7)
+
+
+def test_of_a_token_of_nan_nothing_is_found():
+    """Though all units are candidates; telemetry, which goes on, counts it so too."""
+    rank = inputs(3, 8).at[1, 5].set(jnp.nan)
+    choice = Choice(rank, rank, jnp.ones((3, 8), bool), 2, jnp.ones((3, 8)), -jnp.inf)
+    sums = quality(Comparison(rank, rank, rank, choice))
+    assert sums.hits.tolist() == [1, 0, 2]
+    assert (sums.tokens, sums.best, sums.undefined) == (3, 2, 1)
