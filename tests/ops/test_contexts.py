@@ -55,6 +55,7 @@ def test_results_are_the_same_with_x64(name):
 @pytest.mark.parametrize("precision", ["highest", "BF16_BF16_F32"])
 def test_what_is_guessed_does_not_depend_on_the_precision_that_is_set(name, precision):
     def products():
+        jax.clear_caches()  # a kernel for TPU holds where it was traced first, by whichever test
         lines = re.findall(r"dot_general .*|@tpu_custom_call.*", lowered(name, "tpu"))
         return sorted(re.sub(r"[%@][\w#]+", "", line) for line in lines)
 

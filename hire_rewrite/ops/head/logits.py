@@ -127,7 +127,7 @@ def scored(
     if not proportional or float(jnp.finfo(x.dtype).max) < _LARGE:
         return predictor.score(arrays, x, layer, choose)
     ordinary = (jnp.abs(x) < _LARGE).all(-1, keepdims=True)
-    unit = jnp.where(ordinary, 1.0, _UNIT)
+    unit = jnp.where(ordinary, jnp.float32(1), jnp.float32(_UNIT))
     return predictor.score(arrays, x / unit.astype(x.dtype), layer, choose) * unit
 
 
