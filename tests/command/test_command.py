@@ -140,7 +140,7 @@ def test_an_output_that_cannot_be_written_is_told_of_at_once(name, tmp_path, mon
     args = ("--batches", "hire_rewrite.command.demo:batches", "--kl", "1") if name == "tune" else ()
     result = run(name, DEMO, *HEAD, *args, option, str(tmp_path / "missing" / "plan.svg"))
     assert result.exit_code == 1
-    assert "missing/plan.svg" in result.stderr
+    assert "missing/plan.svg" in result.output
     assert not [*tmp_path.iterdir()]
 
 
