@@ -197,9 +197,9 @@ class Packed:
         """Write it to a directory (Orbax), or to one file if the path ends in `.safetensors`.
 
         A file is replaced when the new one is complete; of a link, what it is a link to. `~` is the
-        user's directory. A directory holds sharded arrays, which
-        several processes may write together and which go to any number of devices; it must not be
-        there yet. It needs `pip install orbax-checkpoint`.
+        user's directory. A directory holds sharded arrays, which several processes may write
+        together and which go to any number of devices; it must not be there yet. It needs
+        `pip install orbax-checkpoint`.
 
         Raises:
           HireRewriteError: the arrays are shapes or traced, the path is taken, or something that is

@@ -19,6 +19,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.name_patterns import check_pattern, fits, site_pattern, sites_pattern, whole_name
 from hire_rewrite.ops.encodings import Encoding
 from hire_rewrite.ops.predictors import Predictor, written
+from hire_rewrite.settings import is_int
 
 Self = TypeVar("Self", bound="Rule")
 
@@ -121,11 +122,6 @@ def count(amount: float | int, width: int, what: str) -> int:
 def is_one(setting: object, protocol: type) -> bool:
     """Whether a setting has the methods of a protocol; its class, which has them too, is none."""
     return isinstance(setting, protocol) and not isinstance(setting, type)
-
-
-def is_int(number: object) -> bool:
-    """Whether a setting is a whole number (True and False are not)."""
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def check_positive_int(rule: str, name: str, number: object) -> None:

@@ -13,7 +13,8 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.files import local, write
 from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
-from hire_rewrite.rules import Rule, is_int
+from hire_rewrite.rules import Rule
+from hire_rewrite.settings import is_int
 from hire_rewrite.sites import site_kinds
 
 

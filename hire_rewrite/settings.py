@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from hire_rewrite.errors import HireRewriteError
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "is_int"]
 
 
 def check_settings(given: Any) -> None:
@@ -24,3 +25,8 @@ def check_settings(given: Any) -> None:
                 f"{list(value.shape)}: give a single Python number or word, which is the same for "
                 "all layers and calls"
             )
+
+
+def is_int(number: object) -> bool:
+    """Whether a setting is a whole number (True and False are not)."""
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)

@@ -15,7 +15,6 @@ copy.
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from hire_rewrite.packed import Packed
 from hire_rewrite.passes.modes import HIRE, MODES
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
+from hire_rewrite.settings import is_int
 from hire_rewrite.sites import site_kinds
 from hire_rewrite.sites.ffn.rule import FFN
 from hire_rewrite.sites.head.rule import Head
@@ -76,7 +76,7 @@ def assert_rewrites(step: Transformed, *args: Any, **counts: int) -> None:
     for name, count in counts.items():
         if name not in known:
             raise AssertionError(f"{name} is not a kind of site: there are {', '.join(known)}")
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
+        if not is_int(count) or count < 0:
             raise AssertionError(f"{name}={count!r} is not a number of sites: give 0, 1, 2, ...")
     plan, mode = step.plan(*args), _other_mode(step)
     found = dict.fromkeys(known, 0)

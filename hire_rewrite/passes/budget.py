@@ -124,9 +124,8 @@ def tune_within(
         raise HireRewriteError(
             f"tune: no site of {analyses.name} has anything to choose: look at .plan(...)"
         )
-    step.dense_logits(checking)  # or they are refused when all trials are made
+    dense, budget = step.dense_logits(checking), kl  # first: batches are refused before any trial
     options, untried = _options(step, offers, trying, clock, len(checking) / len(trying))
-    dense, budget = step.dense_logits(checking), kl
     for _ in range(_ATTEMPTS):
         chosen = choose(options, budget)
         rules = [option.trial.rule for option in chosen]

@@ -111,9 +111,7 @@ class _Decider:
         now = estimate(operation, site.tokens, self.machine)
         packs = self._packs(operation, packed)
         absent = self.packed is not None and not packs and self._would_pack(operation)
-        reason, rewritten = _ABSENT, False
-        if not absent:
-            reason, rewritten = self._reason(operation, packs, now)
+        reason, rewritten = (_ABSENT, False) if absent else self._reason(operation, packs, now)
         row = _row(site, rule, reason, now, rewritten=rewritten)
         name = site.name if packed is None else packed.name
         asked = packs or bool(self.rules)

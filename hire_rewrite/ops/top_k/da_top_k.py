@@ -30,6 +30,7 @@ from hire_rewrite.ops.top_k.keys import has_keys
 from hire_rewrite.ops.top_k.merge import MERGES
 from hire_rewrite.ops.top_k.primitive import axis_size, bind, merges_of
 from hire_rewrite.ops.top_k.recall import allowed_misses, kept_per_shard
+from hire_rewrite.settings import is_int
 
 
 def da_top_k(
@@ -145,7 +146,7 @@ class _Wanted:
             )
         for name in ("k", "keep"):
             number = getattr(self, name)
-            if number is not None and not _is_int(number):
+            if number is not None and not is_int(number):
                 raise HireRewriteError(f"da_top_k: {name}={number!r} must be an int")
         if self.k < 1:
             raise HireRewriteError(f"da_top_k: k={self.k} must be at least 1")
@@ -178,10 +179,6 @@ class _Wanted:
             )
         formula = whole if shards == 1 else kept_per_shard(n, self.k, shards, self.recall_target)
         return min(whole, self.keep or max(formula, enough))
-
-
-def _is_int(number: object) -> bool:
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def _sharded(

@@ -8,6 +8,7 @@ reconstruction, say, or labels that do not exclude each other.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,10 +67,15 @@ def _is_small(value: Value) -> bool:
     return literal is not None and bool(np.all(np.abs(np.asarray(literal)) <= 1))
 
 
+def constant_of(value: Value) -> Any:
+    """The number, or the array, of the program that a value is, cast and laid out anew; or None."""
+    source = origin(value, Trait.CASTS | Trait.MOVES)
+    return source.const if source.literal is None else source.literal
+
+
 def is_negative(value: Value) -> bool:
     """Whether a value is a number below zero that is written into the program, or is negated."""
-    source = origin(value, Trait.CASTS | Trait.MOVES)
-    number = source.const if source.literal is None else source.literal
+    number, source = constant_of(value), origin(value, Trait.CASTS | Trait.MOVES)
     if number is not None and np.ndim(number) <= 1:
         return bool(np.all(np.asarray(number) < 0))
     return source.node is not None and (

@@ -8,8 +8,8 @@ import numbers
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.ops.encodings import Coarse, CoarseEncoding, Encoding
 from hire_rewrite.ops.predictors import Predictor, Quantized
-from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_int, is_one
-from hire_rewrite.settings import check_settings
+from hire_rewrite.rules import Rule, check_amounts, check_positive_int, is_one
+from hire_rewrite.settings import check_settings, is_int
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

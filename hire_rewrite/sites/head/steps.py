@@ -16,6 +16,7 @@ from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.sites.head.along import is_of_ranks
+from hire_rewrite.sites.head.distortion import constant_of
 
 
 def is_stepped(value: Value) -> bool:
@@ -58,8 +59,7 @@ def may_level(node: Node, position: int, size: int) -> bool:
 
 def _number(value: Value) -> float:
     """The number that a value is, as the program has it; NaN if it is none, or several."""
-    source = origin(value, Trait.CASTS | Trait.MOVES)
-    number = source.const if source.literal is None else source.literal
+    number = constant_of(value)
     return float(np.asarray(number)) if number is not None and np.ndim(number) == 0 else math.nan
 
 

@@ -53,14 +53,9 @@ class TakenOut:
 
     def _times(self, user: Node) -> float:
         """How often an operation runs each time the logits are made."""
-        around, scope = [self._product.scope], user.scope
-        while around[-1].parent is not None:
-            around.append(around[-1].parent.scope)
-        times = 1.0
-        while scope not in around and scope.parent is not None:
-            times *= math.inf if scope.length is None else scope.length
-            scope = scope.parent.scope
-        return times
+        around = list(self._product.scope.ancestors())
+        behind = (scope for scope in user.scope.ancestors() if scope not in around)
+        return math.prod(math.inf if s.length is None else float(s.length) for s in behind)
 
     def by_scatter(self, user: Node, axis: int) -> bool:
         """Whether a scatter makes a few logits less or leaves them: the greatest of the others stay
