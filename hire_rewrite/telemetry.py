@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import groups
 from hire_rewrite.ops.usage import FIELDS, RECALL
 from hire_rewrite.plan import table
+
+_COLUMNS = len(FIELDS) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Telemetry:
     by) and before the recall of a million tokens was measured, and go on with a new sum.
 
     Attributes:
-      counts: u32[rows, 8], the rows of all sites one after the other; i64 on the host. Under
+      counts: u32[rows, 9], the rows of all sites one after the other; i64 on the host. Under
         `vmap` with the mapped axis in front (`out_axes=0`); of a `shard_map` whose devices'
         counters are joined, those rows of each device. The columns, summed over calls:
         calls, tokens: runs of the site, and tokens in them.
@@ -94,6 +97,8 @@ class Telemetry:
         whole, whole_tokens: runs that read all units, and the tokens in them.
         proved: tokens whose result was proved.
         sampled, recalled: tokens whose recall was measured, and 4096 times the sum of it.
+        Last, the calls times a number of the row, modulo 2^32: whether rows and columns are where
+        they were.
       sites: in the order of the plan.
 
     Examples:
@@ -154,13 +159,14 @@ class Telemetry:
         if len(found) != 1:
             known = ", ".join(found or [site.name for site in self.sites])
             raise HireRewriteError(f"telemetry[{name!r}]: give one of {known}")
-        return SiteCounts(*_by_name(self.on_host())[found[0]].T)
+        return _site_counts(_by_name(self.on_host())[found[0]])
 
     def on_host(self) -> Telemetry:
         """The same with i64 counters in NumPy, those of mapped calls added up; waits for them.
 
         Raises:
-          HireRewriteError: they are traced, or shapes, or their axes are others than they were.
+          HireRewriteError: they are traced, or shapes, or not where they were (axes of mapped calls
+            that are not in front, other columns).
         """
         if isinstance(self.counts, jax.ShapeDtypeStruct):
             raise HireRewriteError("telemetry of shapes has no counters: call the function")
@@ -170,13 +176,15 @@ class Telemetry:
                 "and add it outside of jit"
             )
         counts = np.asarray(jax.device_get(self.counts)).astype(np.int64)
-        return Telemetry(_added_up(counts, self.sites), self.sites)
+        counts = _added_up(counts, self.sites)
+        _check_places(counts, self.sites)
+        return Telemetry(counts, self.sites)
 
     def summary(self) -> dict[str, SiteUsage]:
         """What each site read, by name; sites that never ran have no shares."""
         host = self.on_host()
         counts = _by_name(host)
-        return {site.name: _usage(site, SiteCounts(*counts[site.name].T)) for site in host.sites}
+        return {site.name: _usage(site, _site_counts(counts[site.name])) for site in host.sites}
 
     def __str__(self) -> str:
         """Sites that are alike share a row: its figures are the least and the greatest."""
@@ -203,35 +211,57 @@ def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telem
     Args:
       reports: for each site u32[rows, 8].
     """
-    every = [reports[site.name] for site in sites]
-    if not every:
-        return Telemetry(jax.numpy.zeros((0, len(FIELDS)), jax.numpy.uint32), ())
-    return Telemetry(jax.numpy.concatenate(every), tuple(sites))
+    if not sites:
+        return Telemetry(jax.numpy.zeros((0, _COLUMNS), jax.numpy.uint32), ())
+    counts = jax.numpy.concatenate([reports[site.name] for site in sites])
+    places = counts[:, :1] * _row_numbers(sites)[:, None]
+    return Telemetry(jax.numpy.concatenate([counts, places], axis=1), tuple(sites))
+
+
+def _row_numbers(sites: Sequence[CountedSite]) -> np.ndarray:
+    """u32[rows], an odd number for each row, so that it times the calls is not that of others."""
+    labels = [f"{site.name}/{row}" for site in sites for row in range(site.rows)]
+    return np.array([zlib.crc32(label.encode()) | 1 for label in labels], np.uint32)
+
+
+def _check_places(counts: np.ndarray, sites: Sequence[CountedSite]) -> None:
+    """Refuses i64[rows, 9] that were read along other axes than they were counted."""
+    if not sites:
+        return
+    calls, places = counts[:, 0].astype(np.uint32), counts[:, -1].astype(np.uint32)
+    if not np.array_equal(calls * _row_numbers(sites), places):
+        raise HireRewriteError(
+            "telemetry: its counts are not in the rows and columns in which they were counted: "
+            "return it as it is, with mapped axes in front (out_axes=0)"
+        )
 
 
 def _added_up(counts: Any, sites: Sequence[CountedSite]) -> Any:
-    """[rows, 8], those of mapped calls, and of several devices, added up.
+    """[rows, 9], those of mapped calls, and of several devices, added up.
 
     Raises:
       HireRewriteError: these are no counters of the sites.
     """
-    rows, fields = sum(site.rows for site in sites), len(FIELDS)
-    shape = counts.shape
-    if len(shape) < 2 or shape[-1] != fields or shape[-2] % max(rows, 1) or not rows <= shape[-2]:
+    rows, shape = sum(site.rows for site in sites), counts.shape
+    if len(shape) < 2 or shape[-1] != _COLUMNS or shape[-2] % max(rows, 1) or rows > shape[-2]:
         raise HireRewriteError(
-            f"telemetry: counts are {list(shape)}, where its sites have [..., {rows}, {fields}]: "
+            f"telemetry: counts are {list(shape)}, where its sites have [..., {rows}, {_COLUMNS}]: "
             "return it as it is, with mapped axes in front (out_axes=0)"
         )
-    return counts.reshape(-1, rows, fields).sum(0, dtype=counts.dtype) if rows else counts
+    return counts.reshape(-1, rows, _COLUMNS).sum(0, dtype=counts.dtype) if rows else counts
 
 
 def _by_name(telemetry: Telemetry) -> dict[str, Any]:
-    """The counters of each site, [rows, 8]."""
+    """The counters of each site, [rows, 9]."""
     counts, found, start = _added_up(telemetry.counts, telemetry.sites), {}, 0
     for site in telemetry.sites:
         found[site.name] = counts[start : start + site.rows]
         start += site.rows
     return found
+
+
+def _site_counts(counts: np.ndarray) -> SiteCounts:
+    return SiteCounts(*counts[:, : len(FIELDS)].T)
 
 
 def _usage(site: CountedSite, counts: SiteCounts) -> SiteUsage:

@@ -1,6 +1,5 @@
 """Counters beside the result: what was read, in every form that a function has."""
 
-import dataclasses
 import functools
 
 import jax
@@ -228,6 +227,30 @@ def test_mapped_calls():
     assert telemetry["layers"].read.tolist() == (3 * once["layers"].read).tolist()
 
 
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_mapped_calls_along_another_axis_are_refused(axis):
+    """Also where there are as many of them as rows, or as columns."""
+    _, on = both(model, FFN, PROVED)
+    held = held_by(FFN, PROVED)
+    (rows, columns) = on(held, TOKEN)[1].counts.shape
+    for calls in (rows, 2 * rows, columns, rows * columns):
+        tokens = jnp.stack([TOKEN] * calls)
+        step = jax.vmap(on, (None, 0), out_axes=(0, axis))
+        _, telemetry = step(held, tokens)
+        _, moved = on(held, TOKEN)
+        for sums in (telemetry, telemetry + telemetry):
+            with pytest.raises(HireRewriteError, match="out_axes=0"):
+                sums.on_host()
+        with pytest.raises(HireRewriteError, match="out_axes=0"):
+            (jax.tree.map(jnp.copy, telemetry) + moved).summary()
+
+
+def test_mapped_calls_without_sites():
+    on = hire.transform(lambda p, x: jnp.tanh(x * p), telemetry=True, on_miss="ignore")
+    _, telemetry = jax.vmap(on, (None, 0))(jnp.ones(D), jnp.ones((3, 5, D)))
+    assert telemetry.summary() == {}
+
+
 def test_every_linear_layer_is_counted_once():
     """Those of one input run in one call, and each has its name."""
 
@@ -390,10 +413,12 @@ def test_sums_of_mapped_and_other_calls():
         assert (first + second)[name].calls == calls
         assert (first.on_host() + second)[name].calls == calls
         assert jax.jit(lambda a, b: a + b)(first, second)[name].calls == calls
-    other = dataclasses.replace(
-        three, sites=tuple(dataclasses.replace(site, name="other") for site in three.sites)
-    )
-    assert {n: usage.calls for n, usage in (one + other).summary().items()} == {name: 1, "other": 3}
+    named = hire.transform(lambda p, x: x @ p["other"], HEAD, telemetry=True)
+    _, other = jax.vmap(named, (None, 0))(named.pack({"other": p}, x), jnp.stack([x] * 3))
+    assert {n: usage.calls for n, usage in (one + other).summary().items()} == {
+        name: 1,
+        other.sites[0].name: 3,
+    }
     _, turned = jax.vmap(on, (None, 0), out_axes=-1)(held, jnp.stack([x] * 3))
     with pytest.raises(hire.HireRewriteError, match="mapped axes in front"):
         turned.summary()
