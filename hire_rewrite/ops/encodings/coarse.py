@@ -41,6 +41,11 @@ class Coarse:
         return False
 
     @property
+    def proportional(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def certifies(self) -> bool:
         """Whether the encoding has bounds of its errors."""
         return isinstance(self.encoding, BoundedEncoding)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hire_rewrite.ops.encodings import Coarse, picked_products
+from hire_rewrite.ops.encodings import picked_products
 from hire_rewrite.ops.gather import gather_rows, gathered_matmul
 from hire_rewrite.ops.head.spec import Endpoints, HeadSpec, HeadState, best
 from hire_rewrite.ops.head.tail import at, with_tail
-from hire_rewrite.ops.predictors import Predictor, Quantized, optimistic
+from hire_rewrite.ops.predictors import Predictor, optimistic, proportional
 from hire_rewrite.ops.predictors.protocol import Choose
 from hire_rewrite.ops.top_k.select import scatter
 
@@ -123,8 +123,7 @@ def scored(
     """A predictor's scores f32[tokens, rows], also of tokens of huge numbers: their products with
     integers would overflow where those with the rows themselves do not."""
     arrays = state.guessing(predictor)
-    proportional = isinstance(predictor, Quantized | Coarse)  # not after a mean, as `LowRank` is
-    if not proportional or float(jnp.finfo(x.dtype).max) < _LARGE:
+    if not proportional(predictor) or float(jnp.finfo(x.dtype).max) < _LARGE:
         return predictor.score(arrays, x, layer, choose)
     ordinary = (jnp.abs(x) < _LARGE).all(-1, keepdims=True)
     unit = jnp.where(ordinary, jnp.float32(1), jnp.float32(_UNIT))

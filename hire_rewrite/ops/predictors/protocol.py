@@ -169,6 +169,20 @@ class ScoresRows(Protocol):
 
 
 @runtime_checkable
+class Proportional(Protocol):
+    """A predictor that knows whether its scores are proportional to the token, as products are.
+
+    Tokens of huge numbers are given to those that are in a smaller unit.
+    """
+
+    @property
+    def proportional(self) -> bool:
+        """Whether a power of two times a token has that times its scores. It has not where a mean
+        is taken off the token, or rows are chosen on the way."""
+        ...
+
+
+@runtime_checkable
 class Certifying(Predictor, Protocol):
     """A predictor that knows how wrong it can be (see `docs/certify.md`)."""
 
@@ -207,6 +221,11 @@ def optimistic(scores: Array, state: State, layer: Array | int) -> Array:
         return scores
     bonus = lax.dynamic_index_in_dim(state["bonus"], layer, keepdims=False)
     return scores + bonus[None, : scores.shape[-1]]
+
+
+def proportional(predictor: object) -> bool:
+    """Whether a predictor's scores are known to be proportional to the token."""
+    return isinstance(predictor, Proportional) and predictor.proportional
 
 
 def certifies(predictor: object) -> bool:

@@ -90,6 +90,11 @@ class Quantized:
         return False
 
     @property
+    def proportional(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def certifies(self) -> bool:
         """True."""
         return True
