@@ -206,7 +206,7 @@ class Walk:
 
     def _check_lookup(self, user: Node) -> None:
         """Raise if numbers that were looked up go into a product soon: scores of an attention."""
-        for value in soon(user.outs[0], self.uses, until=Trait(0)):
+        for value in soon(user.outs[0], self.uses):
             for reader, position in self.uses.users(value):
                 if reader.primitive is p.dot_general_p and not is_one_hot(reader.ins[1 - position]):
                     reason = "what is looked up in it is multiplied: not a vocabulary"

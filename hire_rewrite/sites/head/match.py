@@ -16,11 +16,11 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.traits import Trait, has, slope
-from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, origin, result_axis
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import origin
 from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
-from hire_rewrite.sites.head.distortion import is_negative
+from hire_rewrite.sites.head.each_logit import Place, place_behind
 from hire_rewrite.sites.head.logits import LogitTopK, Walk, downstream, follow
 from hire_rewrite.sites.head.order import AS_LOGITS, Ranked, ranked
 from hire_rewrite.sites.kind import Match
@@ -28,9 +28,6 @@ from hire_rewrite.sites.replacement import arguments
 
 MIN_WIDTH = 4096
 """What a vocabulary has at least, if nobody says otherwise."""
-
-Place = tuple[int, int]
-"""An axis, and the row of the vocabulary that position 0 of it belongs to."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,7 +254,7 @@ def _epilogue(
         _, node = heapq.heappop(queue)
         # Two heads must not wait for each other: this one waits for none before it.
         free = node not in heads and not any(v in theirs for v in node.ins if v not in places)
-        place = _place_behind(node, places, tainted) if free else None
+        place = place_behind(node, places, tainted) if free else None
         if place is not None:
             places[node.outs[0]] = place
             epilogue.append(node)
@@ -268,38 +265,6 @@ def _epilogue(
                     queued.add(user)
                     heapq.heappush(queue, (user.index, user))
     return _pruned(linear, logits, epilogue, places, uses)
-
-
-def _place_behind(node: Node, places: Mapping[Value, Place], tainted: set[Value]) -> Place | None:
-    """Where the vocabulary is in the node's result, if the node belongs to the epilogue."""
-    touched = [i for i, value in enumerate(node.ins) if value in tainted]
-    if node.bodies or len(node.outs) != 1 or any(node.ins[i] not in places for i in touched):
-        return None
-    # A condition is something for a `select_n` to ask about.
-    is_condition = has(node.primitive, Trait.POINTWISE) and node.outs[0].dtype == jnp.bool_
-    if not (is_condition or all(_rises(node, i) for i in touched)):
-        return None
-    behind: set[Place] = set()
-    for i in touched:
-        value = node.ins[i]
-        axis, start = places[value]
-        result = result_axis(node, i, axis)
-        if result is None:
-            return None
-        window = Window(result[0], node.outs[0].shape[result[0]])
-        inner = operand_windows(node, window)[i]
-        if inner.picks or not keeps_tokens(node, value, inner, window):
-            return None
-        behind.add((result[0], start + result[1]))
-    return behind.pop() if len(behind) == 1 else None
-
-
-def _rises(node: Node, operand: int) -> bool:
-    """Whether a larger operand gives a larger result, as far as is known."""
-    if node.primitive is p.select_n_p and operand == 0:
-        return True
-    kind = slope(node.primitive, operand)
-    return kind == "+" or (kind == "?" and not any(map(is_negative, node.ins)))
 
 
 def _pruned(

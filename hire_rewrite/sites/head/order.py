@@ -10,21 +10,22 @@ each logit by itself before any of this is no matter: candidates are chosen by w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Node, Uses, Value, source_of
+from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
 from hire_rewrite.sites.head.along import is_random, varies
 from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
+from hire_rewrite.sites.head.in_order import InOrder
 from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
-from hire_rewrite.sites.head.looked_up import are_ranked, compared_lookups, picks
+from hire_rewrite.sites.head.looked_up import decided_by
 from hire_rewrite.sites.head.steps import is_stepped, may_level, searched_sum
 from hire_rewrite.sites.head.taken_out import LAID, TakenOut
 
@@ -75,9 +76,14 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
         order.visit(*order.stack.pop())
         if not order.stack:
             order.doubt_choices()
-    compared = compared_lookups(order.singles, walk.uses) if order.reason is None else None
-    if compared is not None:
-        order.refuse_lookups(compared)
+    decides = None
+    if order.reason is None:
+        decides = decided_by(order.looked_up, {value for value, _ in order.ways}, walk.uses)
+    if decides is not None:
+        order.reason = (
+            f"something is decided ({decides.primitive}, {source_of(decides)}) by logits that are "
+            "looked up, or by a sum of some, and those may be none of the greatest"
+        )
     taken = order.taken.behind
     if taken == math.inf:
         order.reason = "a loop behind it takes out as many of its greatest logits as it likes"
@@ -97,7 +103,7 @@ class _Order:
         self.ways: dict[tuple[Value, int], int] = {}
         self.lost: dict[Value, Node] = {}
         self.choices: list[tuple[Node, int, int]] = []
-        self.singles: list[Value] = []
+        self.looked_up: list[Value] = []
         self.reason: str | None = None
         self.taken = TakenOut(walk.product, self.logits)
         self.depth = 0
@@ -173,16 +179,16 @@ class _Order:
             return
         if has(user.primitive, Trait.REDUCES) and way == LOST and is_stepped(value):
             wanted = ()
+        elif user.primitive is p.reduce_sum_p and self._is_of_some(value, axis):
+            self.looked_up.append(user.outs[0])
+            return
         elif user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
             wanted = (DOWN,)
         elif user.primitive is p.reduce_max_p or has(user.primitive, Trait.SEARCHES):
             wanted = (UP,)
         elif not has(user.primitive, Trait.ORDERS):
-            if user.primitive is p.gather_p:
-                if picks(user, value, axis) == 1:
-                    self._look_up(user.outs[0])
-                elif are_ranked(user.outs[0], self.uses):
-                    self.refuse_lookups(user)
+            if user.primitive in (p.gather_p, p.dot_general_p):
+                self._look_up(user.outs[0])
                 if way == LOST and searched_sum(value, self.lost.get(value)):
                     self._refuse(value, way, f"{user.primitive} searches them ({source_of(user)})")
             return
@@ -194,15 +200,21 @@ class _Order:
     def _wanted_of_sorted(self, user: Node, axis: int, way: int) -> tuple[int, ...]:
         """The ways in which numbers may be sorted: those for which their least ones are not seen to
         be read. How many of the greatest are is remembered."""
+        read = InOrder(user, axis, self.uses, self.of_logits)
         wanted = {UP, DOWN}
-        for start, limit, size in _parts(user, axis, self.uses):
+        for start, limit, size, tokens in read.parts:
             if start == 0 and limit < size:
                 wanted.discard(UP)
             elif start > 0 and limit == size:
                 wanted.discard(DOWN)
             depth = size - start if way == UP else limit  # numbers ascend
-            if 2 * depth <= size:
+            if tokens or 2 * depth <= size:
                 self.depth = max(self.depth, depth)
+        if read.unknown is not None:
+            self.reason = (
+                "its logits are put in order, and what is read at a rank that is not known before "
+                f"({source_of(read.unknown)}) may be none of the greatest"
+            )
         return tuple(wanted)
 
     def _refuse(self, value: Value, way: int, why: str) -> None:
@@ -242,9 +254,25 @@ class _Order:
             return UP if alike else LOST
         if any(varies(other, axis) and not is_random(other) for other in others):
             return LOST
-        if may_level(user, position, size[axis]):
+        chances = size[axis] if self._is_normalized(user.ins[position]) else None
+        if may_level(user, position, others, chances):
             return LOST
         return _way_of(user, position, others)
+
+    def _is_normalized(self, value: Value) -> bool:
+        """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of
+        all logits went into them."""
+        stack, seen = [value], {value}
+        for current in stack:
+            node = current.node
+            if node is None or node is self.walk.product:
+                continue
+            if node.primitive is p.reduce_sum_p and current in self.of_logits:
+                return True
+            new = [v for v in node.ins if v in self.of_logits and v not in seen]
+            stack += new
+            seen.update(new)
+        return False
 
     def _round(self, user: Node, position: int) -> None:
         """Remember an operation that may make two numbers one."""
@@ -263,32 +291,24 @@ class _Order:
         ways = self.ways.get((case, axis)), self.ways.get((other, axis))
         return (ways[0] is None and case in self.of_logits) or ways[0] == ways[1]
 
-    def _look_up(self, single: Value) -> None:
-        """Remember a single logit of each token, unless the logits say which."""
-        made = single.node
-        if made is not None and not any(v in self.of_logits for v in made.ins[1:]):
-            self.singles.append(single)
+    def _look_up(self, some: Value) -> None:
+        """Remember some logits of each token, unless the logits say which."""
+        made = some.node
+        if made is not None and sum(v in self.of_logits for v in made.ins) == 1:
+            self.looked_up.append(some)
 
-    def refuse_lookups(self, user: Node) -> None:
-        self.reason = (
-            f"several of its logits are looked up and ranked ({source_of(user)}), and those may be "
-            "none of the greatest"
-        )
-
-
-def _parts(sort: Node, axis: int, uses: Uses) -> Iterator[tuple[int, int, int]]:
-    """Where parts begin and end that are read of what a sort returns, and the size of the whole."""
-    values = [(out, False) for out in sort.outs]
-    for value, turned in values:
-        for reader, _ in uses.users(value):
-            if reader.primitive is p.rev_p and axis in reader.params["dimensions"]:
-                values.append((reader.outs[0], not turned))
-            elif reader.primitive is p.slice_p:
-                start, limit = (
-                    reader.params[name][axis] for name in ("start_indices", "limit_indices")
-                )
-                size = value.shape[axis]
-                yield (size - limit, size - start, size) if turned else (start, limit, size)
+    def _is_of_some(self, value: Value, axis: int) -> bool:
+        """Whether only some numbers are left, which the logits do not say."""
+        source = origin(value, LAID)
+        blamed = self.lost.get(value)
+        changed = [blamed] if blamed is not None else []
+        made = source.node
+        if made is not None and made in self.inside and made.primitive is not p.exp_p:
+            changed += self.inside
+        if any(has(node.primitive, Trait.SCATTERS | Trait.CUTS) for node in changed):
+            return True
+        others = (v for node in changed for v in node.ins if v not in self.of_logits)
+        return any(varies(other, axis) for other in others)
 
 
 def _way_of(user: Node, position: int, others: Collection[Value]) -> int:

@@ -7,6 +7,7 @@ and who counts, counts all: any of them may be a guess.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,13 +37,22 @@ def is_stepped(value: Value) -> bool:
     return not is_of_ranks(value)
 
 
-def may_level(node: Node, position: int, size: int) -> bool:
-    """Whether a cap or a floor may make several of the greatest of `size` numbers equal.
+_GUARD = 1e3
+"""What limits logits to such sizes guards against an overflow, and meets none."""
 
-    They are taken for chances or their logarithms, of which no two are above one half, and the
-    greatest is at least 1 / size.
+
+def may_level(
+    node: Node, position: int, bounds: Collection[Value], chances: int | None = None
+) -> bool:
+    """Whether a cap or a floor may make several of the greatest numbers equal.
+
+    Args:
+      position: of the numbers among the operands.
+      bounds: the operands that are caps and floors if the node is made for that.
+      chances: how many numbers there are, if they are chances or their logarithms: no two are above
+        one half, and the greatest is at least 1 / chances.
     """
-    others = [value for i, value in enumerate(node.ins) if i != position]
+    others = [v for i, v in enumerate(node.ins) if i != position and v in bounds]
     if node.primitive is p.max_p:
         floors, caps = others, []
     elif node.primitive is p.min_p:
@@ -51,9 +61,12 @@ def may_level(node: Node, position: int, size: int) -> bool:
         floors, caps = others[:1], others[1:]
     else:
         return False
-    least, half = 1 / max(size, 1), 0.5
-    low = all(n <= -math.log(size) or 0 <= n <= least for n in map(_number, floors))
-    high = all(n >= half or math.log(half) <= n <= 0 for n in map(_number, caps))
+    lows, highs = list(map(_number, floors)), list(map(_number, caps))
+    if chances is None:
+        return not (all(n <= -_GUARD for n in lows) and all(n >= _GUARD for n in highs))
+    least, half = 1 / max(chances, 1), 0.5
+    low = all(n <= -math.log(max(chances, 1)) or 0 <= n <= least for n in lows)
+    high = all(n >= half or math.log(half) <= n <= 0 for n in highs)
     return not (low and high)
 
 

@@ -1,0 +1,143 @@
+"""What is read of logits that were put in order: how far down, or at a rank that nobody knows.
+
+Who sorts all of them reads a few of the greatest as a rule, and as many are exact. Which token has
+the k-th rank for a k that is given at the call, or which rank a token has, may be told by guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import result_axis
+from hire_rewrite.sites.head.distortion import constant_of
+
+
+class Part(NamedTuple):
+    """Places that are read of numbers in ascending order: start to limit, of size; and whether
+    the tokens are read there, and not the numbers alone."""
+
+    start: int
+    limit: int
+    size: int
+    tokens: bool
+
+
+class _Sorted(NamedTuple):
+    """A value made of what a sort returns, along an axis.
+
+    Attributes:
+      turned: whether the last comes first.
+      places: whether it holds tokens, and not their logits; or their ranks.
+      ranks: whether it is in the order of the tokens again, and holds ranks.
+    """
+
+    value: Value
+    axis: int
+    turned: bool = False
+    places: bool = False
+    ranks: bool = False
+
+
+class InOrder:
+    """What is read of the results of a sort.
+
+    Args:
+      sort: a node.
+      axis: along which it sorts.
+      of_logits: the values that depend on the head's logits.
+
+    Attributes:
+      parts: that are cut out.
+      unknown: an operation that reads tokens at ranks that the logits do not say, or the ranks of
+        such tokens; None if there is none.
+    """
+
+    def __init__(self, sort: Node, axis: int, uses: Uses, of_logits: Collection[Value]) -> None:
+        self.parts: list[Part] = []
+        self.unknown: Node | None = None
+        self._uses, self._of_logits = uses, of_logits
+        stack = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
+        seen: set[_Sorted] = set()
+        while stack and self.unknown is None:
+            here = stack.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            if here.places and here.value in uses.results:
+                self.unknown = here.value.node
+            for user, position in uses.users(here.value):
+                stack += self._behind(here, user, position)
+
+    def _behind(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
+        """What an operation makes of it, as far as that is followed."""
+        value, axis = here.value, here.axis
+        primitive = user.primitive
+        if primitive is p.rev_p and axis in user.params["dimensions"]:
+            return [here._replace(value=user.outs[0], turned=not here.turned)]
+        if primitive is p.slice_p and user.outs[0].shape[axis] < value.shape[axis]:
+            starts, limits = user.params["start_indices"], user.params["limit_indices"]
+            self._read(here, starts[axis], limits[axis], user)
+            return []
+        if not here.places:
+            return []
+        if user.bodies or (has(primitive, Trait.SCATTERS) and position == 2):
+            self.unknown = user  # nobody reads tokens in order in a loop, or writes them
+        elif has(primitive, Trait.SCATTERS):
+            ranks = position == 1 and _is_whole(user.outs[0])
+            return [_Sorted(out, axis, places=True, ranks=True) for out in user.outs if ranks]
+        elif has(primitive, Trait.ORDERS):
+            whole = [out for out in user.outs if _is_whole(out)]
+            return [_Sorted(out, axis, places=True, ranks=True) for out in whole]
+        elif primitive is p.gather_p or primitive is p.dynamic_slice_p:
+            return self._looked_up(here, user, position)
+        elif has(primitive, Trait.COMPARES):
+            other = user.ins[1 - position]
+            if primitive in (p.eq_p, p.ne_p) and other not in self._of_logits:
+                self.unknown = user
+        elif has(primitive, Trait.REDUCES):
+            self.unknown = user
+        elif has(primitive, Trait.EXTENDS):
+            alike = len(user.outs[0].shape) == len(value.shape)
+            return [here._replace(value=out) for out in user.outs if alike]
+        elif has(primitive, Trait.POINTWISE | Trait.MOVES | Trait.KEEPS):
+            place = result_axis(user, position, axis)
+            whole = [out for out in user.outs if place is not None and out.dtype != jnp.bool_]
+            return [here._replace(value=out, axis=place[0]) for out in whole if place is not None]
+        return []
+
+    def _looked_up(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
+        """Tokens, or ranks, at places that the logits say, or that are given."""
+        if position > 0:
+            return []
+        place = result_axis(user, 0, here.axis)
+        if place is not None and user.outs[0].shape[place[0]] == here.value.shape[here.axis]:
+            return [here._replace(value=user.outs[0], axis=place[0])]  # of some rows all
+        if any(index in self._of_logits for index in user.ins[1:]):
+            return []
+        constant = constant_of(user.ins[1]) if len(user.ins) == 2 else None
+        if constant is None or here.ranks or np.size(constant) != 1:
+            self.unknown = user
+            return []
+        start = int(np.asarray(constant).reshape(()))
+        self._read(here, start, start + 1, user)
+        return []
+
+    def _read(self, here: _Sorted, start: int, limit: int, user: Node) -> None:
+        size = here.value.shape[here.axis]
+        if here.ranks:
+            self.unknown = user
+            return
+        if here.turned:
+            start, limit = size - limit, size - start
+        self.parts.append(Part(start, limit, size, here.places))
+
+
+def _is_whole(value: Value) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.integer))
