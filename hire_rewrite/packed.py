@@ -271,6 +271,13 @@ def check_arrays(name: str, packed: Packed | None) -> None:
         )
     packed.check()
     check_not_deleted(name, packed.paths, leaves)
+    check_widths(name, packed)
+
+
+def check_widths(name: str, packed: Packed) -> None:
+    """Raise HireRewriteError if a `Packed`, given to the function of this name, holds numbers of 64
+    bits where JAX has none; its arrays may be traced."""
+    leaves = jax.tree.leaves(packed)
     wide = [leaf.dtype for leaf in leaves if _is_wider_than_allowed(leaf.dtype)]
     if wide:
         raise HireRewriteError(

@@ -16,7 +16,7 @@ from hire_rewrite.gradient import LOST_RULE, OTHER_GRADIENT, announcing
 from hire_rewrite.graph.calls.derivative import all_describe_code
 from hire_rewrite.log import timed
 from hire_rewrite.names import first_names
-from hire_rewrite.packed import Packed
+from hire_rewrite.packed import Packed, check_widths
 from hire_rewrite.passes.count import counting, telemetry
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.rewrite import rewrite_for
@@ -71,6 +71,7 @@ class Runner:
                 return original()  # nothing is packed, or nothing is asked for
             swaps = analysis.exact_forms
         else:
+            check_widths(self.name, packed)
             share = 0.0 if self.telemetry is True else float(self.telemetry)
             packing = counting(self.mode, share) if counted else self.mode.packed
             swaps = analysis.replacements(packed, packing)

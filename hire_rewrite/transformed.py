@@ -122,7 +122,7 @@ class Transformed:
             return self._compiled_for(self._analyses.of(None, args, kwargs))(*operands)
         try:
             return self._compiled(*operands)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             check_arrays(self.name, packed)
             check_numbers(self.fn, self.name, operands[1], kwargs)
             if "devices" in str(error):

@@ -85,6 +85,14 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
         (lambda step, params, packed: packed.check({**params, "up": "abc"}), "params/up is none"),
         (lambda step, params, packed: THIRD.evaluate(THIRD.pack(*BATCH, params), [()]), "a batch"),
         (lambda step, params, packed: THIRD.tune(params, [(TOKEN,)] * 2), "a batch has 1 arg"),
+        (lambda step, params, packed: step(packed, 2**70, CACHE), "number 11805916.* does not fit"),
+        (lambda step, params, packed: step.plan(params, 2**70, CACHE), "does not fit"),
+        (lambda step, params, packed: step.pack({**params, "up": 2**70}, *BATCH), "does not fit"),
+        (lambda step, params, packed: step.evaluate(packed, [(2**70, CACHE)]), "does not fit"),
+        (
+            lambda step, params, packed: step.pack(params, *BATCH, calibration=[(2**70, CACHE)]),
+            "does not fit",
+        ),
         (
             lambda step, params, packed: BOTH.tune(5, [(TOKEN,)] * 2),
             "are a int, and the function has 2",

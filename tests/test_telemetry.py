@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -424,6 +425,15 @@ def test_sums_of_mapped_and_other_calls():
         turned.summary()
     with pytest.raises(hire.HireRewriteError, match="of shapes"):
         jax.eval_shape(on, held, x)[1].summary()
+
+
+def test_an_exported_function_returns_its_counts():
+    on = hire.transform(lambda p, x: x @ p, HEAD, telemetry=True)
+    p, x = weights()["head"], jnp.ones((2, 64))
+    held = on.pack(p, x)
+    exported = jax.export.export(jax.jit(lambda arrays, x: on(held.with_arrays(arrays), x)))
+    with pytest.raises(HireRewriteError, match=r"telemetry\.counts"):
+        exported(held.arrays, x).serialize()
 
 
 def test_counters_of_devices_that_are_joined():

@@ -42,6 +42,17 @@ def test_it_answers_as_jit_does(name):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_packed_of_64_bits_is_refused_without_them():
+    """By the function itself, and where it is a part of another one that is compiled."""
+    with jax.enable_x64(True):
+        x, params = (jax.tree.map(lambda a: a.astype(jnp.float64), a) for a in (X, PARAMS))
+        rewritten = hire.transform(step, RULE)
+        packed = rewritten.pack(params, x)
+    for call in (rewritten, jax.jit(rewritten)):
+        with pytest.raises(hire.HireRewriteError, match="packed with jax_enable_x64"):
+            call(packed, X)
+
+
 SHORT = "x64", "transfers"
 
 

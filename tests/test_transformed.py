@@ -426,6 +426,46 @@ def test_one_weight_in_two_sites_is_packed_once(params, call):
     close(fn(packed, *call), twice(params, *call))
 
 
+def test_a_packed_serves_tokens_of_any_number_of_axes():
+    """Prompts beside decoding: `[batch, time]` and `[batch]`; biases, parts of a fused product and
+    experts have places of their own in what a product returns."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (D, F), "b": (F,), "down": (F, D), "fused": (D, 2 * F), "ups": (2, D, F)}
+    p = {k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in shapes.items()}
+    p["downs"] = p["ups"].mT
+
+    def fn(p, x):
+        x = x + jax.nn.relu(x @ p["up"] + p["b"]) @ p["down"]
+        gate, up = jnp.split(x @ p["fused"], 2, -1)
+        x = x + (jax.nn.silu(gate) * up) @ p["down"]
+        each = jax.nn.relu(jnp.einsum("...d,edf->...ef", x, p["ups"]))
+        return x + jnp.einsum("...ef,efd->...ed", each, p["downs"]).sum(-2)
+
+    every = {"force": True, "max_tokens": None}
+    positive = hire.FFN(k="positive", path="ups", **every)
+    step = hire.transform(fn, positive, hire.FFN(k=1.0, candidates=1.0, **every))
+    x = jnp.asarray(rng.normal(size=(2, 3, D)), jnp.float32)
+    packed = step.pack(p, x[0])
+    for tokens in (x, x[:, None], x[0, 0]):
+        assert len(step.plan(packed, tokens).rewritten) == 3
+        close(step(packed, tokens), fn(p, tokens))
+    assert step.evaluate(packed, [(x,), (x[:1],)]).sites
+
+
+def test_what_a_packed_lacks_is_told_where_it_is_measured_too(full, params, call):
+    def without(params, *call):
+        return step(params, *call)["logits"]
+
+    def other(params, *call):
+        return without(params, *call) @ params["embed"] @ params["layers"]["up"][0]
+
+    packed = pack(hire.transform(without, *FULL), params, call)
+    again = hire.transform(other, *FULL, on_miss="ignore")
+    for measure in (lambda: again(packed, *call), lambda: again.evaluate(packed, [call])):
+        with pytest.raises(hire.HireRewriteError, match="Packed lacks"):
+            measure()
+
+
 @pytest.mark.parametrize("weights", [-1, "params", 1.5, True])
 def test_weights_are_positions(weights):
     with pytest.raises(hire.HireRewriteError, match="weights="):

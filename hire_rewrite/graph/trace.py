@@ -132,10 +132,21 @@ def trace(
 
 def abstract(leaf: Any) -> Any:
     """The type of an array, a number or a `jax.ShapeDtypeStruct`, weak and sharded as it is, and as
-    it differs from device to device inside a `shard_map`; of a `jax.Ref` its own type."""
+    it differs from device to device inside a `shard_map`; of a `jax.Ref` its own type.
+
+    Raises:
+      HireRewriteError: it is an integer that JAX has no type for.
+      TypeError: it is nothing that JAX computes with.
+    """
     if isinstance(leaf, jax.ShapeDtypeStruct) or _compat.is_ref(leaf):
         return leaf
-    aval = jax.typeof(leaf)
+    try:
+        aval = jax.typeof(leaf)
+    except OverflowError:
+        raise HireRewriteError(
+            f"the number {leaf} does not fit the integers that JAX has here: give a smaller one, "
+            "or an array"
+        ) from None
     if _compat.is_ref(aval):
         return aval
     sharding = aval.sharding if _compat.is_sharded_by_type(aval) else None

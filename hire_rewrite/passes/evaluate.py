@@ -33,7 +33,7 @@ from hire_rewrite.passes.logits import (
     with_logits,
 )
 from hire_rewrite.passes.modes import DENSE, EXACT, Packing
-from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.passes.rewrite import rewrite_for
 from hire_rewrite.passes.summarize import summarize
 from hire_rewrite.report import Report
 from hire_rewrite.sites import Logits
@@ -105,7 +105,7 @@ def evaluate(
             wanted = _classes(targets(*batch), _place(analysis))
         return analysis, (whole, known, wanted)
 
-    build = functools.partial(_sums, sites_only=sites_only)
+    build = functools.partial(_sums, sites_only=sites_only, name=analyses.name)
     total = accumulate("evaluation batch", batches, None, prepare, build, _check_defined)
     if total is None:
         raise HireRewriteError(
@@ -115,7 +115,7 @@ def evaluate(
     return summarize([kind.packing for kind in kinds], total)
 
 
-def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, Any]]:
+def _sums(analysis: Analysis, *, sites_only: bool, name: str) -> Callable[[Any], dict[str, Any]]:
     """(Packed, inputs by number, classes or None) to the sums of the sites and of the model."""
 
     def measured(decision: Decision, arrays: Any) -> list[SiteReplacement]:
@@ -138,15 +138,15 @@ def _sums(analysis: Analysis, *, sites_only: bool) -> Callable[[Any], dict[str, 
         reports: dict[str, Any] = {}
         logits: list[Array] = []
         for mode in modes:
-            swaps, name = analysis.replacements(packed, mode), ""
+            swaps, site = analysis.replacements(packed, mode), ""
             if head is not None:
-                swaps, name = with_logits(swaps, head)
-            reports = rewrite(analysis.trace, swaps)(inputs)[1]
+                swaps, site = with_logits(swaps, head)
+            reports = rewrite_for(analysis.trace, swaps, inputs, name)(inputs)[1]
             if head is not None:
-                quality, values = reports.pop(name)
+                quality, values = reports.pop(site)
                 logits.append(values)
                 if quality is not None:
-                    reports[name] = quality
+                    reports[site] = quality
         sums: dict[str, Any] = {"sites": reports}
         if head is not None:
             sums["model"] = _compare(logits[0], logits[-2], logits[-1], classes, head.start)

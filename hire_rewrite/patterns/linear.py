@@ -69,6 +69,13 @@ class Linear:
         """The axis of the weight that is an axis of the result."""
         return next((axis for axis, out in self.free if out == out_axis), None)
 
+    def weight_window(self, window: Window) -> Window:
+        """A window of the result as one of the weight, whatever axes tokens have."""
+        axes = {out: axis for axis, out in self.free} | {out: axis for _, axis, out in self.batch}
+        picks = [(axes[axis], place) for axis, place in window.picks]
+        own = None if window.axis is None else axes[window.axis]
+        return window.with_axis(own).with_picks(picks)
+
     def experts(self, window: Window | None = None) -> int:
         """How many weights lie side by side, where a window of the result is read."""
         axes = [axis for _, axis, _ in self.batch]

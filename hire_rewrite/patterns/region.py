@@ -18,7 +18,8 @@ from jax import lax
 
 from hire_rewrite.graph.evaluate import evaluate_part, literal_array, look_up
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.patterns.axes import Window, operand_windows, run_part
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import Blocked, Window, has_axis_rule, operand_windows, run_part
 from hire_rewrite.patterns.linear import Linear
 
 
@@ -41,6 +42,23 @@ class Vector:
     def is_flat(self) -> bool:
         """Whether it is the same for all tokens and experts."""
         return self.window.tokens(self.value.shape) == 1
+
+    @property
+    def source(self) -> Vector:
+        """The weight before it was laid out for tokens: the same whatever axes these have."""
+        vector: Vector = self
+        while vector.is_flat and vector.value.node is not None:
+            node = vector.value.node
+            if not (has(node.primitive, Trait.MOVES) and has_axis_rule(node.primitive)):
+                break
+            try:
+                window = operand_windows(node, vector.window)[0]
+            except Blocked:
+                break
+            if window.axis is None or window.size != vector.window.size:
+                break
+            vector = Vector(node.ins[0], window)
+        return vector
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

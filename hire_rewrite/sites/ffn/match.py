@@ -82,7 +82,7 @@ class FFNMatch(Match):
 
     @property
     def weights(self) -> tuple[Value, ...]:
-        vectors = (vector.value for region in self.regions for vector in region.vectors)
+        vectors = (vector.source.value for region in self.regions for vector in region.vectors)
         return (*super().weights, *vectors)
 
     @property
