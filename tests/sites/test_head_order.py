@@ -363,6 +363,8 @@ def test_as_many_are_exact_as_the_program_asks_for(search):
         assert f"top {exact} " in site.reason
         for got, want in zip(step(packed, X), step.fn(PARAMS, X), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5)
+    asks = hire.transform(step.fn, hire.Head(force=True))
+    assert "the program reads 300: give k=300" in asks.plan(PARAMS, X).rewritten[0].reason
 
 
 def test_so_many_are_taken_out_as_nobody_knows():

@@ -98,7 +98,10 @@ class HeadOperation(Operation):
     def describe(self) -> str:
         proved = f", {self.spec.certify} proved" if self.spec.certify else ""
         stored = "" if self.spec.exact is None else f" as {self.spec.exact}"
-        return self.described_choice(self.spec.width, stored + proved) + self._described_merge()
+        depth = self._match.ranked.depth
+        asked = f"; the program reads {depth}: give k={depth}" if depth > self.spec.k else ""
+        chosen = self.described_choice(self.spec.width, stored + proved)
+        return chosen + self._described_merge() + asked
 
     def _described_merge(self) -> str:
         """What devices send each other."""
