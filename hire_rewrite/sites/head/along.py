@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Value
+from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.provenance import backward_slice, body_of
 from hire_rewrite.graph.traits import Trait, has
 
@@ -45,6 +47,25 @@ def counts_up(value: Value, axis: int) -> bool:
             value = node.ins[0]
         else:
             return False
+    return False
+
+
+def is_normalized(value: Value, product: Node, of_logits: Collection[Value]) -> bool:
+    """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of all
+    logits went into them.
+
+    Args:
+      product: what the logits come from.
+      of_logits: what depends on it.
+    """
+    values = [value]
+    for current in values:
+        node = current.node
+        if node is None or node is product:
+            continue
+        if node.primitive is p.reduce_sum_p:
+            return True
+        values += [v for v in node.ins if v in of_logits and v not in values]
     return False
 
 

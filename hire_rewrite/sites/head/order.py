@@ -20,7 +20,7 @@ from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
-from hire_rewrite.sites.head.along import is_random, varies
+from hire_rewrite.sites.head.along import is_normalized, is_random, varies
 from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.in_order import InOrder
@@ -254,25 +254,11 @@ class _Order:
             return UP if alike else LOST
         if any(varies(other, axis) and not is_random(other) for other in others):
             return LOST
-        chances = size[axis] if self._is_normalized(user.ins[position]) else None
+        normalized = is_normalized(user.ins[position], self.walk.product, self.of_logits)
+        chances = size[axis] if normalized else None
         if may_level(user, position, others, chances):
             return LOST
         return _way_of(user, position, others)
-
-    def _is_normalized(self, value: Value) -> bool:
-        """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of
-        all logits went into them."""
-        stack, seen = [value], {value}
-        for current in stack:
-            node = current.node
-            if node is None or node is self.walk.product:
-                continue
-            if node.primitive is p.reduce_sum_p and current in self.of_logits:
-                return True
-            new = [v for v in node.ins if v in self.of_logits and v not in seen]
-            stack += new
-            seen.update(new)
-        return False
 
     def _round(self, user: Node, position: int) -> None:
         """Remember an operation that may make two numbers one."""
