@@ -81,6 +81,11 @@ def _likelier(p, x):
     return lax.scan(step, jnp.zeros(2), jnp.ones((3, 2), int))[0].argmax()
 
 
+def _scanned(p, x):
+    """Logits of one token after the other."""
+    return lax.scan(lambda c, each: (c, each @ p["head"]), 0, x)[1]
+
+
 def of_logits(fn):
     return lambda p, x: fn(x @ p["head"])
 
@@ -131,6 +136,28 @@ KEPT = {
         lambda z: jax.random.categorical(
             KEY, jnp.where(z < _at(jnp.sort(z)[:, ::-1], TOKENS)[:, None], -jnp.inf, z)
         )
+    ),
+    "chosen behind a scan": lambda p, x: (
+        lambda z: _at(jax.nn.log_softmax(z), z.argmax(-1)) > -3.0
+    )(_scanned(p, x)),
+    "a branch says which": of_logits(
+        lambda z: (
+            _at(
+                jax.nn.log_softmax(z),
+                lax.cond(
+                    X[0, 0] > 0,
+                    lambda: z.argmax(-1),
+                    lambda: jax.random.categorical(KEY, z),
+                ),
+            )
+            > -3.0
+        )
+    ),
+    "a race of exponential numbers": of_logits(
+        lambda z: (jax.nn.softmax(z) / jax.random.exponential(KEY, z.shape)).argmax(-1)
+    ),
+    "normalized otherwise": of_logits(
+        lambda z: ((z - z.mean(-1, keepdims=True)) / z.std(-1, keepdims=True)).argmax(-1)
     ),
     "the order of one token": of_logits(lambda z: jnp.argsort(-z, -1)[0][:5]),
     "at a place in the program": of_logits(lambda z: jnp.argsort(-z, -1)[:, np.int32(4)]),
@@ -214,6 +241,53 @@ LOST = {
             > jnp.where(jnp.arange(V) % 5 == 0, jax.nn.softmax(z), 0).sum(-1)
         )
     ),
+    "looked up behind a scan": lambda p, x: _at(_scanned(p, x), TOKENS).argmax(),
+    "looked up behind a branch": lambda p, x: (
+        _at(lax.cond(x[0, 0] > 0, lambda: x @ p["head"], lambda: jnp.zeros((2, V))), TOKENS) > 0.5
+    ),
+    "looked up by a loop's condition": lambda p, x: lax.while_loop(
+        lambda c: (c[1][0, 17] < 0.6) & (c[0] < 9),
+        lambda c: (c[0] + 1, x * (1.0 + c[0]) @ p["head"]),
+        (0, jnp.zeros((2, V))),
+    )[0],
+    "looked up by a table": of_logits(lambda z: _at(z, jnp.arange(V)[::-1][z.argmax(-1)]) > 0.2),
+    "the next to the greatest": of_logits(lambda z: _at(z, z.argmax(-1) + 1) > 0.2),
+    "in whole numbers": of_logits(
+        lambda z: (-20 * _at(jax.nn.log_softmax(z), TOKENS)).astype(jnp.int32)
+    ),
+    "rounded marks": of_logits(lambda z: jnp.round(5 * _at(jax.nn.softmax(z), TOKENS))),
+    "the order of medians": of_logits(lambda z: jnp.argsort(jnp.median(z, -1))),
+    "a quantile compared": of_logits(lambda z: z.max(-1) - jnp.quantile(z, 0.5, axis=-1) > 3.9),
+    "the greatest of a middle rank": of_logits(
+        lambda z: jnp.argmax(jnp.sort(z, -1)[:, V // 2 - 300])
+    ),
+    "compared at a rank that is given": of_logits(lambda z: _at(jnp.sort(z), TOKENS) > 0.5),
+    "searched in order": of_logits(
+        lambda z: jax.vmap(lambda a: jnp.searchsorted(jnp.sort(a), 0.0))(z)
+    ),
+    "by groups first": of_logits(
+        lambda z: jnp.lexsort((-z, jnp.broadcast_to(jnp.arange(V) % 7, z.shape)))[:, :20]
+    ),
+    "drawn by shares in order": of_logits(
+        lambda z: _at(
+            jnp.argsort(-z, -1),
+            (jnp.cumsum(-jnp.sort(-jax.nn.softmax(z)), -1) < jax.random.uniform(KEY, (2, 1))).sum(
+                -1
+            ),
+        )
+    ),
+    "a mask that is drawn": of_logits(
+        lambda z: (jax.nn.softmax(z) * jax.random.bernoulli(KEY, 0.01, (V,))).argmax(-1)
+    ),
+    "signs that are drawn": of_logits(
+        lambda z: (jax.nn.log_softmax(z) * jax.random.rademacher(KEY, (V,), jnp.float32)).argmax(-1)
+    ),
+    "capped, centered": of_logits(
+        lambda z: jnp.minimum((z - z.mean(-1, keepdims=True)) / z.std(-1, keepdims=True), 2).argmax(
+            -1
+        )
+    ),
+    "the order of deviations": of_logits(lambda z: (z.argmax(-1), jnp.argsort(z.std(-1)))),
     "the whole order": of_logits(lambda z: jnp.argsort(-z, -1)),
     "the rank of one, by two sorts": of_logits(
         lambda z: jnp.argsort(jnp.argsort(-z, -1), -1)[jnp.arange(2), TOKENS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from jax.extend.core import primitives as p
@@ -51,32 +52,51 @@ def counts_up(value: Value, axis: int) -> bool:
 
 
 def is_normalized(value: Value, product: Node, of_logits: Collection[Value]) -> bool:
-    """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of all
-    logits went into them.
+    """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of
+    powers of all logits went into them.
 
     Args:
       product: what the logits come from.
       of_logits: what depends on it.
     """
+    made = (each.node for each in _made_from(value, product, of_logits))
+    sums = (node for node in made if node is not None and node.primitive is p.reduce_sum_p)
+    return any(has_powers(node.ins[0], product, of_logits) for node in sums)
+
+
+def has_powers(value: Value, product: Node, of_logits: Collection[Value]) -> bool:
+    """Whether powers of logits went into numbers (see `is_normalized`)."""
+    made = (each.node for each in _made_from(value, product, of_logits))
+    return any(node is not None and node.primitive in (p.exp_p, p.exp2_p) for node in made)
+
+
+def _made_from(value: Value, product: Node, of_logits: Collection[Value]) -> list[Value]:
+    """A value, and what it is made of, back to the logits."""
     values = [value]
     for current in values:
-        node = current.node
-        if node is None or node is product:
-            continue
-        if node.primitive is p.reduce_sum_p:
-            return True
-        values += [v for v in node.ins if v in of_logits and v not in values]
-    return False
+        if current.node is not None and current.node is not product:
+            values += [v for v in current.node.ins if v in of_logits and v not in values]
+    return values
 
 
 def is_random(value: Value) -> bool:
-    """Whether it is random numbers, and nothing that a model computes: what is drawn is drawn by
-    guesses, too."""
+    """Whether it is random numbers of a continuous range, and nothing that a model computes: what
+    is drawn is drawn by guesses, too. Those that are zero or one, say, are a mask."""
     made = [each.node for each in backward_slice(value)]
     drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
-    return drawn and not any(
-        node is not None and has(node.primitive, Trait.MULTIPLIES) for node in made
-    )
+    if not drawn or any(n is not None and has(n.primitive, Trait.MULTIPLIES) for n in made):
+        return False
+    stack, seen = [value], {value}
+    while stack:
+        node = stack.pop().node
+        if node is None or has(node.primitive, Trait.RANDOM):
+            continue
+        if has(node.primitive, Trait.COMPARES) and math.prod(node.outs[0].shape) > 1:
+            return False
+        new = [v for v in node.ins if v not in seen]
+        stack += new
+        seen.update(new)
+    return True
 
 
 def is_of_ranks(value: Value) -> bool:

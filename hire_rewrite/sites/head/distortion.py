@@ -78,6 +78,7 @@ def is_negative(value: Value) -> bool:
     number, source = constant_of(value), origin(value, Trait.CASTS | Trait.MOVES)
     if number is not None and np.ndim(number) <= 1:
         return bool(np.all(np.asarray(number) < 0))
-    return source.node is not None and (
-        source.node.primitive is p.neg_p and not is_negative(source.node.ins[0])
-    )
+    made = source.node
+    if made is not None and made.primitive is p.log1p_p:  # as random numbers, to be negated, are
+        return is_negative(made.ins[0])
+    return made is not None and made.primitive is p.neg_p and not is_negative(made.ins[0])

@@ -17,12 +17,14 @@ from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import result_axis
 from hire_rewrite.sites.head.distortion import constant_of
+from hire_rewrite.sites.head.looked_up import says_which
 
 
 class Part(NamedTuple):
     """Places that are read of numbers in ascending order: start to limit, of size; and whether
     the tokens are read there, and not the numbers alone."""
 
+    value: Value
     start: int
     limit: int
     size: int
@@ -55,12 +57,14 @@ class InOrder:
 
     Attributes:
       parts: that are cut out.
+      looked_up: logits at ranks that nobody knows before.
       unknown: an operation that reads tokens at ranks that the logits do not say, or the ranks of
         such tokens; None if there is none.
     """
 
     def __init__(self, sort: Node, axis: int, uses: Uses, of_logits: Collection[Value]) -> None:
         self.parts: list[Part] = []
+        self.looked_up: list[Value] = []
         self.unknown: Node | None = None
         self._uses, self._of_logits = uses, of_logits
         stack = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
@@ -85,18 +89,22 @@ class InOrder:
             starts, limits = user.params["start_indices"], user.params["limit_indices"]
             self._read(here, starts[axis], limits[axis], user)
             return []
-        if not here.places:
-            return []
         if user.bodies or (has(primitive, Trait.SCATTERS) and position == 2):
-            self.unknown = user  # nobody reads tokens in order in a loop, or writes them
+            self.unknown = user  # nobody reads them in order in a loop, or writes them
+        elif primitive is p.gather_p or primitive is p.dynamic_slice_p:
+            return self._looked_up(here, user, position)
+        elif has(primitive, Trait.POINTWISE | Trait.MOVES | Trait.KEEPS) and (
+            not here.places or not has(primitive, Trait.COMPARES)
+        ):
+            return self._along(here, user, position)
+        elif not here.places:
+            return []
         elif has(primitive, Trait.SCATTERS):
             ranks = position == 1 and _is_whole(user.outs[0])
             return [_Sorted(out, axis, places=True, ranks=True) for out in user.outs if ranks]
         elif has(primitive, Trait.ORDERS):
             whole = [out for out in user.outs if _is_whole(out)]
             return [_Sorted(out, axis, places=True, ranks=True) for out in whole]
-        elif primitive is p.gather_p or primitive is p.dynamic_slice_p:
-            return self._looked_up(here, user, position)
         elif has(primitive, Trait.COMPARES):
             other = user.ins[1 - position]
             if primitive in (p.eq_p, p.ne_p) and other not in self._of_logits:
@@ -106,11 +114,15 @@ class InOrder:
         elif has(primitive, Trait.EXTENDS):
             alike = len(user.outs[0].shape) == len(value.shape)
             return [here._replace(value=out) for out in user.outs if alike]
-        elif has(primitive, Trait.POINTWISE | Trait.MOVES | Trait.KEEPS):
-            place = result_axis(user, position, axis)
-            whole = [out for out in user.outs if place is not None and out.dtype != jnp.bool_]
-            return [here._replace(value=out, axis=place[0]) for out in whole if place is not None]
         return []
+
+    def _along(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
+        """What is made of each number by itself."""
+        place = result_axis(user, position, here.axis)
+        if place is None:
+            return []
+        numbers = [out for out in user.outs if out.dtype != jnp.bool_]
+        return [here._replace(value=out, axis=place[0]) for out in numbers]
 
     def _looked_up(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
         """Tokens, or ranks, at places that the logits say, or that are given."""
@@ -119,11 +131,14 @@ class InOrder:
         place = result_axis(user, 0, here.axis)
         if place is not None and user.outs[0].shape[place[0]] == here.value.shape[here.axis]:
             return [here._replace(value=user.outs[0], axis=place[0])]  # of some rows all
-        if any(index in self._of_logits for index in user.ins[1:]):
+        if any(says_which(index, self._of_logits) for index in user.ins[1:]):
             return []
         constant = constant_of(user.ins[1]) if len(user.ins) == 2 else None
         if constant is None or here.ranks or np.size(constant) != 1:
-            self.unknown = user
+            if here.places:
+                self.unknown = user
+            else:
+                self.looked_up += user.outs
             return []
         start = int(np.asarray(constant).reshape(()))
         self._read(here, start, start + 1, user)
@@ -136,7 +151,7 @@ class InOrder:
             return
         if here.turned:
             start, limit = size - limit, size - start
-        self.parts.append(Part(start, limit, size, here.places))
+        self.parts.append(Part(user.outs[0], start, limit, size, here.places))
 
 
 def _is_whole(value: Value) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
@@ -23,10 +22,10 @@ from hire_rewrite.patterns.layout import fixed_starts
 from hire_rewrite.patterns.linear import free_axes, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.distortion import is_distorted
-from hire_rewrite.sites.head.looked_up import soon
+from hire_rewrite.sites.head.flow import Axes, enter, leave
 
-Axes = list[tuple[Value, int]]
-"""Values, each with its vocabulary axis."""
+_MOST = 64
+"""Values that are looked at behind a lookup."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,7 +205,7 @@ class Walk:
 
     def _check_lookup(self, user: Node) -> None:
         """Raise if numbers that were looked up go into a product soon: scores of an attention."""
-        for value in soon(user.outs[0], self.uses):
+        for value in _soon(user.outs[0], self.uses):
             for reader, position in self.uses.users(value):
                 if reader.primitive is p.dot_general_p and not is_one_hot(reader.ins[1 - position]):
                     reason = "what is looked up in it is multiplied: not a vocabulary"
@@ -223,16 +222,15 @@ class Walk:
         return NoMatch(kind, reason, node, len(self.seen))
 
 
-def downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
-    """The values that depend on the results of some nodes, in their scopes."""
-    values: set[Value] = set()
-    stack = [value for node in nodes for value in node.outs]
-    while stack:
-        value = stack.pop()
-        if value not in values:
-            values.add(value)
-            stack += [result for user, _ in uses.users(value) for result in user.outs]
-    return values
+def _soon(value: Value, uses: Uses) -> list[Value]:
+    """Numbers, and what is made of them next in their scope."""
+    seen = [value]
+    for current in seen:
+        for user, _ in uses.users(current):
+            if len(seen) < _MOST and not user.bodies:
+                numbers = (out for out in user.outs if jnp.issubdtype(out.dtype, jnp.floating))
+                seen += [out for out in numbers if out not in seen]
+    return seen
 
 
 def _joins_devices(user: Node, axis: int) -> bool:
@@ -269,30 +267,3 @@ def _is_slice(user: Node, axis: int) -> bool:
     """Whether a gather cuts an axis as a slice does."""
     collapsed = user.params["dimension_numbers"].collapsed_slice_dims
     return axis not in collapsed and fixed_starts(user) is not None
-
-
-def enter(user: Node, value: Value, axis: int) -> Axes:
-    """Into the bodies of a loop or a branch."""
-    links = (
-        (inner, axis - 1 if link.role == "slice" else axis)
-        for body in user.bodies
-        for inner, link in zip(body.scope.inputs, body.inputs, strict=True)
-        if link.outer is value
-    )
-    return [(inner, inside) for inner, inside in links if inside >= 0]
-
-
-def leave(value: Value, axis: int) -> Axes:
-    """Out of the body of a loop or a branch, and on to its next iteration."""
-    node = value.scope.parent
-    outside: Axes = []
-    for body in node.bodies if node is not None else ():
-        for result, output in zip(body.scope.outputs, body.outputs, strict=True):
-            if result is not value:
-                continue
-            assert node is not None
-            stacked = node.primitive is p.scan_p and not output.feeds
-            if output.outer is not None:
-                outside.append((node.outs[output.outer], axis + 1 if stacked else axis))
-            outside += ((node.bodies[b].scope.inputs[i], axis) for b, i in output.feeds)
-    return outside

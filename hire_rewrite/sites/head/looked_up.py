@@ -13,43 +13,94 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.provenance import body_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.sites.head.along import is_random
 from hire_rewrite.sites.head.distortion import constant_of
+from hire_rewrite.sites.head.flow import in_bodies, leave
 
-_DECISIONS = (p.argmin_p, p.sign_p)
-_MOST = 64
-"""Values that are looked at behind a lookup."""
+_DECISIONS = (p.argmin_p, p.sign_p, p.round_p, p.floor_p, p.ceil_p)
+_SAME_INDEX = Trait.MOVES | Trait.CASTS | Trait.KEEPS | Trait.EXTENDS | Trait.CUTS
+_SAME_INDICES = (p.clamp_p, p.min_p, p.max_p, p.gather_p, p.eq_p)
+
+
+def says_which(index: Value, of_logits: Collection[Value]) -> bool:
+    """Whether an index is where the greatest logits are, or one that was drawn, and nothing that is
+    made of that.
+
+    Args:
+      of_logits: the values that depend on the logits.
+    """
+    stack, seen = [index], {index}
+    while stack:
+        value = stack.pop()
+        node = value.node
+        if value not in of_logits:
+            continue
+        if node is None:
+            behind = [body.inputs[i].outer for body, i in (body_of(value),)]
+        elif node.bodies:
+            behind = [
+                result
+                for body in node.bodies
+                for result, output in zip(body.scope.outputs, body.outputs, strict=True)
+                if output.outer is not None and node.outs[output.outer] is value
+            ]
+        elif has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
+            continue
+        elif node.primitive is p.select_n_p:  # of which a negative one counts from the end
+            cases = [origin(case, Trait.CASTS) for case in node.ins[1:]]
+            behind = [c for c in cases if not _is_counted_from_the_end(c, cases)]
+        elif node.primitive is p.gather_p and node.ins[0] not in of_logits:
+            return False  # of a table
+        elif has(node.primitive, _SAME_INDEX) or node.primitive in _SAME_INDICES:
+            behind = list(node.ins)
+        else:
+            return False
+        new = [each for each in dict.fromkeys(behind) if each not in seen]
+        stack += new
+        seen.update(new)
+    return index in of_logits
+
+
+def _is_counted_from_the_end(case: Value, others: Collection[Value]) -> bool:
+    made = case.node
+    if made is None or made.primitive is not p.add_p:
+        return False
+    return any(origin(operand, Trait.CASTS) in others for operand in made.ins)
 
 
 def decided_by(numbers: Collection[Value], others: Collection[Value], uses: Uses) -> Node | None:
     """Where something is decided by some numbers, or by what is made of them anywhere: they are
-    compared, or ranked; or None.
+    compared, ranked, or rounded to an integer; or None.
 
-    Who asks whether they are numbers at all, or compares them with random ones, decides nothing.
+    Who asks whether they are numbers at all, compares them with random ones, or all logits with
+    them, decides nothing that is not judged by how it treats these.
 
     Args:
-      others: values in which they may be a part of all numbers alike, and which are not followed.
+      others: values along the vocabulary, in which they may be a part of all numbers alike, and
+        which are not followed.
     """
     stack, seen = list(numbers), {*numbers, *others}
     while stack:
         value = stack.pop()
-        behind: list[Value] = _out_of(value) if value in uses.results else []
+        behind: list[Value] = []
+        if value in uses.results:
+            behind += (there for there, _ in leave(value, 0))
         for user, position in uses.users(value):
             if has(user.primitive, Trait.SEARCHES | Trait.ORDERS) or user.primitive in _DECISIONS:
                 return user
             if has(user.primitive, Trait.COMPARES):
-                if _decides(user, position):
+                if _decides(user, position, others):
                     return user
             elif user.bodies:
-                links = (
-                    (inner, link)
-                    for body in user.bodies
-                    for inner, link in zip(body.scope.inputs, body.inputs, strict=True)
-                )
-                behind += [inner for inner, link in links if link.outer is value]
-            elif user.primitive is not p.is_finite_p:
+                behind += in_bodies(user, value)
+            elif user.primitive is p.is_finite_p:
+                continue
+            elif jnp.issubdtype(value.dtype, jnp.floating) and not all(map(_is_number, user.outs)):
+                return user
+            else:
                 behind += user.outs
         new = [each for each in dict.fromkeys(behind) if each not in seen]
         stack += new
@@ -57,32 +108,15 @@ def decided_by(numbers: Collection[Value], others: Collection[Value], uses: Uses
     return None
 
 
-def _decides(comparison: Node, position: int) -> bool:
+def _is_number(value: Value) -> bool:
+    return not hasattr(value.aval, "dtype") or jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _decides(comparison: Node, position: int, vocabulary: Collection[Value]) -> bool:
     one, other = comparison.ins[position], comparison.ins[1 - position]
     if origin(one, Trait.CASTS) is origin(other, Trait.CASTS) or is_random(other):
         return False
+    if other in vocabulary:
+        return False
     constant = constant_of(other)
     return constant is None or bool(np.isfinite(np.asarray(constant, np.float64)).any())
-
-
-def _out_of(value: Value) -> list[Value]:
-    """What a result of a body is outside of it, and in the next iteration."""
-    node = value.scope.parent
-    found: list[Value] = []
-    for body in node.bodies if node is not None else ():
-        for result, output in zip(body.scope.outputs, body.outputs, strict=True):
-            if result is value and node is not None:
-                found += [] if output.outer is None else [node.outs[output.outer]]
-                found += (node.bodies[b].scope.inputs[i] for b, i in output.feeds)
-    return found
-
-
-def soon(value: Value, uses: Uses) -> list[Value]:
-    """Numbers, and what is made of them next in their scope."""
-    seen = [value]
-    for current in seen:
-        for user, _ in uses.users(current):
-            if len(seen) < _MOST and not user.bodies:
-                numbers = (out for out in user.outs if jnp.issubdtype(out.dtype, jnp.floating))
-                seen += [out for out in numbers if out not in seen]
-    return seen

@@ -21,7 +21,8 @@ from hire_rewrite.patterns.axes import origin
 from hire_rewrite.patterns.linear import Linear, MatchContext, is_one_hot
 from hire_rewrite.patterns.refusal import NoMatch, Refusal
 from hire_rewrite.sites.head.each_logit import Place, place_behind
-from hire_rewrite.sites.head.logits import LogitTopK, Walk, downstream, follow
+from hire_rewrite.sites.head.flow import downstream
+from hire_rewrite.sites.head.logits import LogitTopK, Walk, follow
 from hire_rewrite.sites.head.order import AS_LOGITS, Ranked, ranked
 from hire_rewrite.sites.kind import Match
 from hire_rewrite.sites.replacement import arguments

@@ -20,12 +20,13 @@ from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.patterns.linear import is_one_hot
-from hire_rewrite.sites.head.along import is_normalized, is_random, varies
+from hire_rewrite.sites.head.along import has_powers, is_normalized, is_random, varies
 from hire_rewrite.sites.head.choices import DOWN, LOST, UP, Choices, Where
 from hire_rewrite.sites.head.distortion import is_negative
+from hire_rewrite.sites.head.flow import enter, leave, made_of
 from hire_rewrite.sites.head.in_order import InOrder
-from hire_rewrite.sites.head.logits import Walk, downstream, enter, leave
-from hire_rewrite.sites.head.looked_up import decided_by
+from hire_rewrite.sites.head.logits import Walk
+from hire_rewrite.sites.head.looked_up import decided_by, says_which
 from hire_rewrite.sites.head.steps import is_stepped, may_level, searched_sum
 from hire_rewrite.sites.head.taken_out import LAID, TakenOut
 
@@ -108,11 +109,11 @@ class _Order:
         self.taken = TakenOut(walk.product, self.logits)
         self.depth = 0
         self.rounding = 0.0
-        self.of_logits = downstream([walk.product], walk.uses)
+        self.of_logits = made_of(walk.product, walk.uses)
 
     def visit(self, value: Value, axis: int, way: int) -> None:
         if value.shape[axis] == 1:
-            self._look_up(value)
+            self._look_up(value, value.node.ins[0] if value.node is not None else value)
             return
         known = self.ways.get((value, axis))
         if known in (way, LOST):
@@ -188,21 +189,24 @@ class _Order:
             wanted = (UP,)
         elif not has(user.primitive, Trait.ORDERS):
             if user.primitive in (p.gather_p, p.dot_general_p):
-                self._look_up(user.outs[0])
+                self._look_up(user.outs[0], value)
                 if way == LOST and searched_sum(value, self.lost.get(value)):
                     self._refuse(value, way, f"{user.primitive} searches them ({source_of(user)})")
             return
         if user.primitive is p.sort_p:
-            wanted = self._wanted_of_sorted(user, axis, way)
+            wanted = self._wanted_of_sorted(user, value, axis, way)
         if way not in wanted:
             self._refuse(value, way, f"{user.primitive} ranks them ({source_of(user)})")
 
-    def _wanted_of_sorted(self, user: Node, axis: int, way: int) -> tuple[int, ...]:
+    def _wanted_of_sorted(self, user: Node, value: Value, axis: int, way: int) -> tuple[int, ...]:
         """The ways in which numbers may be sorted: those for which their least ones are not seen to
         be read. How many of the greatest are is remembered."""
+        if user.ins[0] is not value:
+            return ()
         read = InOrder(user, axis, self.uses, self.of_logits)
+        self.looked_up += read.looked_up
         wanted = {UP, DOWN}
-        for start, limit, size, tokens in read.parts:
+        for part, start, limit, size, tokens in read.parts:
             if start == 0 and limit < size:
                 wanted.discard(UP)
             elif start > 0 and limit == size:
@@ -210,6 +214,8 @@ class _Order:
             depth = size - start if way == UP else limit  # numbers ascend
             if tokens or 2 * depth <= size:
                 self.depth = max(self.depth, depth)
+            else:
+                self.looked_up.append(part)
         if read.unknown is not None:
             self.reason = (
                 "its logits are put in order, and what is read at a rank that is not known before "
@@ -277,14 +283,18 @@ class _Order:
         ways = self.ways.get((case, axis)), self.ways.get((other, axis))
         return (ways[0] is None and case in self.of_logits) or ways[0] == ways[1]
 
-    def _look_up(self, some: Value) -> None:
+    def _look_up(self, some: Value, logits: Value) -> None:
         """Remember some logits of each token, unless the logits say which."""
         made = some.node
-        if made is not None and sum(v in self.of_logits for v in made.ins) == 1:
+        others = [v for v in made.ins if v is not logits] if made is not None else []
+        if not any(says_which(other, self.of_logits) for other in others):
             self.looked_up.append(some)
 
     def _is_of_some(self, value: Value, axis: int) -> bool:
-        """Whether only some numbers are left, which the logits do not say."""
+        """Whether only some numbers are left, which the logits do not say, or all count alike, and
+        not the greatest most."""
+        if not has_powers(value, self.walk.product, self.of_logits):
+            return True
         source = origin(value, LAID)
         blamed = self.lost.get(value)
         changed = [blamed] if blamed is not None else []

@@ -1,0 +1,89 @@
+"""Where values go: into the bodies of loops and branches, out of them, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Node, Uses, Value
+
+Axes = list[tuple[Value, int]]
+"""Values, each with its vocabulary axis."""
+
+
+def enter(user: Node, value: Value, axis: int) -> Axes:
+    """Into the bodies of a loop or a branch."""
+    links = (
+        (inner, axis - 1 if link.role == "slice" else axis)
+        for body in user.bodies
+        for inner, link in zip(body.scope.inputs, body.inputs, strict=True)
+        if link.outer is value
+    )
+    return [(inner, inside) for inner, inside in links if inside >= 0]
+
+
+def leave(value: Value, axis: int) -> Axes:
+    """Out of the body of a loop or a branch, and on to its next iteration."""
+    node = value.scope.parent
+    outside: Axes = []
+    for body in node.bodies if node is not None else ():
+        for result, output in zip(body.scope.outputs, body.outputs, strict=True):
+            if result is not value:
+                continue
+            assert node is not None
+            stacked = node.primitive is p.scan_p and not output.feeds
+            if output.outer is not None:
+                outside.append((node.outs[output.outer], axis + 1 if stacked else axis))
+            outside += ((node.bodies[b].scope.inputs[i], axis) for b, i in output.feeds)
+    return outside
+
+
+def in_bodies(node: Node, value: Value) -> list[Value]:
+    """What an operand of a loop or a branch is in its bodies."""
+    return [
+        inner
+        for body in node.bodies
+        for inner, link in zip(body.scope.inputs, body.inputs, strict=True)
+        if link.outer is value
+    ]
+
+
+def out_of_body(value: Value) -> list[Value]:
+    """What a result of a body is outside of the loop or the branch."""
+    node = value.scope.parent
+    return [
+        node.outs[output.outer]
+        for body in (node.bodies if node is not None else ())
+        for result, output in zip(body.scope.outputs, body.outputs, strict=True)
+        if result is value and output.outer is not None and node is not None
+    ]
+
+
+def downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
+    """The values that depend on the results of some nodes, in their scopes."""
+    values: set[Value] = set()
+    stack = [value for node in nodes for value in node.outs]
+    while stack:
+        value = stack.pop()
+        if value not in values:
+            values.add(value)
+            stack += [result for user, _ in uses.users(value) for result in user.outs]
+    return values
+
+
+def made_of(product: Node, uses: Uses) -> set[Value]:
+    """The values that depend on what a product returns: in its scope, outside of it, and in loops
+    and branches behind it, but for the next iteration of those around it."""
+    values: set[Value] = set()
+    stack = list(product.outs)
+    while stack:
+        value = stack.pop()
+        if value in values:
+            continue
+        values.add(value)
+        if value in uses.results:
+            stack += out_of_body(value)
+        for user, _ in uses.users(value):
+            stack += (*user.outs, *in_bodies(user, value))
+    return values
