@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from hire_rewrite.errors import HireRewriteError
+
+_PART, _SECONDS = ".part", 60
+"""How files end that are being written, and how long nobody takes one for abandoned."""
 
 
 def local(what: str, path: Any) -> str:
@@ -99,9 +104,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         with open(path, "wb") as file:
             yield file
         return
+    _sweep(path)
     temporary = _beside(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, _held(file):
             yield file
         if os.path.exists(path):
             shutil.copymode(path, temporary)
@@ -119,5 +125,48 @@ def _is_special(path: str) -> bool:
 
 def _beside(path: str) -> str:
     """The name of a new file in the directory of a path."""
-    folder = os.path.dirname(os.path.abspath(followed(path)))
-    return os.path.join(folder, f".{uuid.uuid4().hex}.part")
+    folder, prefix = _parts(path)
+    return os.path.join(folder, f"{prefix}{uuid.uuid4().hex}{_PART}")
+
+
+def _parts(path: str) -> tuple[str, str]:
+    """The directory of a path, and what the names of files begin with that are to replace it."""
+    folder, name = os.path.split(os.path.abspath(followed(path)))
+    return folder, f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-"
+
+
+def _sweep(path: str) -> None:
+    """Remove what processes left that were killed while they wrote a file of this name."""
+    folder, prefix = _parts(path)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix) and entry.name.endswith(_PART):
+                _remove_if_abandoned(entry.path)
+
+
+def _remove_if_abandoned(path: str) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - os.stat(path).st_mtime < _SECONDS:
+            return  # it may not be held yet
+        with open(path, "r+b") as file, _held(file):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def _held(file: BinaryIO) -> Iterator[None]:
+    """Hold a file as long as this process writes it, where the system has locks.
+
+    Raises:
+      OSError: another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise
+    yield

@@ -9,7 +9,7 @@
 import argparse
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = SmolWords()
     app, runner = application(model, words, queue=given.queue)
     if not given.load:
-        uvicorn.run(app, host=given.host, port=given.port)
+        grace = {"timeout_graceful_shutdown": given.grace}
+        uvicorn.run(app, host=given.host, port=given.port, **grace)
         return
     outcome = serve_load(app, PROMPTS, clients=given.clients, requests=given.load)
     print(outcome)
@@ -108,17 +109,61 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.description = "Serve SmolLM2 over HTTP, in the manner of OpenAI's completions."
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    add("--port", type=int, default=8000, help="(%(default)s)")
-    add("--slots", type=int, default=4, help="sequences that are decoded together (%(default)s)")
-    add("--max-len", type=int, default=512, help="tokens of a prompt and its answer (%(default)s)")
-    add("--queue", type=int, default=32, help="requests that may wait (%(default)s)")
+    add("--port", type=_whole(0, 65535), default=8000, help="0 for a free one (%(default)s)")
+    add(
+        "--grace",
+        type=_whole(0),
+        default=30,
+        metavar="SECONDS",
+        help="for requests that have begun, when the server is asked to end (%(default)s)",
+    )
+    add("--slots", type=_whole(1), default=4, help="sequences decoded together (%(default)s)")
+    add(
+        "--max-len",
+        type=_whole(backend.CHUNK, step=backend.CHUNK),
+        default=512,
+        help="tokens of a prompt and its answer (%(default)s)",
+    )
+    add("--queue", type=_whole(1), default=32, help="requests that may wait (%(default)s)")
     add("--dense", action="store_true", help="the model as it is")
     add("--certify", action="store_true", help="prove that each token is the dense model's")
-    add("--sample", type=float, help="the share of steps in which recall is measured")
+    add("--sample", type=_share, help="the share of steps in which recall is measured")
     add("--pack", type=Path, help="a folder to keep the packed weights in, and to start from")
-    add("--load", type=int, default=0, help="send so many requests from here, and end")
-    add("--clients", type=int, default=12, help="with --load, how many at a time (%(default)s)")
+    add("--load", type=_whole(0), default=0, help="send so many requests from here, and end")
+    add(
+        "--clients",
+        type=_whole(1),
+        default=12,
+        help="with --load, how many at a time (%(default)s)",
+    )
     return parser.parse_args(argv)
+
+
+def _whole(least: int, most: int | None = None, *, step: int = 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number of some range, and a multiple of a step."""
+    span = f"{least} or more" if most is None else f"{least} to {most}"
+    span += f", a multiple of {step}" if step > 1 else ""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or number % step or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {span}")
+        return number
+
+    return parse
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0, at most 1")
+    return share
 
 
 if __name__ == "__main__":

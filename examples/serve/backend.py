@@ -22,6 +22,9 @@ TOP = 64
 _KEPT = 256
 """Calls after which counters go from the device to the host, long before they wrap around."""
 
+CHUNK = 64
+"""Tokens of a prompt that are read at a time."""
+
 
 def functions(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`slots.decode` and `slots.read` of (params, ...)."""
@@ -53,7 +56,7 @@ class Model:
         sample: float | None = None,
         slots: int = 4,
         max_len: int = 512,
-        chunk: int = 64,
+        chunk: int = CHUNK,
     ) -> None:
         self.slots, self.max_len, self.chunk = slots, max_len, chunk
         self._weights, self._cache = weights, model.init_cache(config, slots, max_len)

@@ -22,8 +22,8 @@ from .engine import Event, QueueFull, Refused
 from .runner import Broken, Runner
 from .words import Words
 
-LARGEST = 1 << 20
-"""Bytes that the body of a request may have."""
+LARGEST, SECONDS = 1 << 20, 20
+"""Bytes that the body of a request may have, and how long it may take to come."""
 
 
 def create_app(runner: Runner, words: Words) -> Starlette:
@@ -52,7 +52,8 @@ class _Server:
 
     async def complete(self, request: Request) -> Response:
         try:
-            body = await _body(request)
+            with anyio.fail_after(SECONDS):
+                body = await _body(request)
             if body is None:
                 text = f"the body is longer than {LARGEST} bytes"
                 return _error(413, text)
@@ -60,6 +61,8 @@ class _Server:
             asked = await anyio.to_thread.run_sync(completions.parse, body, self._words)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
+        except TimeoutError:
+            return _error(408, f"the body did not come within {SECONDS} seconds")
         except BadRequest as error:
             return _error(400, str(error), error.param)
         stack = contextlib.AsyncExitStack()

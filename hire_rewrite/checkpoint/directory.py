@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hire_rewrite.errors import EXTRA, HireRewriteError
 
 _DESCRIPTION, _ARRAYS = "packed.json", "arrays"
 _MAX_CHUNKS = 1_000_000
+_TRIES = 50
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "commit_success.txt")
 """Orbax's own files; in `array_metadatas` there are others."""
 
@@ -57,8 +59,19 @@ def new(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield describe
     except BaseException:
         if first:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, to which threads of Orbax may still be writing."""
+    gone = 0
+    for _ in range(_TRIES):
+        shutil.rmtree(path, ignore_errors=True)
+        gone = 0 if path.exists() else gone + 1
+        if gone == 3:
+            return
+        time.sleep(0.1)
 
 
 def _claim(path: Path, temporary: Path) -> None:
@@ -73,9 +86,11 @@ def _claim(path: Path, temporary: Path) -> None:
     if taken is not None or [*path.iterdir()] != [temporary]:
         if taken is None:
             temporary.unlink()
+        unfinished = not (path / _DESCRIPTION).exists() and temporary.exists()
+        what = ", from a save that was interrupted or still runs" if unfinished else ""
         raise HireRewriteError(
-            f"{path} is there already: remove it, or give the path of a new directory (or of a "
-            "file that ends in .safetensors)"
+            f"{path} is there already{what}: remove it, or give the path of a new directory (or "
+            "of a file that ends in .safetensors)"
         ) from taken
 
 

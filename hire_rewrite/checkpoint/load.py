@@ -92,9 +92,9 @@ def _arguments(
         return args, kwargs
     if weights is None or call is None:
         raise HireRewriteError(
-            f"{where}: the model's arguments are not dicts, lists and tuples alone, whose "
-            "structure a checkpoint holds: give them, Packed.load(path, step, *args), arrays or "
-            "shapes"
+            f"{where}: the model's arguments are not dicts, lists and tuples alone, or lie more "
+            "than 16 deep in them, so that the checkpoint does not hold their structure: give "
+            "them, Packed.load(path, step, *args), arrays or shapes"
         )
     if untrusted is not None:
         raise HireRewriteError(

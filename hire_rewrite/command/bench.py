@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hire_rewrite.arguments import with_packed
+from hire_rewrite.arguments import check_numbers, with_packed
 from hire_rewrite.command.target import Target, command, packed_by, print_json
 
 _WARM_UP = 2
@@ -36,6 +36,7 @@ def bench(target: Target, rounds: int, calibration: str | None, as_json: bool) -
       hire-rewrite bench hire_rewrite.command.demo:model --rule 'Head(k=64, force=True)'
     """
     step = target.step
+    check_numbers(target.fn, step.name, target.args, {})
     held = with_packed(target.args, target.weights, packed_by(step, target, calibration))
     sides = {
         "dense": functools.partial(jax.jit(target.fn), *target.args),

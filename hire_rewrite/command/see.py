@@ -100,7 +100,7 @@ def diff(target: Target, pack: bool, as_json: bool, html: str | None) -> None:
     if as_json:
         click.echo(found.to_json())
     elif html is None:
-        click.echo(str(found))
+        click.echo(str(found) or "nothing is rewritten; `hire-rewrite inspect` says why")
 
 
 @command

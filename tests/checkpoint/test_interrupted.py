@@ -3,13 +3,15 @@
 import os
 import sys
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hire_rewrite as hire
-from hire_rewrite.checkpoint import one_file
+from hire_rewrite import files
+from hire_rewrite.checkpoint import directory, one_file
 from tests.cases import inputs, rand
 
 D = 32
@@ -147,3 +149,56 @@ def test_arrays_that_were_donated(tmp_path):
         step.pack(params, X)
     with pytest.raises(hire.HireRewriteError, match="p/norm was deleted, or donated"):
         packed.check(params)
+
+
+def test_a_directory_to_which_threads_still_write_is_removed(tmp_path, monkeypatch):
+    """As Orbax's do after an interrupt."""
+    pytest.importorskip("orbax.checkpoint")
+    step, packed = step_of()
+    left = [*range(3)]
+
+    def rmtree(path, **settings):
+        removed(path, **settings)
+        if left:
+            left.pop()
+            (path / "arrays").mkdir(parents=True)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    removed = directory.shutil.rmtree
+    with monkeypatch.context() as patched:
+        patched.setattr(directory.shutil, "rmtree", rmtree)
+        patched.setattr(directory, "_checkpointer", fail)
+        with pytest.raises(KeyboardInterrupt):
+            packed.save(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    packed.save(tmp_path / "p")
+    assert hire.Packed.load(tmp_path / "p", step).info == packed.info
+
+
+def test_a_save_whose_process_was_killed_is_told_of(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    _, packed = step_of()
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / ".packed.json").touch()
+    with pytest.raises(hire.HireRewriteError, match="interrupted or still runs: remove it"):
+        packed.save(tmp_path / "p")
+
+
+def test_what_killed_processes_leave_of_a_file_is_removed(tmp_path):
+    """But not what another one is writing, or of another file."""
+    place, other = tmp_path / "p.safetensors", tmp_path / "q.safetensors"
+    parts = [Path(files._beside(str(path))) for path in (place, place, other)]
+    for part in parts:
+        part.touch()
+    old, _, of_other = parts
+    for part in (old, of_other):
+        os.utime(part, (0, 0))
+    with files.replacing(str(place)) as file:
+        os.utime(file.name, (0, 0))
+        step_of()[1].save(place)
+        assert os.path.exists(file.name)
+        file.write(b"last")
+    assert place.read_bytes() == b"last"
+    assert sorted(tmp_path.iterdir()) == sorted([place, *parts[1:]])

@@ -144,6 +144,19 @@ def test_an_output_that_cannot_be_written_is_told_of_at_once(name, tmp_path, mon
     assert not [*tmp_path.iterdir()]
 
 
+def shapes_alone():
+    fn, args = spread()
+    return fn, jax.eval_shape(lambda: args)
+
+
+def test_where_there_is_nothing_to_time_or_to_show():
+    result = run("bench", f"{HERE}:shapes_alone", "--weights", "1,2", *HEAD)
+    assert result.exit_code == 1
+    assert "is a ShapeDtypeStruct, which has no numbers to compute with" in result.output
+    result = run("diff", f"{HERE}:widened")
+    assert (result.exit_code, "nothing is rewritten" in result.output) == (0, True)
+
+
 def test_rules_are_read_from_a_file(tmp_path):
     path = tmp_path / "rules.json"
     hire.save_rules([hire.Head(k=7, force=True)], str(path))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import hire_rewrite as hire
 from examples.serve import __main__ as serve
-from examples.serve import backend, completions, day, lockstep, packs, slots
+from examples.serve import backend, completions, day, lockstep, packs, server, slots
 from examples.serve.engine import Engine, QueueFull, Request, TooLong
 from examples.serve.runner import Runner
 from examples.serve.server import LARGEST, create_app
@@ -451,6 +451,32 @@ def test_what_is_wrong_is_said():
         assert reply.json()["error"]["param"] == param, body[:50]
         assert reply.json()["error"]["message"]
     assert others == [413, 405, 404, 200]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(server, "SECONDS", 0.2)
+
+    async def body():
+        yield b'{"prompt"'
+        await asyncio.sleep(60)
+
+    async def run(client, runner):
+        late = await client.post("/v1/completions", content=body())
+        fine = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3})
+        return late.status_code, fine.status_code
+
+    assert requests_of(run) == (408, 200)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--port=99999", "--queue=0", "--load=-2", "--clients=0", "--slots=0", "--max-len=100",
+     "--sample=2", "--sample=x", "--grace=-1"],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        serve.arguments([option])
+    assert option.partition("=")[0] in capsys.readouterr().err
 
 
 def test_the_queue_has_a_bound():
