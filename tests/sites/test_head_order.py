@@ -153,6 +153,19 @@ KEPT = {
             > -3.0
         )
     ),
+    "drawn in a branch, of what is in order": of_logits(
+        lambda z: lax.cond(
+            X[0, 0] > 0,
+            lambda best: jax.random.categorical(KEY, jnp.where(z < best[:, 40:41], -jnp.inf, z)),
+            lambda best: z.argmax(-1),
+            jnp.sort(z)[:, ::-1],
+        )
+    ),
+    "noise for some tokens": of_logits(
+        lambda z: (jax.nn.log_softmax(z) + jax.random.gumbel(KEY, z.shape) * (X[:, :1] > 0)).argmax(
+            -1
+        )
+    ),
     "a race of exponential numbers": of_logits(
         lambda z: (jax.nn.softmax(z) / jax.random.exponential(KEY, z.shape)).argmax(-1)
     ),

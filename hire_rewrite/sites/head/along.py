@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 from jax.extend.core import primitives as p
@@ -72,11 +71,15 @@ def has_powers(value: Value, product: Node, of_logits: Collection[Value]) -> boo
 
 def _made_from(value: Value, product: Node, of_logits: Collection[Value]) -> list[Value]:
     """A value, and what it is made of, back to the logits."""
-    values = [value]
-    for current in values:
-        if current.node is not None and current.node is not product:
-            values += [v for v in current.node.ins if v in of_logits and v not in values]
-    return values
+    values = {value: None}
+    stack = [value]
+    while stack:
+        node = stack.pop().node
+        if node is not None and node is not product:
+            new = [v for v in node.ins if v in of_logits and v not in values]
+            stack += new
+            values |= dict.fromkeys(new)
+    return list(values)
 
 
 def is_random(value: Value) -> bool:
@@ -91,12 +94,16 @@ def is_random(value: Value) -> bool:
         node = stack.pop().node
         if node is None or has(node.primitive, Trait.RANDOM):
             continue
-        if has(node.primitive, Trait.COMPARES) and math.prod(node.outs[0].shape) > 1:
+        if has(node.primitive, Trait.COMPARES) and _width(node.outs[0]) == _width(value):
             return False
         new = [v for v in node.ins if v not in seen]
         stack += new
         seen.update(new)
     return True
+
+
+def _width(value: Value) -> int:
+    return max((size for size in value.shape if isinstance(size, int)), default=1)
 
 
 def is_of_ranks(value: Value) -> bool:

@@ -17,6 +17,7 @@ from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import result_axis
 from hire_rewrite.sites.head.distortion import constant_of
+from hire_rewrite.sites.head.flow import in_bodies
 from hire_rewrite.sites.head.looked_up import says_which
 
 
@@ -89,6 +90,8 @@ class InOrder:
             starts, limits = user.params["start_indices"], user.params["limit_indices"]
             self._read(here, starts[axis], limits[axis], user)
             return []
+        if user.primitive is p.cond_p:
+            return [here._replace(value=inner) for inner in in_bodies(user, value)]
         if user.bodies or (has(primitive, Trait.SCATTERS) and position == 2):
             self.unknown = user  # nobody reads them in order in a loop, or writes them
         elif primitive is p.gather_p or primitive is p.dynamic_slice_p:

@@ -39,7 +39,8 @@ def says_which(index: Value, of_logits: Collection[Value]) -> bool:
         if value not in of_logits:
             continue
         if node is None:
-            behind = [body.inputs[i].outer for body, i in (body_of(value),)]
+            body, i = body_of(value)
+            behind = [body.inputs[i].outer]
         elif node.bodies:
             behind = [
                 result
