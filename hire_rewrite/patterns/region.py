@@ -49,7 +49,8 @@ class Vector:
         vector: Vector = self
         while vector.is_flat and vector.value.node is not None:
             node = vector.value.node
-            if not (has(node.primitive, Trait.MOVES) and has_axis_rule(node.primitive)):
+            moves = has(node.primitive, Trait.MOVES | Trait.KEEPS)
+            if not (moves and has_axis_rule(node.primitive)):
                 break
             try:
                 window = operand_windows(node, vector.window)[0]
