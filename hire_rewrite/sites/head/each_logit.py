@@ -60,8 +60,7 @@ def _rises(node: Node, operand: int, places: Mapping[Value, Place]) -> bool:
     if node.primitive is p.select_n_p and operand == 0:
         return _is_no_step(node, places)
     axis, _ = places[node.ins[operand]]
-    alike = [i for i, other in enumerate(node.ins) if varies(other, axis)]
-    if may_level(node, operand, [v for i, v in enumerate(node.ins) if i not in alike]):
+    if may_level(node, operand, [value for value in node.ins if not varies(value, axis)]):
         return False
     kind = slope(node.primitive, operand)
     return kind == "+" or (kind == "?" and not any(map(is_negative, node.ins)))

@@ -22,8 +22,8 @@ from hire_rewrite.sites.head.looked_up import says_which
 
 
 class Part(NamedTuple):
-    """Places that are read of numbers in ascending order: start to limit, of size; and whether
-    the tokens are read there, and not the numbers alone."""
+    """A value that holds a part of numbers in ascending order, from start to limit of size; and
+    whether it holds tokens, and not the numbers alone."""
 
     value: Value
     start: int
@@ -90,7 +90,7 @@ class InOrder:
             starts, limits = user.params["start_indices"], user.params["limit_indices"]
             self._read(here, starts[axis], limits[axis], user)
             return []
-        if user.primitive is p.cond_p:
+        if primitive is p.cond_p:
             return [here._replace(value=inner) for inner in in_bodies(user, value)]
         if user.bodies or (has(primitive, Trait.SCATTERS) and position == 2):
             self.unknown = user  # nobody reads them in order in a loop, or writes them
