@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
@@ -19,6 +17,7 @@ from hire_rewrite.names import first_names
 from hire_rewrite.origin import check_origin
 from hire_rewrite.packed_info import PackedInfo
 from hire_rewrite.rules import Rule
+from hire_rewrite.unexported import refuse_to_export
 
 if TYPE_CHECKING:
     from hire_rewrite.transformed import Transformed
@@ -241,21 +240,12 @@ class Packed:
         return f"Packed({len(self.weights)} weights, {len(self.sites)} sites, {size / 1e6:.1f} MB)"
 
 
-def _refuse(_: Any) -> Any:
-    raise HireRewriteError(
-        "jax.export: a Packed is an argument of the exported function, and no program that is "
-        "serialized can have one, for only this package knows its structure: export `lambda "
-        "arrays, *rest: step(packed.with_arrays(arrays), *rest)` and give it packed.arrays"
-    )
-
-
-with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
-    jax.export.register_pytree_node_serialization(
-        Packed,
-        serialized_name="hire_rewrite.Packed",
-        serialize_auxdata=_refuse,
-        deserialize_auxdata=_refuse,
-    )
+refuse_to_export(
+    Packed,
+    "a Packed is an argument of the exported function, and no program that is "
+    "serialized can have one, for only this package knows its structure: export `lambda "
+    "arrays, *rest: step(packed.with_arrays(arrays), *rest)` and give it packed.arrays",
+)
 
 
 def check_arrays(name: str, packed: Packed | None) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import numpy as np
 
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import groups
 from hire_rewrite.ops.usage import FIELDS, RECALL
 from hire_rewrite.plan import table
+from hire_rewrite.unexported import refuse_to_export
 
 _COLUMNS = len(FIELDS) + 1
 
@@ -207,20 +206,11 @@ class Telemetry:
         return table(rows) if self.sites else "no site is counted"
 
 
-def _refuse(_: Any) -> Any:
-    raise HireRewriteError(
-        "jax.export: the exported function returns a Telemetry, and no program that is serialized "
-        "can, for only this package knows its structure: return `telemetry.counts`"
-    )
-
-
-with contextlib.suppress(ValueError):  # a module that is loaded again defines it again
-    jax.export.register_pytree_node_serialization(
-        Telemetry,
-        serialized_name="hire_rewrite.Telemetry",
-        serialize_auxdata=_refuse,
-        deserialize_auxdata=_refuse,
-    )
+refuse_to_export(
+    Telemetry,
+    "the exported function returns a Telemetry, and no program that is serialized "
+    "can, for only this package knows its structure: return `telemetry.counts`",
+)
 
 
 def collected(sites: Sequence[CountedSite], reports: Mapping[str, Any]) -> Telemetry:

@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = SmolWords()
     app, runner = application(model, words, queue=given.queue)
     if not given.load:
-        grace = {"timeout_graceful_shutdown": given.grace}
-        uvicorn.run(app, host=given.host, port=given.port, **grace)
+        uvicorn.run(app, host=given.host, port=given.port, timeout_graceful_shutdown=given.grace)
         return
     outcome = serve_load(app, PROMPTS, clients=given.clients, requests=given.load)
     print(outcome)
