@@ -148,6 +148,21 @@ def test_a_type_without_infinity(dtype, normalize):
     assert [r.refusal for r in plan.rejected] == [Refusal.UNSUPPORTED]
 
 
+COARSE = {
+    "eight bits": lambda z: z.astype(jnp.float8_e5m2).astype(jnp.float32),
+    "few digits": lambda z: lax.reduce_precision(z, 8, 3),
+}
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_so_few_digits_that_many_are_equal(name):
+    plan = plan_of(lambda p, x: COARSE[name](x @ p["head"]).argmax(-1), UNTIED, inputs(T, D))
+    assert plan.sites == ()
+    (rejected,) = plan.rejected
+    assert rejected.refusal is Refusal.UNSUPPORTED
+    assert "binary digits" in rejected.reason
+
+
 def test_min_width_is_the_least_of_the_rules():
     rules = (hire.Head(min_width=200, path="none"), hire.Head(min_width=128))
     head = UNTIED, inputs(T, D)

@@ -202,7 +202,7 @@ KEPT = {
     "how many make nine tenths": of_logits(
         lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z))[:, ::-1], -1) < 0.9).sum(-1)
     ),
-    "those above a chance are returned": of_logits(lambda z: (z, jax.nn.softmax(z) > 1e-3)),
+    "those of the top k are returned": of_logits(lambda z: (z, z >= lax.top_k(z, 9)[0][:, -1:])),
     "loop": _decoded,
 }
 LOST = {
@@ -365,6 +365,18 @@ LOST = {
         lambda z: jnp.where(jax.nn.softmax(z) > 1e-3, jnp.arange(V), V).min(-1)
     ),
     "any of some": of_logits(lambda z: ((z > 2.0) & (jnp.arange(V) % 7 == 0)).any(-1)),
+    "those above a chance are returned": of_logits(lambda z: (z, jax.nn.softmax(z) > 1e-3)),
+    "whether some are above a number": of_logits(lambda z: (z.argmax(-1), (z > 1.5)[:, SOME])),
+    "whole numbers are returned": of_logits(lambda z: (z.argmax(-1), (4 * z).astype(jnp.int32))),
+    "whose token is the greatest": of_logits(lambda z: (z.argmax(-1), z.argmax(0))),
+    "times a condition": of_logits(lambda z: (z * (z < 3.0)).argmax(-1)),
+    "whole numbers, and back": of_logits(
+        lambda z: ((2 * z).astype(jnp.int32) + jax.random.gumbel(KEY, z.shape)).argmax(-1)
+    ),
+    "a product": of_logits(lambda z: jnp.prod(1 + 1e-3 * z, -1) > 1.0),
+    "a sum of squares, in a reduction of its own": of_logits(
+        lambda z: lax.reduce(z, 0.0, lambda a, b: a + b * b, (1,)) > V
+    ),
     "integers": of_logits(lambda z: (0.2 * z).astype(jnp.int32).argmax(-1)),
     "capped": of_logits(lambda z: jnp.minimum(jax.nn.log_softmax(z), -8.0).argmax(-1)),
     "capped by what is given": lambda p, x: jnp.minimum(

@@ -59,11 +59,20 @@ def _rises(node: Node, operand: int, places: Mapping[Value, Place]) -> bool:
     """Whether a larger operand gives a larger result, by about as much, as far as is known."""
     if node.primitive is p.select_n_p and operand == 0:
         return _is_no_step(node, places)
-    axis, _ = places[node.ins[operand]]
-    if may_level(node, operand, [value for value in node.ins if not varies(value, axis)]):
+    value, (result,) = node.ins[operand], node.outs
+    axis, _ = places[value]
+    if has(node.primitive, Trait.CASTS) and _makes_steps(value.dtype, result.dtype):
+        return False
+    if may_level(node, operand, [v for v in node.ins if not varies(v, axis)]):
         return False
     kind = slope(node.primitive, operand)
     return kind == "+" or (kind == "?" and not any(map(is_negative, node.ins)))
+
+
+def _makes_steps(before: jnp.dtype, after: jnp.dtype) -> bool:
+    """Whether a cast is of a condition, or of a number to an integer."""
+    floating = jnp.issubdtype(before, jnp.floating)
+    return before == jnp.bool_ or (floating and not jnp.issubdtype(after, jnp.floating))
 
 
 def _is_no_step(choice: Node, places: Mapping[Value, Place]) -> bool:

@@ -140,7 +140,7 @@ def _match(linear: Linear, context: MatchContext, min_width: int | None, shards:
         raise NoMatch(Refusal.NOT_LOGITS, reason, node)
     _check_sums(linear, context)
     walk = follow(node, axis, context.uses)
-    _check_infinity(walk, node)
+    _check_rounding(walk, node)
     doubt = doubt or walk.doubt
     if min_width is None and doubt is not None:
         raise NoMatch(Refusal.NOT_LOGITS, f"{doubt}: not a vocabulary", node)
@@ -195,15 +195,22 @@ def _check_sums(linear: Linear, context: MatchContext) -> None:
                 raise NoMatch(Refusal.NOT_LOGITS, reason, user)
 
 
-def _check_infinity(walk: Walk, node: Node) -> None:
+def _check_rounding(walk: Walk, node: Node) -> None:
     """Raise if logits are rounded to a type without infinity: what overflows in it is NaN, which is
-    ranked first, or its greatest number, of which there may be many, and nothing is below all."""
+    ranked first, or its greatest number, of which there may be many, and nothing is below all. Or
+    if they keep less digits than bfloat16 has, so that many are equal."""
     for value, _, part in walk.seen:
-        floating = jnp.issubdtype(value.dtype, jnp.floating)
-        if part or not floating or np.isinf(np.asarray(np.inf).astype(value.dtype)):
+        made = value.node or node
+        if part or not jnp.issubdtype(value.dtype, jnp.floating):
             continue
-        reason = f"its logits are rounded to {value.dtype}, which has no infinity"
-        raise NoMatch(Refusal.UNSUPPORTED, reason, value.node or node)
+        digits = made.params.get("mantissa_bits", jnp.finfo(value.dtype).nmant)
+        if not np.isinf(np.asarray(np.inf).astype(value.dtype)):
+            reason = f"its logits are rounded to {value.dtype}, which has no infinity"
+        elif digits < jnp.finfo(jnp.bfloat16).nmant:
+            reason = f"its logits are rounded to {digits} binary digits, which makes many equal"
+        else:
+            continue
+        raise NoMatch(Refusal.UNSUPPORTED, reason, made)
 
 
 def _scaled(linear: Linear, context: MatchContext) -> list[Value]:

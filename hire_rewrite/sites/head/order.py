@@ -123,8 +123,8 @@ class _Order:
         self.ways[value, axis] = way
         if value in self.uses.results:
             self._pass_on(value, leave(value, axis), way)
-            floating = jnp.issubdtype(value.dtype, jnp.floating)
-            if value.scope.parent is None and floating and way != UP:
+            returned = jnp.issubdtype(value.dtype, jnp.floating) or is_stepped(value)
+            if value.scope.parent is None and returned and way != UP:
                 self._refuse(value, way, "they are returned")
         for user, position in self.uses.users(value):
             if user in self.inside:
@@ -183,14 +183,18 @@ class _Order:
         elif user.primitive is p.reduce_sum_p and self._is_of_some(value, axis):
             self.looked_up.append(user.outs[0])
             return
+        elif user.primitive in (p.reduce_p, p.reduce_prod_p):
+            self.looked_up += user.outs
+            return
         elif user.primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
             wanted = (DOWN,)
         elif user.primitive is p.reduce_max_p or has(user.primitive, Trait.SEARCHES):
             wanted = (UP,)
         elif not has(user.primitive, Trait.ORDERS):
             if user.primitive in (p.gather_p, p.dot_general_p):
-                self._look_up(user.outs[0], value)
-                if way == LOST and searched_sum(value, self.lost.get(value)):
+                known = self._look_up(user.outs[0], value)
+                stepped = not known and is_stepped(origin(value, Trait.CASTS | Trait.MOVES))
+                if way == LOST and (stepped or searched_sum(value, self.lost.get(value))):
                     self._refuse(value, way, f"{user.primitive} searches them ({source_of(user)})")
             return
         if user.primitive is p.sort_p:
@@ -283,12 +287,14 @@ class _Order:
         ways = self.ways.get((case, axis)), self.ways.get((other, axis))
         return (ways[0] is None and case in self.of_logits) or ways[0] == ways[1]
 
-    def _look_up(self, some: Value, logits: Value) -> None:
-        """Remember some logits of each token, unless the logits say which."""
+    def _look_up(self, some: Value, logits: Value) -> bool:
+        """Remember some logits of each token, unless the logits say which; whether they do."""
         made = some.node
         others = [v for v in made.ins if v is not logits] if made is not None else []
-        if not any(says_which(other, self.of_logits) for other in others):
+        known = any(says_which(other, self.of_logits) for other in others)
+        if not known:
             self.looked_up.append(some)
+        return known
 
     def _is_of_some(self, value: Value, axis: int) -> bool:
         """Whether only some numbers are left, which the logits do not say, or all count alike, and
