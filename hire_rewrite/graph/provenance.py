@@ -17,6 +17,15 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
 from hire_rewrite.graph.contents import contents
+from hire_rewrite.graph.integers import (
+    MOVES,
+    READS_NUMBERS,
+    Bounds,
+    holds,
+    is_integer,
+    range_of,
+    result_bounds,
+)
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
 from hire_rewrite.graph.traits import Trait, has
 
@@ -38,6 +47,7 @@ class Provenance:
         self._constant: set[Value] = set()
         self._varies: dict[Value, frozenset[Scope]] = {}
         self._identities: dict[tuple[Value, tuple[Scope, ...]], Hashable] = {}
+        self._bounds: dict[Value, Bounds] = {}
         self._visit(root)
 
     def is_weight(self, value: Value) -> bool:
@@ -74,9 +84,9 @@ class Provenance:
                 found = ("constant", contents(value.const))
             elif value.literal is not None:
                 found = ("literal", str(value.literal), str(value.dtype))
-                if _is_index(value):
+                if is_integer(value.aval):
                     found = ("index", int(np.asarray(value.literal)))
-            elif value.node is not None and _is_the_same(value.node):
+            elif value.node is not None and self._is_the_same(value.node):
                 found = self.identity(value.node.ins[0], loops)
             elif value.node is not None:
                 node = value.node
@@ -85,6 +95,8 @@ class Provenance:
                 # and `jax.shard_map` of what meets numbers that differ from device to device.
                 params = {k: v for k, v in node.params.items() if not k.endswith("sharding")}
                 found = (node.primitive, str(params), node.outs.index(value), ins)
+                if self._has_width(node):
+                    found = (*found, tuple(str(v.dtype) for v in node.ins if is_integer(v.aval)))
             elif value.is_input and value.scope.parent is not None:
                 body, i = body_of(value)
                 found = self.identity(body.inputs[i].outer, loops)
@@ -92,7 +104,9 @@ class Provenance:
                     found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
                 if value.scope in self.varies_over(value):
                     step = counter(body, i) if body.inputs[i].role == "carry" else None
-                    order = step and (step, value.scope.parent.params.get("reverse"))
+                    order: Hashable = step and (step, value.scope.parent.params.get("reverse"))
+                    if step and not holds(value.dtype, self._count(value, body, i)):
+                        order = order, str(value.dtype)
                     found = (value.scope.length, loops.index(value.scope), order, found)
             self._identities[key] = found
         return self._identities[key]
@@ -113,6 +127,83 @@ class Provenance:
                 scopes = frozenset()
             self._varies[value] = scopes
         return self._varies[value]
+
+    def _is_the_same(self, node: Node) -> bool:
+        """Whether an operation returns the numbers that it is given, elsewhere or as an integer of
+        another width."""
+        if has(node.primitive, Trait.SHARDS):
+            return True
+        if node.primitive is not p.convert_element_type_p:
+            return False
+        (source,), (target,) = node.ins, node.outs
+        integers = is_integer(source.aval) and is_integer(target.aval) and not target.shape
+        return integers and holds(target.dtype, self._bounds_of(source))
+
+    def _has_width(self, node: Node) -> bool:
+        """Whether a result depends on how wide integers are, and their identities do not say it."""
+        integers = [v for v in node.ins if is_integer(v.aval)]
+        if not integers or not all(map(self._is_index, integers)):
+            return False
+        if any(is_integer(v.aval) and not self._is_index(v) for v in node.outs):
+            return True
+        return node.primitive not in READS_NUMBERS and self._exact(node) is None
+
+    def _is_index(self, value: Value) -> bool:
+        """Whether it is an integer whose identity does not say how wide it is: a single one, or
+        several laid out for a gather."""
+        if not value.shape:
+            return True
+        if value.node is not None:
+            return value.node.primitive in MOVES and all(map(self._is_index, value.node.ins))
+        if value.is_input and value.scope.parent is not None:
+            body, i = body_of(value)
+            return self._is_index(body.inputs[i].outer)
+        return False
+
+    def _exact(self, node: Node) -> Bounds | None:
+        """Bounds of the result of arithmetic on single integers that does not wrap around."""
+        out = node.outs[0]
+        if out.shape or not all(is_integer(v.aval) for v in (*node.ins, out)):
+            return None
+        found = result_bounds(node.primitive, [*map(self._bounds_of, node.ins)])
+        return found if found is not None and holds(out.dtype, found) else None
+
+    def _bounds_of(self, value: Value) -> Bounds:
+        """Between what numbers an integer, or each of an array, is."""
+        if value not in self._bounds:
+            found: Bounds | None = None
+            if value.literal is not None:
+                found = (int(np.asarray(value.literal)),) * 2
+            elif value.node is not None:
+                found = self._bounds_of_result(value.node)
+            elif value.is_input and value.scope.parent is not None:
+                body, i = body_of(value)
+                if body.inputs[i].role != "carry" or carried_unchanged(body, i):
+                    found = self._bounds_of(body.inputs[i].outer)
+                elif counter(body, i) is not None:
+                    found = self._count(value, body, i)
+            whole = range_of(value.dtype)
+            known = found is not None and holds(value.dtype, found)
+            self._bounds[value] = found if known and found is not None else whole
+        return self._bounds[value]
+
+    def _bounds_of_result(self, node: Node) -> Bounds | None:
+        if node.primitive is p.iota_p:
+            size = node.params["shape"][node.params["dimension"]]
+            return (0, max(0, size - 1)) if isinstance(size, int) else None
+        if node.primitive is p.convert_element_type_p and not is_integer(node.ins[0].aval):
+            return None
+        if node.primitive is p.select_n_p or node.primitive in MOVES | {p.convert_element_type_p}:
+            cases = node.ins[1:] if node.primitive is p.select_n_p else node.ins
+            bounds = [*map(self._bounds_of, cases)]
+            return min(low for low, _ in bounds), max(high for _, high in bounds)
+        return self._exact(node)
+
+    def _count(self, value: Value, body: Body, i: int) -> Bounds:
+        """Between what numbers a counter would be if it did not wrap around."""
+        low, high = self._bounds_of(body.inputs[i].outer)
+        steps = (counter(body, i) or 0) * max(0, (value.scope.length or 0) - 1)
+        return low + min(0, steps), high + max(0, steps)
 
     def _visit(self, scope: Scope) -> None:
         for node in scope.nodes:
@@ -138,19 +229,6 @@ class Provenance:
                 self._weights.add(value)
                 if self._is_constant(link.outer):
                     self._constant.add(value)
-
-
-def _is_index(value: Value) -> bool:
-    """Whether it is a single integer, whose width `jax_enable_x64` decides."""
-    return not value.shape and np.issubdtype(value.dtype, np.integer)
-
-
-def _is_the_same(node: Node) -> bool:
-    """Whether an operation returns the numbers that it is given, elsewhere or as wider indices."""
-    if has(node.primitive, Trait.SHARDS):
-        return True
-    cast = node.primitive is p.convert_element_type_p
-    return cast and all(map(_is_index, (*node.ins, *node.outs)))
 
 
 def body_of(value: Value) -> tuple[Body, int]:

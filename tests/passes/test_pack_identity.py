@@ -183,3 +183,103 @@ def test_layers_that_a_loop_counts_are_the_same_in_64_bits(indexed):
         close(step(held, X), fn(layers, X), 1e-4)
         other = packed(step, layers, X)
     close(step(other, X), fn(layers, X), 1e-4)
+
+
+def scanned(read):
+    """Products with what is read of layers at a scan's counter."""
+
+    def fn(layers, x):
+        return lax.scan(lambda y, i: (y + x @ read(layers, i), None), x, jnp.arange(300))[0]
+
+    return fn
+
+
+def counted(start, step):
+    """Products with layers at a loop's own counter."""
+
+    def fn(layers, x):
+        return lax.scan(
+            lambda c, _: ((c[0] + step, c[1] + x @ layers[c[0]]), None), (start, x), length=300
+        )[0][1]
+
+    return fn
+
+
+LAYERS = rand(300, 4, 4)
+FEW = inputs(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "weights"),
+    [
+        (
+            lambda p, x: x @ p["w"][p["i"]],
+            lambda p, x: x @ p["w"][p["i"].astype(jnp.uint8)],
+            {"w": LAYERS, "i": np.int32(299)},
+        ),
+        (
+            scanned(lambda p, i: p["w"][i]),
+            scanned(lambda p, i: p["w"][i.astype(jnp.uint8)]),
+            {"w": LAYERS},
+        ),
+        (
+            lambda p, x: counted(0, 1)(p["w"], x),
+            lambda p, x: counted(jnp.uint8(0), np.uint8(1))(p["w"], x),
+            {"w": LAYERS},
+        ),
+        (
+            lambda p, x: x @ (p["w"] - p["z"].astype(jnp.float32)),
+            lambda p, x: x @ (p["w"] - p["z"].astype(jnp.int8).astype(jnp.float32)),
+            {"w": LAYERS[0], "z": np.uint8(200)},
+        ),
+        (
+            lambda p, x: x @ p["w"][lax.div(p["i"], np.int32(2))],
+            lambda p, x: x @ p["w"][lax.div(p["i"].astype(jnp.uint32), np.uint32(2))],
+            {"w": LAYERS, "i": jnp.int32(-4)},
+        ),
+        (
+            lambda p, x: x @ p["w"][p["z"] + np.uint8(100)],
+            lambda p, x: x @ p["w"][p["z"].astype(jnp.int32) + 100],
+            {"w": LAYERS, "z": jnp.uint8(190)},
+        ),
+        (
+            lambda p, x: x @ (p["w"] * (jnp.full(4, p["z"]) + np.uint8(100))),
+            lambda p, x: x @ (p["w"] * (jnp.full(4, p["z"].astype(jnp.int32)) + 100)),
+            {"w": LAYERS[0], "z": np.uint8(200)},
+        ),
+    ],
+)
+def test_an_integer_that_a_cast_changes_makes_another_weight(one, other, weights):
+    def both(p, x):
+        return one(p, x), other(p, x)
+
+    step = hire.transform(both, Linear(encoding=Float("float32"), force=True, path="w"))
+    held = packed(step, weights, FEW)
+    want = both(weights, FEW)
+    assert np.abs(want[0] - want[1]).max() > 0.01
+    assert len(held.sites) == 2
+    close(step(held, FEW), want, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p, i: p[lax.rem(2 * i + 1, jnp.full_like(i, 3))],
+        lambda p, i: p[i.astype(jnp.uint8)],
+        lambda p, i: jnp.take(p, i, axis=0),
+        lambda p, i: p[-1 - i],
+    ],
+)
+def test_an_integer_that_a_cast_keeps_makes_the_same_weight(read):
+    def fn(p, x):
+        def body(i, x):
+            return jnp.tanh(x @ read(p, i)) @ read(p, i.astype(jnp.int16).astype(jnp.int32))
+
+        return lax.fori_loop(0, 3, body, x)
+
+    layers = rand(3, 4, 4)
+    step = hire.transform(fn, Linear(encoding=Float("float32"), force=True))
+    held = packed(step, layers, FEW)
+    assert len(held.sites) == 1
+    with jax.enable_x64(True):
+        close(step(held, FEW), fn(layers, FEW), 1e-4)
