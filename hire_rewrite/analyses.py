@@ -34,7 +34,7 @@ from hire_rewrite.recent import Recent
 from hire_rewrite.rules import Rule
 from hire_rewrite.sites import site_kinds
 
-_REMEMBERED = 256
+REMEMBERED = 256
 """Analyses of one function that are kept: of others it is traced again."""
 
 
@@ -69,10 +69,10 @@ class Analyses:
         default_factory=threading.RLock, init=False, repr=False
     )
     _known: dict[Any, Analysis] = dataclasses.field(
-        default_factory=lambda: Recent(_REMEMBERED), init=False
+        default_factory=lambda: Recent(REMEMBERED), init=False
     )
     _detections: dict[Any, tuple[Trace, Detection]] = dataclasses.field(
-        default_factory=lambda: Recent(_REMEMBERED), init=False
+        default_factory=lambda: Recent(REMEMBERED), init=False
     )
 
     def again(self, rules: tuple[Rule, ...]) -> Analyses:

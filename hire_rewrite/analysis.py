@@ -18,8 +18,9 @@ from hire_rewrite.packed import Packed, check_not_deleted
 from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.detect import Detection
 from hire_rewrite.passes.examine import examine, weight_stacker
-from hire_rewrite.passes.modes import Packing
+from hire_rewrite.passes.modes import HIRE, Packing
 from hire_rewrite.passes.pack import Calibration, pack, pack_shapes
+from hire_rewrite.passes.rewrite import rewrite
 from hire_rewrite.plan import Plan
 from hire_rewrite.sharding.rows import packing_context
 from hire_rewrite.sites.replacement import SiteReplacement
@@ -105,8 +106,17 @@ class Analysis:
         with packing_context(weights), jax.transfer_guard("allow"):
             return examine(self.trace, self.unexamined, weights)
 
-    def pack(self, weights: Sequence[Any], calibration: Calibration | None = None) -> Packed:
-        """The weights, arrays or shapes, in packed form."""
+    def pack(
+        self,
+        weights: Sequence[Any],
+        calibration: Calibration | None = None,
+        known: Sequence[Packed] = (),
+    ) -> Packed:
+        """The weights, arrays or shapes, in packed form.
+
+        Args:
+          known: made of the same weights for other calls: sites that they hold are not packed anew.
+        """
         shapes = any(isinstance(weight, jax.ShapeDtypeStruct) for weight in weights)
         sites = calibration.sites if calibration is not None else {}
         calibration, origin = Calibration(sites, self.statistics), self.origin
@@ -115,8 +125,8 @@ class Analysis:
             if not shapes and not any(isinstance(w, jax.core.Tracer) for w in weights):
                 check_not_deleted("pack", origin.paths, weights)
                 origin = dataclasses.replace(origin, fingerprint=fingerprint(weights))
-            make = pack_shapes if shapes else pack
-            packed = make(self.trace, self.decisions, origin, weights, calibration)
+            what = self.trace, self.decisions, origin, weights, calibration
+            packed = pack_shapes(*what) if shapes else pack(*what, known)
             if origin.fingerprint is None:
                 return packed
             origin = dataclasses.replace(origin, packed=fingerprint(jax.tree.leaves(packed)))
@@ -147,9 +157,21 @@ class Analysis:
             sites[d.packed_name] = d.op.with_weights(packed.sites[d.packed_name], rows)
         return dataclasses.replace(packed, sites=sites)
 
-    def serves(self, packed: Packed) -> bool:
-        """Whether a `Packed` that was made for another kind of call has all that this one packs."""
-        return all(packed.info.sites_of(d.site.kind.name, d.site.key) for d in self.packing)
+    def sites_in(self, packed: Packed) -> bool:
+        """Whether a `Packed` that was made for another kind of call has all sites that this one
+        packs, and knows all whose numbers this one looks at."""
+        info, packs = packed.info, self.packing
+        return all(
+            info.sites_of(d.site.kind.name, d.site.key)
+            or (d not in packs and info.examined_site(d.site.kind.name, d.site.key))
+            for d in (*packs, *self.unexamined)
+        )
+
+    def dense_weights_in(self, packed: Packed) -> bool:
+        """Whether the `Packed` of this call has the weights that are read beside its sites."""
+        needs = rewrite(self.trace, self.replacements(packed, HIRE.packed)).needs
+        paths = zip(self.trace.weights, packed.info.origin.paths, strict=True)
+        return all(path in packed.weights for i, path in paths if i in needs)
 
     def inputs(
         self, packed: Packed | None, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -11,9 +11,11 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 
 from hire_rewrite import _compat
-from hire_rewrite.analyses import Analyses
+from hire_rewrite.analyses import REMEMBERED, Analyses
+from hire_rewrite.analysis import Analysis
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.packed import Packed
+from hire_rewrite.recent import Recent
 
 __all__ = ["OnSight", "traced", "tracing"]
 
@@ -23,12 +25,14 @@ class OnSight:
 
     def __init__(self, analyses: Analyses, warn: Callable[[str], None]) -> None:
         self._analyses, self._warn = analyses, warn
+        self._kept = False
         self._seen: tuple[tuple[Any, ...], list[Packed]] | None = None
+        self._served: dict[Analysis, Packed | None] = Recent(REMEMBERED)
 
     def keep(self, packed: Packed) -> None:
         """Have a `Packed` stand for weights that are closed over."""
         with self._analyses.lock:  # a first call that packs now, too, would replace it
-            self._seen = (), [packed]
+            self._kept, self._seen = True, ((), [packed])
 
     def pack(
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -49,18 +53,24 @@ class OnSight:
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Packed | None:
         seen, known = self._seen or (None, [])
+        if self._kept:
+            return known[0]
         same = (
             seen is not None and len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
         )
-        if not self._analyses.weights and known:
-            return known[0]
         analysis = self._analyses.of(None, args, kwargs)
         analysis.check_decided()
-        if not analysis.packing and (same or traced(leaves) or not analysis.unexamined):
+        if same and analysis in self._served:
+            return self._served[analysis]
+        if not analysis.packing and (traced(leaves) or not analysis.unexamined):
             return None
+        call = analysis
         for packed in known if same else ():
-            if analysis.serves(packed):
-                return packed
+            if call.sites_in(packed):
+                held = self._analyses.of(packed, args, kwargs)
+                if held.dense_weights_in(packed):
+                    self._served[call] = packed
+                    return packed
         if traced(leaves):
             if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
                 raise HireRewriteError(
@@ -88,10 +98,14 @@ class OnSight:
                     f"raw weights are packed {often}{hint}; pack ahead with .pack(...) and "
                     "pass the Packed in place of the weights"
                 )
-                new = [analysis.pack(leaves)]
+                new = [analysis.pack(leaves, None, known if same else ())]
+        made = new[0] if new else None
         if lasting:
+            if not same:
+                self._served.clear()
             self._seen = leaves, [*(known if same else ()), *new]
-        return new[0] if new else None
+            self._served[call] = made
+        return made
 
 
 def traced(leaves: Iterable[Any]) -> bool:

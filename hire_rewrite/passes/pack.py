@@ -49,12 +49,14 @@ def pack(
     origin: Origin,
     weights: Sequence[Any],
     calibration: Calibration,
+    known: Sequence[Packed] = (),
 ) -> Packed:
     """Pack the weights of a traced function.
 
     Args:
       weights: its weight inputs, in order.
       calibration: sites that it has not seen have predictors fitted to the weights alone.
+      known: made of the same weights, and of no calibration: their arrays of sites are taken.
 
     Raises:
       HireRewriteError: a site's weights hold a NaN or an infinity, its calibration has too few
@@ -65,9 +67,26 @@ def pack(
     stacker = weight_stacker(trace, weights)
     packing = [decision for decision in decisions if decision.packs]
     firsts = [decision for decision in packing if decision.packed_name == decision.name]
-    sites: dict[str, Any] = {}
-    with progress("packing", "layer", sum(d.site.layers for d in firsts)) as advance:
-        for decision in firsts:
+    described = {
+        d.name: PackedSite(
+            d.site.kind.name,
+            d.name,
+            d.site.key,
+            repr(d.op.layout),
+            calibration.statistics.get(d.site.label),
+        )
+        for d in firsts
+    }
+    there = {
+        dataclasses.replace(site, name=""): other.sites[site.name]
+        for other in known
+        for site in other.info.sites
+    }
+    alike = {name: dataclasses.replace(site, name="") for name, site in described.items()}
+    sites: dict[str, Any] = {n: there[site] for n, site in alike.items() if site in there}
+    new = [decision for decision in firsts if decision.name not in sites]
+    with progress("packing", "layer", sum(d.site.layers for d in new)) as advance:
+        for decision in new:
             try:
                 sites[decision.name] = _packed_site(decision, stacker, calibration, advance)
             except Exception as error:
@@ -92,16 +111,7 @@ def pack(
     names = [decision.name for decision in decisions]
     info = PackedInfo(
         origin,
-        tuple(
-            PackedSite(
-                d.site.kind.name,
-                d.name,
-                d.site.key,
-                repr(d.op.layout),
-                calibration.statistics.get(d.site.label),
-            )
-            for d in firsts
-        ),
+        tuple(described.values()),
         tuple(
             ExaminedSite(d.site.kind.name, d.name, d.site.key, calibration.statistics[d.site.label])
             for d in decisions
