@@ -141,6 +141,7 @@ def _transform(
 
 def inspect(
     fn: Callable[..., Any],
+    /,
     *args: Any,
     rules: Rule | Iterable[Rule] = (),
     weights: int | Sequence[int] = 0,
@@ -150,6 +151,7 @@ def inspect(
 
     Args:
       args, kwargs: a call's arguments: arrays, or `jax.ShapeDtypeStruct`s (nothing is computed).
+        Those that are called `rules` or `weights` are given by their position.
       rules: several, or one.
       weights: as in `transform`.
     """
@@ -159,6 +161,7 @@ def inspect(
 
 def diff(
     fn: Callable[..., Any],
+    /,
     *args: Any,
     rules: Rule | Iterable[Rule] = (),
     weights: int | Sequence[int] = 0,

@@ -210,7 +210,7 @@ class Packed:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], step: Transformed, *args: Any, **kwargs: Any
+        cls, path: str | os.PathLike[str], step: Transformed, /, *args: Any, **kwargs: Any
     ) -> Packed:
         """What `save` wrote, for a function: the dense weights are not needed.
 

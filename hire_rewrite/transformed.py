@@ -149,7 +149,8 @@ class Transformed:
             compiling ahead of time, or to restore a checkpoint.
           calibration: tuples of the arguments after the weights, on which the predictors are
             fitted; leading sizes (batch, sequence) may differ from call to call. Without it a
-            `LowRank` predictor is the plain SVD of the weights, which recalls badly.
+            `LowRank` predictor is the plain SVD of the weights, which recalls badly. An argument of
+            the function's own that is called so is given by its position.
 
         Returns:
           The `Packed` to pass where the weights stood. A function whose weights are closed over
@@ -197,6 +198,7 @@ class Transformed:
         self,
         packed: Packed,
         batches: Iterable[tuple[Any, ...]],
+        /,
         *,
         weights: Any = None,
         targets: Callable[..., Any] | None = None,
@@ -245,6 +247,7 @@ class Transformed:
         self,
         weights: Any,
         batches: Iterable[tuple[Any, ...]],
+        /,
         *,
         recall: float | None = None,
         kl: float | None = None,

@@ -89,6 +89,23 @@ def test_it_goes_through_trees(packed):
     assert mapped(packed, jnp.arange(4)[:, None]).shape == (4, 1, V)
 
 
+def test_keyword_arguments_that_are_called_as_those_of_the_package(tmp_path):
+    def fn(p, x, *, self=1.0, cls=1.0, path=1.0, step=1.0, packed=1.0, batches=1.0, fn=1.0):
+        return x @ p * self * cls * path * step * packed * batches * fn
+
+    p, x = jax.random.normal(jax.random.key(0), (D, D)), jnp.ones((1, D))
+    named = dict.fromkeys(("self", "cls", "path", "step", "packed", "batches", "fn"), 2.0)
+    rules = hire.Linear(force=True, encoding=hire.Blocks(8))
+    transformed = hire.transform(fn, rules)
+    held = transformed.pack(p, x, **named)
+    held.save(tmp_path / "packed.safetensors")
+    loaded = hire.Packed.load(tmp_path / "packed.safetensors", transformed, p, x, **named)
+    assert (transformed(loaded, x, **named) == transformed(held, x, **named)).all()
+    assert transformed.evaluate(held, [(x,)], weights=p, **named).sites
+    assert hire.inspect(fn, p, x, rules=rules, **named).rewritten
+    assert hire.diff(fn, p, x, rules=rules, **named).changed
+
+
 def test_a_keyword_argument_that_is_called_self():
     def fn(p, x, *, self=1.0):
         return x @ p * self
