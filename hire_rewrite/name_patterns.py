@@ -24,6 +24,9 @@ _TOKENS = re.compile(
 _MOST = 10_000
 """Numbers that a range stands for: each is written out."""
 
+_COLON = re.compile(r":(?!\d|$)")
+"""What a scope may end in; the names of weights have colons before numbers (`kernel:0`)."""
+
 _COUNTED = re.compile(r" \(\d+\)$")
 """What the plan has behind a name that stands for several."""
 
@@ -107,13 +110,14 @@ def site_pattern(name: str, others: Iterable[str] = ()) -> str:
       >>> site_pattern("a/q", ["b/q"])
       '\\\\Aa/q\\\\Z'
     """
-    path = name.rpartition(":")[2]
-    argument, _, rest = path.partition("/")
-    pattern = f"[^/:]+/{re.escape(rest)}" if rest else re.escape(argument)
-    pattern = f"^(.*:)?{pattern}$"
-    if any(fits(pattern, other) for other in others if other != name):
-        return whole_name(name)
-    return pattern
+    rest = [other for other in others if other != name]
+    for start in reversed([0, *(colon.end() for colon in _COLON.finditer(name))]):
+        argument, slash, path = name[start:].partition("/")
+        pattern = f"[^/:]+/{re.escape(path)}" if slash else re.escape(argument)
+        pattern = f"^(.*:)?{pattern}$"
+        if not any(fits(pattern, other) for other in rest):
+            return pattern
+    return whole_name(name)
 
 
 def whole_name(name: str) -> str:

@@ -93,7 +93,12 @@ def check_specs(origin: Origin, weights: Sequence[Any]) -> None:
         )
     keys = [jax.tree_util.keystr(k[1:], simple=True, separator="/") for k, _ in leaves]
     heads = [path.partition("/")[0] for path in origin.paths]
-    here = unique([f"{head}/{key}" if key else head for head, key in zip(heads, keys, strict=True)])
+    here = unique(
+        [
+            f"{head}/{key}" if len(path) > 1 else head
+            for head, key, (path, _) in zip(heads, keys, leaves, strict=True)
+        ]
+    )
     for i, (path, want, (_, leaf)) in enumerate(
         zip(origin.paths, origin.specs, leaves, strict=True)
     ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Collection, Hashable, Sequence
 
 import jax
 
@@ -78,7 +79,8 @@ class PackedInfo:
         """The names of weights and of sites, to those without the name of the argument."""
         argument = self.origin.argument
         sites = [site.name for site in self.sites]
-        return _short_names(argument, self.origin.paths), _short_names(argument, sites)
+        paths = self.origin.paths
+        return _short_names(argument, paths, {*paths}), _short_names(argument, sites, {*paths})
 
     def sites_of(self, kind: str, key: str) -> list[PackedSite]:
         """The packed sites of a kind with these weights, each in a layout of its own."""
@@ -89,11 +91,21 @@ class PackedInfo:
         return next((site for site in self.examined if (site.kind, site.key) == (kind, key)), None)
 
 
-def _short_names(argument: str | None, names: Sequence[str]) -> dict[str, str]:
-    """Names, and what is left of each without the name of the argument that holds weights."""
+def _short_names(
+    argument: str | None, names: Sequence[str], paths: Collection[str]
+) -> dict[str, str]:
+    """Names, and what is left of each without the name of the argument that holds weights.
+
+    Args:
+      paths: of the weights, whose keys may have colons, as the scopes before them have one.
+    """
     short = {}
     for name in names:
-        scope, colon, path = name.rpartition(":")
-        first, _, rest = path.partition("/")
-        short[name] = f"{scope}{colon}{rest or 'weights'}" if first == argument else name
+        starts = [0, *(colon.end() for colon in re.finditer(":", name))]
+        starts = [i for i in starts if name[i:].partition("/")[0] == argument]
+        known = [i for i in starts if name[i:] in paths or name[i:].rpartition("#")[0] in paths]
+        short[name] = name
+        for start in (known or starts[::-1])[:1]:
+            _, slash, rest = name[start:].partition("/")
+            short[name] = f"{name[:start]}{rest or slash or 'weights'}"
     return short if len({*short.values()}) == len(short) else {}

@@ -89,6 +89,32 @@ def test_it_goes_through_trees(packed):
     assert mapped(packed, jnp.arange(4)[:, None]).shape == (4, 1, V)
 
 
+@pytest.mark.parametrize(
+    "keys", [["kernel:0"], ["a:b", "c:b"], [""], ["", "weights"], ["x:p", "x:arrays"], ["p:0", "0"]]
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_keys_that_are_empty_or_have_colons(tmp_path, keys, saved):
+    def fn(p, x):
+        return sum(x @ p["dense"][key] @ p[key] for key in keys)
+
+    def other(arrays, x):
+        return fn(arrays, x)
+
+    draw = iter(jax.random.split(jax.random.key(0), 2 * len(keys)))
+    p = {"dense": {key: jax.random.normal(next(draw), (D, D)) for key in keys}}
+    p |= {key: jax.random.normal(next(draw), (D, D)) for key in keys}
+    rules, x = (hire.Linear(path="dense", encoding=hire.Blocks(8), force=True),), jnp.ones((1, D))
+    held = hire.transform(fn, *rules).pack(p, x)
+    assert len(held.sites) == len(held.weights) == len(keys)
+    held.check(p)
+    held.save(tmp_path / "packed.safetensors")
+    rules = hire.load_rules(tmp_path / "packed.safetensors") if saved else rules
+    step = hire.transform(other, *rules)
+    for given in (), (p, x):
+        loaded = hire.Packed.load(tmp_path / "packed.safetensors", step, *given)
+        np.testing.assert_array_equal(step(loaded, x), hire.transform(fn, *held.rules)(held, x))
+
+
 def test_keyword_arguments_that_are_called_as_those_of_the_package(tmp_path):
     def fn(p, x, *, self=1.0, cls=1.0, path=1.0, step=1.0, packed=1.0, batches=1.0, fn=1.0):
         return x @ p * self * cls * path * step * packed * batches * fn

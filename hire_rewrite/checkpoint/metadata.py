@@ -32,7 +32,7 @@ from hire_rewrite.saved import built, plain, rule_types
 from hire_rewrite.sites import site_kinds
 from hire_rewrite.sites.kind import StaysDense
 
-FORMAT = 4
+FORMAT = 5
 """Raised when what is written, or what packed arrays mean, changes."""
 
 

@@ -84,7 +84,7 @@ def trace(
         positional = path[0].idx == 0
         head = names[path[1].idx] if positional else str(path[1].key)
         rest = jax.tree_util.keystr(path[2:], simple=True, separator="/")
-        paths.append(f"{head}/{rest}" if rest else head)
+        paths.append(f"{head}/{rest}" if len(path) > 2 else head)
         arguments.append(Argument(head, path[1].idx if positional else None))
         held = positional and path[1].idx in weights
         if held:
