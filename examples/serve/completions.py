@@ -13,6 +13,8 @@ _IGNORED = {"model", "user", "metadata", "store", "stream_options"}
 _ONLY = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "stop": None, "suffix": None,
          "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": None}  # fmt: skip
 """Parameters that are known for the one value that they may have."""
+_LONGEST = 256
+"""Characters of the model's name, which stands in every part of a stream."""
 
 
 class BadRequest(Exception):  # noqa: N818 (an answer to a client)
@@ -48,7 +50,7 @@ def parse(body: bytes, words: Words) -> Asked:
     known = {"prompt", "max_tokens", "temperature", "seed", "stream"} | _IGNORED
     for name, value in given.items():
         if name in _ONLY:
-            if value != _ONLY[name] and value is not None:
+            if value is not None and not _is(value, _ONLY[name]):
                 raise BadRequest(f"{name}={value!r:.80} is not supported here", name)
         elif name not in known:
             raise BadRequest(f"{name:.80} is not a parameter that is known here", name[:80])
@@ -59,10 +61,13 @@ def parse(body: bytes, words: Words) -> Asked:
         temperature=_temperature(given),
         seed=_integer(given, "seed", 0, least=0) % 2**32,
     )
-    stream = given.get("stream") or False
-    if not isinstance(stream, bool):
+    stream, model = given.get("stream"), given.get("model")
+    if stream is not None and not isinstance(stream, bool):
         raise BadRequest(f"stream is {stream!r:.80}: give true or false", "stream")
-    return Asked(request, stream, str(given.get("model") or "smollm2-135m"))
+    if model is not None and not (isinstance(model, str) and len(model) <= _LONGEST):
+        what = f"give a name of up to {_LONGEST} characters"
+        raise BadRequest(f"model is {model!r:.80}: {what}", "model")
+    return Asked(request, bool(stream), model or "smollm2-135m")
 
 
 def answer(asked: Asked, text: str, end: str | None, said: int | None = None) -> dict[str, Any]:
@@ -107,6 +112,11 @@ def _integer(given: dict[str, Any], name: str, default: int, *, least: int) -> i
     if not _is_integer(value) or not least <= value < 2**63:
         raise BadRequest(f"{name} is {value!r:.80}: give an integer from {least} to 2^63 - 1", name)
     return int(value)
+
+
+def _is(value: Any, only: Any) -> bool:
+    """Whether JSON's value is this one: `true` is not 1, and 0 is not `false`."""
+    return bool(value == only) and isinstance(value, bool) == isinstance(only, bool)
 
 
 def _is_integer(value: Any) -> bool:

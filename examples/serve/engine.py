@@ -75,7 +75,11 @@ class Refused(Exception):  # noqa: N818 (an answer to a client)
 
 
 class TooLong(Refused):
-    """Prompt and answer together are longer than a slot."""
+    """Prompt and answer together are longer than a slot; `param` names which to shorten."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class QueueFull(Refused):
@@ -119,7 +123,8 @@ class Engine:
         if prompt + request.max_tokens > most:
             raise TooLong(
                 f"the prompt has {prompt} tokens and the answer up to {request.max_tokens}: "
-                f"together no more than {most} fit"
+                f"together no more than {most} fit",
+                "max_tokens" if prompt < most else "prompt",
             )
 
     def submit(self, request: Request) -> None:

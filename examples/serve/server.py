@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from . import completions, metrics
 from .completions import Asked, BadRequest
-from .engine import Event, QueueFull, Refused
+from .engine import Event, QueueFull, Refused, TooLong
 from .runner import Broken, Runner
 from .words import Words
 
@@ -149,7 +149,7 @@ def _refused(refused: Refused) -> Response:
         return _error(429, str(refused), headers={"Retry-After": "1"})
     if isinstance(refused, Broken):
         return _error(503, str(refused))
-    return _error(400, str(refused), "prompt")
+    return _error(400, str(refused), refused.param if isinstance(refused, TooLong) else None)
 
 
 def _error(
