@@ -18,6 +18,7 @@ from hire_rewrite.checkpoint.bounded import parse
 from hire_rewrite.checkpoint.metadata import array_names, checksummed, write_metadata
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.files import followed, in_words, local
+from hire_rewrite.name_patterns import is_literal
 from hire_rewrite.packed import Packed, check_arrays
 
 
@@ -31,6 +32,12 @@ def save(packed: Packed, path: str | os.PathLike[str]) -> None:
 def _save(packed: Packed, path: Path, *, whole: bool) -> None:
     """Write it to one file if it is to be `whole`, or else to a directory."""
     check_arrays("save", packed)
+    for rule in packed.info.rules:
+        if rule.path is not None and not is_literal(rule.path):  # `load` refuses it
+            raise HireRewriteError(
+                f"save: a layer's name is too long to be saved ({len(rule.path)} characters, "
+                f"{rule.path:.80}...): give its weights and scopes shorter names"
+            )
     leaves, names = jax.tree.leaves(packed), array_names(packed)
     leaves = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
     for name, leaf in zip(names, leaves, strict=True):

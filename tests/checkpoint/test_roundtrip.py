@@ -162,6 +162,16 @@ def test_dtypes_survive(place, dtype):
     same(hire.Packed.load(place, hire.transform(fn)), packed)
 
 
+def test_a_name_that_is_too_long_is_refused_before_it_is_written(tmp_path):
+    params, x = {"w" * 5000: rand(D, D)}, X
+    step = hire.transform(
+        lambda params, x: x @ params["w" * 5000], hire.Linear(encoding=hire.Blocks(8), force=True)
+    )
+    with pytest.raises(hire.HireRewriteError, match="too long to be saved"):
+        step.pack(params, x).save(tmp_path / "packed.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_keys_of_random_numbers_are_refused_in_words(tmp_path):
     step = hire.transform(lambda p, x: x + jax.random.normal(p["key"], x.shape))
     packed = step.pack({"key": jax.random.key(0)}, jnp.ones(2))
