@@ -14,6 +14,7 @@ from hire_rewrite.passes.diff import Diff, compare_functions
 from hire_rewrite.passes.modes import MODES
 from hire_rewrite.plan import Plan
 from hire_rewrite.rules import Rule
+from hire_rewrite.settings import is_iterable
 from hire_rewrite.sites import site_kinds
 from hire_rewrite.transformed import Transformed
 
@@ -96,8 +97,7 @@ def _transform(
     on_miss: str,
     telemetry: bool | float,
 ) -> Transformed:
-    if not callable(fn):
-        raise HireRewriteError(f"transform: {fn!r} is not callable: give the function first")
+    _check_callable("transform", fn)
     if isinstance(fn, Transformed):
         raise HireRewriteError(
             f"transform: {fn.name} is transformed already: give all rules in one call of "
@@ -116,7 +116,7 @@ def _transform(
             )
     if not isinstance(mode, str) or mode not in MODES:
         raise HireRewriteError(f"transform: mode={mode!r} must be one of {', '.join(MODES)}")
-    if on_miss not in _ON_MISS:
+    if not isinstance(on_miss, str) or on_miss not in _ON_MISS:
         raise HireRewriteError(
             f"transform: on_miss={on_miss!r} must be one of {', '.join(_ON_MISS)}"
         )
@@ -155,6 +155,7 @@ def inspect(
       rules: several, or one.
       weights: as in `transform`.
     """
+    _check_callable("inspect", fn)
     given = _several("inspect", rules)
     return transform(fn, *given, weights=weights, on_miss="ignore").plan(*args, **kwargs)
 
@@ -191,6 +192,7 @@ def diff(
     Raises:
       HireRewriteError: rules are given for two functions, or one of them cannot be traced.
     """
+    _check_callable("diff", fn)
     rules = _several("diff", rules)
     while args and isinstance(args[0], Rule):
         rules, args = (*rules, args[0]), args[1:]
@@ -204,10 +206,16 @@ def diff(
     return transform(fn, *rules, weights=weights).diff(*args, **kwargs)
 
 
+def _check_callable(name: str, fn: Any) -> None:
+    """Raise HireRewriteError if what is given to a function of this name is not a function."""
+    if not callable(fn):
+        raise HireRewriteError(f"{name}: {fn!r} is not callable: give the function first")
+
+
 def _several(name: str, rules: Rule | Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules that are given to a function of this name, which may be a single one."""
     if isinstance(rules, Rule):
         return (rules,)
-    if not isinstance(rules, Iterable):
+    if not is_iterable(rules):
         raise HireRewriteError(f"{name}: rules={rules!r}: give a rule, or a list of rules")
     return tuple(rules)

@@ -14,7 +14,7 @@ from hire_rewrite.files import local, write
 from hire_rewrite.ops.encodings import encoding_types
 from hire_rewrite.ops.predictors import predictor_types
 from hire_rewrite.rules import Rule
-from hire_rewrite.settings import is_int
+from hire_rewrite.settings import is_int, is_iterable
 from hire_rewrite.sites import site_kinds
 
 
@@ -48,7 +48,7 @@ def _rules(rules: Any, path: Any) -> list[Rule]:
         )
     if isinstance(rules, Rule):
         return [rules]
-    if not isinstance(rules, Iterable):
+    if not is_iterable(rules):
         raise HireRewriteError(
             f"save_rules: rules are a {kind}: give packed.rules, say, or those of tune"
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from hire_rewrite.errors import HireRewriteError
 
-__all__ = ["check_settings", "is_int"]
+__all__ = ["check_settings", "is_int", "is_iterable"]
 
 
 def check_settings(given: Any) -> None:
@@ -25,6 +25,15 @@ def check_settings(given: Any) -> None:
                 f"{list(value.shape)}: give a single Python number or word, which is the same for "
                 "all layers and calls"
             )
+
+
+def is_iterable(given: object) -> bool:
+    """Whether something can be gone through: an array without axes says so, and cannot."""
+    try:
+        iter(given)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
 
 
 def is_int(number: object) -> bool:

@@ -166,6 +166,12 @@ class Transformed:
                 "give those"
             )
         leaves = self._weight_leaves(args)
+        sizes = (size for leaf in leaves for size in getattr(leaf, "shape", ()))
+        if symbol := next(filter(jax.export.is_symbolic_dim, sizes), None):
+            raise HireRewriteError(
+                f"{self.name}: pack has a weight with an axis of size {symbol!s}: give weights "
+                "whose sizes are numbers, and symbols in the other arguments alone"
+            )
         shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
         if shapes and (calibration is not None or len(shapes) < len(leaves)):
             what = "calibration" if calibration is not None else "other weights that are arrays"

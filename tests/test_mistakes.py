@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hire_rewrite as hire
@@ -80,6 +81,31 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
             "argument `cache` holds a str",
         ),
         (lambda step, params, packed: packed.with_arrays(None), "a NoneType: give a dict"),
+        (lambda step, params, packed: hire.inspect(decode, rules=jnp.array(3)), "give a rule, or"),
+        (
+            lambda step, params, packed: step.pack(params, *BATCH, calibration=jnp.array(3)),
+            "is given: give tuples",
+        ),
+        (lambda step, params, packed: step.evaluate(packed, jnp.array(3)), "is given: give tuples"),
+        (lambda step, params, packed: step.tune(params, jnp.array(3)), "give at least 2"),
+        (lambda step, params, packed: step.tune(params, jnp.array(3), kl=1.0), "give at least 2"),
+        (lambda step, params, packed: hire.save_rules(jnp.array(3), "r"), r"give packed\.rules"),
+        (
+            lambda step, params, packed: hire.transform(decode, on_miss=np.array([1, 2])),
+            "on_miss=.* must be one of",
+        ),
+        (lambda step, params, packed: hire.inspect(None, params, *BATCH), "None is not callable"),
+        (lambda step, params, packed: hire.diff(None, params, *BATCH), "None is not callable"),
+        (lambda step, params, packed: hire.da_top_k(UP, None), "k=None must be an int"),
+        (lambda step, params, packed: hire.da_top_k(10**30, 3), "x is a int: give an array"),
+        (lambda step, params, packed: hire.da_top_k(UP, 10**30), "k=1000"),
+        (
+            lambda step, params, packed: step.pack(
+                {**params, "up": jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, n"), "f4")},
+                *BATCH,
+            ),
+            "an axis of size n",
+        ),
         (lambda step, params, packed: hire.transform(decode, mode=["hire"]), "must be one of"),
         (lambda step, params, packed: BOTH(BOTH.pack(UP, UP, UP), UP, UP), "argument 1 is float32"),
         (lambda step, params, packed: packed.check({**params, "up": "abc"}), "params/up is none"),

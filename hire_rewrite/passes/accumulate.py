@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.reports import combine
 from hire_rewrite.graph.trace import abstract, holds_numbers
+from hire_rewrite.settings import is_iterable
 from hire_rewrite.sites import MatchedSite
 
 
@@ -53,7 +54,7 @@ def accumulate(
     Raises:
       HireRewriteError: a batch has another structure than `example`.
     """
-    if not isinstance(batches, Iterable):
+    if not is_iterable(batches):
         raise HireRewriteError(
             f"{what}: a {type(batches).__name__} is given: give tuples of the arguments after the "
             "weights, in a list"

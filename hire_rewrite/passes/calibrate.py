@@ -19,6 +19,7 @@ from hire_rewrite.passes.accumulate import accumulate, by_layer
 from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.pack import Calibration
 from hire_rewrite.passes.rewrite import rewrite
+from hire_rewrite.settings import is_iterable
 from hire_rewrite.sharding.rows import automatic
 from hire_rewrite.sites.weight_rows import all_finite
 
@@ -40,7 +41,7 @@ def calibrate(
         site's inputs hold a NaN or an infinity.
     """
     statistics: Mapping[str, Any] = {}
-    if analyses.of(None, args, kwargs).undecided and isinstance(batches, Iterable):
+    if analyses.of(None, args, kwargs).undecided and is_iterable(batches):
         # The sizes first, then what depends on them.
         batches = batches if isinstance(batches, list) else list(batches)
         first = _watch(analyses, args, kwargs, batches, {}, lambda d: d.undecided)

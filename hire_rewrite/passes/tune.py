@@ -17,6 +17,7 @@ from hire_rewrite.passes.calibrate import calibrate
 from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.report import SiteReport
 from hire_rewrite.rules import Rule
+from hire_rewrite.settings import is_iterable
 from hire_rewrite.sites import Operation
 from hire_rewrite.tuned import Trial, Tuned, portable
 
@@ -86,7 +87,7 @@ def _trial(operation: Operation, rule: Rule, report: SiteReport, target: float) 
 
 def held_out(batches: Iterable[tuple[Any, ...]]) -> tuple[Numbered, Numbered]:
     """Batches to fit predictors to, and others to measure them on: every fourth, or the last."""
-    every = list(batches) if isinstance(batches, Iterable) else []
+    every = list(batches) if is_iterable(batches) else []
     for number, batch in enumerate(every):
         if not isinstance(batch, tuple):
             raise HireRewriteError(

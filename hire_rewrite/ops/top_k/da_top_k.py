@@ -96,7 +96,7 @@ def da_top_k(
     """
     try:
         x = jnp.asarray(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise HireRewriteError(
             f"da_top_k: x is a {type(x).__name__}: give an array of numbers"
         ) from None
@@ -146,17 +146,17 @@ class _Wanted:
             )
         for name in ("k", "keep"):
             number = getattr(self, name)
-            if number is not None and not is_int(number):
+            if not is_int(number) and (number is not None or name == "k"):
                 raise HireRewriteError(f"da_top_k: {name}={number!r} must be an int")
-        if self.k < 1:
-            raise HireRewriteError(f"da_top_k: k={self.k} must be at least 1")
+            if number is not None and not 1 <= number < 2**31:
+                raise HireRewriteError(
+                    f"da_top_k: {name}={number} must be at least 1, and an index of 32 bits"
+                )
         real = isinstance(self.recall_target, numbers.Real)
         if not real or not 0.0 < self.recall_target <= 1.0:
             raise HireRewriteError(
                 f"da_top_k: recall_target={self.recall_target!r} must be in (0, 1]"
             )
-        if self.keep is not None and self.keep < 1:
-            raise HireRewriteError(f"da_top_k: keep={self.keep} must be at least 1")
         if self.merge not in (None, *MERGES):
             raise HireRewriteError(
                 f"da_top_k: merge={self.merge!r} must be one of {', '.join(MERGES)}"
