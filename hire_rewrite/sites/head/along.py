@@ -1,14 +1,16 @@
-"""Numbers along the vocabulary: whether they differ, and what they were made of."""
+"""Numbers along the vocabulary: whether they differ, count up, or were drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.provenance import backward_slice, body_of
 from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.patterns.axes import origin
 
 
 def varies(value: Value, axis: int, depth: int = 16) -> bool:
@@ -83,8 +85,9 @@ def _made_from(value: Value, product: Node, of_logits: Collection[Value]) -> lis
 
 
 def is_random(value: Value) -> bool:
-    """Whether it is random numbers of a continuous range, and nothing that a model computes: what
-    is drawn is drawn by guesses, too. Those that are zero or one, say, are a mask."""
+    """Whether it is random numbers of a continuous range, each drawn for its place, and nothing
+    that a model computes: what is drawn is drawn by guesses, too. Integers, those that are zero or
+    one, and what is written to places that are drawn are masks."""
     made = [each.node for each in backward_slice(value)]
     drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
     if not drawn or any(n is not None and has(n.primitive, Trait.MULTIPLIES) for n in made):
@@ -94,7 +97,7 @@ def is_random(value: Value) -> bool:
         node = stack.pop().node
         if node is None or has(node.primitive, Trait.RANDOM):
             continue
-        if has(node.primitive, Trait.COMPARES) and _width(node.outs[0]) == _width(value):
+        if _width(node.outs[0]) == _width(value) and _is_of_a_mask(node):
             return False
         new = [v for v in node.ins if v not in seen]
         stack += new
@@ -102,11 +105,26 @@ def is_random(value: Value) -> bool:
     return True
 
 
+def _is_of_a_mask(node: Node) -> bool:
+    if has(node.primitive, Trait.COMPARES | Trait.SCATTERS | Trait.ORDERS):
+        return True
+    before, after = node.ins[0].aval, node.outs[0].dtype
+    return (
+        has(node.primitive, Trait.CASTS)
+        and jnp.issubdtype(after, jnp.floating)
+        and not jnp.issubdtype(before.dtype, jnp.floating)
+    )
+
+
+def is_above_zero(value: Value) -> bool:
+    """Whether random numbers are seen to be above zero: of an exponential distribution, say."""
+    node = origin(value, Trait.CASTS | Trait.MOVES | Trait.KEEPS).node
+    if node is None or node.primitive is p.exp_p:
+        return node is not None
+    inner = origin(node.ins[0], Trait.CASTS | Trait.MOVES | Trait.KEEPS).node
+    logs = (p.log_p, p.log1p_p)
+    return node.primitive is p.neg_p and inner is not None and inner.primitive in logs
+
+
 def _width(value: Value) -> int:
     return max((size for size in value.shape if isinstance(size, int)), default=1)
-
-
-def is_of_ranks(value: Value) -> bool:
-    """Whether it is made of numbers that were put in order: ranks, or sums of the greatest."""
-    made = (each.node for each in backward_slice(value))
-    return any(node is not None and has(node.primitive, Trait.ORDERS) for node in made)

@@ -9,7 +9,7 @@ the greatest one that is kept may be a guess.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 from jax.extend.core import primitives as p
@@ -17,12 +17,11 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
-from hire_rewrite.sites.head.along import counts_up, is_of_ranks, varies
+from hire_rewrite.sites.head.along import counts_up, varies
+from hire_rewrite.sites.head.ranks import Ranks
+from hire_rewrite.sites.head.ways import LOST, UP
 
 _SAME = Trait.CASTS | Trait.KEEPS
-
-UP, DOWN, LOST = 1, -1, 0
-"""How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
 
 
 class Where(enum.Enum):
@@ -49,21 +48,30 @@ class Choices:
 
     Args:
       way: how a value is ordered along the vocabulary; None if that is not known.
-      of_logits: the values that are computed from the logits.
+      ranks: what is made of the ranks of the logits.
     """
 
-    def __init__(self, way: Callable[[Value], int | None], of_logits: Collection[Value]) -> None:
-        self._way, self._of_logits = way, of_logits
+    def __init__(self, way: Callable[[Value], int | None], ranks: Ranks) -> None:
+        self._way, self._ranks = way, ranks
 
-    def kept(self, choice: Node, position: int, axis: int) -> Where:
-        """Which numbers a `select_n` takes from its operand at a position."""
+    def kept(self, choice: Node, position: int, axis: int, in_order: bool) -> Where:
+        """Which numbers a `select_n` takes from its operand at a position, if that is in order: it
+        may ask for the first of them."""
         condition, *cases = choice.ins
         if not varies(condition, axis):
             return Where.ALL
         if len(cases) != 2:
             return Where.SOME
+        if in_order and self._asks_for_the_first(condition):
+            return Where.RANKS
         where = self._where(condition, axis)
         return where if position == 2 else _NOT[where]
+
+    def _asks_for_the_first(self, condition: Value) -> bool:
+        made = origin(condition, _SAME | Trait.MOVES).node
+        if made is None or not has(made.primitive, Trait.COMPARES):
+            return False
+        return any(counts_up(side, i) for side in made.ins for i in range(len(side.shape)))
 
     def _where(self, condition: Value, axis: int) -> Where:
         if not varies(condition, axis):
@@ -128,8 +136,7 @@ class Choices:
     def _unknown(self, value: Value) -> Where:
         """What was computed in another way, in the order of the logits if they were put in order:
         nobody who samples keeps the lesser ones of those."""
-        ranks = value in self._of_logits and is_of_ranks(value)
-        return Where.RANKS if ranks else Where.SOME
+        return Where.RANKS if self._ranks.went_into(value) else Where.SOME
 
 
 def _both(one: Where, other: Where) -> Where:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
@@ -70,7 +71,8 @@ def _is_small(value: Value) -> bool:
 def constant_of(value: Value) -> Any:
     """The number, or the array, of the program that a value is, cast and laid out anew; or None."""
     source = origin(value, Trait.CASTS | Trait.MOVES)
-    return source.const if source.literal is None else source.literal
+    number = source.const if source.literal is None else source.literal
+    return None if isinstance(number, jax.core.Tracer) else number  # closed over, of a jit around
 
 
 def is_negative(value: Value) -> bool:

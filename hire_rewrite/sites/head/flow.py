@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Input, Node, Output, Uses, Value
+from hire_rewrite.graph.provenance import body_of
 
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
@@ -40,6 +41,25 @@ def out_of_body(value: Value) -> list[Value]:
     """What a result of a body is outside of the loop or the branch."""
     places = ((node, output.outer) for node, output in _outputs(value))
     return [node.outs[outer] for node, outer in places if outer is not None]
+
+
+def sources(value: Value) -> list[Value]:
+    """What a value is computed from next: of a loop or a branch what it returns, and of an input
+    of its body what that is outside."""
+    node = value.node
+    if node is None:
+        if not value.is_input or value.scope.parent is None:
+            return []
+        body, i = body_of(value)
+        return [body.inputs[i].outer]
+    if not node.bodies:
+        return list(node.ins)
+    return [
+        result
+        for body in node.bodies
+        for result, output in zip(body.scope.outputs, body.outputs, strict=True)
+        if output.outer is not None and node.outs[output.outer] is value
+    ]
 
 
 def _inputs(node: Node, value: Value) -> Iterator[tuple[Value, Input]]:

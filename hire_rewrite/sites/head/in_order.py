@@ -1,7 +1,9 @@
 """What is read of logits that were put in order: how far down, or at a rank that nobody knows.
 
 Who sorts all of them reads a few of the greatest as a rule, and as many are exact. Which token has
-the k-th rank for a k that is given at the call, or which rank a token has, may be told by guesses.
+the k-th rank for a k that is given at the call, which rank a token has, or what else is known of
+the tokens in their order, may be told by guesses. (What becomes of the numbers otherwise is
+followed as that of all logits is: see `order`.)
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Uses, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import result_axis
+from hire_rewrite.sites.head.along import counts_up, is_random
 from hire_rewrite.sites.head.distortion import constant_of
-from hire_rewrite.sites.head.flow import in_bodies
-from hire_rewrite.sites.head.looked_up import says_which
+from hire_rewrite.sites.head.flow import Axes, in_bodies
+from hire_rewrite.sites.head.looked_up import index_along, says_which
 
 
 class Part(NamedTuple):
@@ -59,13 +62,19 @@ class InOrder:
     Attributes:
       parts: that are cut out.
       looked_up: logits at ranks that nobody knows before.
+      numbers: what holds all numbers in order, and what holds them where their tokens are again.
+      ranks: of all tokens, and whether the least number has the greatest.
+      masks: conditions about ranks, where the tokens are.
       unknown: an operation that reads tokens at ranks that the logits do not say, or the ranks of
-        such tokens; None if there is none.
+        such tokens, or something else of each token in order; None if there is none.
     """
 
     def __init__(self, sort: Node, axis: int, uses: Uses, of_logits: Collection[Value]) -> None:
         self.parts: list[Part] = []
         self.looked_up: list[Value] = []
+        self.numbers: Axes = [(out, axis) for out in sort.outs if not _is_whole(out)]
+        self.ranks: list[tuple[Value, int, bool]] = []
+        self.masks: list[Value] = []
         self.unknown: Node | None = None
         self._uses, self._of_logits = uses, of_logits
         stack = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
@@ -86,37 +95,69 @@ class InOrder:
         primitive = user.primitive
         if primitive is p.rev_p and axis in user.params["dimensions"]:
             return [here._replace(value=user.outs[0], turned=not here.turned)]
-        if primitive is p.slice_p and user.outs[0].shape[axis] < value.shape[axis]:
+        if primitive is p.slice_p and user.outs[0].shape[axis] == value.shape[axis]:
+            return [here._replace(value=user.outs[0])]
+        if primitive is p.slice_p:
             starts, limits = user.params["start_indices"], user.params["limit_indices"]
             self._read(here, starts[axis], limits[axis], user)
             return []
         if primitive is p.cond_p:
             return [here._replace(value=inner) for inner in in_bodies(user, value)]
-        if user.bodies or (has(primitive, Trait.SCATTERS) and position == 2):
-            self.unknown = user  # nobody reads them in order in a loop, or writes them
-        elif primitive is p.gather_p or primitive is p.dynamic_slice_p:
+        if primitive is p.gather_p or primitive is p.dynamic_slice_p:
             return self._looked_up(here, user, position)
+        if user.bodies or has(primitive, Trait.CUTS):
+            self.unknown = user  # nobody reads them in order in a loop, or cuts them to pieces
+        elif has(primitive, Trait.SCATTERS) and position == 2 and here.places:
+            self.unknown = user
         elif has(primitive, Trait.POINTWISE | Trait.MOVES | Trait.KEEPS) and (
             not here.places or not has(primitive, Trait.COMPARES)
         ):
             return self._along(here, user, position)
-        elif not here.places:
-            return []
-        elif has(primitive, Trait.SCATTERS):
-            ranks = position == 1 and _is_whole(user.outs[0])
-            return [_Sorted(out, axis, places=True, ranks=True) for out in user.outs if ranks]
-        elif has(primitive, Trait.ORDERS):
+        elif here.places:
+            return self._behind_places(here, user, position)
+        return []
+
+    def _behind_places(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
+        """What is made of tokens in order, or of ranks."""
+        primitive = user.primitive
+        if has(primitive, Trait.SCATTERS):
+            return self._written(here, user) if position == 1 else []
+        if has(primitive, Trait.ORDERS):
+            self.numbers += ((out, here.axis) for out in user.outs if not _is_whole(out))
             whole = [out for out in user.outs if _is_whole(out)]
-            return [_Sorted(out, axis, places=True, ranks=True) for out in whole]
-        elif has(primitive, Trait.COMPARES):
+            self.ranks += ((out, here.axis, here.turned) for out in whole)
+            return [_Sorted(out, here.axis, places=True, ranks=True) for out in whole]
+        if has(primitive, Trait.COMPARES):
             other = user.ins[1 - position]
-            if primitive in (p.eq_p, p.ne_p) and other not in self._of_logits:
+            equal = primitive in (p.eq_p, p.ne_p)
+            if here.ranks and not equal:
+                self.masks += user.outs
+            elif other not in self._of_logits and not _is_zero(other):
                 self.unknown = user
         elif has(primitive, Trait.REDUCES):
             self.unknown = user
         elif has(primitive, Trait.EXTENDS):
-            alike = len(user.outs[0].shape) == len(value.shape)
+            alike = len(user.outs[0].shape) == len(here.value.shape)
             return [here._replace(value=out) for out in user.outs if alike]
+        return []
+
+    def _written(self, here: _Sorted, user: Node) -> list[_Sorted]:
+        """What is written to where the tokens are: their ranks, conditions, or their numbers."""
+        (out,), size = user.outs, here.value.shape[here.axis]
+        axis = max((i for i, extent in enumerate(out.shape) if extent == size), default=None)
+        updates = user.ins[2]
+        if axis is None:
+            self.unknown = user
+        elif _is_whole(out):
+            if counts_up(updates, min(here.axis, len(updates.shape) - 1)):
+                self.ranks.append((out, axis, here.turned))
+            return [_Sorted(out, axis, places=True, ranks=True)]
+        elif out.dtype == jnp.bool_:
+            self.masks.append(out)
+        elif updates in self._of_logits:
+            self.numbers.append((out, axis))
+        else:
+            self.unknown = user
         return []
 
     def _along(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
@@ -128,15 +169,17 @@ class InOrder:
         return [here._replace(value=out, axis=place[0]) for out in numbers]
 
     def _looked_up(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
-        """Tokens, or ranks, at places that the logits say, or that are given."""
+        """Tokens, or ranks, at places that the logits say, or that are given; or something of the
+        tokens in their order."""
         if position > 0:
-            return []
+            return self._by_tokens(here, user) if here.places else []
         place = result_axis(user, 0, here.axis)
         if place is not None and user.outs[0].shape[place[0]] == here.value.shape[here.axis]:
             return [here._replace(value=user.outs[0], axis=place[0])]  # of some rows all
-        if any(says_which(index, self._of_logits) for index in user.ins[1:]):
+        index = index_along(user, here.axis)
+        if says_which(index, self._of_logits, here.value.shape[here.axis]):
             return []
-        constant = constant_of(user.ins[1]) if len(user.ins) == 2 else None
+        constant = constant_of(index)
         if constant is None or here.ranks or np.size(constant) != 1:
             if here.places:
                 self.unknown = user
@@ -146,6 +189,21 @@ class InOrder:
         start = int(np.asarray(constant).reshape(()))
         self._read(here, start, start + 1, user)
         return []
+
+    def _by_tokens(self, here: _Sorted, user: Node) -> list[_Sorted]:
+        """What is looked up for each token in order."""
+        table, (out,) = user.ins[0], user.outs
+        kept = [i for i in range(len(out.shape)) if i not in user.params["dimension_numbers"][0]]
+        if here.axis >= len(kept) or (table not in self._of_logits and not is_random(table)):
+            self.unknown = user
+            return []
+        behind = _Sorted(out, kept[here.axis], here.turned)
+        if _is_whole(out):
+            return [behind._replace(places=True, ranks=True)]
+        if out.dtype == jnp.bool_:
+            self.masks.append(out)
+            return []
+        return [behind] if table in self._of_logits else []
 
     def _read(self, here: _Sorted, start: int, limit: int, user: Node) -> None:
         size = here.value.shape[here.axis]
@@ -159,3 +217,9 @@ class InOrder:
 
 def _is_whole(value: Value) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.integer))
+
+
+def _is_zero(value: Value) -> bool:
+    """Whether it is what indices are compared with, of which a negative one counts from the end."""
+    number = constant_of(value)
+    return number is not None and np.ndim(number) == 0 and int(number) == 0

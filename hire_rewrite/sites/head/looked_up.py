@@ -12,57 +12,90 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from hire_rewrite.graph.effects import touches
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.provenance import body_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
-from hire_rewrite.sites.head.along import is_random
+from hire_rewrite.sites.head.along import counts_up, is_random
 from hire_rewrite.sites.head.distortion import constant_of
-from hire_rewrite.sites.head.flow import in_bodies, leave
+from hire_rewrite.sites.head.flow import in_bodies, leave, sources
 
 _DECISIONS = (p.argmin_p, p.sign_p, p.round_p, p.floor_p, p.ceil_p)
-_SAME_INDEX = Trait.MOVES | Trait.CASTS | Trait.KEEPS | Trait.EXTENDS | Trait.CUTS
-_SAME_INDICES = (p.clamp_p, p.min_p, p.max_p, p.gather_p, p.eq_p)
+_SAME_INDEX = Trait.MOVES | Trait.CASTS | Trait.KEEPS | Trait.CUTS
 
 
-def says_which(index: Value, of_logits: Collection[Value]) -> bool:
+def index_along(lookup: Node, axis: int) -> Value:
+    """What says where a `gather`, a `dynamic_slice` or a product with one-hot rows looks along an
+    axis of its first operand (of a product the other operand)."""
+    if lookup.primitive is p.dynamic_slice_p:
+        return lookup.ins[1 + axis]
+    index = lookup.ins[1]
+    if lookup.primitive is not p.gather_p:
+        return index
+    places = lookup.params["dimension_numbers"].start_index_map
+    joined = origin(index, Trait.CASTS | Trait.KEEPS).node
+    if len(places) == 1 or axis not in places or joined is None:
+        return index
+    parts = joined.ins
+    alone = joined.primitive is p.concatenate_p and len(parts) == len(places)
+    last = joined.params.get("dimension") == len(index.shape) - 1
+    return parts[places.index(axis)] if alone and last else index
+
+
+def says_which(index: Value, of_logits: Collection[Value], size: int) -> bool:
     """Whether an index is where the greatest logits are, or one that was drawn, and nothing that is
-    made of that.
+    made of that, or chosen from that and others.
 
     Args:
       of_logits: the values that depend on the logits.
+      size: of the vocabulary.
     """
     stack, seen = [index], {index}
     while stack:
         value = stack.pop()
         node = value.node
         if value not in of_logits:
-            continue
-        if node is None:
-            body, i = body_of(value)
-            behind = [body.inputs[i].outer]
-        elif node.bodies:
-            behind = [
-                result
-                for body in node.bodies
-                for result, output in zip(body.scope.outputs, body.outputs, strict=True)
-                if output.outer is not None and node.outs[output.outer] is value
-            ]
+            return False
+        if node is None or node.bodies:
+            behind = sources(value)
         elif has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
-            continue
+            if _is_place(node, value):
+                continue
+            return False
         elif node.primitive is p.select_n_p:  # of which a negative one counts from the end
             cases = [origin(case, Trait.CASTS) for case in node.ins[1:]]
             behind = [c for c in cases if not _is_counted_from_the_end(c, cases)]
-        elif node.primitive is p.gather_p and node.ins[0] not in of_logits:
-            return False  # of a table
-        elif has(node.primitive, _SAME_INDEX) or node.primitive in _SAME_INDICES:
+        elif node.primitive is p.gather_p:
+            behind = [node.ins[0]]  # but of a table
+        elif has(node.primitive, _SAME_INDEX):
+            behind = [node.ins[0]]
+        elif node.primitive is p.concatenate_p:
             behind = list(node.ins)
+        elif node.primitive in (p.clamp_p, p.min_p, p.max_p):
+            behind = [v for v in node.ins if not _is_bound(v, size)]
+        elif node.primitive is p.eq_p:  # a row that is one at one place
+            behind = [v for v in node.ins if v in of_logits]
         else:
             return False
         new = [each for each in dict.fromkeys(behind) if each not in seen]
         stack += new
         seen.update(new)
-    return index in of_logits
+    return True
+
+
+def _is_place(search: Node, value: Value) -> bool:
+    """Whether a result of a search or a sort says where numbers were, and is none of them."""
+    if search.primitive is not p.sort_p:
+        return value is search.outs[-1]
+    return counts_up(search.ins[search.outs.index(value)], search.params["dimension"])
+
+
+def _is_bound(value: Value, size: int) -> bool:
+    """Whether it is a bound that no place meets."""
+    number = constant_of(value)
+    if number is None or np.ndim(number):
+        return False
+    return int(number) <= 0 or int(number) >= size - 1
 
 
 def _is_counted_from_the_end(case: Value, others: Collection[Value]) -> bool:
@@ -72,31 +105,40 @@ def _is_counted_from_the_end(case: Value, others: Collection[Value]) -> bool:
     return any(origin(operand, Trait.CASTS) in others for operand in made.ins)
 
 
-def decided_by(numbers: Collection[Value], others: Collection[Value], uses: Uses) -> Node | None:
+def decided_by(
+    numbers: Collection[Value], vocabulary: Collection[Value], uses: Uses
+) -> Node | None:
     """Where something is decided by some numbers, or by what is made of them anywhere: they are
-    compared, ranked, or rounded to an integer; or None.
+    compared, ranked, rounded to an integer, or written to a `Ref`; or None.
 
     Who asks whether they are numbers at all, compares them with random ones, or all logits with
     them, decides nothing that is not judged by how it treats these.
 
     Args:
-      others: values along the vocabulary, in which they may be a part of all numbers alike, and
-        which are not followed.
+      vocabulary: values along the vocabulary, in which they may be a part of all numbers alike:
+        which of these are the greatest they do not say, but how great these are.
     """
-    stack, seen = list(numbers), {*numbers, *others}
+    stack, seen = list(numbers), set(numbers)
+    for value in numbers:
+        if not _is_number(value):
+            return value.node
     while stack:
         value = stack.pop()
         behind: list[Value] = []
         if value in uses.results:
             behind += (there for there, _ in leave(value, 0))
         for user, position in uses.users(value):
-            if has(user.primitive, Trait.SEARCHES | Trait.ORDERS) or user.primitive in _DECISIONS:
+            if any(written for ref, written in touches(user).items() if ref is not None):
                 return user
-            if has(user.primitive, Trait.COMPARES):
-                if _decides(user, position, others):
-                    return user
-            elif user.bodies:
+            if user.bodies:
                 behind += in_bodies(user, value)
+            elif value in vocabulary:
+                behind += (out for out in user.outs if _is_number(out))
+            elif has(user.primitive, Trait.SEARCHES | Trait.ORDERS) or user.primitive in _DECISIONS:
+                return user
+            elif has(user.primitive, Trait.COMPARES):
+                if _decides(user, position, vocabulary):
+                    return user
             elif user.primitive is p.is_finite_p:
                 continue
             elif jnp.issubdtype(value.dtype, jnp.floating) and not all(map(_is_number, user.outs)):

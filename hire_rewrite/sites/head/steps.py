@@ -14,16 +14,15 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.graph.traits import Trait
 from hire_rewrite.patterns.axes import origin
-from hire_rewrite.sites.head.along import is_of_ranks
 from hire_rewrite.sites.head.distortion import constant_of
 
 
 def is_stepped(value: Value) -> bool:
     """Whether a value that is made of logits is a decision about each of them, or an integer.
 
-    Whether they are numbers at all is none, and who samples may count ranks, as top p does.
+    Whether they are numbers at all is none.
     """
     if jnp.issubdtype(value.dtype, jnp.floating):
         return False
@@ -32,9 +31,8 @@ def is_stepped(value: Value) -> bool:
         return False
     if node is not None and node.primitive in (p.eq_p, p.ne_p):
         one, other = (origin(operand, Trait.CASTS) for operand in node.ins)
-        if one is other:
-            return False
-    return not is_of_ranks(value)
+        return one is not other
+    return True
 
 
 _GUARD = 1e3
@@ -60,7 +58,7 @@ def may_level(
     elif node.primitive is p.clamp_p and position == 1:
         floors, caps = others[:1], others[1:]
     else:
-        return False
+        return node.primitive is p.clamp_p
     lows, highs = list(map(_number, floors)), list(map(_number, caps))
     if chances is None:
         return not (all(n <= -_GUARD for n in lows) and all(n >= _GUARD for n in highs))
@@ -74,9 +72,3 @@ def _number(value: Value) -> float:
     """The number that a value is, as the program has it; NaN if it is none, or several."""
     number = constant_of(value)
     return float(np.asarray(number)) if number is not None and np.ndim(number) == 0 else math.nan
-
-
-def searched_sum(summed: Value, blamed: Node | None) -> bool:
-    """Whether numbers that were summed up along the vocabulary are looked up one by one, as who
-    draws a token by its share of the sum does."""
-    return blamed is not None and has(blamed.primitive, Trait.REDUCES) and not is_of_ranks(summed)

@@ -1,0 +1,84 @@
+"""What is made of ranks: of the places that a sort or a top k gives tokens, or of sums of the
+greatest chances, one after the other, as top p asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import jax.numpy as jnp
+from jax.extend.core import primitives as p
+
+from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.traits import Trait, has
+from hire_rewrite.sites.head.chances import Powers
+from hire_rewrite.sites.head.flow import sources
+
+_EACH = Trait.POINTWISE | Trait.MOVES | Trait.KEEPS
+_SUMS = (p.cumsum_p, p.cumlogsumexp_p)
+
+
+class Ranks:
+    """Which values are made of ranks.
+
+    Args:
+      of_logits: the values that depend on a head's logits.
+    """
+
+    def __init__(self, powers: Powers, of_logits: Collection[Value]) -> None:
+        self._powers, self._of_logits = powers, of_logits
+
+    def went_into(self, value: Value) -> bool:
+        """Whether ranks of logits went into it: numbers at ranks are numbers."""
+        stack, seen = [value], {value}
+        while stack:
+            current = stack.pop()
+            node = current.node
+            if current not in self._of_logits:
+                continue
+            behind = sources(current)
+            if node is not None:
+                if has(node.primitive, Trait.ORDERS):
+                    if jnp.issubdtype(current.dtype, jnp.integer):
+                        return True
+                    continue
+                if self.is_sum_of_the_greatest(node):
+                    return True
+                if self._looks_up_numbers(node):
+                    behind = behind[:1]
+            new = [each for each in behind if each not in seen]
+            stack += new
+            seen.update(new)
+        return False
+
+    def is_sum_of_the_greatest(self, node: Node) -> bool:
+        """Whether an operation adds up chances that were put in order, one after the other."""
+        if node.primitive not in _SUMS or not self.in_order(node.ins[0]):
+            return False
+        return node.primitive is p.cumlogsumexp_p or self._powers.sign(node.ins[0]) != 0
+
+    def in_order(self, value: Value) -> bool:
+        """Whether numbers were sorted, or looked up in the order of a sort."""
+        stack, seen = [value], {value}
+        while stack:
+            node = stack.pop().node
+            if node is None:
+                continue
+            new: list[Value] = []
+            if node.primitive is p.sort_p:
+                return True
+            if self._looks_up_numbers(node):
+                if self.went_into(node.ins[1]):
+                    return True
+                new = [node.ins[0]]
+            elif has(node.primitive, _EACH) or node.primitive is p.rev_p:
+                new = [v for v in node.ins if v in self._of_logits and v not in seen]
+            stack += new
+            seen.update(new)
+        return False
+
+    def _looks_up_numbers(self, node: Node) -> bool:
+        looked_up = node.primitive in (p.gather_p, p.dynamic_slice_p)
+        numbers = node.ins[0]
+        return (
+            looked_up and numbers in self._of_logits and jnp.issubdtype(numbers.dtype, jnp.floating)
+        )
