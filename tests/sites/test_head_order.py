@@ -15,6 +15,7 @@ PARAMS = {"head": rand(D, V), "other": rand(D, V, seed=1)}
 X = inputs(2, D)
 SOME = np.arange(0, V, 7)
 TOKENS = jnp.array([17, 900])
+SIEVE = jnp.arange(V) % 777 == 5
 
 
 def _top_k(z):
@@ -84,6 +85,42 @@ def _likelier(p, x):
 def _scanned(p, x):
     """Logits of one token after the other."""
     return lax.scan(lambda c, each: (c, each @ p["head"]), 0, x)[1]
+
+
+def _kept_in_a_ref(p, x):
+    z = x @ p["head"]
+    kept = jax.new_ref(jnp.zeros(2))
+    kept[...] = jax.nn.log_softmax(z)[jnp.arange(2), TOKENS]
+    return z.argmax(-1), kept[...] > -10.0
+
+
+def _drawn_of(z, logits):
+    return _at(jnp.argsort(-logits), jax.random.categorical(KEY, z))
+
+
+def _in_order(z):
+    """Tokens from the greatest on, their logits, and which of them top p leaves out."""
+    order = jnp.argsort(-z, -1)
+    ranked = jnp.take_along_axis(z, order, -1)
+    sums = jnp.cumsum(jax.nn.softmax(ranked), -1)
+    return order, ranked, jnp.pad(sums[:, :-1], ((0, 0), (1, 0))) > 0.9
+
+
+def _drawn_in_order(z):
+    order, ranked, far = _in_order(z)
+    return _at(order, jax.random.categorical(KEY, jnp.where(far, -jnp.inf, ranked)))
+
+
+def _put_back(z):
+    order, ranked, far = _in_order(z)
+    kept = jnp.where(far, -jnp.inf, ranked)
+    return jnp.zeros_like(z).at[jnp.arange(2)[:, None], order].set(kept)
+
+
+def _above_the_last(z):
+    ranked = jnp.sort(z)[:, ::-1]
+    count = (jnp.cumsum(jax.nn.softmax(ranked), -1) < 0.9).sum(-1)
+    return jax.random.categorical(KEY, jnp.where(z < _at(ranked, count)[:, None], -jnp.inf, z))
 
 
 def of_logits(fn):
@@ -202,6 +239,19 @@ KEPT = {
     "how many make nine tenths": of_logits(
         lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z))[:, ::-1], -1) < 0.9).sum(-1)
     ),
+    "the logits of one token": lambda p, x: (lambda z: (z.argmax(), z[z.argmax()] > 4.0))(
+        x[0] @ p["head"]
+    ),
+    "top-p, in order": of_logits(_drawn_in_order),
+    "top-p, put back": of_logits(lambda z: jax.random.categorical(KEY, _put_back(z))),
+    "top-p, by the last that is kept": of_logits(_above_the_last),
+    "the first of an order": of_logits(
+        lambda z: _drawn_of(jnp.where(jnp.arange(V) < 40, -jnp.sort(-z), -jnp.inf), z)
+    ),
+    "a mean weighted with chances": of_logits(
+        lambda z: (jax.nn.softmax(z) * jnp.square(jax.nn.log_softmax(z))).sum(-1) > 60.0
+    ),
+    "chances squared": of_logits(lambda z: jnp.sqrt(jax.nn.softmax(z) ** 2).argmax(-1)),
     "loop": _decoded,
 }
 LOST = {
@@ -376,6 +426,127 @@ LOST = {
     "a sum of squares, in a reduction of its own": of_logits(
         lambda z: lax.reduce(z, 0.0, lambda a, b: a + b * b, (1,)) > V
     ),
+    "how many are so likely, as a float": of_logits(
+        lambda z: (jax.nn.softmax(z) > 5e-4).astype(jnp.float32).sum(-1).astype(jnp.int32)
+    ),
+    "signs added up": of_logits(lambda z: jnp.sign(jax.nn.log_softmax(z) + 8).sum(-1) > 0),
+    "whole numbers added up": of_logits(lambda z: jnp.floor(jax.nn.log_softmax(z)).sum(-1) > 0),
+    "a chance, weighted otherwise": of_logits(
+        lambda z: (jax.nn.softmax(z) * jnp.arange(V) / V).sum(-1) > 0.5
+    ),
+    "a part that the greatest tells": of_logits(
+        lambda z: (
+            jnp.where(((jnp.arange(V) + z.argmax(-1)[:, None]) % 7 == 0), jax.nn.softmax(z), 0).sum(
+                -1
+            )
+            > 0.2
+        )
+    ),
+    "above a number, in order": of_logits(lambda z: (jnp.sort(z) > 1.0).sum(-1)),
+    "above a share of the greatest, in order": of_logits(
+        lambda z: (lambda s: (s > 0.05 * s[:, -1:]).sum(-1))(jnp.sort(jax.nn.softmax(z)))
+    ),
+    "above a number, looked up in order": of_logits(
+        lambda z: (jnp.take_along_axis(z, jnp.argsort(z), -1) > 1.0).sum(-1)
+    ),
+    "the least, in order": of_logits(lambda z: jnp.sort(z).min(-1)),
+    "the mean, in order": of_logits(lambda z: jnp.sort(z).mean(-1) > 0),
+    "differences, in order": of_logits(
+        lambda z: (
+            jnp.cumsum(jnp.abs(jnp.diff(jnp.diff(jax.nn.softmax(jnp.sort(z))))), -1) < 1e-3
+        ).sum(-1)
+    ),
+    "far down, in order": of_logits(
+        lambda z: jnp.take_along_axis(z, jnp.argsort(z), -1)[:, 300] > -2
+    ),
+    "one more, in order": of_logits(lambda z: jnp.pad(jnp.sort(z), ((0, 0), (1, 0)))[:, 300] > -2),
+    "a table, in order": of_logits(lambda z: SIEVE[jnp.argsort(-z)].argmax(-1)),
+    "the first that is allowed": of_logits(
+        lambda z: _at(jnp.argsort(-z), SIEVE[jnp.argsort(-z)].argmax(-1))
+    ),
+    "costs added up in order": of_logits(
+        lambda z: (jnp.cumsum(jnp.sqrt(jnp.arange(V))[jnp.argsort(-z)], -1) < 2e3).sum(-1)
+    ),
+    "tokens compared in order": of_logits(lambda z: (jnp.argsort(-z) < 10).argmax(-1)),
+    "those of lesser ranks": of_logits(
+        lambda z: jnp.where(jnp.argsort(jnp.argsort(-z)) >= 1000, z, -jnp.inf).argmax(-1)
+    ),
+    "a band of ranks": of_logits(
+        lambda z: (
+            lambda r: jax.random.categorical(KEY, jnp.where((r >= 1000) & (r < 2000), z, -jnp.inf))
+        )(jnp.argsort(jnp.argsort(-z)))
+    ),
+    "those of top p are returned": of_logits(lambda z: (z.argmax(-1), _top_p(z) == -jnp.inf)),
+    "above the greatest less two": of_logits(lambda z: (z > lax.top_k(z, 1)[0] - 2.0).sum(-1)),
+    "above one of those that are sorted": of_logits(
+        lambda z: (z > _at(z, jnp.sort(TOKENS))[:, None]).sum(-1)
+    ),
+    "counted behind a router": lambda p, x: (
+        (x * lax.top_k(x, 2)[0].sum(-1, keepdims=True)) @ p["head"] > 1.0
+    ).sum(-1),
+    "bits": of_logits(lambda z: lax.bitcast_convert_type(z, jnp.uint32).argmax(-1)),
+    "the least, by a reduction of two": of_logits(
+        lambda z: lax.reduce(
+            (z, lax.broadcasted_iota(jnp.int32, z.shape, 1)),
+            (jnp.float32(jnp.inf), jnp.int32(0)),
+            lambda a, b: tuple(jnp.where(a[0] < b[0], *each) for each in zip(a, b, strict=True)),
+            (1,),
+        )[1]
+    ),
+    "rows added up": of_logits(
+        lambda z: jax.ops.segment_sum(jax.nn.log_softmax(z), jnp.array([0, 0]), 1)[0].argmax()
+    ),
+    "rows added up by those that are alike": of_logits(
+        lambda z: (
+            (TOKENS[:, None] % 3 == TOKENS % 3).astype(jnp.float32) @ jax.nn.log_softmax(z)
+        ).argmax(-1)
+    ),
+    "all but ten overwritten": of_logits(
+        lambda z: lax.dynamic_update_slice(z, jnp.full((2, V - 10), -jnp.inf), (0, 10)).argmax(-1)
+    ),
+    "cut off by padding": of_logits(
+        lambda z: (z.argmax(-1), lax.pad(z, -jnp.inf, ((0, 0, 0), (10 - V, 0, 0))).argmax(-1))
+    ),
+    "filled with what is greater": of_logits(
+        lambda z: jnp.where(jax.nn.log_softmax(z) > -13, jax.nn.log_softmax(z), 0.0).argmax(-1)
+    ),
+    "the greatest, or what is given": of_logits(
+        lambda z: _at(jax.nn.log_softmax(z), jnp.where(TOKENS > 20, TOKENS, z.argmax(-1))) > -10
+    ),
+    "the greatest, and what is given": of_logits(
+        lambda z: jnp.take_along_axis(z, jnp.stack([z.argmax(-1), TOKENS], -1), -1).std(-1) > 2.0
+    ),
+    "the greatest below a number": of_logits(lambda z: _at(z, jnp.minimum(z.argmax(-1), 50)) > 0.0),
+    "less what is looked up": of_logits(lambda z: (z - _at(z, TOKENS)[:, None]).max(-1) > 4.0),
+    "less what is looked up, at the greatest": of_logits(
+        lambda z: _at(z - _at(z, TOKENS)[:, None], z.argmax(-1)) > 4.0
+    ),
+    "kept in a Ref": _kept_in_a_ref,
+    "times normal numbers": of_logits(
+        lambda z: (jax.nn.log_softmax(z) * jax.random.normal(KEY, (V,))).argmax(-1)
+    ),
+    "less whole numbers that are drawn": of_logits(
+        lambda z: (jax.nn.log_softmax(z) - 1e9 * jax.random.randint(KEY, (V,), 0, 9)).argmax(-1)
+    ),
+    "places that are drawn": of_logits(
+        lambda z: (
+            jax.nn.log_softmax(z)
+            + jnp.full(V, -jnp.inf).at[jax.random.permutation(KEY, V)[:100]].set(0.0)
+        ).argmax(-1)
+    ),
+    "the root of some": of_logits(lambda z: jnp.sqrt(z + 2).argmax(-1)),
+    "a power that is given": lambda p, x: jnp.power(x @ p["head"], x[0, 0]).argmax(-1),
+    "a cap in another place": of_logits(
+        lambda z: lax.clamp(jnp.full_like(z, -1e9), jnp.ones_like(z), z).argmax(-1)
+    ),
+    "whether one is, in a branch": of_logits(
+        lambda z: lax.cond((z > 0)[0, 5], lambda: 1, lambda: 2)
+    ),
+    "as often as one is": lambda p, x: lax.while_loop(
+        lambda c: (c[0] < 6) & ~c[2],
+        lambda c: (c[0] + 1, c[1] * 0.9, (c[1] @ p["head"] > 0)[0, 5]),
+        (0, x, False),
+    )[0],
     "integers": of_logits(lambda z: (0.2 * z).astype(jnp.int32).argmax(-1)),
     "capped": of_logits(lambda z: jnp.minimum(jax.nn.log_softmax(z), -8.0).argmax(-1)),
     "capped by what is given": lambda p, x: jnp.minimum(

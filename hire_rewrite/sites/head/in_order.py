@@ -20,7 +20,7 @@ from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import result_axis
 from hire_rewrite.sites.head.along import counts_up, is_random
 from hire_rewrite.sites.head.distortion import constant_of
-from hire_rewrite.sites.head.flow import Axes, in_bodies
+from hire_rewrite.sites.head.flow import in_bodies
 from hire_rewrite.sites.head.looked_up import index_along, says_which
 
 
@@ -62,7 +62,6 @@ class InOrder:
     Attributes:
       parts: that are cut out.
       looked_up: logits at ranks that nobody knows before.
-      numbers: what holds all numbers in order, and what holds them where their tokens are again.
       ranks: of all tokens, and whether the least number has the greatest.
       masks: conditions about ranks, where the tokens are.
       unknown: an operation that reads tokens at ranks that the logits do not say, or the ranks of
@@ -72,7 +71,6 @@ class InOrder:
     def __init__(self, sort: Node, axis: int, uses: Uses, of_logits: Collection[Value]) -> None:
         self.parts: list[Part] = []
         self.looked_up: list[Value] = []
-        self.numbers: Axes = [(out, axis) for out in sort.outs if not _is_whole(out)]
         self.ranks: list[tuple[Value, int, bool]] = []
         self.masks: list[Value] = []
         self.unknown: Node | None = None
@@ -123,7 +121,6 @@ class InOrder:
         if has(primitive, Trait.SCATTERS):
             return self._written(here, user) if position == 1 else []
         if has(primitive, Trait.ORDERS):
-            self.numbers += ((out, here.axis) for out in user.outs if not _is_whole(out))
             whole = [out for out in user.outs if _is_whole(out)]
             self.ranks += ((out, here.axis, here.turned) for out in whole)
             return [_Sorted(out, here.axis, places=True, ranks=True) for out in whole]
@@ -142,7 +139,8 @@ class InOrder:
         return []
 
     def _written(self, here: _Sorted, user: Node) -> list[_Sorted]:
-        """What is written to where the tokens are: their ranks, conditions, or their numbers."""
+        """What is written to where the tokens are: their ranks, conditions, or their numbers (which
+        `order` follows)."""
         (out,), size = user.outs, here.value.shape[here.axis]
         axis = max((i for i, extent in enumerate(out.shape) if extent == size), default=None)
         updates = user.ins[2]
@@ -154,9 +152,7 @@ class InOrder:
             return [_Sorted(out, axis, places=True, ranks=True)]
         elif out.dtype == jnp.bool_:
             self.masks.append(out)
-        elif updates in self._of_logits:
-            self.numbers.append((out, axis))
-        else:
+        elif updates not in self._of_logits:
             self.unknown = user
         return []
 
