@@ -19,7 +19,7 @@ from hire_rewrite.graph.trace import Trace, abstract, placed, trace, trace_conte
 from hire_rewrite.log import timed
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed
-from hire_rewrite.passes.decide import decide
+from hire_rewrite.passes.decide import OtherLayout, decide
 from hire_rewrite.passes.detect import Detection, detect
 from hire_rewrite.passes.misses import (
     absent_sites,
@@ -177,7 +177,10 @@ class Analyses:
         )
         info = None if packed is None else packed.info
         with timed(self.name, "decide") as told:
-            plan, decisions = decide(detection, self.rules, statistics, info)
+            try:
+                plan, decisions = decide(detection, self.rules, statistics, info)
+            except OtherLayout as error:
+                raise HireRewriteError(str(error)) from None
             rewritten = ", ".join(site.name for site in plan.rewritten)
             told("%d site(s), rewritten: %s", len(plan.sites), rewritten or "none")
         explained = False  # why nothing is rewritten

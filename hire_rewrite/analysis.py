@@ -15,6 +15,7 @@ from hire_rewrite.graph.calls.derivative import derivative_calls
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.origin import Origin
 from hire_rewrite.packed import Packed, check_not_deleted
+from hire_rewrite.passes.decide import OtherLayout, decide
 from hire_rewrite.passes.decision import Decision
 from hire_rewrite.passes.detect import Detection
 from hire_rewrite.passes.examine import examine, weight_stacker
@@ -157,20 +158,24 @@ class Analysis:
             sites[d.packed_name] = d.op.with_weights(packed.sites[d.packed_name], rows)
         return dataclasses.replace(packed, sites=sites)
 
-    def sites_in(self, packed: Packed) -> bool:
-        """Whether a `Packed` that was made for another kind of call has all sites that this one
-        packs, and knows all whose numbers this one looks at."""
+    def served_by(self, packed: Packed) -> bool:
+        """Whether a `Packed` that was made of the weights of this call, for a call of another kind,
+        is as good as one made for this one: it has all sites that this one packs, as its rules ask
+        for them, knows all whose numbers this one looks at, and has the weights beside them."""
         info, packs = packed.info, self.packing
-        return all(
+        if info.origin.tree != self.origin.tree or not all(
             info.sites_of(d.site.kind.name, d.site.key)
             or (d not in packs and info.examined_site(d.site.kind.name, d.site.key))
             for d in (*packs, *self.unexamined)
-        )
-
-    def dense_weights_in(self, packed: Packed) -> bool:
-        """Whether the `Packed` of this call has the weights that are read beside its sites."""
-        needs = rewrite(self.trace, self.replacements(packed, HIRE.packed)).needs
-        paths = zip(self.trace.weights, packed.info.origin.paths, strict=True)
+        ):
+            return False
+        try:
+            _, decisions = decide(self.detection, self.detection.rules, {}, info)
+        except OtherLayout:
+            return False
+        call = dataclasses.replace(self, decisions=decisions)
+        needs = rewrite(self.trace, call.replacements(packed, HIRE.packed)).needs
+        paths = zip(self.trace.weights, info.origin.paths, strict=True)
         return all(path in packed.weights for i, path in paths if i in needs)
 
     def inputs(

@@ -44,68 +44,85 @@ class OnSight:
         Args:
           leaves: the weights among `args`.
         """
-        if traced(leaves):  # nothing is remembered
-            return self._pack(leaves, args, kwargs)
+        if traced(leaves):
+            return self._in_graph(leaves, args, kwargs)
         with self._analyses.lock:
-            return self._pack(leaves, args, kwargs)
+            return self._remembered(leaves, args, kwargs)
 
-    def _pack(
+    def _in_graph(
         self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Packed | None:
+        """`pack` of weights that are traced: nothing is remembered."""
+        call = self._analyses.of(None, args, kwargs)
+        call.check_decided()
+        if not call.packing:
+            return None
+        if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
+            raise HireRewriteError(
+                f"{self._analyses.name}: raw weights whose types say how they are sharded, "
+                "inside an outer trace: pack ahead with .pack(...) and pass the Packed in "
+                "their place"
+            )
+        self._warn(
+            "raw weights inside an outer trace: the rows and predictors are computed in the "
+            "graph at every call, which is slow; pack ahead with .pack(...) and pass the "
+            "Packed in place of the weights"
+        )
+        return call.pack(leaves)
+
+    def _remembered(
+        self, leaves: tuple[Any, ...], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Packed | None:
+        """`pack` of arrays: what was packed before, of the same weights, if it serves this call."""
         seen, known = self._seen or (None, [])
         if self._kept:
             return known[0]
-        same = (
-            seen is not None and len(seen) == len(leaves) and all(map(operator.is_, seen, leaves))
-        )
-        analysis = self._analyses.of(None, args, kwargs)
-        analysis.check_decided()
-        if same and analysis in self._served:
-            return self._served[analysis]
-        if not analysis.packing and (traced(leaves) or not analysis.unexamined):
+        call = self._analyses.of(None, args, kwargs)
+        call.check_decided()
+        if seen is None or len(seen) != len(leaves) or not all(map(operator.is_, seen, leaves)):
+            seen, known = None, []
+        elif call in self._served:
+            return self._served[call]
+        if not call.packing and not call.unexamined:
             return None
-        call = analysis
-        for packed in known if same else ():
-            if call.sites_in(packed):
-                held = self._analyses.of(packed, args, kwargs)
-                if held.dense_weights_in(packed):
-                    self._served[call] = packed
-                    return packed
-        if traced(leaves):
-            if any(_compat.explicit_spec(jax.typeof(leaf)) is not None for leaf in leaves):
-                raise HireRewriteError(
-                    f"{self._analyses.name}: raw weights whose types say how they are sharded, "
-                    "inside an outer trace: pack ahead with .pack(...) and pass the Packed in "
-                    "their place"
-                )
-            self._warn(
-                "raw weights inside an outer trace: the rows and predictors are computed in the "
-                "graph at every call, which is slow; pack ahead with .pack(...) and pass the "
-                "Packed in place of the weights"
-            )
-            return analysis.pack(leaves)
-        new: list[Packed] = []
+        packed = next((packed for packed in known if call.served_by(packed)), None)
         lasting = all(isinstance(leaf, jax.Array) for leaf in leaves)
-        with jax.ensure_compile_time_eval() if tracing() else contextlib.nullcontext():
-            analysis = self._analyses.examined(analysis, args, kwargs, leaves)
-            if analysis.packing:
-                hint = ", without calibration, so LowRank predictors will recall badly"
-                hint = hint if analysis.wants_calibration else ""
-                often = (
-                    "on first sight" if lasting else "at every call, as NumPy's may change unseen"
-                )
-                self._warn(
-                    f"raw weights are packed {often}{hint}; pack ahead with .pack(...) and "
-                    "pass the Packed in place of the weights"
-                )
-                new = [analysis.pack(leaves, None, known if same else ())]
-        made = new[0] if new else None
+        if packed is None:
+            packed = self._new(call, leaves, args, kwargs, known, lasting)
+            known = known if packed is None else [*known, packed]
         if lasting:
-            if not same:
+            if seen is None:
                 self._served.clear()
-            self._seen = leaves, [*(known if same else ()), *new]
-            self._served[call] = made
-        return made
+            self._seen, self._served[call] = (leaves, known), packed
+        return packed
+
+    def _new(
+        self,
+        call: Analysis,
+        leaves: tuple[Any, ...],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        known: Sequence[Packed],
+        lasting: bool,
+    ) -> Packed | None:
+        """What a call packs; None if a look at the numbers of the weights says that it packs none.
+
+        Args:
+          known: made of the same weights, whose sites are not packed anew.
+          lasting: whether it is remembered.
+        """
+        with jax.ensure_compile_time_eval() if tracing() else contextlib.nullcontext():
+            call = self._analyses.examined(call, args, kwargs, leaves)
+            if not call.packing:
+                return None
+            hint = ", without calibration, so LowRank predictors will recall badly"
+            hint = hint if call.wants_calibration else ""
+            often = "on first sight" if lasting else "at every call, as NumPy's may change unseen"
+            self._warn(
+                f"raw weights are packed {often}{hint}; pack ahead with .pack(...) and "
+                "pass the Packed in place of the weights"
+            )
+            return call.pack(leaves, None, known)
 
 
 def traced(leaves: Iterable[Any]) -> bool:

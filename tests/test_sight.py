@@ -63,6 +63,32 @@ def test_a_call_that_has_another_site_to_look_at(rules, closed):
             assert plan is None or len(plan.rewritten) == len(rest)
 
 
+def test_a_call_whose_rule_asks_for_another_layout_of_the_same_weight():
+    def phases(params, x):
+        with jax.named_scope("decode" if len(x) == 1 else "prefill"):
+            return x @ params["head"]
+
+    params = {"head": rounded(rand(D, 3 * D))}
+    decode = Linear(encoding=Float("float32"), force=True, path="decode:")
+    prefill = Linear(encoding=Float("bfloat16"), force=True, path="prefill:")
+    for first in (1, 2):
+        step = hire.transform(phases, decode, prefill, on_miss="ignore")
+        for count in (first, 3 - first, first, 3 - first):
+            close(step(params, X[:count]), phases(params, X[:count]), 1e-4)
+        kinds = {leaf.dtype for p in step._sight._seen[1] for leaf in jax.tree.leaves(p.sites)}
+        assert len(step._sight._seen[1]) == len(kinds) == 2
+
+
+def test_asking_what_serves_a_call_leaves_nothing_behind():
+    """An analysis for each kind of call and for the Packed that serves it, and none besides."""
+    params = {"vision": rand(D, D), "head": rand(D, 3 * D, seed=1)}
+    step = hire.transform(seeing, Linear(encoding=Float("float32"), force=True, path="head"))
+    for rest in ((X,), (X, IMAGE)):
+        step(params, *rest)
+    assert len(step._sight._seen[1]) == 2
+    assert len(step._analyses._known) == 4
+
+
 def test_what_is_kept_by_hand_serves_every_call():
     params = {"vision": rand(D, D), "head": rand(D, 3 * D, seed=1)}
     step = hire.transform(lambda *rest: seeing(params, *rest), COPY, weights=())

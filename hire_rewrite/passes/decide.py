@@ -12,7 +12,6 @@ from hire_rewrite import _compat
 from hire_rewrite.cost import machine as machines
 from hire_rewrite.cost.estimate import Estimate, dense_bytes, estimate
 from hire_rewrite.cost.machine import Machine
-from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import source_of
 from hire_rewrite.ops import kernels
 from hire_rewrite.packed_info import PackedInfo, PackedSite
@@ -31,6 +30,10 @@ _DECODING = (1, 2, 4, 8)
 """What is packed pays for one of these numbers of tokens at least."""
 
 
+class OtherLayout(Exception):  # noqa: N818 (a finding: of a Packed that nobody gave, no error)
+    """What a site was packed to, and what a rule asks for instead."""
+
+
 def decide(
     detection: Detection,
     rules: Sequence[Rule],
@@ -47,8 +50,8 @@ def decide(
       machine: where sites have to pay; None for `machine.current()`.
 
     Raises:
-      HireRewriteError: a rule asks for more rows than a site has, or for another layout than a
-        site was packed to.
+      HireRewriteError: a rule asks for more rows than a site has.
+      OtherLayout: a rule asks for another layout than a site was packed to.
     """
     decider = _Decider(rules, statistics, packed, machine or machines.current())
     decisions = [decider.decide(site) for site in detection.sites]
@@ -178,7 +181,7 @@ class _Decider:
             rules = (r for r in self.packed.rules if isinstance(r, type(operation.rule)))
             before = next((rule for rule in rules if rule.names(packed.name)), None)
             mine, asked = _differences(before, operation.tuned_rule())
-            raise HireRewriteError(
+            raise OtherLayout(
                 f"{operation.site.name}: the Packed has it with {mine}, but this function's rules "
                 f"ask for {asked}: pack again with this function, or give transform the rules that "
                 "it was packed with (Packed.rules)"
