@@ -10,7 +10,10 @@ others. Those of a seed that is written in the program are the same for ever, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as p
@@ -27,7 +30,10 @@ from hire_rewrite.graph.integers import (
     result_bounds,
 )
 from hire_rewrite.graph.nodes import Body, Node, Scope, Value
+from hire_rewrite.graph.sources import backward_slice, body_of, sources, sources_first
 from hire_rewrite.graph.traits import Trait, has
+
+__all__ = ["Provenance", "backward_slice", "body_of", "carried_unchanged", "counter"]
 
 
 class Provenance:
@@ -46,7 +52,7 @@ class Provenance:
         self._weights: set[Value] = {root.inputs[i] for i in weights}
         self._constant: set[Value] = set()
         self._varies: dict[Value, frozenset[Scope]] = {}
-        self._identities: dict[tuple[Value, tuple[Scope, ...]], Hashable] = {}
+        self._identities: dict[tuple[Scope, ...], dict[Value, str]] = {}
         self._bounds: dict[Value, Bounds] = {}
         self._visit(root)
 
@@ -67,8 +73,9 @@ class Provenance:
             if source.const is not None or (source.is_input and source.scope.parent is outermost)
         ]
 
-    def identity(self, value: Value, loops: Sequence[Scope] | None = None) -> Hashable:
-        """Equal for weights that are computed alike from the same arrays, wherever they stand.
+    def identity(self, value: Value, loops: Sequence[Scope] | None = None) -> str:
+        """Equal for weights that are computed alike from the same arrays, wherever they stand: a
+        digest, which is as long whatever they are computed from.
 
         Args:
           loops: the scans over which the weight may vary, outermost first, which stand in it by
@@ -77,67 +84,78 @@ class Provenance:
         if loops is None:
             varying = self.varies_over(value)
             loops = [scope for scope in value.scope.ancestors() if scope in varying][::-1]
-        key = value, tuple(loops)
-        if key not in self._identities:
-            found: Hashable = ("array", self._paths.get(value, id(value)))
-            if value.const is not None:
-                found = ("constant", contents(value.const))
-            elif value.literal is not None:
-                found = ("literal", str(value.literal), str(value.dtype))
-                if is_integer(value.aval):
-                    found = ("index", int(np.asarray(value.literal)))
-            elif value.node is not None and self._is_the_same(value.node):
-                found = self.identity(value.node.ins[0], loops)
-            elif value.node is not None:
-                node = value.node
-                ins = tuple(self.identity(operand, loops) for operand in node.ins)
-                # Where numbers lie is no part of them: under a mesh `jax.vmap` says it of biases,
-                # and `jax.shard_map` of what meets numbers that differ from device to device.
-                params = {k: v for k, v in node.params.items() if not k.endswith("sharding")}
-                found = (node.primitive, str(params), node.outs.index(value), ins)
-                if self._has_width(node):
-                    found = (*found, tuple(str(v.dtype) for v in node.ins if is_integer(v.aval)))
-            elif value.is_input and value.scope.parent is not None:
-                body, i = body_of(value)
-                found = self.identity(body.inputs[i].outer, loops)
-                if body.inputs[i].role == "shard":
-                    found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
-                if value.scope in self.varies_over(value):
-                    step = counter(body, i) if body.inputs[i].role == "carry" else None
-                    order: Hashable = step and (step, value.scope.parent.params.get("reverse"))
-                    if step and not holds(value.dtype, self._count(value, body, i)):
-                        order = order, str(value.dtype)
-                    found = (value.scope.length, loops.index(value.scope), order, found)
-            self._identities[key] = found
-        return self._identities[key]
+        known = self._identities.setdefault(tuple(loops), {})
+        for each in sources_first(value, known):
+            source = self._same_as(each)
+            if source is not None:
+                known[each] = known[source]
+            else:
+                told = repr(self._described(each, loops, known)).encode()
+                known[each] = hashlib.blake2b(told, digest_size=16).hexdigest()
+        return known[value]
+
+    def _described(
+        self, value: Value, loops: Sequence[Scope], known: Mapping[Value, str]
+    ) -> Hashable:
+        """What a value is told apart by: the operation that makes it, and the `known` identities of
+        what that is given."""
+        if value.const is not None:
+            return "constant", contents(value.const)
+        if value.literal is not None:
+            if is_integer(value.aval):
+                return "index", int(np.asarray(value.literal))
+            return "literal", str(value.literal), str(value.dtype)
+        if value.node is not None:
+            node = value.node
+            # Where numbers lie is no part of them: under a mesh `jax.vmap` says it of biases,
+            # and `jax.shard_map` of what meets numbers that differ from device to device.
+            params = {k: v for k, v in node.params.items() if not k.endswith("sharding")}
+            ins = tuple(known[operand] for operand in node.ins)
+            integers = [v for v in node.ins if is_integer(v.aval)] if self._has_width(node) else ()
+            widths = tuple(str(v.dtype) for v in integers)
+            return str(node.primitive), _written(params), node.outs.index(value), ins, widths
+        if value.scope.parent is None:
+            return "array", self._paths.get(value, id(value))
+        body, i = body_of(value)
+        found: Hashable = known[body.inputs[i].outer]
+        if body.inputs[i].role == "shard":
+            found = (str(body.inputs[i].spec), value.scope.parent.params["mesh"], found)
+        if value.scope not in self.varies_over(value):
+            return found
+        step = counter(body, i) if body.inputs[i].role == "carry" else None
+        order: Hashable = step and (step, value.scope.parent.params.get("reverse"))
+        if step and not holds(value.dtype, self._count(value, body, i)):
+            order = order, str(value.dtype)
+        return value.scope.length, loops.index(value.scope), order, found
 
     def varies_over(self, value: Value) -> frozenset[Scope]:
         """The scans around a weight from one iteration of which to the next it changes."""
-        if value not in self._varies:
-            if value.node is not None:
-                scopes = frozenset[Scope]().union(*map(self.varies_over, value.node.ins))
-            elif value.is_input and value.scope.parent is not None:
-                body, i = body_of(value)
-                link = body.inputs[i]
-                scopes = self.varies_over(link.outer)
-                counts = link.role == "carry" and counter(body, i) is not None
-                if link.role == "slice" or counts:
-                    scopes |= {value.scope}
-            else:
-                scopes = frozenset()
-            self._varies[value] = scopes
+        for each in sources_first(value, self._varies):
+            scopes = frozenset[Scope]().union(*(self._varies[v] for v in sources(each)))
+            if each.is_input and each.scope.parent is not None:
+                body, i = body_of(each)
+                role = body.inputs[i].role
+                if role == "slice" or (role == "carry" and counter(body, i) is not None):
+                    scopes |= {each.scope}
+            self._varies[each] = scopes
         return self._varies[value]
 
-    def _is_the_same(self, node: Node) -> bool:
-        """Whether an operation returns the numbers that it is given, elsewhere or as an integer of
-        another width."""
-        if has(node.primitive, Trait.SHARDS):
-            return True
-        if node.primitive is not p.convert_element_type_p:
-            return False
-        (source,), (target,) = node.ins, node.outs
-        integers = is_integer(source.aval) and is_integer(target.aval) and not target.shape
-        return integers and holds(target.dtype, self._bounds_of(source))
+    def _same_as(self, value: Value) -> Value | None:
+        """What a value has all numbers of: whole in a body, elsewhere, or as an integer of another
+        width."""
+        if value.is_input and value.scope.parent is not None:
+            body, i = body_of(value)
+            varies = body.inputs[i].role == "shard" or value.scope in self.varies_over(value)
+            return None if varies else body.inputs[i].outer
+        if value.node is None:
+            return None
+        source = value.node.ins[0] if value.node.ins else None
+        if source is None or has(value.node.primitive, Trait.SHARDS):
+            return source
+        if value.node.primitive is not p.convert_element_type_p or value.shape:
+            return None
+        integers = is_integer(source.aval) and is_integer(value.aval)
+        return source if integers and holds(value.dtype, self._bounds_of(source)) else None
 
     def _has_width(self, node: Node) -> bool:
         """Whether a result depends on how wide integers are, and their identities do not say it."""
@@ -151,14 +169,16 @@ class Provenance:
     def _is_index(self, value: Value) -> bool:
         """Whether it is an integer whose identity does not say how wide it is: a single one, or
         several laid out for a gather."""
-        if not value.shape:
-            return True
-        if value.node is not None:
-            return value.node.primitive in MOVES and all(map(self._is_index, value.node.ins))
-        if value.is_input and value.scope.parent is not None:
-            body, i = body_of(value)
-            return self._is_index(body.inputs[i].outer)
-        return False
+        stack = [value]
+        while stack:
+            each = stack.pop()
+            if not each.shape:
+                continue
+            moved = each.node is None or each.node.primitive in MOVES
+            if not moved or not sources(each):
+                return False
+            stack += sources(each)
+        return True
 
     def _exact(self, node: Node) -> Bounds | None:
         """Bounds of the result of arithmetic on single integers that does not wrap around."""
@@ -170,21 +190,20 @@ class Provenance:
 
     def _bounds_of(self, value: Value) -> Bounds:
         """Between what numbers an integer, or each of an array, is."""
-        if value not in self._bounds:
+        for each in sources_first(value, self._bounds, lambda source: is_integer(source.aval)):
             found: Bounds | None = None
-            if value.literal is not None:
-                found = (int(np.asarray(value.literal)),) * 2
-            elif value.node is not None:
-                found = self._bounds_of_result(value.node)
-            elif value.is_input and value.scope.parent is not None:
-                body, i = body_of(value)
+            if each.literal is not None:
+                found = (int(np.asarray(each.literal)),) * 2
+            elif each.node is not None:
+                found = self._bounds_of_result(each.node)
+            elif each.is_input and each.scope.parent is not None:
+                body, i = body_of(each)
                 if body.inputs[i].role != "carry" or carried_unchanged(body, i):
-                    found = self._bounds_of(body.inputs[i].outer)
+                    found = self._bounds[body.inputs[i].outer]
                 elif counter(body, i) is not None:
-                    found = self._count(value, body, i)
-            whole = range_of(value.dtype)
-            known = found is not None and holds(value.dtype, found)
-            self._bounds[value] = found if known and found is not None else whole
+                    found = self._count(each, body, i)
+            known = found is not None and holds(each.dtype, found)
+            self._bounds[each] = found if known and found is not None else range_of(each.dtype)
         return self._bounds[value]
 
     def _bounds_of_result(self, node: Node) -> Bounds | None:
@@ -231,34 +250,12 @@ class Provenance:
                     self._constant.add(value)
 
 
-def body_of(value: Value) -> tuple[Body, int]:
-    """The body of a loop or branch that a value is an input of, and its number there."""
-    node = value.scope.parent
-    assert node is not None
-    body = next(body for body in node.bodies if body.scope is value.scope)
-    return body, body.scope.inputs.index(value)
+def _written(params: Mapping[str, Any]) -> str:
+    """Parameters as text, in which sets have an order that is the same in every process."""
+    return _SET.sub(lambda found: str(sorted(found[1].split(", "))), str(params))
 
 
-def backward_slice(value: Value, within: Scope | None = None) -> Iterator[Value]:
-    """A value and all that it is computed from, each once.
-
-    Args:
-      within: a scope around the value at whose own inputs to end; None for the function's.
-    """
-    outermost = within.parent if within is not None else None
-    stack, seen = [value], {value}
-    while stack:
-        current = stack.pop()
-        yield current
-        sources: tuple[Value, ...] = ()
-        if current.node is not None:
-            sources = current.node.ins
-        elif current.is_input and current.scope.parent is not outermost:
-            body, i = body_of(current)
-            sources = (body.inputs[i].outer,)
-        new = [source for source in dict.fromkeys(sources) if source not in seen]
-        stack += new
-        seen.update(new)
+_SET = re.compile(r"frozenset\(\{([^{}]*)\}\)")
 
 
 def carried_unchanged(body: Body, i: int) -> bool:

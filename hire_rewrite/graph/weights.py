@@ -17,7 +17,8 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.evaluate import evaluate_inside, literal_array
 from hire_rewrite.graph.nodes import Node, Scope, Value
-from hire_rewrite.graph.provenance import body_of, counter
+from hire_rewrite.graph.provenance import counter
+from hire_rewrite.graph.sources import body_of, sources_first
 from hire_rewrite.graph.traits import is_widening
 from hire_rewrite.sharding.rows import automatic
 
@@ -59,19 +60,19 @@ class Stacker:
         return array.reshape(size, *array.shape[len(axes) :])
 
     def __call__(self, value: Value) -> Stacked:
-        if value not in self._done:
-            if value.node is not None:
-                self._compute(value.node)
-            elif value.is_input:
-                self._done[value] = self._input(value)
+        for each in sources_first(value, self._done):
+            if each.node is not None:
+                self._compute(each.node)
+            elif each.is_input:
+                self._done[each] = self._input(each)
             else:
-                array = literal_array(value) if value.const is None else jnp.asarray(value.const)
-                self._done[value] = Stacked(array, ())
+                array = literal_array(each) if each.const is None else jnp.asarray(each.const)
+                self._done[each] = Stacked(array, ())
         return self._done[value]
 
     def _compute(self, node: Node) -> None:
-        """Add the results of an equation."""
-        ins = [self(operand) for operand in node.ins]
+        """Add the results of an equation whose operands are there."""
+        ins = [self._done[operand] for operand in node.ins]
         over = loops_of(node.scope, {scope for item in ins for scope in item.over})
 
         def run(*arrays: Any) -> Any:
@@ -84,10 +85,10 @@ class Stacker:
             self._done[result] = Stacked(array, over)
 
     def _input(self, value: Value) -> Stacked:
-        """An input of a loop's or branch's body."""
+        """An input of a loop's or branch's body, which is made of what is there."""
         body, i = body_of(value)
         link = body.inputs[i]
-        outer = self(link.outer)
+        outer = self._done[link.outer]
         if link.role == "slice":
             return Stacked(outer.array, (*outer.over, value.scope))
         step = counter(body, i) if link.role == "carry" else None

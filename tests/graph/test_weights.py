@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import hire_rewrite as hire
 from hire_rewrite.graph.trace import trace
 from hire_rewrite.graph.weights import Stacked, Stacker, loops_of, narrow
 from tests.cases import D, F, T, found_in, inputs, rand
@@ -221,3 +222,31 @@ def test_narrow(dtype, cast, kept):
     fn = lambda p, x: jax.nn.relu(x @ cast(p["up"]).astype(jnp.float32)) @ p["down"]  # noqa: E731
     _, (found,) = found_in(fn, params, inputs(T, D))
     assert narrow(found.match.linears[0].weight).dtype == kept
+
+
+def test_as_many_operations_in_a_row_as_there_are():
+    def fn(w, x):
+        for _ in range(5000):
+            w = w * jnp.float32(0.9999)
+        return x @ w
+
+    found, _, _ = stacked(fn, STACKED[0])
+    np.testing.assert_allclose(found[0], STACKED[0] * 0.9999**5000, rtol=1e-3)
+    step = hire.transform(fn, hire.Linear(encoding=hire.Float("float32"), force=True))
+    packed = step.pack(STACKED[0], X)
+    assert len(packed.sites) == 1
+    np.testing.assert_allclose(step(packed, X), fn(STACKED[0], X), rtol=1e-4)
+
+
+def test_indices_that_many_operations_make():
+    """Each of them may be as wide as 64 bits, for what is known of it."""
+
+    def fn(w, x):
+        i = jnp.argmax(w[0, 0]) % 2
+        for _ in range(2000):
+            i = jnp.reshape(lax.max(lax.min(i, 1), 0), ())
+        return x @ w[i]
+
+    found, _, _ = stacked(fn, STACKED)
+    assert any((found[0] == layer).all() for layer in STACKED[:2])
+    assert len(hire.transform(fn, hire.Linear(force=True)).plan(STACKED, X).sites) == 1
