@@ -26,6 +26,7 @@ from hire_rewrite.graph.integers import (
     Bounds,
     holds,
     is_integer,
+    positions,
     range_of,
     result_bounds,
 )
@@ -110,6 +111,9 @@ class Provenance:
             # Where numbers lie is no part of them: under a mesh `jax.vmap` says it of biases,
             # and `jax.shard_map` of what meets numbers that differ from device to device.
             params = {k: v for k, v in node.params.items() if not k.endswith("sharding")}
+            places = self._bounds_of_result(node) if "index_dtype" in params else None
+            if places and not value.shape and holds(value.dtype, places):
+                del params["index_dtype"]  # the width of a single integer
             ins = tuple(known[operand] for operand in node.ins)
             integers = [v for v in node.ins if is_integer(v.aval)] if self._has_width(node) else ()
             widths = tuple(str(v.dtype) for v in integers)
@@ -207,9 +211,9 @@ class Provenance:
         return self._bounds[value]
 
     def _bounds_of_result(self, node: Node) -> Bounds | None:
-        if node.primitive is p.iota_p:
-            size = node.params["shape"][node.params["dimension"]]
-            return (0, max(0, size - 1)) if isinstance(size, int) else None
+        places = positions(node.primitive, node.params, node.ins[0].shape if node.ins else ())
+        if places is not None:
+            return places
         if node.primitive is p.convert_element_type_p and not is_integer(node.ins[0].aval):
             return None
         if node.primitive is p.select_n_p or node.primitive in MOVES | {p.convert_element_type_p}:

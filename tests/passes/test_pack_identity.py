@@ -247,6 +247,21 @@ FEW = inputs(2, 4)
             lambda p, x: x @ (p["w"] * (jnp.full(4, p["z"].astype(jnp.int32)) + 100)),
             {"w": LAYERS[0], "z": np.uint8(200)},
         ),
+        (
+            lambda p, x: x @ p["w"][lax.abs(p["z"])],
+            lambda p, x: x @ p["w"][lax.abs(p["z"].astype(jnp.int32))],
+            {"w": LAYERS, "z": np.int8(-128)},
+        ),
+        (
+            lambda p, x: x @ p["w"][lax.shift_right_logical(p["z"], np.int8(1))],
+            lambda p, x: x @ p["w"][lax.shift_right_logical(p["z"].astype(jnp.int32), 1) & 255],
+            {"w": LAYERS, "z": np.int8(-4)},
+        ),
+        (
+            lambda p, x: x @ p["w"][lax.argmax(p["w"][:, 0, 0], 0, np.uint8)],
+            lambda p, x: x @ p["w"][lax.argmax(p["w"][:, 0, 0], 0, np.int32)],
+            {"w": LAYERS.at[299, 0, 0].set(9.0)},
+        ),
     ],
 )
 def test_an_integer_that_a_cast_changes_makes_another_weight(one, other, weights):
@@ -268,6 +283,13 @@ def test_an_integer_that_a_cast_changes_makes_another_weight(one, other, weights
         lambda p, i: p[i.astype(jnp.uint8)],
         lambda p, i: jnp.take(p, i, axis=0),
         lambda p, i: p[-1 - i],
+        lambda p, i: p[i >> 1],
+        lambda p, i: p[lax.shift_right_logical(i, jnp.ones_like(i))],
+        lambda p, i: p[i & 1],
+        lambda p, i: p[(i | 1) - (i ^ 1)],
+        lambda p, i: p[abs(i - 2)],
+        lambda p, i: p[jnp.argmax(p[i, 0])],
+        lambda p, i: p[jnp.argmin(p[:, i, 0])],
     ],
 )
 def test_an_integer_that_a_cast_keeps_makes_the_same_weight(read):
