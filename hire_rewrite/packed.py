@@ -16,6 +16,7 @@ from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.names import first_names
 from hire_rewrite.origin import check_origin
 from hire_rewrite.packed_info import PackedInfo
+from hire_rewrite.positional import by_position
 from hire_rewrite.rules import Rule
 from hire_rewrite.unexported import refuse_to_export
 
@@ -209,6 +210,7 @@ class Packed:
         save(self, path)
 
     @classmethod
+    @by_position
     def load(
         cls, path: str | os.PathLike[str], step: Transformed, /, *args: Any, **kwargs: Any
     ) -> Packed:
@@ -218,8 +220,8 @@ class Packed:
         each array has a checksum.
 
         Args:
-          step: the function, transformed with the rules that it was packed with, or with those that
-            `load_rules(path)` returns.
+          path, step: by position; where it was saved, and the function, transformed with the rules
+            that it was packed with, or with those that `load_rules(path)` returns.
           args, kwargs: a call's arguments as for `step.pack`, arrays or shapes; where arrays are to
             be sharded, weights have shardings. Without them they are those that it was packed for,
             if the weights were in dicts, lists and tuples and the call is not large for the

@@ -25,6 +25,7 @@ from hire_rewrite.passes.evaluate import evaluate
 from hire_rewrite.passes.modes import Mode
 from hire_rewrite.passes.tune import tune
 from hire_rewrite.plan import Plan
+from hire_rewrite.positional import by_position
 from hire_rewrite.recent import Recent
 from hire_rewrite.report import Report
 from hire_rewrite.rules import Rule
@@ -200,6 +201,7 @@ class Transformed:
             self._sight.keep(packed)
         return packed
 
+    @by_position
     def evaluate(
         self,
         packed: Packed,
@@ -218,7 +220,7 @@ class Transformed:
         `Linear` or `FFN` with exact parts reads more rows exactly for more tokens.
 
         Args:
-          batches: tuples of the arguments after the weights, as in `pack`.
+          packed, batches: by position; tuples of the arguments after the weights, as in `pack`.
           weights: what `packed` was made of, as in `tune`. Needed where it holds a rounded copy of
             a weight alone: what it is compared with is the model on these.
           targets: a batch's arguments to the true class of each row of logits, integers of any
@@ -249,6 +251,7 @@ class Transformed:
             found("%d site(s)", len(report.sites))
         return report
 
+    @by_position
     def tune(
         self,
         weights: Any,
@@ -274,7 +277,7 @@ class Transformed:
 
         Args:
           weights: the argument that holds weights, a tuple of them if there are several, or () if
-            they are closed over.
+            they are closed over. By position, as batches are.
           batches: at least two tuples of the arguments after the weights, as in `pack`.
           recall: the share of the true top k that is to be found, on average over tokens, in each
             layer of each site. On the held-out batches half of the misses allowed are left, for

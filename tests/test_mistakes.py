@@ -123,6 +123,21 @@ BOTH = hire.transform(lambda a, b, x: x @ a @ b, RULE, weights=(0, 1))
             lambda step, params, packed: BOTH.tune(5, [(TOKEN,)] * 2),
             "are a int, and the function has 2",
         ),
+        (
+            lambda step, params, packed: step.evaluate(packed=packed, batches=[BATCH]),
+            "packed, batches are given by position",
+        ),
+        (lambda step, params, packed: step.evaluate(packed, batches=[BATCH]), "leave out batches="),
+        (
+            lambda step, params, packed: step.tune(weights=params, batches=[BATCH] * 2),
+            "weights, batches are given by position",
+        ),
+        (lambda step, params, packed: step.tune(params, batches=[BATCH] * 2), "leave out batches="),
+        (lambda step, params, packed: step.tune([BATCH] * 2, weights=params), "leave out weights="),
+        (
+            lambda step, params, packed: hire.Packed.load(path="packed", step=step),
+            "path, step are given by position",
+        ),
     ],
 )
 def test_what_was_wrong_is_named_first(step, params, packed, call, named, tmp_path, monkeypatch):
