@@ -42,6 +42,7 @@ class Stacker:
         self._done = {
             value: Stacked(automatic(item.array), item.over) for value, item in inputs.items()
         }
+        self._ran: set[Node] = set()
 
     def stack(self, value: Value, over: Sequence[Scope]) -> jax.Array:
         """The value with one leading axis for the iterations of the scans `over`, in row-major
@@ -83,6 +84,10 @@ class Stacker:
             mapped = jax.vmap(mapped, in_axes=tuple(0 if scope in i.over else None for i in ins))
         for result, array in zip(node.outs, mapped(*(i.array for i in ins)), strict=True):
             self._done[result] = Stacked(array, over)
+        self._ran.add(node)
+        for operand in node.ins:  # what nobody else reads need not be held
+            if operand.node in self._ran and all(user in self._ran for user, _ in operand.users):
+                self._done.pop(operand, None)
 
     def _input(self, value: Value) -> Stacked:
         """An input of a loop's or branch's body, which is made of what is there."""

@@ -250,3 +250,20 @@ def test_indices_that_many_operations_make():
     found, _, _ = stacked(fn, STACKED)
     assert any((found[0] == layer).all() for layer in STACKED[:2])
     assert len(hire.transform(fn, hire.Linear(force=True)).plan(STACKED, X).sites) == 1
+
+
+def test_what_nobody_reads_any_more_is_not_held():
+    def fn(w, x):
+        shared = w * 2
+        for _ in range(30):
+            w = w + shared @ w
+        return x @ (w + shared)
+
+    before = len(jax.live_arrays())
+    found, stacker, _ = stacked(fn, STACKED[0])
+    assert len(jax.live_arrays()) - before < 5
+    want, shared = np.float64(STACKED[0]), 2 * np.float64(STACKED[0])
+    for _ in range(30):
+        want = want + shared @ want
+    np.testing.assert_allclose(found[0], want + shared, rtol=1e-3)
+    del stacker
