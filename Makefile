@@ -25,7 +25,8 @@ help:
 	@echo "make serve-day 20,000 decode steps in lockstep with the dense model, with kills"
 	@echo "make zoo       the zoo of models in bfloat16 too, and all of it under vmap and differentiated"
 	@echo "make mesh      the zoo and SmolLM2 on several host devices"
-	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped)"
+	@echo "make fuzz      100,000 random functions with sites planted in them (hours; it can be stopped),"
+	@echo "               and random code behind heads"
 	@echo "make tpu       compile for TPU (none is needed), and read what is moved; docs/tpu.md"
 	@echo "make gpu       on a machine with a GPU: tests, and benchmarks; docs/gpu.md"
 	@echo "make faults    odd values, sizes, dtypes and settings at every kind of site; writes a record"
@@ -95,6 +96,7 @@ mesh: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(RUN) -m tests.fuzz.replay
 	$(RUN) -m tests.fuzz $(FUZZ)
+	$(RUN) -m tests.fuzz.decisions
 
 # In an environment of its own: with libtpu installed, jax looks for a TPU.
 tpu:

@@ -21,6 +21,7 @@ from benchmarks.markdown import table
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 TITLES = {
     "fuzz": "Laws on random programs",
+    "decisions": "What a guess may not decide",
     "values": "Odd values, shapes, and dtypes",
     "values_gpu": "Odd values, shapes, and dtypes on a GPU",
     "kernels": "Kernels for CPU under sanitizers",

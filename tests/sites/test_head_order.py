@@ -94,6 +94,10 @@ def _kept_in_a_ref(p, x):
     return z.argmax(-1), kept[...] > -10.0
 
 
+def _rank(z):
+    return jnp.argsort(jnp.argsort(-z, -1), -1)
+
+
 def _drawn_of(z, logits):
     return _at(jnp.argsort(-logits), jax.random.categorical(KEY, z))
 
@@ -115,6 +119,21 @@ def _put_back(z):
     order, ranked, far = _in_order(z)
     kept = jnp.where(far, -jnp.inf, ranked)
     return jnp.zeros_like(z).at[jnp.arange(2)[:, None], order].set(kept)
+
+
+def _turned(z):
+    order = jnp.argsort(jax.nn.softmax(z), -1)[..., ::-1]
+    ranked = jnp.take_along_axis(jax.nn.softmax(z), order, -1)
+    kept = jnp.where(jnp.cumsum(ranked, -1) - ranked > 0.9, 0.0, ranked)
+    kept = kept / kept.sum(-1, keepdims=True)
+    return _at(order, jax.random.categorical(KEY, jnp.log(kept)))
+
+
+def _above_the_least(q):
+    ranked = jnp.sort(q)[:, ::-1]
+    far = jnp.cumsum(ranked, -1) - ranked > 0.9
+    least = jnp.min(jnp.where(far, jnp.inf, ranked), -1, keepdims=True)
+    return jax.random.categorical(KEY, jnp.where(q < least, -jnp.inf, jnp.log(q)))
 
 
 def _above_the_last(z):
@@ -247,6 +266,25 @@ KEPT = {
     "top-p, by the last that is kept": of_logits(_above_the_last),
     "the first of an order": of_logits(
         lambda z: _drawn_of(jnp.where(jnp.arange(V) < 40, -jnp.sort(-z), -jnp.inf), z)
+    ),
+    "top-p, sorted downwards": of_logits(
+        lambda z: (
+            lambda o: _at(o, jax.random.categorical(KEY, jnp.take_along_axis(_top_k(z), o, -1)))
+        )(jnp.argsort(z, -1, descending=True))
+    ),
+    "top-p, turned round": of_logits(_turned),
+    "top-p, by the least that is kept": of_logits(
+        lambda z: _above_the_least(jax.nn.softmax(z)),
+    ),
+    "numbers put back by their ranks": of_logits(
+        lambda z: (lambda o, kept: jnp.take_along_axis(kept, jnp.argsort(o, -1), -1).argmax(-1))(
+            _in_order(z)[0], jnp.where(_in_order(z)[2], -jnp.inf, _in_order(z)[1])
+        )
+    ),
+    "written over all of them": of_logits(
+        lambda z: (
+            lambda o, s, far: z.at[jnp.arange(2)[:, None], o].set(jnp.where(far, -jnp.inf, s))
+        )(*_in_order(z)).argmax(-1)
     ),
     "a mean weighted with chances": of_logits(
         lambda z: (jax.nn.softmax(z) * jnp.square(jax.nn.log_softmax(z))).sum(-1) > 60.0
@@ -476,6 +514,65 @@ LOST = {
             lambda r: jax.random.categorical(KEY, jnp.where((r >= 1000) & (r < 2000), z, -jnp.inf))
         )(jnp.argsort(jnp.argsort(-z)))
     ),
+    "whether some have such ranks": of_logits(lambda z: (z.argmax(-1), _rank(z)[:, :512] < 1000)),
+    "whether a given one has such a rank": of_logits(
+        lambda z: (z.argmax(-1), jnp.take_along_axis(_rank(z) < 1000, TOKENS[:, None], -1))
+    ),
+    "how many of a list have such ranks": of_logits(
+        lambda z: (z.argmax(-1), ((_rank(z) < 1000) & SIEVE).sum(-1))
+    ),
+    "how many ranks two tokens share": of_logits(
+        lambda z: (lambda m: (z.argmax(-1), (m[0] & m[1]).sum()))(_rank(z) < 1000)
+    ),
+    "ranks in a loop": of_logits(
+        lambda z: (
+            z.argmax(-1),
+            lax.scan(
+                lambda c, i: (c + (_rank(z) < 500)[:, i], 0), jnp.zeros(2, int), jnp.arange(9)
+            )[0],
+        )
+    ),
+    "places of the first, counted": of_logits(
+        lambda z: (
+            jnp.zeros((2, V), bool)
+            .at[jnp.arange(2)[:, None], jnp.argsort(-z)]
+            .set(jnp.arange(V) < 500)[:, : V // 2]
+            .sum(-1)
+        )
+    ),
+    "where another search is": lambda p, x: (
+        lambda z: _at(z, (p["other"].T[z.argmax(-1)] @ p["other"][:, :8]).argmax(-1)) > 0.0
+    )(x @ p["head"]),
+    "where another token's greatest are": of_logits(
+        lambda z: _at(z, jnp.broadcast_to(z.argmax(0)[5], 2)) > 0.0
+    ),
+    "out of a loop, in order": lambda p, x: (
+        lax.map(lambda row: jnp.sort(row @ p["head"]), x)[:, V // 2] > 0.0
+    ),
+    "out of a branch, in order": lambda p, x: (
+        lax.cond(x[0, 0] > 0, lambda z: jnp.sort(z), lambda z: jnp.sort(2 * z), x @ p["head"])[
+            :, 1000
+        ]
+        > -2.0
+    ),
+    "the greater of two that are in order": of_logits(lambda z: jnp.sort(z).max(0)[V - 1000] > 2.0),
+    "the least, times a token": of_logits(
+        lambda z: (jnp.sort(z) / (1.0 + z.argmax(-1)[:, None])).min(-1) > -1.0
+    ),
+    "tokens above a number, in order": of_logits(
+        lambda z: jnp.where(
+            jnp.argsort(-z) - 16 < 0, jnp.take_along_axis(z, jnp.argsort(-z), -1), -jnp.inf
+        ).argmax(-1)
+    ),
+    "even tokens, in order": of_logits(
+        lambda z: jnp.where(jnp.argsort(-z) % 64 == 0, -jnp.sort(-z), -jnp.inf).argmax(-1)
+    ),
+    "all but the first, in order": of_logits(
+        lambda z: jnp.where(jnp.arange(V) >= 2000, -jnp.sort(-z), -jnp.inf).max(-1)
+    ),
+    "finite after a choice": of_logits(
+        lambda z: (z.argmax(-1), jnp.isfinite(jnp.where(z > 0.3, z, -jnp.inf)) & SIEVE)
+    ),
     "those of top p are returned": of_logits(lambda z: (z.argmax(-1), _top_p(z) == -jnp.inf)),
     "above the greatest less two": of_logits(lambda z: (z > lax.top_k(z, 1)[0] - 2.0).sum(-1)),
     "above one of those that are sorted": of_logits(
@@ -575,6 +672,29 @@ def test_the_order_is_another(name):
         told = ("exact where they are greatest", "looked up", "put in order")
         assert all(any(word in reason for word in told) for reason in heads), plan
         assert len(heads) == 1 + (name == "contrast")
+
+
+def test_no_more_are_exact_than_there_are():
+    """What is forbidden besides all that are asked for."""
+
+    def fn(p, x):
+        z = (x @ p["head"]).at[:, 2].set(-jnp.inf)
+        return lax.top_k(z, V)[1][:, :5]
+
+    (site,) = plan_of(fn).sites
+    assert site.status == "dense"
+
+
+def test_a_factor_of_a_jit_around():
+    """A closed-over array that is traced is no constant."""
+
+    @jax.jit
+    def around(p, x, t):
+        step = hire.transform(lambda p, x: ((x @ p["head"]) / t).argmax(-1), on_miss="ignore")
+        return step(p, x)
+
+    expected = (X @ PARAMS["head"]).argmax(-1)
+    np.testing.assert_array_equal(around(PARAMS, X, jnp.float32(2)), expected)
 
 
 def test_a_rule_that_says_so_rewrites_it():

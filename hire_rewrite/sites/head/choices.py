@@ -54,24 +54,25 @@ class Choices:
     def __init__(self, way: Callable[[Value], int | None], ranks: Ranks) -> None:
         self._way, self._ranks = way, ranks
 
-    def kept(self, choice: Node, position: int, axis: int, in_order: bool) -> Where:
-        """Which numbers a `select_n` takes from its operand at a position, if that is in order: it
-        may ask for the first of them."""
+    def kept(
+        self, choice: Node, position: int, axis: int, greatest_first: bool | None = None
+    ) -> Where:
+        """Which numbers a `select_n` takes from its operand at a position.
+
+        Args:
+          greatest_first: how that was sorted; None if it was not.
+        """
         condition, *cases = choice.ins
         if not varies(condition, axis):
             return Where.ALL
         if len(cases) != 2:
             return Where.SOME
-        if in_order and self._asks_for_the_first(condition):
-            return Where.RANKS
-        where = self._where(condition, axis)
+        first = _asks_for_the_first(condition)
+        if greatest_first is None or first is None:
+            where = self._where(condition, axis)
+        else:
+            where = Where.GREAT if first == greatest_first else Where.SMALL
         return where if position == 2 else _NOT[where]
-
-    def _asks_for_the_first(self, condition: Value) -> bool:
-        made = origin(condition, _SAME | Trait.MOVES).node
-        if made is None or not has(made.primitive, Trait.COMPARES):
-            return False
-        return any(counts_up(side, i) for side in made.ins for i in range(len(side.shape)))
 
     def _where(self, condition: Value, axis: int) -> Where:
         if not varies(condition, axis):
@@ -137,6 +138,17 @@ class Choices:
         """What was computed in another way, in the order of the logits if they were put in order:
         nobody who samples keeps the lesser ones of those."""
         return Where.RANKS if self._ranks.went_into(value) else Where.SOME
+
+
+def _asks_for_the_first(condition: Value) -> bool | None:
+    """Whether it is true for the first numbers, or for the last, by their places; or None."""
+    made = origin(condition, _SAME | Trait.MOVES).node
+    if made is None or made.primitive not in (p.lt_p, p.le_p, p.gt_p, p.ge_p):
+        return None
+    counted = [any(counts_up(v, i) for i in range(len(v.shape))) for v in made.ins]
+    if counted[0] == counted[1]:
+        return None
+    return (made.primitive in (p.lt_p, p.le_p)) == counted[0]
 
 
 def _both(one: Where, other: Where) -> Where:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
+from hire_rewrite.sites.head.distortion import constant_of
 from hire_rewrite.sites.head.followed import Followed
 from hire_rewrite.sites.head.in_order import InOrder
-from hire_rewrite.sites.head.looked_up import index_along, says_which
+from hire_rewrite.sites.head.looked_up import index_along
 from hire_rewrite.sites.head.ways import DOWN, LOST, UP
 
 
@@ -31,7 +33,9 @@ def consume(order: Followed, user: Node, position: int, axis: int, way: int) -> 
     elif primitive is p.reduce_sum_p:
         order.sums.append((user, value, axis))
         return
-    elif primitive in (p.reduce_p, p.reduce_prod_p):
+    elif primitive in (p.reduce_p, p.reduce_prod_p) or (
+        primitive is p.reduce_min_p and _is_of_kept(value)
+    ):
         order.looked_up += user.outs
         return
     elif primitive is p.reduce_min_p or user.params.get("is_max_k") is False:
@@ -51,7 +55,7 @@ def _wanted_of_sorted(
     be read. How many of the greatest are is remembered."""
     if user.ins[0] is not value:
         return ()
-    read = InOrder(user, axis, order.uses, order.of_logits)
+    read = InOrder(order, user, axis, way)
     order.looked_up += read.looked_up
     order.masks += read.masks
     numbers = [out for out in user.outs if jnp.issubdtype(out.dtype, jnp.floating)]
@@ -87,13 +91,21 @@ def _look_up(order: Followed, user: Node, position: int, axis: int, way: int) ->
             order.refuse(value, way, f"{user.primitive} asks for them ({source_of(user)})")
         return
     index = user.ins[0] if position == 1 else index_along(user, axis)
-    if not says_which(index, order.of_logits, value.shape[axis]):
+    if not order.says_which(index, value.shape[axis]):
         keep_looked_up(order, some, value, way)
         return
     for place, extent in enumerate(some.shape):  # all of them, in order
         if extent == value.shape[axis] and user.primitive is p.gather_p:
             order.in_order.add(some)
             order.stack.append((some, place, way))
+
+
+def _is_of_kept(value: Value) -> bool:
+    """Whether numbers are infinite where they were left out, so that the least is of the others."""
+    node = value.node
+    numbers = map(constant_of, node.ins[1:] if node is not None else ())
+    chosen = node is not None and node.primitive is p.select_n_p
+    return chosen and any(n is not None and np.all(np.asarray(n) == np.inf) for n in numbers)
 
 
 def keep_looked_up(order: Followed, some: Value, logits: Value, way: int) -> None:

@@ -8,7 +8,6 @@ followed as that of all logits is: see `order`.)
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +20,9 @@ from hire_rewrite.patterns.axes import result_axis
 from hire_rewrite.sites.head.along import counts_up, is_random
 from hire_rewrite.sites.head.distortion import constant_of
 from hire_rewrite.sites.head.flow import in_bodies
-from hire_rewrite.sites.head.looked_up import index_along, says_which
+from hire_rewrite.sites.head.followed import Followed
+from hire_rewrite.sites.head.looked_up import index_along
+from hire_rewrite.sites.head.ways import DOWN
 
 
 class Part(NamedTuple):
@@ -55,9 +56,10 @@ class InOrder:
     """What is read of the results of a sort.
 
     Args:
+      order: what is known behind the head.
       sort: a node.
       axis: along which it sorts.
-      of_logits: the values that depend on the head's logits.
+      way: how what it sorts is ordered along that.
 
     Attributes:
       parts: that are cut out.
@@ -68,13 +70,13 @@ class InOrder:
         such tokens, or something else of each token in order; None if there is none.
     """
 
-    def __init__(self, sort: Node, axis: int, uses: Uses, of_logits: Collection[Value]) -> None:
+    def __init__(self, order: Followed, sort: Node, axis: int, way: int) -> None:
         self.parts: list[Part] = []
         self.looked_up: list[Value] = []
         self.ranks: list[tuple[Value, int, bool]] = []
         self.masks: list[Value] = []
         self.unknown: Node | None = None
-        self._uses, self._of_logits = uses, of_logits
+        self._order, self._of_logits = order, order.of_logits
         stack = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
         seen: set[_Sorted] = set()
         while stack and self.unknown is None:
@@ -82,9 +84,11 @@ class InOrder:
             if here in seen:
                 continue
             seen.add(here)
-            if here.places and here.value in uses.results:
+            if here.places and here.value in order.uses.results:
                 self.unknown = here.value.node
-            for user, position in uses.users(here.value):
+            if not here.places:
+                order.greatest_first[here.value] = (way == DOWN) != here.turned
+            for user, position in order.uses.users(here.value):
                 stack += self._behind(here, user, position)
 
     def _behind(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
@@ -129,7 +133,9 @@ class InOrder:
             equal = primitive in (p.eq_p, p.ne_p)
             if here.ranks and not equal:
                 self.masks += user.outs
-            elif other not in self._of_logits and not _is_zero(other):
+            elif other not in self._of_logits and not _counts_from_the_end(
+                user, here.value, self._order.uses
+            ):
                 self.unknown = user
         elif has(primitive, Trait.REDUCES):
             self.unknown = user
@@ -172,8 +178,9 @@ class InOrder:
         place = result_axis(user, 0, here.axis)
         if place is not None and user.outs[0].shape[place[0]] == here.value.shape[here.axis]:
             return [here._replace(value=user.outs[0], axis=place[0])]  # of some rows all
-        index = index_along(user, here.axis)
-        if says_which(index, self._of_logits, here.value.shape[here.axis]):
+        index, size = index_along(user, here.axis), here.value.shape[here.axis]
+        back = not here.places and size in user.outs[0].shape
+        if self._order.says_which(index, size) or (back and self._order.ranks.went_into(index)):
             return []
         constant = constant_of(index)
         if constant is None or here.ranks or np.size(constant) != 1:
@@ -215,7 +222,10 @@ def _is_whole(value: Value) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.integer))
 
 
-def _is_zero(value: Value) -> bool:
-    """Whether it is what indices are compared with, of which a negative one counts from the end."""
-    number = constant_of(value)
-    return number is not None and np.ndim(number) == 0 and int(number) == 0
+def _counts_from_the_end(comparison: Node, index: Value, uses: Uses) -> bool:
+    """Whether it asks which indices are negative, to count those from the end."""
+    number = constant_of(comparison.ins[1])
+    if comparison.primitive is not p.lt_p or number is None or np.ndim(number) or int(number):
+        return False
+    users = [user for user, _ in uses.users(comparison.outs[0])]
+    return all(user.primitive is p.select_n_p and index in user.ins[1:] for user in users)

@@ -21,7 +21,7 @@ def judge_choices(order: Followed) -> None:
     for user, position, axis in order.choices:
         value, (out,) = user.ins[position], user.outs
         way = order.ways[value, axis]
-        kept = conditions.kept(user, position, axis, value in order.in_order)
+        kept = conditions.kept(user, position, axis, order.greatest_first.get(value))
         others = [case for i, case in enumerate(user.ins) if i not in (0, position)]
         fine = kept is Where.ALL
         if kept is Where.OTHERS:

@@ -6,7 +6,7 @@ of the greatest, and guesses.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,13 +42,16 @@ def index_along(lookup: Node, axis: int) -> Value:
     return parts[places.index(axis)] if alone and last else index
 
 
-def says_which(index: Value, of_logits: Collection[Value], size: int) -> bool:
+def says_which(
+    index: Value, of_logits: Collection[Value], size: int, searches: Callable[[Node], bool]
+) -> bool:
     """Whether an index is where the greatest logits are, or one that was drawn, and nothing that is
     made of that, or chosen from that and others.
 
     Args:
       of_logits: the values that depend on the logits.
       size: of the vocabulary.
+      searches: whether a search or a sort is one along the vocabulary.
     """
     stack, seen = [index], {index}
     while stack:
@@ -59,15 +62,15 @@ def says_which(index: Value, of_logits: Collection[Value], size: int) -> bool:
         if node is None or node.bodies:
             behind = sources(value)
         elif has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
-            if _is_place(node, value):
-                continue
-            return False
+            if not (_is_place(node, value) and searches(node)):
+                return False
+            continue
         elif node.primitive is p.select_n_p:  # of which a negative one counts from the end
             cases = [origin(case, Trait.CASTS) for case in node.ins[1:]]
             behind = [c for c in cases if not _is_counted_from_the_end(c, cases)]
         elif node.primitive is p.gather_p:
             behind = [node.ins[0]]  # but of a table
-        elif has(node.primitive, _SAME_INDEX):
+        elif has(node.primitive, _SAME_INDEX) or node.primitive is p.rev_p:
             behind = [node.ins[0]]
         elif node.primitive is p.concatenate_p:
             behind = list(node.ins)
@@ -87,7 +90,11 @@ def _is_place(search: Node, value: Value) -> bool:
     """Whether a result of a search or a sort says where numbers were, and is none of them."""
     if search.primitive is not p.sort_p:
         return value is search.outs[-1]
-    return counts_up(search.ins[search.outs.index(value)], search.params["dimension"])
+    key, places = search.ins[0].node, search.ins[search.outs.index(value)]
+    turned = places.node if places.node is not None and places.node.primitive is p.rev_p else None
+    if turned is not None and key is not None and key.primitive is p.rev_p:  # both, to sort down
+        places = turned.ins[0]
+    return counts_up(places, search.params["dimension"])
 
 
 def _is_bound(value: Value, size: int) -> bool:

@@ -50,6 +50,8 @@ class Ranked(NamedTuple):
     depth: int
 
 
+_IN_ORDER = Trait.POINTWISE | Trait.MOVES | Trait.KEEPS | Trait.CUTS
+
 AS_LOGITS = Ranked(None, 0, 0.0, 1)
 """What is ranked is the logits themselves."""
 
@@ -73,8 +75,13 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
         if not order.stack:
             judge_choices(order)
     decides = None
-    if order.reason is None and any(map(order.is_returned, order.masks)):
-        order.reason = "it is returned which of its logits have a rank when they are put in order"
+    if order.reason is None and any(value not in order.greatest_first for value in order.cut):
+        order.reason = "its logits are put in order, and what is cut of them is not followed"
+    if order.reason is None and any(map(order.asked_otherwise, order.masks)):
+        order.reason = (
+            "its logits are put in order, and which of them have some ranks is asked for otherwise "
+            "than to choose from them"
+        )
     if order.reason is None:
         add_up(order)
         decides = decided_by(order.looked_up, {value for value, _ in order.ways}, walk.uses)
@@ -88,7 +95,7 @@ def ranked(walk: Walk, outputs: Collection[tuple[Value, int]], inside: Collectio
         order.reason = "a loop behind it takes out as many of its greatest logits as it likes"
         return Ranked(order.reason, order.taken.at_most, order.rounding, 1)
     searched = (search.node.params.get("k", 1) for search in walk.found)
-    depth = max([1, order.depth, *searched]) + int(taken)
+    depth = min(max([1, order.depth, *searched]) + int(taken), walk.width)
     return Ranked(order.reason, order.taken.at_most, order.rounding, depth)
 
 
@@ -138,8 +145,9 @@ def _used(order: Followed, user: Node, position: int, axis: int, way: int) -> No
         return
     for out, place in behind:
         if sorted_ and out.shape[place] < value.shape[axis]:
-            continue  # what is read of them was told where they were sorted
-        if sorted_ and (user.primitive is p.rev_p or not has(user.primitive, Trait.EXTENDS)):
+            order.cut.append(value)  # what is read of them is told where they were sorted
+            continue
+        if sorted_ and (has(user.primitive, _IN_ORDER) or user.primitive in (p.rev_p, p.gather_p)):
             order.in_order.add(out)
         if there == LOST:
             order.lost.setdefault(out, order.lost.get(value, user))
@@ -153,7 +161,7 @@ def _pass_on(
     for there, axis in places:
         if value in order.lost:
             order.lost.setdefault(there, order.lost[value])
-        if value in order.in_order:
+        if value in order.in_order and there.scope.parent is not value.scope.parent:
             order.in_order.add(there)
         order.stack.append((there, axis, way))
 
@@ -163,7 +171,9 @@ def _put_back(order: Followed, user: Node, position: int, axis: int) -> tuple[Va
     size = user.ins[position].shape[axis]
     if user.primitive is p.sort_p and position > 0 and order.ranks.went_into(user.ins[0]):
         return user.outs[position], axis
-    if user.primitive is p.scatter_p and position == 2 and order.ranks.went_into(user.ins[1]):
+    written = user.primitive is p.scatter_p and position == 2
+    read = user.primitive is p.gather_p and position == 0 and size in user.outs[0].shape
+    if (written or read) and order.ranks.went_into(user.ins[1]):
         (out,) = user.outs
         return out, max(i for i, extent in enumerate(out.shape) if extent == size)
     return None
@@ -173,9 +183,10 @@ def _is_of_ranks(order: Followed, user: Node, position: int) -> bool:
     """Whether an operation on sorted numbers is about their ranks."""
     if order.ranks.is_sum_of_the_greatest(user):
         return True
-    others = [v for i, v in enumerate(user.ins) if i != position and v in order.of_logits]
-    each = has(user.primitive, Trait.POINTWISE) and user.primitive is not p.select_n_p
-    return each and any(map(order.ranks.went_into, others))
+    if not has(user.primitive, Trait.ADDS):  # sums of all before, but of itself
+        return False
+    other = origin(user.ins[1 - position], Trait.CASTS | Trait.MOVES | Trait.KEEPS)
+    return other.node is not None and order.ranks.is_sum_of_the_greatest(other.node)
 
 
 def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
@@ -186,6 +197,9 @@ def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
         alone = all(value.shape[i] == 1 for i in gone) and bool(gone)
         return UP if alone or primitive is p.reduce_max_p else LOST
     if has(primitive, Trait.SCATTERS) and position == 0:
+        all_ = user.primitive is p.scatter_p and user.ins[2].shape == value.shape
+        if all_ and order.ranks.went_into(user.ins[1]):
+            return None  # nothing is left of it
         return UP if order.taken.by_scatter(user, axis) else LOST
     if not has(primitive, Trait.POINTWISE):
         return way_moved(user, position, axis)
@@ -193,11 +207,12 @@ def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
     if primitive is p.select_n_p and position == 0:  # what it keeps is told where that is met
         return None if any(case in order.of_logits for case in user.ins[1:]) else LOST
     if not jnp.issubdtype(user.outs[0].dtype, jnp.floating):
-        if not is_stepped(user.outs[0]):
+        if not order.asks(user.outs[0]):
             return None
         if order.is_stepped(user.outs[0]):
             return LOST
-        order.masks += user.outs
+        if value not in order.in_order:
+            order.masks += user.outs
         return None
     others = [other for i, other in enumerate(user.ins) if i != position]
     if primitive is p.select_n_p:

@@ -60,8 +60,9 @@ class Ranks:
         """Whether numbers were sorted, or looked up in the order of a sort."""
         stack, seen = [value], {value}
         while stack:
-            node = stack.pop().node
-            if node is None:
+            current = stack.pop()
+            node = current.node
+            if node is None or current not in self._of_logits:
                 continue
             new: list[Value] = []
             if node.primitive is p.sort_p:
@@ -71,7 +72,7 @@ class Ranks:
                     return True
                 new = [node.ins[0]]
             elif has(node.primitive, _EACH) or node.primitive is p.rev_p:
-                new = [v for v in node.ins if v in self._of_logits and v not in seen]
+                new = [v for v in node.ins if v not in seen]
             stack += new
             seen.update(new)
         return False
