@@ -34,8 +34,6 @@ from hire_rewrite.graph.nodes import Body, Node, Scope, Value
 from hire_rewrite.graph.sources import backward_slice, body_of, sources, sources_first
 from hire_rewrite.graph.traits import Trait, has
 
-__all__ = ["Provenance", "backward_slice", "body_of", "carried_unchanged", "counter"]
-
 
 class Provenance:
     """Which values of a function depend on weights alone.

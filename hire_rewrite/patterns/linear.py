@@ -10,7 +10,8 @@ from typing import Any
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
-from hire_rewrite.graph.provenance import Provenance, body_of
+from hire_rewrite.graph.provenance import Provenance
+from hire_rewrite.graph.sources import body_of
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import Window, origin

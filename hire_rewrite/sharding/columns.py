@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.graph.provenance import body_of
+from hire_rewrite.graph.sources import body_of
 from hire_rewrite.graph.trace import Trace, sharding_over_mesh
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sharding.rows import mesh_axes

@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from hire_rewrite import _compat
 from hire_rewrite.errors import HireRewriteError
 from hire_rewrite.graph.nodes import Scope, Value
-from hire_rewrite.graph.provenance import backward_slice
 from hire_rewrite.graph.reports import combine
+from hire_rewrite.graph.sources import backward_slice
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.weights import Stacked, Stacker
 from hire_rewrite.patterns.linear import Linear

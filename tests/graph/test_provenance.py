@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 from jax.experimental import io_callback
 
-from hire_rewrite.graph.provenance import body_of, carried_unchanged, counter
+from hire_rewrite.graph.provenance import carried_unchanged, counter
+from hire_rewrite.graph.sources import body_of
 from hire_rewrite.graph.trace import trace
 from tests.cases import inputs, rand
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
-from hire_rewrite.graph.provenance import backward_slice, body_of
+from hire_rewrite.graph.sources import backward_slice, body_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Input, Node, Output, Uses, Value
-from hire_rewrite.graph.provenance import body_of
+from hire_rewrite.graph.sources import body_of
 
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
@@ -43,7 +43,7 @@ def out_of_body(value: Value) -> list[Value]:
     return [node.outs[outer] for node, outer in places if outer is not None]
 
 
-def sources(value: Value) -> list[Value]:
+def made_from(value: Value) -> list[Value]:
     """What a value is computed from next: of a loop or a branch what it returns, and of an input
     of its body what that is outside."""
     node = value.node

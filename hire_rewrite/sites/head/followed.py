@@ -11,7 +11,7 @@ from hire_rewrite.graph.nodes import Node, Value, source_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import ordered_axis
 from hire_rewrite.sites.head.chances import Powers
-from hire_rewrite.sites.head.flow import in_bodies, leave, made_of, sources
+from hire_rewrite.sites.head.flow import in_bodies, leave, made_from, made_of
 from hire_rewrite.sites.head.logits import Walk
 from hire_rewrite.sites.head.looked_up import says_which
 from hire_rewrite.sites.head.ranks import Ranks
@@ -87,7 +87,7 @@ class Followed:
                 condition = node.ins[0]
                 if condition in self.of_logits and is_stepped(condition):
                     return True
-            new = [v for v in sources(current) if v in self.of_logits and v not in seen]
+            new = [v for v in made_from(current) if v in self.of_logits and v not in seen]
             stack += new
             seen.update(new)
         return False

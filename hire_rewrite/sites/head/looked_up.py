@@ -18,7 +18,7 @@ from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.sites.head.along import counts_up, is_random
 from hire_rewrite.sites.head.distortion import constant_of
-from hire_rewrite.sites.head.flow import in_bodies, leave, sources
+from hire_rewrite.sites.head.flow import in_bodies, leave, made_from
 
 _DECISIONS = (p.argmin_p, p.sign_p, p.round_p, p.floor_p, p.ceil_p)
 _SAME_INDEX = Trait.MOVES | Trait.CASTS | Trait.KEEPS | Trait.CUTS
@@ -60,7 +60,7 @@ def says_which(
         if value not in of_logits:
             return False
         if node is None or node.bodies:
-            behind = sources(value)
+            behind = made_from(value)
         elif has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
             if not (_is_place(node, value) and searches(node)):
                 return False

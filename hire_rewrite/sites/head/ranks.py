@@ -11,7 +11,7 @@ from jax.extend.core import primitives as p
 from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sites.head.chances import Powers
-from hire_rewrite.sites.head.flow import sources
+from hire_rewrite.sites.head.flow import made_from
 
 _EACH = Trait.POINTWISE | Trait.MOVES | Trait.KEEPS
 _SUMS = (p.cumsum_p, p.cumlogsumexp_p)
@@ -35,7 +35,7 @@ class Ranks:
             node = current.node
             if current not in self._of_logits:
                 continue
-            behind = sources(current)
+            behind = made_from(current)
             if node is not None:
                 if has(node.primitive, Trait.ORDERS):
                     if jnp.issubdtype(current.dtype, jnp.integer):
