@@ -570,6 +570,17 @@ LOST = {
     "all but the first, in order": of_logits(
         lambda z: jnp.where(jnp.arange(V) >= 2000, -jnp.sort(-z), -jnp.inf).max(-1)
     ),
+    "a choice of conditions about ranks": of_logits(
+        lambda z: (z.argmax(-1), jnp.where(_rank(z) < 500, z > lax.top_k(z, 3)[0][:, 2:], False))
+    ),
+    "written to more places": of_logits(
+        lambda z: (
+            jnp.zeros((2, 2 * V))
+            .at[jnp.arange(2)[:, None], jnp.argsort(-z)]
+            .set(-jnp.sort(-z))[:, 17]
+            > 0.0
+        )
+    ),
     "finite after a choice": of_logits(
         lambda z: (z.argmax(-1), jnp.isfinite(jnp.where(z > 0.3, z, -jnp.inf)) & SIEVE)
     ),

@@ -19,9 +19,7 @@ from hire_rewrite.sites.head.steps import is_stepped
 from hire_rewrite.sites.head.taken_out import TakenOut
 from hire_rewrite.sites.head.ways import LOST, UP
 
-_KEEP_MASKS = (
-    Trait.POINTWISE | Trait.MOVES | Trait.KEEPS | Trait.EXTENDS | Trait.SCATTERS
-)  # fmt: skip
+_KEEP_MASKS = Trait.POINTWISE | Trait.MOVES | Trait.KEEPS | Trait.EXTENDS | Trait.SCATTERS
 
 
 class Followed:
@@ -122,7 +120,8 @@ class Followed:
                 return True
             for user, position in self.uses.users(value):
                 chooses = user.primitive is p.select_n_p and position == 0
-                if chooses and any(case in self.of_logits for case in user.ins[1:]):
+                of_logits = any(case in self.of_logits for case in user.ins[1:])
+                if chooses and of_logits and user.outs[0].dtype != jnp.bool_:
                     continue
                 if user.primitive is p.cond_p:
                     behind += in_bodies(user, value)

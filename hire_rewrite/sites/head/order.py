@@ -175,7 +175,8 @@ def _put_back(order: Followed, user: Node, position: int, axis: int) -> tuple[Va
     read = user.primitive is p.gather_p and position == 0 and size in user.outs[0].shape
     if (written or read) and order.ranks.went_into(user.ins[1]):
         (out,) = user.outs
-        return out, max(i for i, extent in enumerate(out.shape) if extent == size)
+        axes = [i for i, extent in enumerate(out.shape) if extent == size]
+        return (out, axes[-1]) if axes else None
     return None
 
 

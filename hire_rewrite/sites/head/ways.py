@@ -16,9 +16,7 @@ from hire_rewrite.sites.head.distortion import is_negative
 UP, DOWN, LOST = 1, -1, 0
 """How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
 
-_RISING = frozenset(
-    (p.exp2_p, p.expm1_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p, p.erf_p)
-)  # fmt: skip
+_RISING = frozenset((p.exp2_p, p.expm1_p, p.cbrt_p, p.sinh_p, p.asinh_p, p.atan_p, p.erf_p))
 _RISING_ABOVE_ZERO = frozenset((p.log_p, p.log1p_p, p.sqrt_p, p.square_p))
 """Functions that rise where they are defined, but for rounding; those below are NaN below zero,
 which comes before all numbers, or fall there."""
