@@ -59,12 +59,8 @@ def backward_slice(value: Value, within: Scope | None = None) -> Iterator[Value]
     while stack:
         current = stack.pop()
         yield current
-        sources: tuple[Value, ...] = ()
-        if current.node is not None:
-            sources = current.node.ins
-        elif current.is_input and current.scope.parent is not outermost:
-            body, i = body_of(current)
-            sources = (body.inputs[i].outer,)
-        new = [source for source in dict.fromkeys(sources) if source not in seen]
+        if current.is_input and current.scope.parent is outermost:
+            continue
+        new = [source for source in dict.fromkeys(sources(current)) if source not in seen]
         stack += new
         seen.update(new)

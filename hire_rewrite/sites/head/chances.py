@@ -7,7 +7,7 @@ is. A sum of other numbers is one of guesses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,13 +78,13 @@ class Powers:
     def is_normalized(self, value: Value) -> bool:
         """Whether numbers are chances, or their logarithms: whether a sum of powers of all logits
         went into them."""
-        made = (each.node for each in self._made_from([value]))
+        made = (each.node for each in self._made_from(value))
         sums = (node for node in made if node is not None and node.primitive is p.reduce_sum_p)
         return any(self.went_into(node.ins[0]) for node in sums)
 
     def went_into(self, value: Value) -> bool:
         """Whether powers of logits went into numbers."""
-        made = (each.node for each in self._made_from([value]))
+        made = (each.node for each in self._made_from(value))
         return any(node is not None and node.primitive in (p.exp_p, p.exp2_p) for node in made)
 
     def weigh(self, value: Value, axis: int, rises: Callable[[Value], bool]) -> bool:
@@ -115,7 +115,7 @@ class Powers:
         """Whether logits alone went into numbers, and no step is between."""
         if value not in self._of_logits:
             return not varies(value, axis)
-        for each in self._made_from([value], conditions=False):
+        for each in self._made_from(value, conditions=False):
             node = each.node
             if node is None or node is self._product:
                 continue
@@ -127,10 +127,10 @@ class Powers:
                 return False
         return True
 
-    def _made_from(self, values: Iterable[Value], conditions: bool = True) -> list[Value]:
-        """Values, and what they are made of, back to the logits."""
-        seen = dict.fromkeys(values)
-        stack = list(seen)
+    def _made_from(self, value: Value, conditions: bool = True) -> list[Value]:
+        """A value, and what it is made of, back to the logits."""
+        seen = {value: None}
+        stack = [value]
         while stack:
             node = stack.pop().node
             if node is not None and node is not self._product:

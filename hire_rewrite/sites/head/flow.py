@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Input, Node, Output, Uses, Value
-from hire_rewrite.graph.sources import body_of
+from hire_rewrite.graph.sources import sources
 
 Axes = list[tuple[Value, int]]
 """Values, each with its vocabulary axis."""
@@ -47,13 +47,8 @@ def made_from(value: Value) -> list[Value]:
     """What a value is computed from next: of a loop or a branch what it returns, and of an input
     of its body what that is outside."""
     node = value.node
-    if node is None:
-        if not value.is_input or value.scope.parent is None:
-            return []
-        body, i = body_of(value)
-        return [body.inputs[i].outer]
-    if not node.bodies:
-        return list(node.ins)
+    if node is None or not node.bodies:
+        return list(sources(value))
     return [
         result
         for body in node.bodies
