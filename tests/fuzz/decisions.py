@@ -5,8 +5,10 @@
 
 Guesses are made coarse (4 bits), so that who decides by one is seen to err. A few tokens of each
 call are far likelier than all others: they are always among the candidates, and nearly the whole
-sum of a softmax, which docs/limits.md allows to be a guess. Programs whose dense results change
-with the last digits of the logits, as where equal numbers are ranked, prove nothing.
+sum of a softmax, which docs/limits.md allows to be a guess. (Who draws by it, or counts what makes
+nine tenths, reads the logits themselves: behind others all may be equally likely.) Programs whose
+dense results change with the last digits of the logits, as where equal numbers are ranked, prove
+nothing.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ def trial(seed: int) -> tuple[str, str]:
     import numpy as np
 
     import hire_rewrite as hire
+    from tests.fuzz.around import FORMS, plain
     from tests.fuzz.behind import random_program
 
-    program = random_program(random.Random(seed))
+    rng = random.Random(seed)
+    program = random_program(rng)
+    form = rng.choice(FORMS) if rng.random() < 0.5 else plain
     params, x, tokens = _inputs(seed)
 
     def model(params: Any, x: Any, tokens: Any) -> Any:
-        return program(x @ params["head"], tokens)
+        return jax.tree.leaves(form(program, params["head"], x, tokens))
 
     rule = hire.Head(predictor=hire.Quantized(4), force=True)
     step = hire.transform(model, rule, on_miss="ignore")
@@ -57,7 +62,7 @@ def trial(seed: int) -> tuple[str, str]:
     wrong = [
         int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(expected, results, strict=True)
     ]
-    return "wrong", f"{wrong} of {[a.size for a in expected]}: {program}"
+    return "wrong", f"{wrong} of {[a.size for a in expected]}: {form.__name__} {program}"
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -71,7 +76,7 @@ def _inputs(seed: int) -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from tests.fuzz.behind import V
+    from tests.fuzz.operations import V
 
     rng = np.random.default_rng(seed)
     head = rng.normal(size=(D, V)) / np.sqrt(D)
@@ -127,7 +132,7 @@ def main() -> int:
                     print(f"seed {seed}: {told}", flush=True)
     about = (
         f"Random code behind a head (seeds {options.first} to {last - 1}) that sorts, masks, "
-        "counts, looks up and compares its logits, guessed in 4 bits. "
+        "counts, looks up and compares its logits, in loops, branches and maps, guessed in 4 bits. "
         f"{counts['dense']:,} programs stay dense, as a guess could decide something, "
         f"{counts['deep']:,} read more of the greatest than were made exact, and the results of "
         f"{counts['shaky']:,} depend on the last digits."
