@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import xml.etree.ElementTree
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,18 +86,16 @@ def run(combination: Combination, interpreter: str, arguments: list[str]) -> int
 def row(combination: Combination) -> dict[str, Any]:
     """What pytest reported of a combination, for the record."""
     from benchmarks import timing
+    from benchmarks.reliability_tests import outcomes
 
     code = "import jax; print(jax.__version__)"
     told = subprocess.run([_python(combination), "-c", code], capture_output=True, text=True)
-    suites = list(xml.etree.ElementTree.parse(_report(combination)).getroot().iter("testsuite"))
-    tests, skipped, failed, errors = (
-        sum(int(suite.get(name, 0)) for suite in suites)
-        for name in ("tests", "skipped", "failures", "errors")
-    )
+    counts = Counter(outcome for _, outcome in outcomes(_report(combination)))
+    skipped = counts.pop("skipped", 0)
     return {
         "what": f"tests: {combination.name}",
-        "tried": tests - skipped,
-        "wrong": failed + errors,
+        "tried": counts.total(),
+        "wrong": counts.total() - counts["passed"],
         "note": f"jax {told.stdout.strip()}; {skipped} skipped; commit {timing.commit()}",
     }
 

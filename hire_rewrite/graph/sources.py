@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 
 from hire_rewrite.graph.nodes import Body, Scope, Value
+from hire_rewrite.graph.reach import reached
 
 
 def body_of(value: Value) -> tuple[Body, int]:
@@ -55,12 +56,9 @@ def backward_slice(value: Value, within: Scope | None = None) -> Iterator[Value]
       within: a scope around the value at whose own inputs to end; None for the function's.
     """
     outermost = within.parent if within is not None else None
-    stack, seen = [value], {value}
-    while stack:
-        current = stack.pop()
-        yield current
-        if current.is_input and current.scope.parent is outermost:
-            continue
-        new = [source for source in dict.fromkeys(sources(current)) if source not in seen]
-        stack += new
-        seen.update(new)
+
+    def behind(value: Value) -> tuple[Value, ...]:
+        ends = value.is_input and value.scope.parent is outermost
+        return () if ends else sources(value)
+
+    return reached([value], behind)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Scope, Value, source_of
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.trace import Trace
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.names import first_names
@@ -78,18 +79,15 @@ def _derived(leaf: Value, traits: Trait) -> list[Value]:
 
     Loops that carry it are not entered: they begin with it at each call, as they should.
     """
-    found, stack = {leaf}, [leaf]
-    while stack:
-        value = stack.pop()
+
+    def behind(value: Value) -> Iterator[Value]:
         for node, place in value.users:
-            new: list[Value] = []
             if node.bodies:
-                new = _inside(node, value)
+                yield from _inside(node, value)
             elif has(node.primitive, traits) and (place == 0 or traits & Trait.POINTWISE):
-                new = [out for out in node.outs if _whole(out, leaf, traits)]
-            stack += [value for value in new if value not in found]
-            found.update(new)
-    return list(found)
+                yield from (out for out in node.outs if _whole(out, leaf, traits))
+
+    return list(reached([leaf], behind))
 
 
 def _whole(out: Value, leaf: Value, traits: Trait) -> bool:

@@ -10,16 +10,12 @@ function is traced, planned and looked at; a share of them is rewritten, and a s
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
+from tests.fuzz.pool import chunks, pooled
 from tests.fuzz.run import CHUNK, chunk, one, record
-
-_EACH = 8
-"""Chunks that a process works on before another takes its place."""
 
 FOLDER = Path(__file__).parents[2] / "out" / "fuzz"
 
@@ -37,26 +33,16 @@ def main() -> int:
         return one(options.seed)
     folder = FOLDER / str(timing.commit())  # what other code did counts for nothing
     folder.mkdir(parents=True, exist_ok=True)
-    results, todo = [], []
-    for first in range(options.first, options.first + options.graphs, CHUNK):
-        last = min(first + CHUNK, options.first + options.graphs)
-        path = folder / f"{first}-{last}.json"
-        if path.exists():
-            results.append(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            todo.append((first, last, path))
-    context = multiprocessing.get_context("spawn")
-    # What a process has compiled comes to gigabytes: new ones now and then. (A pool that replaces
-    # its own, max_tasks_per_child, may wait for ever in CPython 3.11.)
-    size = _EACH * options.jobs
-    for some in (todo[i : i + size] for i in range(0, len(todo), size)):
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            running = {pool.submit(chunk, first, last): path for first, last, path in some}
-            for done in concurrent.futures.as_completed(running):
-                results.append(done.result())
-                running[done].write_text(json.dumps(results[-1]) + "\n", encoding="utf-8")
-                for seed, law, error, graph in results[-1]["wrong"]:
-                    print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
+    paths = {
+        seeds: folder / "{}-{}.json".format(*seeds)
+        for seeds in chunks(options.first, options.graphs, CHUNK)
+    }
+    todo = [seeds for seeds, path in paths.items() if not path.exists()]
+    for seeds, result in pooled(chunk, todo, options.jobs):
+        paths[seeds].write_text(json.dumps(result) + "\n", encoding="utf-8")
+        for seed, law, error, graph in result["wrong"]:
+            print(f"seed {seed}: {law}: {error}\n  {graph}", flush=True)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
     command = f"python -m tests.fuzz --graphs {options.graphs} --first {options.first}"
     made = record(results)
     print(timing.write("reliability_fuzz", made, command))

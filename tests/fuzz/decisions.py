@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
-import multiprocessing
 import os
 import random
 import warnings
 from typing import Any
 
 import tests.conftest  # noqa: F401  (before jax starts)
+from tests.fuzz.pool import chunks, pooled
 
 T, D, LIKELY = 32, 32, 24
 CHUNK = 200
@@ -119,20 +118,16 @@ def main() -> int:
         outcome, told = trial(options.seed)
         print(outcome, told)
         return int(outcome == "wrong")
-    last = options.first + options.programs
-    parts = [(i, min(i + CHUNK, last)) for i in range(options.first, last, CHUNK)]
+    todo = chunks(options.first, options.programs, CHUNK)
     counts: collections.Counter[str] = collections.Counter()
-    context = multiprocessing.get_context("spawn")
-    size = 4 * options.jobs  # what a process has compiled comes to gigabytes: new ones now and then
-    for some in (parts[i : i + size] for i in range(0, len(parts), size)):
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            for result in pool.map(chunk, *zip(*some, strict=True)):
-                counts.update(result["counts"])
-                for seed, told in result["wrong"]:
-                    print(f"seed {seed}: {told}", flush=True)
+    for _, result in pooled(chunk, todo, options.jobs):
+        counts.update(result["counts"])
+        for seed, told in result["wrong"]:
+            print(f"seed {seed}: {told}", flush=True)
     about = (
-        f"Random code behind a head (seeds {options.first} to {last - 1}) that sorts, masks, "
-        "counts, looks up and compares its logits, in loops, branches and maps, guessed in 4 bits. "
+        f"Random code behind a head (seeds {options.first} to {todo[-1][1] - 1}) that sorts, "
+        "masks, counts, looks up and compares its logits, in loops, branches and maps, guessed in "
+        "4 bits. "
         f"{counts['dense']:,} programs stay dense, as a guess could decide something, "
         f"{counts['deep']:,} read more of the greatest than were made exact, and the results of "
         f"{counts['shaky']:,} depend on the last digits."

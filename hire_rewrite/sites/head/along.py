@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.sources import backward_slice, body_of
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
@@ -52,38 +51,6 @@ def counts_up(value: Value, axis: int) -> bool:
     return False
 
 
-def is_normalized(value: Value, product: Node, of_logits: Collection[Value]) -> bool:
-    """Whether numbers along the vocabulary are chances, or their logarithms: whether a sum of
-    powers of all logits went into them.
-
-    Args:
-      product: what the logits come from.
-      of_logits: what depends on it.
-    """
-    made = (each.node for each in _made_from(value, product, of_logits))
-    sums = (node for node in made if node is not None and node.primitive is p.reduce_sum_p)
-    return any(has_powers(node.ins[0], product, of_logits) for node in sums)
-
-
-def has_powers(value: Value, product: Node, of_logits: Collection[Value]) -> bool:
-    """Whether powers of logits went into numbers (see `is_normalized`)."""
-    made = (each.node for each in _made_from(value, product, of_logits))
-    return any(node is not None and node.primitive in (p.exp_p, p.exp2_p) for node in made)
-
-
-def _made_from(value: Value, product: Node, of_logits: Collection[Value]) -> list[Value]:
-    """A value, and what it is made of, back to the logits."""
-    values = {value: None}
-    stack = [value]
-    while stack:
-        node = stack.pop().node
-        if node is not None and node is not product:
-            new = [v for v in node.ins if v in of_logits and v not in values]
-            stack += new
-            values |= dict.fromkeys(new)
-    return list(values)
-
-
 def is_random(value: Value) -> bool:
     """Whether it is random numbers of a continuous range, each drawn for its place, and nothing
     that a model computes: what is drawn is drawn by guesses, too. Integers, those that are zero or
@@ -92,17 +59,17 @@ def is_random(value: Value) -> bool:
     drawn = any(node is not None and has(node.primitive, Trait.RANDOM) for node in made)
     if not drawn or any(n is not None and has(n.primitive, Trait.MULTIPLIES) for n in made):
         return False
-    stack, seen = [value], {value}
-    while stack:
-        node = stack.pop().node
-        if node is None or has(node.primitive, Trait.RANDOM):
-            continue
-        if _width(node.outs[0]) == _width(value) and _is_of_a_mask(node):
-            return False
-        new = [v for v in node.ins if v not in seen]
-        stack += new
-        seen.update(new)
-    return True
+
+    def behind(value: Value) -> tuple[Value, ...]:
+        node = value.node
+        return () if node is None or has(node.primitive, Trait.RANDOM) else node.ins
+
+    after = (each.node for each in reached([value], behind))
+    return not any(
+        _width(node.outs[0]) == _width(value) and _is_of_a_mask(node)
+        for node in after
+        if node is not None and not has(node.primitive, Trait.RANDOM)
+    )
 
 
 def _is_of_a_mask(node: Node) -> bool:

@@ -7,13 +7,14 @@ is. A sum of other numbers is one of guesses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sites.head.along import varies
 from hire_rewrite.sites.head.distortion import constant_of
@@ -127,18 +128,17 @@ class Powers:
                 return False
         return True
 
-    def _made_from(self, value: Value, conditions: bool = True) -> list[Value]:
+    def _made_from(self, value: Value, conditions: bool = True) -> Iterator[Value]:
         """A value, and what it is made of, back to the logits."""
-        seen = {value: None}
-        stack = [value]
-        while stack:
-            node = stack.pop().node
-            if node is not None and node is not self._product:
-                chooses = node.primitive is p.select_n_p and not conditions
-                new = [v for v in node.ins[chooses:] if v in self._of_logits and v not in seen]
-                stack += new
-                seen |= dict.fromkeys(new)
-        return list(seen)
+
+        def behind(value: Value) -> list[Value]:
+            node = value.node
+            if node is None or node is self._product:
+                return []
+            chooses = node.primitive is p.select_n_p and not conditions
+            return [v for v in node.ins[chooses:] if v in self._of_logits]
+
+        return reached([value], behind)
 
 
 def is_fill(value: Value, way: int, sign: int) -> bool:

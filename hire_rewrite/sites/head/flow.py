@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Input, Node, Output, Uses, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.sources import sources
 
 Axes = list[tuple[Value, int]]
@@ -76,28 +77,18 @@ def _outputs(value: Value) -> Iterator[tuple[Node, Output]]:
 
 def downstream(nodes: Collection[Node], uses: Uses) -> set[Value]:
     """The values that depend on the results of some nodes, in their scopes."""
-    values: set[Value] = set()
-    stack = [value for node in nodes for value in node.outs]
-    while stack:
-        value = stack.pop()
-        if value not in values:
-            values.add(value)
-            stack += [result for user, _ in uses.users(value) for result in user.outs]
-    return values
+    starts = [value for node in nodes for value in node.outs]
+    return set(reached(starts, lambda v: [out for user, _ in uses.users(v) for out in user.outs]))
 
 
 def made_of(product: Node, uses: Uses) -> set[Value]:
     """The values that depend on what a product returns: in its scope, outside of it, and in loops
     and branches behind it, but for the next iteration of those around it."""
-    values: set[Value] = set()
-    stack = list(product.outs)
-    while stack:
-        value = stack.pop()
-        if value in values:
-            continue
-        values.add(value)
+
+    def behind(value: Value) -> Iterator[Value]:
         if value in uses.results:
-            stack += out_of_body(value)
+            yield from out_of_body(value)
         for user, _ in uses.users(value):
-            stack += (*user.outs, *in_bodies(user, value))
-    return values
+            yield from (*user.outs, *in_bodies(user, value))
+
+    return set(reached(product.outs, behind))

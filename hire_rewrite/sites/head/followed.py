@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value, source_of
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import ordered_axis
 from hire_rewrite.sites.head.chances import Powers
@@ -77,18 +78,17 @@ class Followed:
         all, if none was made infinite by a choice."""
         if is_stepped(value) or jnp.issubdtype(value.dtype, jnp.floating):
             return is_stepped(value)
-        stack, seen = [value], {value}
-        while stack:
-            current = stack.pop()
-            node = current.node
-            if node is not None and node.primitive is p.select_n_p:
-                condition = node.ins[0]
-                if condition in self.of_logits and is_stepped(condition):
-                    return True
-            new = [v for v in made_from(current) if v in self.of_logits and v not in seen]
-            stack += new
-            seen.update(new)
-        return False
+
+        def behind(value: Value) -> list[Value]:
+            return [v for v in made_from(value) if v in self.of_logits]
+
+        return any(map(self._is_chosen_by_logits, reached([value], behind)))
+
+    def _is_chosen_by_logits(self, value: Value) -> bool:
+        node = value.node
+        if node is None or node.primitive is not p.select_n_p:
+            return False
+        return node.ins[0] in self.of_logits and is_stepped(node.ins[0])
 
     def refuse(self, value: Value, way: int, why: str) -> None:
         blamed = self.lost.get(value)
@@ -112,26 +112,34 @@ class Followed:
 
     def asked_otherwise(self, mask: Value) -> bool:
         """Whether a condition about each token is asked for otherwise than to choose logits."""
-        stack, seen = [mask], {mask}
-        while stack:
-            value = stack.pop()
-            behind = [there for there, _ in leave(value, 0)] if value in self.uses.results else []
-            if value in self.uses.results and value.scope.parent is None:
-                return True
-            for user, position in self.uses.users(value):
-                chooses = user.primitive is p.select_n_p and position == 0
-                of_logits = any(case in self.of_logits for case in user.ins[1:])
-                if chooses and of_logits and user.outs[0].dtype != jnp.bool_:
-                    continue
+
+        def behind(value: Value) -> Iterator[Value]:
+            if value in self.uses.results:
+                yield from (there for there, _ in leave(value, 0))
+            for user, _ in self.uses.users(value):
                 if user.primitive is p.cond_p:
-                    behind += in_bodies(user, value)
-                elif all(out.dtype == jnp.bool_ for out in user.outs) and has(
-                    user.primitive, _KEEP_MASKS
-                ):
-                    behind += user.outs
-                else:
-                    return True
-            new = [each for each in behind if each not in seen]
-            stack += new
-            seen.update(new)
-        return False
+                    yield from in_bodies(user, value)
+                elif _keeps_masks(user):
+                    yield from user.outs
+
+        return any(map(self._is_asked, reached([mask], behind)))
+
+    def _is_asked(self, mask: Value) -> bool:
+        """Whether a condition is returned, or read but to choose logits, or for another one."""
+        if mask in self.uses.results and mask.scope.parent is None:
+            return True
+        return not all(
+            user.primitive is p.cond_p
+            or _keeps_masks(user)
+            or (position == 0 and self._chooses_logits(user))
+            for user, position in self.uses.users(mask)
+        )
+
+    def _chooses_logits(self, user: Node) -> bool:
+        of_logits = any(case in self.of_logits for case in user.ins[1:])
+        return user.primitive is p.select_n_p and of_logits and user.outs[0].dtype != jnp.bool_
+
+
+def _keeps_masks(user: Node) -> bool:
+    """Whether conditions become conditions."""
+    return has(user.primitive, _KEEP_MASKS) and all(out.dtype == jnp.bool_ for out in user.outs)

@@ -8,6 +8,7 @@ followed as that of all logits is: see `order`.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import result_axis
 from hire_rewrite.sites.head.along import counts_up, is_random
@@ -77,19 +79,18 @@ class InOrder:
         self.masks: list[Value] = []
         self.unknown: Node | None = None
         self._order, self._of_logits = order, order.of_logits
-        stack = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
-        seen: set[_Sorted] = set()
-        while stack and self.unknown is None:
-            here = stack.pop()
-            if here in seen:
-                continue
-            seen.add(here)
+        outs = [_Sorted(out, axis, places=_is_whole(out)) for out in sort.outs]
+        for here in reached(outs, self._all_behind):
+            if self.unknown is not None:
+                break
             if here.places and here.value in order.uses.results:
                 self.unknown = here.value.node
             if not here.places:
                 order.greatest_first[here.value] = (way == DOWN) != here.turned
-            for user, position in order.uses.users(here.value):
-                stack += self._behind(here, user, position)
+
+    def _all_behind(self, here: _Sorted) -> Iterator[_Sorted]:
+        for user, position in self._order.uses.users(here.value):
+            yield from self._behind(here, user, position)
 
     def _behind(self, here: _Sorted, user: Node, position: int) -> list[_Sorted]:
         """What an operation makes of it, as far as that is followed."""

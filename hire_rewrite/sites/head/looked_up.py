@@ -6,7 +6,7 @@ of the greatest, and guesses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.effects import touches
 from hire_rewrite.graph.nodes import Node, Uses, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.sites.head.along import counts_up, is_random
@@ -53,37 +54,34 @@ def says_which(
       size: of the vocabulary.
       searches: whether a search or a sort is one along the vocabulary.
     """
-    stack, seen = [index], {index}
-    while stack:
-        value = stack.pop()
+
+    def made_of(value: Value) -> Sequence[Value]:
+        """The indices that an index is; none if it is a place of a search, or not known."""
+        node = value.node
+        if node is None or node.bodies:
+            return made_from(value)
+        if node.primitive is p.select_n_p:  # of which a negative one counts from the end
+            cases = [origin(case, Trait.CASTS) for case in node.ins[1:]]
+            return [c for c in cases if not _is_counted_from_the_end(c, cases)]
+        if has(node.primitive, _SAME_INDEX) or node.primitive in (p.rev_p, p.gather_p):
+            return node.ins[:1]  # looked up: of the logits, and no table
+        if node.primitive is p.concatenate_p:
+            return node.ins
+        if node.primitive in (p.clamp_p, p.min_p, p.max_p):
+            return [v for v in node.ins if not _is_bound(v, size)]
+        if node.primitive is p.eq_p:  # a row that is one at one place
+            return [v for v in node.ins if v in of_logits]
+        return ()
+
+    def says(value: Value) -> bool:
         node = value.node
         if value not in of_logits:
             return False
-        if node is None or node.bodies:
-            behind = made_from(value)
-        elif has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
-            if not (_is_place(node, value) and searches(node)):
-                return False
-            continue
-        elif node.primitive is p.select_n_p:  # of which a negative one counts from the end
-            cases = [origin(case, Trait.CASTS) for case in node.ins[1:]]
-            behind = [c for c in cases if not _is_counted_from_the_end(c, cases)]
-        elif node.primitive is p.gather_p:
-            behind = [node.ins[0]]  # but of a table
-        elif has(node.primitive, _SAME_INDEX) or node.primitive is p.rev_p:
-            behind = [node.ins[0]]
-        elif node.primitive is p.concatenate_p:
-            behind = list(node.ins)
-        elif node.primitive in (p.clamp_p, p.min_p, p.max_p):
-            behind = [v for v in node.ins if not _is_bound(v, size)]
-        elif node.primitive is p.eq_p:  # a row that is one at one place
-            behind = [v for v in node.ins if v in of_logits]
-        else:
-            return False
-        new = [each for each in dict.fromkeys(behind) if each not in seen]
-        stack += new
-        seen.update(new)
-    return True
+        if node is not None and has(node.primitive, Trait.SEARCHES | Trait.ORDERS):
+            return _is_place(node, value) and searches(node)
+        return node is None or bool(node.bodies) or bool(made_of(value))
+
+    return all(map(says, reached([index], made_of)))
 
 
 def _is_place(search: Node, value: Value) -> bool:
@@ -125,36 +123,25 @@ def decided_by(
       vocabulary: values along the vocabulary, in which they may be a part of all numbers alike:
         which of these are the greatest they do not say, but how great these are.
     """
-    stack, seen = list(numbers), set(numbers)
-    for value in numbers:
-        if not _is_number(value):
-            return value.node
-    while stack:
-        value = stack.pop()
-        behind: list[Value] = []
+    unclear = next((value for value in numbers if not _is_number(value)), None)
+    if unclear is not None:
+        return unclear.node
+
+    def behind(value: Value) -> Iterator[Value]:
         if value in uses.results:
-            behind += (there for there, _ in leave(value, 0))
-        for user, position in uses.users(value):
-            if any(written for ref, written in touches(user).items() if ref is not None):
-                return user
+            yield from (there for there, _ in leave(value, 0))
+        for user, _ in uses.users(value):
             if user.bodies:
-                behind += in_bodies(user, value)
+                yield from in_bodies(user, value)
             elif value in vocabulary:
-                behind += (out for out in user.outs if _is_number(out))
-            elif has(user.primitive, Trait.SEARCHES | Trait.ORDERS) or user.primitive in _DECISIONS:
+                yield from filter(_is_number, user.outs)
+            elif not has(user.primitive, Trait.COMPARES) and user.primitive is not p.is_finite_p:
+                yield from user.outs
+
+    for value in reached(numbers, behind):
+        for user, position in uses.users(value):
+            if _decides(user, position, vocabulary):
                 return user
-            elif has(user.primitive, Trait.COMPARES):
-                if _decides(user, position, vocabulary):
-                    return user
-            elif user.primitive is p.is_finite_p:
-                continue
-            elif jnp.issubdtype(value.dtype, jnp.floating) and not all(map(_is_number, user.outs)):
-                return user
-            else:
-                behind += user.outs
-        new = [each for each in dict.fromkeys(behind) if each not in seen]
-        stack += new
-        seen.update(new)
     return None
 
 
@@ -162,7 +149,21 @@ def _is_number(value: Value) -> bool:
     return not hasattr(value.aval, "dtype") or jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _decides(comparison: Node, position: int, vocabulary: Collection[Value]) -> bool:
+def _decides(user: Node, position: int, vocabulary: Collection[Value]) -> bool:
+    """Whether an operation decides something by a number, or keeps it for later."""
+    value = user.ins[position]
+    if any(written for ref, written in touches(user).items() if ref is not None):
+        return True
+    if user.bodies or value in vocabulary or user.primitive is p.is_finite_p:
+        return False
+    if has(user.primitive, Trait.SEARCHES | Trait.ORDERS) or user.primitive in _DECISIONS:
+        return True
+    if has(user.primitive, Trait.COMPARES):
+        return _compares(user, position, vocabulary)
+    return jnp.issubdtype(value.dtype, jnp.floating) and not all(map(_is_number, user.outs))
+
+
+def _compares(comparison: Node, position: int, vocabulary: Collection[Value]) -> bool:
     one, other = comparison.ins[position], comparison.ins[1 - position]
     if origin(one, Trait.CASTS) is origin(other, Trait.CASTS) or is_random(other):
         return False

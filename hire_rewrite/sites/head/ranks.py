@@ -3,12 +3,13 @@ greatest chances, one after the other, as top p asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sites.head.chances import Powers
 from hire_rewrite.sites.head.flow import made_from
@@ -29,26 +30,24 @@ class Ranks:
 
     def went_into(self, value: Value) -> bool:
         """Whether ranks of logits went into it: numbers at ranks are numbers."""
-        stack, seen = [value], {value}
-        while stack:
-            current = stack.pop()
-            node = current.node
-            if current not in self._of_logits:
-                continue
-            behind = made_from(current)
-            if node is not None:
-                if has(node.primitive, Trait.ORDERS):
-                    if jnp.issubdtype(current.dtype, jnp.integer):
-                        return True
-                    continue
-                if self.is_sum_of_the_greatest(node):
-                    return True
-                if self._looks_up_numbers(node):
-                    behind = behind[:1]
-            new = [each for each in behind if each not in seen]
-            stack += new
-            seen.update(new)
-        return False
+
+        def behind(value: Value) -> list[Value]:
+            node = value.node
+            if value not in self._of_logits or (node and has(node.primitive, Trait.ORDERS)):
+                return []
+            numbers = node is not None and self._looks_up_numbers(node)
+            return made_from(value)[: 1 if numbers else None]
+
+        return any(map(self._are, reached([value], behind)))
+
+    def _are(self, value: Value) -> bool:
+        """Whether a value is ranks, or sums of the greatest."""
+        node = value.node
+        if value not in self._of_logits or node is None:
+            return False
+        if has(node.primitive, Trait.ORDERS):
+            return jnp.issubdtype(value.dtype, jnp.integer)
+        return self.is_sum_of_the_greatest(node)
 
     def is_sum_of_the_greatest(self, node: Node) -> bool:
         """Whether an operation adds up chances that were put in order, one after the other."""
@@ -58,24 +57,24 @@ class Ranks:
 
     def in_order(self, value: Value) -> bool:
         """Whether numbers were sorted, or looked up in the order of a sort."""
-        stack, seen = [value], {value}
-        while stack:
-            current = stack.pop()
-            node = current.node
-            if node is None or current not in self._of_logits:
-                continue
-            new: list[Value] = []
-            if node.primitive is p.sort_p:
-                return True
+
+        def behind(value: Value) -> Sequence[Value]:
+            node = value.node
+            if node is None or value not in self._of_logits:
+                return ()
             if self._looks_up_numbers(node):
-                if self.went_into(node.ins[1]):
-                    return True
-                new = [node.ins[0]]
-            elif has(node.primitive, _EACH) or node.primitive is p.rev_p:
-                new = [v for v in node.ins if v not in seen]
-            stack += new
-            seen.update(new)
-        return False
+                return node.ins[:1]
+            return node.ins if has(node.primitive, _EACH) or node.primitive is p.rev_p else ()
+
+        return any(map(self._is_put_in_order, reached([value], behind)))
+
+    def _is_put_in_order(self, value: Value) -> bool:
+        node = value.node
+        if node is None or value not in self._of_logits:
+            return False
+        if node.primitive is p.sort_p:
+            return True
+        return self._looks_up_numbers(node) and self.went_into(node.ins[1])
 
     def _looks_up_numbers(self, node: Node) -> bool:
         looked_up = node.primitive in (p.gather_p, p.dynamic_slice_p)
