@@ -17,6 +17,7 @@ from hire_rewrite.packed import Packed
 __all__ = [
     "check_call",
     "check_numbers",
+    "check_to_pack",
     "not_traced",
     "packed_among",
     "with_packed",
@@ -113,6 +114,29 @@ def check_numbers(
                 f"{name}: argument `{where}` {verb} a {type(leaf).__name__}, which "
                 f"has no numbers to compute with: {remedy}"
             )
+
+
+def check_to_pack(name: str, leaves: Sequence[Any], calibrated: bool) -> bool:
+    """Whether the weights to pack are shapes.
+
+    Raises:
+      HireRewriteError: some are and others are not, or one has an axis without a number, or they
+        are to be calibrated.
+    """
+    sizes = (size for leaf in leaves for size in getattr(leaf, "shape", ()))
+    if symbol := next(filter(jax.export.is_symbolic_dim, sizes), None):
+        raise HireRewriteError(
+            f"{name}: pack has a weight with an axis of size {symbol!s}: give weights "
+            "whose sizes are numbers, and symbols in the other arguments alone"
+        )
+    shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if shapes and (calibrated or len(shapes) < len(leaves)):
+        what = "calibration" if calibrated else "other weights that are arrays"
+        raise HireRewriteError(
+            f"{name}: pack has shapes for weights, and {what}: give arrays for all "
+            "weights, or shapes for all and no calibration"
+        )
+    return bool(shapes)
 
 
 def not_traced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from hire_rewrite.analyses import Analyses
 from hire_rewrite.analysis import Analysis
-from hire_rewrite.arguments import check_numbers, packed_among
+from hire_rewrite.arguments import check_numbers, check_to_pack, packed_among
 from hire_rewrite.changes import compared
 from hire_rewrite.errors import HireRewriteError, Warner
 from hire_rewrite.graph.trace import abstract, placed
@@ -99,6 +100,14 @@ class Transformed:
     def __deepcopy__(self, memo: Any) -> Transformed:
         return self
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """By its name, as a function, where that is its own; or made again of its function."""
+        path: str = getattr(self, "__qualname__", "")
+        named: Any = sys.modules.get(self.__module__)
+        for name in path.split("."):
+            named = getattr(named, name, None)
+        return path if named is self else (Transformed, (self.fn, *self._settings))
+
     def __get__(self, instance: Any, owner: type | None = None) -> Transformed:
         """The transformed method of an instance: `weights` counts the arguments after `self`."""
         if instance is None:
@@ -167,19 +176,7 @@ class Transformed:
                 "give those"
             )
         leaves = self._weight_leaves(args)
-        sizes = (size for leaf in leaves for size in getattr(leaf, "shape", ()))
-        if symbol := next(filter(jax.export.is_symbolic_dim, sizes), None):
-            raise HireRewriteError(
-                f"{self.name}: pack has a weight with an axis of size {symbol!s}: give weights "
-                "whose sizes are numbers, and symbols in the other arguments alone"
-            )
-        shapes = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-        if shapes and (calibration is not None or len(shapes) < len(leaves)):
-            what = "calibration" if calibration is not None else "other weights that are arrays"
-            raise HireRewriteError(
-                f"{self.name}: pack has shapes for weights, and {what}: give arrays for all "
-                "weights, or shapes for all and no calibration"
-            )
+        shapes = check_to_pack(self.name, leaves, calibrated=calibration is not None)
         analysis, seen = self._analyses.of_now(args, kwargs), None
         check_not_deleted("pack", analysis.origin.paths, leaves)
         if calibration is not None:

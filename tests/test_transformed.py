@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import warnings
 
 import equinox as eqx
@@ -550,6 +551,21 @@ def test_an_error_of_jax_names_the_function_and_is_short():
         step(packed, jax.device_put(x, jax.devices()[1]))
     assert len(str(caught.value)) < 1000
     assert copy.deepcopy([step]) == [copy.copy(step)] == [step]
+
+
+@hire.transform
+def decorated(params, x):
+    return x @ params["embed"].T
+
+
+def test_it_is_pickled_as_functions_are(full, packed, call):
+    """By name, or with its function."""
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
+    there, sent = pickle.loads(pickle.dumps((full, packed)))
+    assert (there.name, there.rules, there.weights) == ("step", full.rules, (0,))
+    jax.tree.map(np.testing.assert_array_equal, there(sent, *call), full(packed, *call))
+    partial = hire.transform(functools.partial(step, cache=call[1]), *FULL)
+    assert pickle.loads(pickle.dumps(partial)).rules == partial.rules
 
 
 class Library:
