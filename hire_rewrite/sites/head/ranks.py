@@ -38,10 +38,10 @@ class Ranks:
             numbers = node is not None and self._looks_up_numbers(node)
             return made_from(value)[: 1 if numbers else None]
 
-        return any(map(self._are, reached([value], behind)))
+        return any(map(self._is_rank, reached([value], behind)))
 
-    def _are(self, value: Value) -> bool:
-        """Whether a value is ranks, or sums of the greatest."""
+    def _is_rank(self, value: Value) -> bool:
+        """Whether a value is ranks, or a sum of the greatest before each."""
         node = value.node
         if value not in self._of_logits or node is None:
             return False
