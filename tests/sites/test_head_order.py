@@ -660,6 +660,17 @@ LOST = {
     "capped by what is given": lambda p, x: jnp.minimum(
         jax.nn.softmax(x @ p["head"]), jnp.abs(x[:, :1])
     ).argmax(-1),
+    "neighbors compared, where ranks say": of_logits(
+        lambda z: (lambda some: some > jnp.roll(some, 1, -1))(z * ~_in_order(z)[2])
+    ),
+    "kept by neighbors, where ranks say": of_logits(
+        lambda z: (lambda some: jnp.where(some > jnp.roll(some, 1, -1), z, -jnp.inf))(
+            z * ~_in_order(z)[2]
+        ).argmax(-1)
+    ),
+    "sums of sorted ones times others": of_logits(
+        lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z)) * jax.nn.softmax(z), -1) < 1e-6).sum(-1)
+    ),
     "not below a number": of_logits(lambda z: jnp.maximum(jax.nn.softmax(z), 0.1).argmax(-1)),
 }
 

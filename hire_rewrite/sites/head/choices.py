@@ -137,7 +137,7 @@ class Choices:
     def _unknown(self, value: Value) -> Where:
         """What was computed in another way, in the order of the logits if they were put in order:
         nobody who samples keeps the lesser ones of those."""
-        return Where.RANKS if self._ranks.went_into(value) else Where.SOME
+        return Where.RANKS if self._ranks.make(value) else Where.SOME
 
 
 def _asks_for_the_first(condition: Value) -> bool | None:

@@ -113,7 +113,7 @@ def keep_looked_up(order: Followed, some: Value, logits: Value, way: int) -> Non
     blamed = order.lost.get(logits)
     summed = blamed is not None and has(blamed.primitive, Trait.REDUCES)
     source = origin(logits, Trait.CASTS | Trait.MOVES | Trait.CUTS)
-    searched = summed and not order.ranks.went_into(logits)
+    searched = summed and not order.ranks.make(logits)
     if way == LOST and (searched or order.is_stepped(source)):
         order.refuse(logits, way, "some of them are looked up")
     order.looked_up.append(some)

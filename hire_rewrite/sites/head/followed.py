@@ -71,7 +71,7 @@ class Followed:
 
     def is_stepped(self, value: Value) -> bool:
         """Whether it is a decision about each logit, but for those about ranks, as of top p."""
-        return self.asks(value) and not self.ranks.went_into(value)
+        return self.asks(value) and not self.ranks.make(value)
 
     def asks(self, value: Value) -> bool:
         """Whether it is a decision about each logit: a condition, but for whether it is a number at

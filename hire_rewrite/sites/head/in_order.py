@@ -181,7 +181,7 @@ class InOrder:
             return [here._replace(value=user.outs[0], axis=place[0])]  # of some rows all
         index, size = index_along(user, here.axis), here.value.shape[here.axis]
         back = not here.places and size in user.outs[0].shape
-        if self._order.says_which(index, size) or (back and self._order.ranks.went_into(index)):
+        if self._order.says_which(index, size) or (back and self._order.ranks.make(index)):
             return []
         constant = constant_of(index)
         if constant is None or here.ranks or np.size(constant) != 1:

@@ -169,11 +169,11 @@ def _pass_on(
 def _put_back(order: Followed, user: Node, position: int, axis: int) -> tuple[Value, int] | None:
     """What sorted numbers are written to by their tokens, if an operation does that."""
     size = user.ins[position].shape[axis]
-    if user.primitive is p.sort_p and position > 0 and order.ranks.went_into(user.ins[0]):
+    if user.primitive is p.sort_p and position > 0 and order.ranks.make(user.ins[0]):
         return user.outs[position], axis
     written = user.primitive is p.scatter_p and position == 2
     read = user.primitive is p.gather_p and position == 0 and size in user.outs[0].shape
-    if (written or read) and order.ranks.went_into(user.ins[1]):
+    if (written or read) and order.ranks.make(user.ins[1]):
         (out,) = user.outs
         axes = [i for i, extent in enumerate(out.shape) if extent == size]
         return (out, axes[-1]) if axes else None
@@ -199,7 +199,7 @@ def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
         return UP if alone or primitive is p.reduce_max_p else LOST
     if has(primitive, Trait.SCATTERS) and position == 0:
         all_ = user.primitive is p.scatter_p and user.ins[2].shape == value.shape
-        if all_ and order.ranks.went_into(user.ins[1]):
+        if all_ and order.ranks.make(user.ins[1]):
             return None  # nothing is left of it
         return UP if order.taken.by_scatter(user, axis) else LOST
     if not has(primitive, Trait.POINTWISE):

@@ -28,17 +28,24 @@ class Ranks:
     def __init__(self, powers: Powers, of_logits: Collection[Value]) -> None:
         self._powers, self._of_logits = powers, of_logits
 
-    def went_into(self, value: Value) -> bool:
-        """Whether ranks of logits went into it: numbers at ranks are numbers."""
+    def make(self, value: Value) -> bool:
+        """Whether it is made of ranks, and of nothing else of the logits but of them in order."""
 
         def behind(value: Value) -> list[Value]:
-            node = value.node
-            if value not in self._of_logits or (node and has(node.primitive, Trait.ORDERS)):
-                return []
-            numbers = node is not None and self._looks_up_numbers(node)
-            return made_from(value)[: 1 if numbers else None]
+            ends = self._is_rank(value) or self._is_put_in_order(value)
+            return [] if ends else self._behind(value)
 
-        return any(map(self._is_rank, reached([value], behind)))
+        ends = [each for each in reached([value], behind) if not behind(each)]
+        others = (each for each in ends if not self._is_rank(each))
+        return any(map(self._is_rank, ends)) and all(map(self._is_put_in_order, others))
+
+    def _behind(self, value: Value) -> list[Value]:
+        """What of the logits it is made of next, back to where they were put in order."""
+        node = value.node
+        if node is not None and has(node.primitive, Trait.ORDERS):
+            return []
+        numbers = node is not None and self._looks_up_numbers(node)
+        return [v for v in made_from(value)[: 1 if numbers else None] if v in self._of_logits]
 
     def _is_rank(self, value: Value) -> bool:
         """Whether a value is ranks, or a sum of the greatest before each."""
@@ -56,17 +63,21 @@ class Ranks:
         return node.primitive is p.cumlogsumexp_p or self._powers.sign(node.ins[0]) != 0
 
     def in_order(self, value: Value) -> bool:
-        """Whether numbers were sorted, or looked up in the order of a sort."""
+        """Whether numbers were sorted, or looked up in the order of a sort, all of them."""
 
         def behind(value: Value) -> Sequence[Value]:
             node = value.node
-            if node is None or value not in self._of_logits:
+            if node is None or self._is_put_in_order(value):
                 return ()
             if self._looks_up_numbers(node):
                 return node.ins[:1]
-            return node.ins if has(node.primitive, _EACH) or node.primitive is p.rev_p else ()
+            chosen = node.primitive is p.select_n_p
+            each = has(node.primitive, _EACH) or node.primitive is p.rev_p
+            return node.ins[chosen:] if each else ()
 
-        return any(map(self._is_put_in_order, reached([value], behind)))
+        ends = [v for v in reached([value], behind) if v in self._of_logits and not behind(v)]
+        others = (end for end in ends if not _is_one_for_all(end))
+        return any(map(self._is_put_in_order, ends)) and all(map(self._is_put_in_order, others))
 
     def _is_put_in_order(self, value: Value) -> bool:
         node = value.node
@@ -74,7 +85,7 @@ class Ranks:
             return False
         if node.primitive is p.sort_p:
             return True
-        return self._looks_up_numbers(node) and self.went_into(node.ins[1])
+        return self._looks_up_numbers(node) and self.make(node.ins[1])
 
     def _looks_up_numbers(self, node: Node) -> bool:
         looked_up = node.primitive in (p.gather_p, p.dynamic_slice_p)
@@ -82,3 +93,10 @@ class Ranks:
         return (
             looked_up and numbers in self._of_logits and jnp.issubdtype(numbers.dtype, jnp.floating)
         )
+
+
+def _is_one_for_all(value: Value) -> bool:
+    """Whether it is a greatest number, or a sum, and none for each token."""
+    node = value.node
+    reduces = node is not None and has(node.primitive, Trait.REDUCES)
+    return node is not None and reduces and value.shape != node.ins[0].shape
