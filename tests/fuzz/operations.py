@@ -40,6 +40,9 @@ OPERATIONS = {
     # not so far in saturation that several are equal: see docs/limits.md
     "capped softly": ("numbers", ("numbers",), lambda z: 300 * jnp.tanh(z / 300)),
     "between": ("numbers", ("numbers",), lambda z: jnp.clip(z, -1.0, 1.0)),
+    "moved": ("numbers", ("numbers",), lambda z: z + 8),
+    "capped": ("numbers", ("numbers",), lambda z: jnp.minimum(z, 0.6)),
+    "not below": ("numbers", ("numbers",), lambda z: jnp.maximum(z, -1.0)),
     "rounded": ("numbers", ("numbers",), jnp.round),
     "sums of all before": ("numbers", ("numbers",), lambda z: jnp.cumsum(z, -1)),
     "sorted": ("numbers", ("numbers",), lambda z: jnp.sort(z, -1)),

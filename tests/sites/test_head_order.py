@@ -252,6 +252,20 @@ KEPT = {
     "chances that are never zero": of_logits(
         lambda z: jnp.log(jnp.clip(jax.nn.softmax(z), 1e-9, 1.0)).argmax(-1)
     ),
+    "logarithms of chances between": of_logits(
+        lambda z: jnp.clip(jax.nn.log_softmax(z), -30.0, 0.0).argmax(-1)
+    ),
+    "a normalizer of one's own, and a floor": of_logits(
+        lambda z: jnp.maximum(z - jnp.log(jnp.exp(z).sum(-1, keepdims=True)), -9.0).argmax(-1)
+    ),
+    "logsumexp, and a floor": of_logits(
+        lambda z: jnp.maximum(-20.0, z - jax.nn.logsumexp(z, -1)[:, None]).argmax(-1)
+    ),
+    "some chances, normalized and capped": of_logits(
+        lambda z: (lambda q: jnp.clip(q / q.sum(-1, keepdims=True), 1e-6, 0.9).argmax(-1))(
+            jax.nn.softmax(jnp.where(z < lax.top_k(z, 9)[0][:, -1:], -jnp.inf, z))
+        )
+    ),
     "if all are numbers": of_logits(
         lambda z: jnp.where((jnp.isfinite(z) & ~jnp.isnan(z)).all(-1), z.argmax(-1), 0)
     ),
@@ -670,6 +684,18 @@ LOST = {
     ),
     "sums of sorted ones times others": of_logits(
         lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z)) * jax.nn.softmax(z), -1) < 1e-6).sum(-1)
+    ),
+    "chances times a number, capped": of_logits(
+        lambda z: jnp.minimum(1000 * jax.nn.softmax(z), 0.6).argmax(-1)
+    ),
+    "logarithms and a number, capped": of_logits(
+        lambda z: jnp.minimum(jax.nn.log_softmax(z) + 8, -0.1).argmax(-1)
+    ),
+    "chances, capped below zero": of_logits(
+        lambda z: jnp.minimum(jax.nn.softmax(z), -0.1).argmax(-1)
+    ),
+    "capped, beside a normalizer": of_logits(
+        lambda z: jnp.minimum(0 * jax.nn.logsumexp(z, -1, keepdims=True) + z, 0.5).argmax(-1)
     ),
     "not below a number": of_logits(lambda z: jnp.maximum(jax.nn.softmax(z), 0.1).argmax(-1)),
 }

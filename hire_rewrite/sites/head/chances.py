@@ -76,18 +76,6 @@ class Powers:
             return signs[0] if len(set(signs)) == 1 else 0
         return 0
 
-    def is_normalized(self, value: Value) -> bool:
-        """Whether numbers are chances, or their logarithms: whether a sum of powers of all logits
-        went into them."""
-        made = (each.node for each in self._made_from(value))
-        sums = (node for node in made if node is not None and node.primitive is p.reduce_sum_p)
-        return any(self.went_into(node.ins[0]) for node in sums)
-
-    def went_into(self, value: Value) -> bool:
-        """Whether powers of logits went into numbers."""
-        made = (each.node for each in self._made_from(value))
-        return any(node is not None and node.primitive in (p.exp_p, p.exp2_p) for node in made)
-
     def weigh(self, value: Value, axis: int, rises: Callable[[Value], bool]) -> bool:
         """Whether numbers along the vocabulary are those of a mean that is weighted with chances.
 
@@ -116,7 +104,7 @@ class Powers:
         """Whether logits alone went into numbers, and no step is between."""
         if value not in self._of_logits:
             return not varies(value, axis)
-        for each in self._made_from(value, conditions=False):
+        for each in self._made_from(value):
             node = each.node
             if node is None or node is self._product:
                 continue
@@ -128,14 +116,14 @@ class Powers:
                 return False
         return True
 
-    def _made_from(self, value: Value, conditions: bool = True) -> Iterator[Value]:
-        """A value, and what it is made of, back to the logits."""
+    def _made_from(self, value: Value) -> Iterator[Value]:
+        """A value, and what it is made of but for what chooses, back to the logits."""
 
         def behind(value: Value) -> list[Value]:
             node = value.node
             if node is None or node is self._product:
                 return []
-            chooses = node.primitive is p.select_n_p and not conditions
+            chooses = node.primitive is p.select_n_p
             return [v for v in node.ins[chooses:] if v in self._of_logits]
 
         return reached([value], behind)

@@ -15,6 +15,7 @@ from hire_rewrite.sites.head.chances import Powers
 from hire_rewrite.sites.head.flow import in_bodies, leave, made_from, made_of
 from hire_rewrite.sites.head.logits import Walk
 from hire_rewrite.sites.head.looked_up import says_which
+from hire_rewrite.sites.head.normalized import Normalized
 from hire_rewrite.sites.head.ranks import Ranks
 from hire_rewrite.sites.head.steps import is_stepped
 from hire_rewrite.sites.head.taken_out import TakenOut
@@ -64,6 +65,7 @@ class Followed:
         self.of_logits = made_of(walk.product, walk.uses)
         self.powers = Powers(walk.product, self.of_logits)
         self.ranks = Ranks(self.powers, self.of_logits)
+        self.normalized = Normalized(self.powers, self.of_logits)
 
     def known_way(self, value: Value) -> int | None:
         ways = {self.ways[value, i] for i in range(len(value.shape)) if (value, i) in self.ways}

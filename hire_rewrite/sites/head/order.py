@@ -222,8 +222,8 @@ def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
         return UP if alike else LOST
     if not all(is_noise(user, other, axis) for other in others):
         return LOST
-    chances = value.shape[axis] if order.powers.is_normalized(value) else None
-    if may_level(user, position, others, chances):
+    limits = order.normalized.limits(value, value.shape[axis])
+    if may_level(user, position, others, *(limits or ())):
         return LOST
     return way_of_each(user, position, others, order.powers.sign(value))
 

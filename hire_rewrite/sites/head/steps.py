@@ -40,15 +40,18 @@ _GUARD = 1e3
 
 
 def may_level(
-    node: Node, position: int, bounds: Collection[Value], chances: int | None = None
+    node: Node,
+    position: int,
+    bounds: Collection[Value],
+    low: float = -_GUARD,
+    high: float = _GUARD,
 ) -> bool:
     """Whether a cap or a floor may make several of the greatest numbers equal.
 
     Args:
       position: of the numbers among the operands.
       bounds: the operands that are caps and floors if the node is made for that.
-      chances: how many numbers there are, if they are chances or their logarithms: no two are above
-        one half, and the greatest is at least 1 / chances.
+      low, high: what the greatest number is not below, and no two are above.
     """
     others = [v for i, v in enumerate(node.ins) if i != position and v in bounds]
     if node.primitive is p.max_p:
@@ -59,13 +62,8 @@ def may_level(
         floors, caps = others[:1], others[1:]
     else:
         return node.primitive is p.clamp_p
-    lows, highs = list(map(_number, floors)), list(map(_number, caps))
-    if chances is None:
-        return not (all(n <= -_GUARD for n in lows) and all(n >= _GUARD for n in highs))
-    least, half = 1 / max(chances, 1), 0.5
-    low = all(n <= -math.log(max(chances, 1)) or 0 <= n <= least for n in lows)
-    high = all(n >= half or math.log(half) <= n <= 0 for n in highs)
-    return not (low and high)
+    lows, highs = map(_number, floors), map(_number, caps)
+    return not (all(n <= low for n in lows) and all(n >= high for n in highs))
 
 
 def _number(value: Value) -> float:
