@@ -56,6 +56,7 @@ OPERATIONS = {
     "with another token's": ("numbers", ("numbers",), lambda z: z - 0.5 * z[::-1]),
     "less one": ("numbers", ("numbers", "one"), lambda z, a: z - _each(a)),
     "over one": ("numbers", ("numbers", "one"), lambda z, a: z / (1 + jnp.abs(_each(a)))),
+    "times one": ("numbers", ("numbers", "one"), lambda z, a: z * _each(a)),
     "the greater": ("numbers", ("numbers", "numbers"), jnp.maximum),
     "times others": ("numbers", ("numbers", "numbers"), jnp.multiply),
     "by a flag": ("numbers", ("numbers", "flag"), lambda z, f: jnp.where(_each(f), z, 2 * z)),

@@ -129,6 +129,10 @@ def _turned(z):
     return _at(order, jax.random.categorical(KEY, jnp.log(kept)))
 
 
+def _entropy(z):
+    return -(jax.nn.softmax(z) * jax.nn.log_softmax(z)).sum(-1, keepdims=True)
+
+
 def _above_the_least(q):
     ranked = jnp.sort(q)[:, ::-1]
     far = jnp.cumsum(ranked, -1) - ranked > 0.9
@@ -251,6 +255,19 @@ KEPT = {
     "greatest of all tokens": of_logits(lambda z: z.max(0).argmax(-1)),
     "chances that are never zero": of_logits(
         lambda z: jnp.log(jnp.clip(jax.nn.softmax(z), 1e-9, 1.0)).argmax(-1)
+    ),
+    "over their norm": of_logits(
+        lambda z: (z / jnp.linalg.norm(z, axis=-1, keepdims=True)).argmax(-1)
+    ),
+    "over their root mean square": of_logits(
+        lambda z: (z * lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-6)).argmax(-1)
+    ),
+    "a temperature of their entropy": of_logits(
+        lambda z: (z / (0.5 + 0.1 * _entropy(z))).argmax(-1)
+    ),
+    "a least temperature": of_logits(lambda z: (z / jnp.maximum(_entropy(z) - 2, 1e-3)).argmax(-1)),
+    "over the greatest chance": of_logits(
+        lambda z: (lambda q: (q / q.max(-1, keepdims=True)).argmax(-1))(jax.nn.softmax(z))
     ),
     "logarithms of chances between": of_logits(
         lambda z: jnp.clip(jax.nn.log_softmax(z), -30.0, 0.0).argmax(-1)
@@ -685,6 +702,16 @@ LOST = {
     "sums of sorted ones times others": of_logits(
         lambda z: (jnp.cumsum(jnp.sort(jax.nn.softmax(z)) * jax.nn.softmax(z), -1) < 1e-6).sum(-1)
     ),
+    "times one of them": of_logits(lambda z: (z * z[:, 5:6]).argmax(-1)),
+    "over one of them": of_logits(lambda z: (z / z[:, 5:6]).argmax(-1)),
+    "times their mean": of_logits(lambda z: (z * z.mean(-1, keepdims=True)).argmax(-1)),
+    "times the greatest, less a number": of_logits(
+        lambda z: (z * (z.max(-1, keepdims=True) - 2.5)).argmax(-1)
+    ),
+    "times what is above zero, if a guess is": of_logits(
+        lambda z: (z * jax.nn.relu(z[:, 5:6])).argmax(-1)
+    ),
+    "to the power of one of them": of_logits(lambda z: (jax.nn.softmax(z) ** z[:, 5:6]).argmax(-1)),
     "chances times a number, capped": of_logits(
         lambda z: jnp.minimum(1000 * jax.nn.softmax(z), 0.6).argmax(-1)
     ),

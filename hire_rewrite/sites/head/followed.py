@@ -12,6 +12,7 @@ from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import ordered_axis
 from hire_rewrite.sites.head.chances import Powers
+from hire_rewrite.sites.head.factors import Factors
 from hire_rewrite.sites.head.flow import in_bodies, leave, made_from, made_of
 from hire_rewrite.sites.head.logits import Walk
 from hire_rewrite.sites.head.looked_up import says_which
@@ -66,6 +67,7 @@ class Followed:
         self.powers = Powers(walk.product, self.of_logits)
         self.ranks = Ranks(self.powers, self.of_logits)
         self.normalized = Normalized(self.powers, self.of_logits)
+        self.factors = Factors(self.powers, self.normalized, self.of_logits)
 
     def known_way(self, value: Value) -> int | None:
         ways = {self.ways[value, i] for i in range(len(value.shape)) if (value, i) in self.ways}

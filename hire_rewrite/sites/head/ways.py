@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from jax.extend.core import primitives as p
 
 from hire_rewrite import _compat
@@ -11,7 +9,6 @@ from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import origin, result_axis
 from hire_rewrite.sites.head.along import is_above_zero, is_random, varies
-from hire_rewrite.sites.head.distortion import is_negative
 
 UP, DOWN, LOST = 1, -1, 0
 """How values are ordered along the vocabulary: as the logits are, the other way round, or not."""
@@ -43,10 +40,11 @@ def way_moved(user: Node, position: int, axis: int) -> int:
     return LOST if cut else UP  # a part, or it lies elsewhere
 
 
-def way_of_each(user: Node, position: int, others: Collection[Value], sign: int) -> int:
+def way_of_each(user: Node, position: int, turn: int, sign: int) -> int:
     """Of an operation on each number by itself, with others that are the same for all.
 
     Args:
+      turn: how the order is turned if these are factors.
       sign: of the numbers: 1 if none is below zero, −1 if none is above, 0 if that is not known.
     """
     primitive = user.primitive
@@ -62,7 +60,7 @@ def way_of_each(user: Node, position: int, others: Collection[Value], sign: int)
     if primitive is p.pow_p and position == 0:  # rises or falls as its exponent says
         kind = "?" if sign == 1 else "."
     if kind == "?":
-        return DOWN if any(map(is_negative, others)) else UP
+        return turn
     return {"+": UP, "-": DOWN}.get(kind, LOST)
 
 
