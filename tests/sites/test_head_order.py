@@ -704,6 +704,9 @@ LOST = {
     ),
     "times one of them": of_logits(lambda z: (z * z[:, 5:6]).argmax(-1)),
     "over one of them": of_logits(lambda z: (z / z[:, 5:6]).argmax(-1)),
+    "over a logarithm of more than chances": of_logits(
+        lambda z: (-z / jnp.log(jnp.maximum(jax.nn.softmax(z), 1.5))[:, :1]).argmax(-1)
+    ),
     "times their mean": of_logits(lambda z: (z * z.mean(-1, keepdims=True)).argmax(-1)),
     "times the greatest, less a number": of_logits(
         lambda z: (z * (z.max(-1, keepdims=True) - 2.5)).argmax(-1)
@@ -747,6 +750,22 @@ def test_the_order_is_another(name):
         told = ("exact where they are greatest", "looked up", "put in order")
         assert all(any(word in reason for word in told) for reason in heads), plan
         assert len(heads) == 1 + (name == "contrast")
+
+
+@pytest.mark.parametrize("behind", ["a factor", "a condition"])
+def test_as_many_operations_in_a_row_as_there_are(behind):
+    """Python's stack is no limit."""
+
+    def fn(p, x):
+        z = x @ p["head"]
+        factor, condition = z.max(-1, keepdims=True), z > 1.0
+        for _ in range(700):
+            factor, condition = factor * 0.999, ~condition
+        if behind == "a factor":
+            return (z * factor).argmax(-1)
+        return jnp.where(condition, z, -jnp.inf).argmax(-1)
+
+    assert not plan_of(fn).rewritten
 
 
 def test_no_more_are_exact_than_there_are():

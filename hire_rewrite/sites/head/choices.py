@@ -74,23 +74,27 @@ class Choices:
             where = Where.GREAT if first == greatest_first else Where.SMALL
         return where if position == 2 else _NOT[where]
 
-    def _where(self, condition: Value, axis: int) -> Where:
+    def _where(self, condition: Value, axis: int, depth: int = 64) -> Where:
         if not varies(condition, axis):
             return Where.ALL
+        if depth == 0:
+            return Where.SOME
         node = condition.node
         if node is None or len(node.outs) != 1:
             return self._unknown(condition)
         if node.primitive is p.broadcast_in_dim_p:
             places = list(node.params["broadcast_dimensions"])
-            return self._where(node.ins[0], places.index(axis))
+            return self._where(node.ins[0], places.index(axis), depth - 1)
         if has(node.primitive, _SAME) and node.ins[0].dtype == condition.dtype:
-            return self._where(node.ins[0], axis)
+            return self._where(node.ins[0], axis, depth - 1)
         if node.primitive is p.not_p:
-            return _NOT[self._where(node.ins[0], axis)]
+            return _NOT[self._where(node.ins[0], axis, depth - 1)]
         if node.primitive is p.and_p:
-            return _both(*(self._where(operand, axis) for operand in node.ins))
+            return _both(*(self._where(operand, axis, depth - 1) for operand in node.ins))
         if node.primitive is p.or_p:
-            return _NOT[_both(*(_NOT[self._where(operand, axis)] for operand in node.ins))]
+            return _NOT[
+                _both(*(_NOT[self._where(operand, axis, depth - 1)] for operand in node.ins))
+            ]
         if node.primitive is p.is_finite_p and self._known(node.ins[0]) is not None:
             return Where.ALL
         if has(node.primitive, Trait.COMPARES):

@@ -6,13 +6,14 @@ number that many logits become.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.reach import reached
 from hire_rewrite.graph.traits import Trait, has, slope
 from hire_rewrite.patterns.axes import Window, keeps_tokens, operand_windows, origin, result_axis
 from hire_rewrite.sites.head.along import varies
@@ -87,15 +88,25 @@ def _is_no_step(choice: Node, places: Mapping[Value, Place]) -> bool:
 def _compared(condition: Value, places: Mapping[Value, Place]) -> set[Value] | None:
     """The values that a condition compares with zero, but for those of which it asks only whether
     they are numbers; None if it compares one with something else."""
+
+    def joined(value: Value) -> Sequence[Value]:
+        node = value.node
+        joins = node is not None and (node.primitive in _JOINS or has(node.primitive, _SAME))
+        return node.ins if node is not None and joins and value in places else ()
+
+    parts = reached([condition], joined)
+    found = [_compared_by(part, places) for part in parts if not joined(part)]
+    known = [values for values in found if values is not None]
+    return set().union(*known) if len(known) == len(found) else None
+
+
+def _compared_by(condition: Value, places: Mapping[Value, Place]) -> set[Value] | None:
+    """Those of one comparison."""
     node = condition.node
     if condition not in places or (node is not None and node.primitive is p.is_finite_p):
         return set()
     if node is None:
         return None
-    if node.primitive in _JOINS or has(node.primitive, _SAME):
-        parts = [_compared(operand, places) for operand in node.ins]
-        known = [part for part in parts if part is not None]
-        return set().union(*known) if len(known) == len(parts) else None
     if not has(node.primitive, Trait.COMPARES):
         return None
     one, other = (origin(operand, Trait.CASTS) for operand in node.ins)

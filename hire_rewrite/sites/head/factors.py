@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from hire_rewrite.graph.nodes import Node, Value
+from hire_rewrite.graph.sources import sources_first
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.sites.head.chances import Powers
 from hire_rewrite.sites.head.distortion import constant_of, is_negative
@@ -42,9 +43,8 @@ class Factors:
     def sign(self, value: Value) -> int:
         if value not in self._of_logits:
             return _given(value)
-        if value not in self._signs:
-            self._signs[value] = 0  # while it is looked for
-            self._signs[value] = self._made_by(value.node, value) if value.node is not None else 0
+        for each in sources_first(value, self._signs, self._of_logits.__contains__):
+            self._signs[each] = self._made_by(each.node, each) if each.node is not None else 0
         return self._signs[value]
 
     def _made_by(self, node: Node, value: Value) -> int:

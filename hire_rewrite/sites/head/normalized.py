@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
-from hire_rewrite.graph.nodes import Value
+from hire_rewrite.graph.nodes import Node, Value
 from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.sites.head.chances import Powers
+from hire_rewrite.sites.head.distortion import constant_of
 
 _SAME = Trait.CASTS | Trait.MOVES | Trait.KEEPS
 _ELSEWHERE = (p.rev_p, p.gather_p)
@@ -41,7 +43,7 @@ class Normalized:
 
     def are_chances(self, value: Value) -> bool:
         """Whether they are a softmax, or other numbers above zero over their sum."""
-        value = self._elsewhere(value)
+        value = self._elsewhere(value, 1.0)
         if exponents := _made_by(value, p.exp_p):
             return self.are_logarithms(*exponents)
         quotient = _made_by(value, p.div_p)
@@ -52,14 +54,15 @@ class Normalized:
 
     def are_logarithms(self, value: Value) -> bool:
         """Whether they are a log-softmax, or the logarithms of chances."""
-        value = self._elsewhere(value)
+        value = self._elsewhere(value, 0.0)
         if chances := _made_by(value, p.log_p):
             return self.are_chances(*chances)
         difference = _made_by(value, p.sub_p)
         return bool(difference) and _is_normalizer(difference[1], difference[0])
 
-    def _elsewhere(self, value: Value) -> Value:
-        """The numbers that are here, in another order, or with some left out."""
+    def _elsewhere(self, value: Value, most: float) -> Value:
+        """The numbers that are here, in another order, or with others of at most so much for some
+        of them."""
         while (node := value.node) is not None:
             if has(node.primitive, _SAME) or node.primitive in _ELSEWHERE:
                 value = node.ins[0]
@@ -68,12 +71,25 @@ class Normalized:
             elif node.primitive in _LIMITS or node.primitive is p.select_n_p:
                 cases = node.ins[node.primitive is p.select_n_p :]
                 numbers = [case for case in cases if case in self._of_logits]
-                if len(numbers) != 1:
+                if len(numbers) != 1 or not all(_is_at_most(v, most) for v in self._raising(node)):
                     break
                 (value,) = numbers
             else:
                 break
         return value
+
+    def _raising(self, node: Node) -> list[Value]:
+        """What may take the place of lesser numbers."""
+        if node.primitive is p.min_p:
+            return []
+        cases = node.ins[:1] if node.primitive is p.clamp_p else node.ins
+        chosen = node.primitive is p.select_n_p
+        return [case for case in cases[chosen:] if case not in self._of_logits]
+
+
+def _is_at_most(value: Value, most: float) -> bool:
+    number = constant_of(value)
+    return number is not None and bool((np.asarray(number, np.float64) <= most).all())
 
 
 def _is_normalizer(value: Value, numbers: Value) -> bool:
