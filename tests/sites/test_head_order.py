@@ -707,6 +707,9 @@ LOST = {
     "over a logarithm of more than chances": of_logits(
         lambda z: (-z / jnp.log(jnp.maximum(jax.nn.softmax(z), 1.5))[:, :1]).argmax(-1)
     ),
+    "signs of the tokens": of_logits(
+        lambda z: (jax.nn.softmax(z) * jnp.array([[1.0], [-1.0]])).argmax(-1)
+    ),
     "times their mean": of_logits(lambda z: (z * z.mean(-1, keepdims=True)).argmax(-1)),
     "times the greatest, less a number": of_logits(
         lambda z: (z * (z.max(-1, keepdims=True) - 2.5)).argmax(-1)
@@ -766,6 +769,19 @@ def test_as_many_operations_in_a_row_as_there_are(behind):
         return jnp.where(condition, z, -jnp.inf).argmax(-1)
 
     assert not plan_of(fn).rewritten
+
+
+def test_a_condition_that_is_read_twice_is_looked_at_once():
+    """Each of these doubles the ways back to the first."""
+
+    def fn(p, x):
+        q = jax.nn.softmax(x @ p["head"])
+        kept = q > 0.1 * q.max(-1, keepdims=True)
+        for i in range(40):
+            kept = (kept & (q > 1e-3 * i)) | (kept & (q > 2e-3 * i))
+        return jnp.where(kept, q, 0.0).argmax(-1)
+
+    assert plan_of(fn).sites
 
 
 def test_no_more_are_exact_than_there_are():

@@ -53,6 +53,7 @@ class Choices:
 
     def __init__(self, way: Callable[[Value], int | None], ranks: Ranks) -> None:
         self._way, self._ranks = way, ranks
+        self._known_where: dict[tuple[Value, int], Where] = {}
 
     def kept(
         self, choice: Node, position: int, axis: int, greatest_first: bool | None = None
@@ -75,6 +76,12 @@ class Choices:
         return where if position == 2 else _NOT[where]
 
     def _where(self, condition: Value, axis: int, depth: int = 64) -> Where:
+        known = self._known_where
+        if (condition, axis) not in known:
+            known[condition, axis] = self._find_where(condition, axis, depth)
+        return known[condition, axis]
+
+    def _find_where(self, condition: Value, axis: int, depth: int) -> Where:
         if not varies(condition, axis):
             return Where.ALL
         if depth == 0:

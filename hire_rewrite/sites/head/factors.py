@@ -1,4 +1,4 @@
-"""The sign of what all logits of a token are multiplied with, where that is made of logits.
+"""The sign of what all logits of a token are multiplied with.
 
 A temperature that is made of an entropy, the greatest logit, the normalizer of a softmax: below
 zero it turns the order round, and it may be a guess that tells. Numbers that are never zero but by
@@ -51,9 +51,7 @@ class Factors:
         primitive = node.primitive
         if primitive in _ABOVE or (primitive is p.integer_pow_p and node.params["y"] % 2 == 0):
             return 1
-        if primitive is p.log_p and self._normalized.are_logarithms(value):
-            return -1
-        if primitive is p.sub_p and self._normalized.are_logarithms(value):
+        if primitive in (p.log_p, p.sub_p) and self._normalized.are_logarithms(value):
             return -1
         if primitive is p.reduce_sum_p and (sign := self._powers.sign(node.ins[0])):
             return sign  # not all of them are zero

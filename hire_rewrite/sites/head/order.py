@@ -21,7 +21,6 @@ from hire_rewrite.graph.traits import Trait, has
 from hire_rewrite.patterns.axes import origin
 from hire_rewrite.patterns.refusal import NoMatch
 from hire_rewrite.sites.head.along import varies
-from hire_rewrite.sites.head.distortion import is_negative
 from hire_rewrite.sites.head.ends import consume, keep_looked_up
 from hire_rewrite.sites.head.flow import enter, leave
 from hire_rewrite.sites.head.followed import Followed
@@ -30,7 +29,7 @@ from hire_rewrite.sites.head.logits import Walk
 from hire_rewrite.sites.head.looked_up import decided_by
 from hire_rewrite.sites.head.steps import is_stepped, may_level
 from hire_rewrite.sites.head.taken_out import LAID
-from hire_rewrite.sites.head.ways import DOWN, LOST, UP, is_noise, way_moved, way_of_each
+from hire_rewrite.sites.head.ways import LOST, UP, is_noise, way_moved, way_of_each
 
 
 class Ranked(NamedTuple):
@@ -226,14 +225,8 @@ def _way(order: Followed, user: Node, position: int, axis: int) -> int | None:
     limits = order.normalized.limits(value, value.shape[axis])
     if may_level(user, position, others, *(limits or ())):
         return LOST
-    return way_of_each(user, position, _turn(order, others), order.powers.sign(value))
-
-
-def _turn(order: Followed, factors: Collection[Value]) -> int:
-    """How the order is turned if numbers are multiplied with others."""
-    signs = map(order.factors.sign, (value for value in factors if value in order.of_logits))
-    given = (value for value in factors if value not in order.of_logits)
-    return math.prod(signs) * (DOWN if any(map(is_negative, given)) else UP)
+    turn = math.prod(map(order.factors.sign, others))
+    return way_of_each(user, position, turn, order.powers.sign(value))
 
 
 def _round(order: Followed, user: Node, position: int) -> None:

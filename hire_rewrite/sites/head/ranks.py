@@ -27,9 +27,15 @@ class Ranks:
 
     def __init__(self, powers: Powers, of_logits: Collection[Value]) -> None:
         self._powers, self._of_logits = powers, of_logits
+        self._known: dict[Value, bool] = {}
 
     def make(self, value: Value) -> bool:
         """Whether it is made of ranks, and of nothing else of the logits but of them in order."""
+        if value not in self._known:
+            self._known[value] = self._make(value)
+        return self._known[value]
+
+    def _make(self, value: Value) -> bool:
 
         def behind(value: Value) -> list[Value]:
             ends = self._is_rank(value) or self._is_put_in_order(value)
